@@ -1,0 +1,83 @@
+"""Guest addresses: the checked translation into the window, the one write helper, and the dirty log.
+
+The window is one uint8 array that holds every region of guest memory, holes included. The region table has a row for
+each *run* of adjacent regions, so a range that crosses from one region into the next is still one range.
+"""
+
+from __future__ import annotations
+
+from .atomic import Bytes, Words, copy, exchange_u64, fetch_or_u8, store_u8
+from .jit import inlined, kernel
+from .layout import E_ADDRESS, PAGE_SHIFT, REGION_GPA, REGION_LEN, REGION_OFFSET
+
+
+@inlined
+def translate(regions: Words, gpa: int, length: int) -> int:
+    """Return the window offset of the *length* bytes at guest address *gpa*, or E_ADDRESS.
+
+    regions int64[n, 3] (guest address, length, window offset). A u64 address of 2**63 and more is negative here, and
+    in no region. No sum that could wrap is formed from what the guest wrote.
+    """
+    if gpa < 0 or length < 0:
+        return E_ADDRESS
+    for i in range(regions.shape[0]):
+        into = gpa - regions[i, REGION_GPA]
+        if 0 <= into <= regions[i, REGION_LEN] - length:
+            return int(regions[i, REGION_OFFSET]) + into
+    return E_ADDRESS
+
+
+@inlined
+def mark_dirty(log: Bytes, gpa: int, length: int) -> None:
+    """Set the bit of each page that [gpa, gpa + length) touches; bits outside the log are left out.
+
+    log uint8[n], bit p % 8 of byte p // 8 for page p. Comes after the write it speaks of: the atomic OR is a full
+    barrier, and pairs with the exchange in `take_dirty`.
+    """
+    if length <= 0:
+        return
+    page = gpa >> PAGE_SHIFT
+    last = (gpa + length - 1) >> PAGE_SHIFT
+    while page <= last:
+        at = page >> 3
+        if 0 <= at < log.size:
+            # Always: a look first ("is it set already?") could pass the data still in the store buffer.
+            fetch_or_u8(log, at, 1 << (page & 7))
+        page += 1
+
+
+@inlined
+def write(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, length: int) -> None:
+    """Copy *length* bytes into guest memory, and log it. Every write to a guest's buffer comes through here."""
+    copy(mem, offset, src, src_offset, length)
+    if log.size > 0:
+        mark_dirty(log, gpa, length)
+
+
+@inlined
+def write_u8(mem: Bytes, log: Bytes, offset: int, gpa: int, value: int) -> None:
+    """Write one byte into guest memory, and log it."""
+    store_u8(mem, offset, value)
+    if log.size > 0:
+        mark_dirty(log, gpa, 1)
+
+
+@kernel
+def take_dirty(log: Bytes, start: int, pages: Words) -> tuple[int, int]:
+    """Move the numbers of dirty pages out of the log, from byte *start* on (a multiple of 8), until *pages* is full.
+
+    pages int64[n], n at least 64. Returns (pages found, byte to go on from; the log's size when it is through).
+    Words are swapped with zero atomically (pairs with `mark_dirty`): a page dirtied again is found again.
+    """
+    found = 0
+    at = start
+    while at + 8 <= log.size and found + 64 <= pages.size:
+        word = exchange_u64(log, at, 0)
+        bit = 0
+        while word != 0 and bit < 64:
+            if (word >> bit) & 1:
+                pages[found] = (at << 3) + bit
+                found += 1
+            bit += 1
+        at += 8
+    return found, at

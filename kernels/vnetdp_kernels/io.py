@@ -1,0 +1,129 @@
+"""System calls from compiled code: eventfds, TAP queues, poll and the clock.
+
+Each returns what the call returned, or -errno. The Python bodies go through ctypes, with the same arguments.
+Symbols are resolved by name when a kernel is loaded, so kernels that call them can be cached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from numba import types
+
+from .atomic import Words, address, compiled_as, peek_i32
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.read.argtypes = _libc.write.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+_libc.writev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_libc.poll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int)
+_libc.clock_gettime.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_libc.read.restype = _libc.write.restype = _libc.writev.restype = ctypes.c_ssize_t
+
+_errno_location = types.ExternalFunction("__errno_location", types.uintp())
+_read = types.ExternalFunction("read", types.intp(types.int32, types.uintp, types.uintp))
+_write = types.ExternalFunction("write", types.intp(types.int32, types.uintp, types.uintp))
+_writev = types.ExternalFunction("writev", types.intp(types.int32, types.uintp, types.int32))
+_poll = types.ExternalFunction("poll", types.int32(types.uintp, types.uintp, types.int32))
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uintp))
+
+EAGAIN = 11
+EINTR = 4
+POLLIN = 1
+POLLOUT = 4
+CLOCK_MONOTONIC = 1
+
+
+def read(fd: int, buffer: Any, offset: int, length: int) -> int:
+    """Read up to *length* bytes into *buffer* at *offset* (an index, as in `atomic`)."""
+    n = int(_libc.read(fd, address(buffer, offset), length))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(read)
+def _read_overload(fd: Any, buffer: Any, offset: Any, length: Any) -> Any:
+    def compiled(fd: int, buffer: Any, offset: int, length: int) -> int:
+        n = _read(fd, address(buffer, offset), length)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def write(fd: int, buffer: Any, offset: int, length: int) -> int:
+    """Write *length* bytes of *buffer* from *offset*."""
+    n = int(_libc.write(fd, address(buffer, offset), length))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(write)
+def _write_overload(fd: Any, buffer: Any, offset: Any, length: Any) -> Any:
+    def compiled(fd: int, buffer: Any, offset: int, length: int) -> int:
+        n = _write(fd, address(buffer, offset), length)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def writev(fd: int, iovecs: Words, count: int) -> int:
+    """Gather-write *count* struct iovec, kept as pairs (address, length) in *iovecs*."""
+    n = int(_libc.writev(fd, address(iovecs, 0), count))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(writev)
+def _writev_overload(fd: Any, iovecs: Any, count: Any) -> Any:
+    def compiled(fd: int, iovecs: Words, count: int) -> int:
+        n = _writev(fd, address(iovecs, 0), count)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def poll(pollfds: Words, count: int, timeout_ms: int) -> int:
+    """Wait for *count* struct pollfd, each a word: fd | events << 32 | revents << 48."""
+    n = int(_libc.poll(address(pollfds, 0), count, timeout_ms))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(poll)
+def _poll_overload(pollfds: Any, count: Any, timeout_ms: Any) -> Any:
+    def compiled(pollfds: Words, count: int, timeout_ms: int) -> int:
+        n = _poll(address(pollfds, 0), count, timeout_ms)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return int(n)
+
+    return compiled
+
+
+def clock_ns(scratch: Words) -> int:
+    """CLOCK_MONOTONIC in ns; *scratch* has room for a struct timespec (two words)."""
+    _libc.clock_gettime(CLOCK_MONOTONIC, address(scratch, 0))
+    return int(scratch[0]) * 1_000_000_000 + int(scratch[1])
+
+
+@compiled_as(clock_ns)
+def _clock_overload(scratch: Any) -> Any:
+    def compiled(scratch: Words) -> int:
+        _clock_gettime(CLOCK_MONOTONIC, address(scratch, 0))
+        return scratch[0] * 1_000_000_000 + scratch[1]
+
+    return compiled
+
+
+def signal(fd: int, one: Words) -> int:
+    """Add 1 to an eventfd; *one* holds the word 1 in its first element. A full counter (EAGAIN) is signal enough."""
+    return write(fd, one, 0, 8)
+
+
+@compiled_as(signal)
+def _signal_overload(fd: Any, one: Any) -> Any:
+    return lambda fd, one: write(fd, one, 0, 8)
+
+

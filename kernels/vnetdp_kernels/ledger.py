@@ -1,0 +1,120 @@
+"""The ledger: numbered frames, and a check that finds loss, duplication, reordering and corruption at full speed.
+
+A numbered frame is an Ethernet header, a mark, its flow and its number, then a pattern that depends on both. The
+check keeps a window of the numbers seen, so that a late frame is told from a repeated one.
+"""
+
+from __future__ import annotations
+
+from .atomic import (
+    Bytes,
+    Words,
+    load_u8,
+    load_u16_unaligned,
+    load_u32_unaligned,
+    load_u64_unaligned,
+    store_u8,
+    store_u16_unaligned,
+    store_u32_unaligned,
+    store_u64_unaligned,
+)
+from .jit import inlined, kernel
+from .layout import (
+    LEDGER_CORRUPTED,
+    LEDGER_DELIVERED,
+    LEDGER_DUPLICATED,
+    LEDGER_ETHERTYPE,
+    LEDGER_FLOW_AT,
+    LEDGER_FOREIGN,
+    LEDGER_MARK,
+    LEDGER_MARK_AT,
+    LEDGER_MIN_LEN,
+    LEDGER_MISSING,
+    LEDGER_NEXT,
+    LEDGER_PATTERN_AT,
+    LEDGER_REORDERED,
+    LEDGER_SEQ_AT,
+    LEDGER_WINDOW,
+)
+
+_ETHERTYPE_BE = (LEDGER_ETHERTYPE & 0xFF) << 8 | LEDGER_ETHERTYPE >> 8
+_STEP = 0x0001_0001_0001
+
+
+@inlined
+def stamp(mem: Bytes, at: int, length: int, flow: int, seq: int) -> None:
+    """Write numbered frame *seq* of *flow*, *length* bytes (at least LEDGER_MIN_LEN), at offset *at*.
+
+    Source and destination are locally administered: 02:00:00:00:00:01 to 02:00:00:00:00:02.
+    """
+    store_u64_unaligned(mem, at, 0x0002_0200_0000_0002)  # 02:00:00:00:00:02, and the source's first two bytes
+    store_u32_unaligned(mem, at + 8, 0x0100_0000)
+    store_u16_unaligned(mem, at + 12, _ETHERTYPE_BE)
+    store_u32_unaligned(mem, at + LEDGER_MARK_AT, LEDGER_MARK)
+    store_u32_unaligned(mem, at + LEDGER_FLOW_AT, flow)
+    store_u64_unaligned(mem, at + LEDGER_SEQ_AT, seq)
+    seed = (seq ^ flow << 32) & 0x3FFF_FFFF_FFFF_FFFF
+    n_words = (length - LEDGER_PATTERN_AT) >> 3
+    for i in range(n_words):
+        store_u64_unaligned(mem, at + LEDGER_PATTERN_AT + 8 * i, seed ^ i * _STEP)
+    for k in range(at + LEDGER_PATTERN_AT + 8 * n_words, at + length):
+        store_u8(mem, k, seq)
+
+
+@inlined
+def flow_of(mem: Bytes, at: int, length: int) -> int:
+    """Return the flow of a numbered frame; -1 if it does not carry our mark."""
+    if length < LEDGER_MIN_LEN or load_u16_unaligned(mem, at + 12) != _ETHERTYPE_BE:
+        return -1
+    if load_u32_unaligned(mem, at + LEDGER_MARK_AT) != LEDGER_MARK:
+        return -1
+    return int(load_u32_unaligned(mem, at + LEDGER_FLOW_AT))
+
+
+@kernel
+def check(mem: Bytes, at: int, length: int, row: Words, window: Bytes) -> None:
+    """Enter the frame of *length* bytes at *at* into a flow's ledger.
+
+    row int64[LEDGER_SLOTS]; window uint8[LEDGER_WINDOW], 1 = seen.
+    """
+    seq = load_u64_unaligned(mem, at + LEDGER_SEQ_AT)
+    flow = load_u32_unaligned(mem, at + LEDGER_FLOW_AT)
+    seed = (seq ^ flow << 32) & 0x3FFF_FFFF_FFFF_FFFF
+    n_words = (length - LEDGER_PATTERN_AT) >> 3
+    wrong = 0
+    for i in range(n_words):
+        wrong |= load_u64_unaligned(mem, at + LEDGER_PATTERN_AT + 8 * i) ^ (seed ^ i * _STEP)
+    for k in range(at + LEDGER_PATTERN_AT + 8 * n_words, at + length):
+        wrong |= load_u8(mem, k) ^ (seq & 0xFF)
+    if wrong != 0 or seq < 0:
+        row[LEDGER_CORRUPTED] += 1
+        return
+    following = row[LEDGER_NEXT]
+    if seq >= following:
+        gap = seq - following
+        row[LEDGER_MISSING] += gap
+        for k in range(min(gap, LEDGER_WINDOW)):
+            window[(seq - 1 - k) % LEDGER_WINDOW] = 0
+        row[LEDGER_NEXT] = seq + 1
+        row[LEDGER_DELIVERED] += 1
+        window[seq % LEDGER_WINDOW] = 1
+    elif following - seq > LEDGER_WINDOW or window[seq % LEDGER_WINDOW]:
+        row[LEDGER_DUPLICATED] += 1
+    else:
+        row[LEDGER_MISSING] -= 1
+        row[LEDGER_REORDERED] += 1
+        row[LEDGER_DELIVERED] += 1
+        window[seq % LEDGER_WINDOW] = 1
+
+
+@inlined
+def enter(mem: Bytes, at: int, length: int, ledger: Words, windows: Bytes) -> None:
+    """`check` the frame in the ledger of its flow; a frame without our mark or of no known flow counts as foreign.
+
+    ledger int64[n_flows, LEDGER_SLOTS]; windows uint8[n_flows, LEDGER_WINDOW].
+    """
+    flow = flow_of(mem, at, length)
+    if 0 <= flow < ledger.shape[0]:
+        check(mem, at, length, ledger[flow], windows[flow])
+    elif ledger.shape[0] > 0:
+        ledger[0, LEDGER_FOREIGN] += 1

@@ -1,0 +1,375 @@
+"""virtio-net, the device's side (Virtio 1.2, 5.1.6): transmitq to an endpoint, an endpoint to receiveq, ring to ring.
+
+A frame that must go to the guest is described by a header (virtio_net_hdr, and with MACs exchanged the first 12 bytes
+of the frame behind it), and by rows (offset, length) of the rest: so it is copied once, wherever it lies.
+"""
+
+from __future__ import annotations
+
+from . import split as ring
+from .atomic import Bytes, Words, store_u16_unaligned, store_u64_unaligned
+from .guest import write
+from .jit import inlined, kernel
+from .layout import (
+    E_DIRECTION,
+    E_TOO_BIG,
+    EP_DROP_LONG,
+    EP_DROP_NO_BUFFER,
+    EP_DROP_OFFLOAD,
+    EP_DROP_SHORT,
+    EP_FROM_WIRE,
+    EP_HELD,
+    EP_KIND,
+    EP_TO_WIRE,
+    ETH_HLEN,
+    IOV_GPA,
+    IOV_LEN,
+    IOV_OFFSET,
+    KIND_MACSWAP,
+    KIND_REFLECT,
+    MAX_FRAME_LEN,
+    NET_HDR_LEN,
+    NET_HDR_NUM_BUFFERS,
+    VQ_BYTES,
+    VQ_CHAINS,
+    VQ_DROPPED,
+    VQ_HDR_LEN,
+    VQ_MRG_RXBUF,
+    VQ_NUM,
+    VQ_OFFLOADS,
+    VQ_PACKETS,
+    VQ_STATUS,
+)
+from .port import accepts, emit, linearize, now_ns, produce, split_header, swap_macs, take_front
+from .reflect import answer
+
+_MACS_LEN = 12  # bytes of an Ethernet header that macswap rewrites
+
+
+@inlined
+def _scatter(
+    mem: Bytes, log: Bytes, iov: Words, row: int, into: int, src: Bytes, src_offset: int, length: int
+) -> tuple[int, int]:
+    """Write *length* bytes into *iov* from byte *into* of *row* on; return where the next byte goes."""
+    done = 0
+    while done < length:
+        part = min(length - done, iov[row, IOV_LEN] - into)
+        write(mem, log, iov[row, IOV_OFFSET] + into, iov[row, IOV_GPA] + into, src, src_offset + done, part)
+        done += part
+        into += part
+        if into == iov[row, IOV_LEN]:
+            row += 1
+            into = 0
+    return row, into
+
+
+@inlined
+def place(
+    mem: Bytes,
+    regions: Words,
+    vq: Words,
+    log: Bytes,
+    iov: Words,
+    chains: Words,
+    ahead: int,
+    hdr: Bytes,
+    hdr_at: int,
+    extra: int,
+    src: Bytes,
+    rows: Words,
+    row: int,
+    n_rows: int,
+    body_len: int,
+) -> int:
+    """Put one frame into receive buffers, *ahead* chains behind the next one; return the chains it took.
+
+    The frame: virtio_net_hdr at hdr[hdr_at], *extra* bytes behind it (from hdr[hdr_at + 12]), then rows
+    [row, n_rows) of *rows* in *src*, *body_len* bytes. chains int64[n, 2] and iov int64[m, 3] are scratch.
+    Returns 0 if the driver has not made enough buffers available yet, E_TOO_BIG if no buffers could hold the frame,
+    or the E_* of a malformed chain. Nothing is published.
+    """
+    hdr_len = vq[VQ_HDR_LEN]
+    need = hdr_len + extra + body_len
+    room = 0
+    taken = 0
+    filled = 0
+    n_avail = ring.available(mem, vq)
+    while room < need:
+        if ahead + taken >= n_avail:
+            n_avail = ring.refresh(mem, vq)
+            if n_avail < 0:
+                return n_avail
+            if ahead + taken >= n_avail:
+                return E_TOO_BIG if taken >= vq[VQ_NUM] else 0
+        if taken and not vq[VQ_MRG_RXBUF]:
+            return E_TOO_BIG
+        if taken >= chains.shape[0] or filled >= iov.shape[0]:
+            return E_TOO_BIG
+        head = ring.head_at(mem, vq, ahead + taken)
+        if head < 0:
+            return head
+        n_out, n_in = ring.gather(mem, regions, vq, head, iov[filled:])
+        if n_out < 0:
+            # Rows used up by a merge are no fault of the driver's.
+            return E_TOO_BIG if filled else n_out
+        if n_out > 0 or n_in == 0:
+            return E_DIRECTION
+        size = 0
+        for k in range(filled, filled + n_in):
+            size += iov[k, IOV_LEN]
+        chains[taken, 0] = head
+        chains[taken, 1] = size
+        filled += n_in
+        room += size
+        taken += 1
+    store_u16_unaligned(hdr, hdr_at + NET_HDR_NUM_BUFFERS, taken)
+    at = 0
+    into = 0
+    if hdr_len == NET_HDR_LEN:
+        at, into = _scatter(mem, log, iov, at, into, hdr, hdr_at, NET_HDR_LEN + extra)
+    else:
+        at, into = _scatter(mem, log, iov, at, into, hdr, hdr_at, hdr_len)
+        at, into = _scatter(mem, log, iov, at, into, hdr, hdr_at + NET_HDR_LEN, extra)
+    for k in range(row, n_rows):
+        at, into = _scatter(mem, log, iov, at, into, src, rows[k, IOV_OFFSET], rows[k, IOV_LEN])
+    left = need
+    for k in range(taken):
+        part = min(left, chains[k, 1])
+        ring.put_used(mem, vq, ahead + k, chains[k, 0], part)
+        left -= part
+    return taken
+
+
+@kernel
+def drain_transmitq(
+    mem: Bytes,
+    regions: Words,
+    vq: Words,
+    log: Bytes,
+    iov: Words,
+    ep: Words,
+    fd: int,
+    hdr: Bytes,
+    out_frames: Bytes,
+    out_lengths: Words,
+    ledger: Words,
+    windows: Bytes,
+    scratch: Words,
+    budget: int,
+) -> int:
+    """Hand up to *budget* frames of the transmitq to the endpoint, and publish their chains as used.
+
+    Returns the chains used. A malformed chain breaks the queue: its E_* goes into the row, and the good chains
+    before it are still published. A chain no longer than its header is used and counted, nothing more.
+    """
+    n = min(ring.available(mem, vq), budget)
+    status = min(n, 0)
+    used = 0
+    size = 0
+    dropped = 0
+    while used < n:
+        head = ring.head_at(mem, vq, used)
+        if head < 0:
+            status = head
+            break
+        n_out, _ = ring.gather(mem, regions, vq, head, iov)
+        if n_out <= 0:
+            status = n_out if n_out < 0 else E_DIRECTION
+            break
+        row, frame_len = split_header(mem, iov, n_out, vq[VQ_HDR_LEN], hdr)
+        if frame_len == 0:
+            dropped += 1
+            ep[EP_DROP_SHORT] += 1
+        else:
+            if emit(
+                mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch
+            ):
+                break
+            size += frame_len
+        ring.put_used(mem, vq, used, head, 0)
+        used += 1
+    if used:
+        ring.publish_used(mem, vq, log, used)
+        vq[VQ_PACKETS] += used - dropped
+        vq[VQ_BYTES] += size
+        vq[VQ_DROPPED] += dropped
+        vq[VQ_CHAINS] += used
+    if status < 0:
+        vq[VQ_STATUS] = status
+    return used
+
+
+@kernel
+def fill_receiveq(
+    mem: Bytes,
+    regions: Words,
+    vq: Words,
+    log: Bytes,
+    iov: Words,
+    chains: Words,
+    ep: Words,
+    fd: int,
+    held: Bytes,
+    in_frames: Bytes,
+    in_lengths: Words,
+    scratch: Words,
+    rows: Words,
+    budget: int,
+) -> int:
+    """Bring up to *budget* frames from the endpoint into receive buffers, and publish these as used.
+
+    held uint8[FRAME_SLOT]: the frame in hand, which stays there (EP_HELD bytes) while no buffer is there for it.
+    Nothing is taken from the endpoint while the ring is empty. Returns the frames placed.
+    """
+    now = now_ns(ep, scratch)
+    used = 0
+    frames = 0
+    size = 0
+    while frames < budget:
+        if ep[EP_HELD] == 0:
+            n = ring.available(mem, vq)
+            if n >= 0 and used >= n:
+                n = ring.refresh(mem, vq)
+            if n < 0:
+                vq[VQ_STATUS] = n
+                break
+            if used >= n:
+                break
+            length = produce(ep, fd, in_frames, in_lengths, held, 0, held.size, now)
+            if length == 0:
+                break
+            if not accepts(held, 0, vq[VQ_OFFLOADS]):
+                ep[EP_DROP_OFFLOAD] += 1
+                vq[VQ_DROPPED] += 1
+                continue
+            ep[EP_HELD] = length
+        body_len = ep[EP_HELD] - NET_HDR_LEN
+        rows[0, IOV_OFFSET] = NET_HDR_LEN
+        rows[0, IOV_LEN] = body_len
+        n = place(mem, regions, vq, log, iov, chains, used, held, 0, 0, held, rows, 0, 1, body_len)
+        if n == E_TOO_BIG:
+            ep[EP_DROP_NO_BUFFER] += 1
+            vq[VQ_DROPPED] += 1
+            ep[EP_HELD] = 0
+            continue
+        if n <= 0:
+            if n < 0:
+                vq[VQ_STATUS] = n
+            break
+        ep[EP_HELD] = 0
+        used += n
+        frames += 1
+        size += body_len
+    if used:
+        ring.publish_used(mem, vq, log, used)
+        vq[VQ_PACKETS] += frames
+        vq[VQ_BYTES] += size
+        vq[VQ_CHAINS] += used
+    return frames
+
+
+@kernel
+def forward(
+    src_mem: Bytes,
+    src_regions: Words,
+    txq: Words,
+    src_log: Bytes,
+    rows: Words,
+    dst_mem: Bytes,
+    dst_regions: Words,
+    rxq: Words,
+    dst_log: Bytes,
+    iov: Words,
+    chains: Words,
+    ep: Words,
+    hdr: Bytes,
+    held: Bytes,
+    budget: int,
+) -> int:
+    """Move up to *budget* frames from a transmitq straight into a receiveq, copying each once.
+
+    The queues may be of one guest (echo, macswap, reflect) or of two. A frame without receive buffers stays in the
+    transmitq. *held* (uint8[FRAME_SLOT]) is where reflect writes its answers. Returns the chains used in the transmitq.
+    """
+    kind = ep[EP_KIND]
+    n = min(ring.available(src_mem, txq), budget)
+    status_tx = min(n, 0)
+    status_rx = 0
+    used_tx = 0
+    used_rx = 0
+    frames = 0
+    size = 0
+    while used_tx < n:
+        head = ring.head_at(src_mem, txq, used_tx)
+        if head < 0:
+            status_tx = head
+            break
+        n_out, _ = ring.gather(src_mem, src_regions, txq, head, rows)
+        if n_out <= 0:
+            status_tx = n_out if n_out < 0 else E_DIRECTION
+            break
+        row, frame_len = split_header(src_mem, rows, n_out, txq[VQ_HDR_LEN], hdr)
+        got = 0
+        if frame_len < ETH_HLEN:
+            ep[EP_DROP_SHORT] += 1
+            txq[VQ_DROPPED] += 1
+        elif frame_len > MAX_FRAME_LEN:
+            ep[EP_DROP_LONG] += 1
+            txq[VQ_DROPPED] += 1
+        elif kind != KIND_REFLECT and not accepts(hdr, 0, rxq[VQ_OFFLOADS]):
+            ep[EP_DROP_OFFLOAD] += 1
+            txq[VQ_DROPPED] += 1
+        elif kind == KIND_REFLECT:
+            linearize(src_mem, rows, row, n_out, held, NET_HDR_LEN)
+            length = answer(held, NET_HDR_LEN, frame_len)
+            if length:
+                store_u64_unaligned(held, 0, 0)
+                store_u16_unaligned(held, 8, 0)
+                rows[0, IOV_OFFSET] = NET_HDR_LEN
+                rows[0, IOV_LEN] = length
+                got = place(
+                    dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, held, 0, 0, held, rows, 0, 1, length
+                )
+                if got == 0:
+                    break
+        else:
+            extra = 0
+            if kind == KIND_MACSWAP:
+                extra = _MACS_LEN
+                row = take_front(src_mem, rows, row, n_out, extra, hdr, NET_HDR_LEN)
+                swap_macs(hdr, NET_HDR_LEN)
+            got = place(
+                dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, hdr, 0, extra, src_mem, rows, row, n_out,
+                frame_len - extra,
+            )  # fmt: skip
+            if got == 0:
+                break
+        if got > 0:
+            used_rx += got
+            frames += 1
+            size += frame_len
+        elif got == E_TOO_BIG:
+            ep[EP_DROP_NO_BUFFER] += 1
+            rxq[VQ_DROPPED] += 1
+        elif got < 0:
+            status_rx = got
+            break
+        ring.put_used(src_mem, txq, used_tx, head, 0)
+        used_tx += 1
+    if used_rx:
+        ring.publish_used(dst_mem, rxq, dst_log, used_rx)
+        rxq[VQ_PACKETS] += frames
+        rxq[VQ_BYTES] += size
+        rxq[VQ_CHAINS] += used_rx
+        ep[EP_TO_WIRE] += frames
+        ep[EP_FROM_WIRE] += frames
+    if used_tx:
+        ring.publish_used(src_mem, txq, src_log, used_tx)
+        txq[VQ_PACKETS] += frames
+        txq[VQ_BYTES] += size
+        txq[VQ_CHAINS] += used_tx
+    if status_tx < 0:
+        txq[VQ_STATUS] = status_tx
+    if status_rx < 0:
+        rxq[VQ_STATUS] = status_rx
+    return used_tx

@@ -1,0 +1,309 @@
+"""Where frames meet the outside, in compiled code: `emit` takes a frame out of the rings, `produce` brings one in.
+
+Both sides of a ring use them: the device's datapath and the guest's driver join the same endpoints. An endpoint is a
+row of named slots (`layout.EP_*`), a descriptor, and frame slots; a frame in a slot is virtio_net_hdr (12 bytes), then
+Ethernet without its FCS.
+"""
+
+from __future__ import annotations
+
+from .atomic import (
+    Bytes,
+    Words,
+    address,
+    copy,
+    load_u8,
+    load_u16_unaligned,
+    load_u32_unaligned,
+    store_u16_unaligned,
+    store_u32_unaligned,
+    store_u64_unaligned,
+)
+from .io import EAGAIN, clock_ns, read, writev
+from .jit import inlined, kernel
+from .layout import (
+    E_BLOCKED,
+    EP_BYTES_FROM_WIRE,
+    EP_BYTES_TO_WIRE,
+    EP_CHECK,
+    EP_COUNT,
+    EP_DROP_ERROR,
+    EP_DROP_LONG,
+    EP_DROP_SHORT,
+    EP_FIRST,
+    EP_FLOW,
+    EP_FROM_WIRE,
+    EP_INTERVAL_NS,
+    EP_KIND,
+    EP_LAST_ERRNO,
+    EP_LIMIT,
+    EP_NEXT_NS,
+    EP_OUT_COUNT,
+    EP_SEQ,
+    EP_SIZE,
+    EP_TO_WIRE,
+    ETH_HLEN,
+    IOV_LEN,
+    IOV_OFFSET,
+    KIND_GENERATE,
+    KIND_PYTHON,
+    KIND_TAP,
+    MAX_FRAME_LEN,
+    NET_HDR_FLAGS,
+    NET_HDR_GSO_TYPE,
+    NET_HDR_LEN,
+    NET_HDR_NUM_BUFFERS,
+    OFFLOAD_CSUM,
+    OFFLOAD_ECN,
+    OFFLOAD_TSO4,
+    OFFLOAD_TSO6,
+    OFFLOAD_UFO,
+    OFFLOAD_USO4,
+    OFFLOAD_USO6,
+    VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6,
+    VIRTIO_NET_HDR_GSO_UDP,
+)
+from .ledger import enter, stamp
+
+_MAX_IOVECS = 64  # a frame in more pieces is made whole first: writev takes 1,024 at most
+CLOCK_AT = 2 * (_MAX_IOVECS + 2)  # where the clock's scratch begins behind the iovecs
+SCRATCH_WORDS = CLOCK_AT + 8
+HDR_SCRATCH = 64  # bytes: virtio_net_hdr, and the addresses behind it
+
+
+@inlined
+def take_front(mem: Bytes, iov: Words, row: int, n: int, length: int, dst: Bytes, at: int) -> int:
+    """Move *length* bytes off the front of rows [row, n) of *iov* to *dst* at *at*; return the first row left.
+
+    The rows are shifted past what was taken. Takes less where there is less: then n comes back.
+    """
+    done = 0
+    while row < n and done < length:
+        part = min(length - done, iov[row, IOV_LEN])
+        copy(dst, at + done, mem, iov[row, IOV_OFFSET], part)
+        done += part
+        if part == iov[row, IOV_LEN]:
+            row += 1
+        else:
+            iov[row, IOV_OFFSET] += part
+            iov[row, IOV_LEN] -= part
+    return row
+
+
+@inlined
+def split_header(mem: Bytes, iov: Words, n: int, hdr_len: int, hdr: Bytes) -> tuple[int, int]:
+    """Move the virtio_net_hdr off the front of *iov* into *hdr* (uint8[HDR_SCRATCH]).
+
+    Returns (first row of the frame, bytes of the frame); (n, 0) if the chain is no longer than the header.
+    """
+    row = take_front(mem, iov, 0, n, hdr_len, hdr, 0)
+    frame_len = 0
+    for k in range(row, n):
+        frame_len += iov[k, IOV_LEN]
+    return row, frame_len
+
+
+@inlined
+def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
+    """Fit the header at *at* to what the receiver negotiated; False if the frame needs what it did not (5.1.6.4.1)."""
+    gso = load_u8(hdr, at + NET_HDR_GSO_TYPE)
+    if gso == VIRTIO_NET_HDR_GSO_NONE and load_u8(hdr, at + NET_HDR_FLAGS) == 0:
+        return True
+    if gso == VIRTIO_NET_HDR_GSO_NONE:
+        if not offloads & OFFLOAD_CSUM:
+            store_u64_unaligned(hdr, at, 0)
+            store_u16_unaligned(hdr, at + 8, 0)
+        return True
+    needed = OFFLOAD_CSUM
+    kind = gso & ~VIRTIO_NET_HDR_GSO_ECN
+    if kind == VIRTIO_NET_HDR_GSO_TCPV4:
+        needed |= OFFLOAD_TSO4
+    elif kind == VIRTIO_NET_HDR_GSO_TCPV6:
+        needed |= OFFLOAD_TSO6
+    elif kind == VIRTIO_NET_HDR_GSO_UDP:
+        needed |= OFFLOAD_UFO
+    else:
+        needed |= OFFLOAD_USO4 | OFFLOAD_USO6
+    if gso & VIRTIO_NET_HDR_GSO_ECN:
+        needed |= OFFLOAD_ECN
+    return offloads & needed == needed
+
+
+@kernel
+def linearize(mem: Bytes, iov: Words, row: int, n: int, dst: Bytes, at: int) -> int:
+    """Copy rows [row, n) of *iov* to *dst* from *at*; return the bytes copied."""
+    start = at
+    for k in range(row, n):
+        copy(dst, at, mem, iov[k, IOV_OFFSET], iov[k, IOV_LEN])
+        at += iov[k, IOV_LEN]
+    return at - start
+
+
+@inlined
+def emit(
+    mem: Bytes,
+    iov: Words,
+    row: int,
+    n: int,
+    frame_len: int,
+    hdr: Bytes,
+    ep: Words,
+    fd: int,
+    out_frames: Bytes,
+    out_lengths: Words,
+    ledger: Words,
+    windows: Bytes,
+    scratch: Words,
+) -> int:
+    """Hand one frame, rows [row, n) of *iov*, to the endpoint. Returns 0 when it is done with, or E_BLOCKED.
+
+    hdr uint8: its virtio_net_hdr. out_frames uint8[slots * slot_len] and out_lengths int64[slots] hold frames for
+    endpoints in Python, and make a frame in many pieces whole. What can't go out is dropped and counted.
+    """
+    if frame_len < ETH_HLEN:
+        ep[EP_DROP_SHORT] += 1
+        return 0
+    if frame_len > MAX_FRAME_LEN:
+        ep[EP_DROP_LONG] += 1
+        return 0
+    kind = ep[EP_KIND]
+    slot_len = out_frames.size // out_lengths.size
+    if kind == KIND_TAP:
+        store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
+        scratch[0] = address(hdr, 0)
+        scratch[1] = NET_HDR_LEN
+        count = n - row
+        if count <= _MAX_IOVECS:
+            for k in range(count):
+                scratch[2 + 2 * k] = address(mem, iov[row + k, IOV_OFFSET])
+                scratch[3 + 2 * k] = iov[row + k, IOV_LEN]
+        else:
+            linearize(mem, iov, row, n, out_frames, 0)
+            scratch[2] = address(out_frames, 0)
+            scratch[3] = frame_len
+            count = 1
+        written = writev(fd, scratch, count + 1)
+        if written == -EAGAIN:
+            return E_BLOCKED
+        if written < 0:
+            # A TAP that is down (EIO) or dislikes a header (EINVAL) costs this frame, nothing else.
+            ep[EP_LAST_ERRNO] = -written
+            ep[EP_DROP_ERROR] += 1
+            return 0
+    elif kind == KIND_PYTHON:
+        slot = ep[EP_OUT_COUNT]
+        if slot >= out_lengths.size:
+            return E_BLOCKED
+        if frame_len + NET_HDR_LEN > slot_len:
+            ep[EP_DROP_LONG] += 1
+            return 0
+        at = slot * slot_len
+        copy(out_frames, at, hdr, 0, NET_HDR_LEN)
+        linearize(mem, iov, row, n, out_frames, at + NET_HDR_LEN)
+        out_lengths[slot] = frame_len + NET_HDR_LEN
+        ep[EP_OUT_COUNT] = slot + 1
+    elif ep[EP_CHECK]:
+        if n - row == 1:
+            enter(mem, iov[row, IOV_OFFSET], frame_len, ledger, windows)
+        elif frame_len <= slot_len:
+            linearize(mem, iov, row, n, out_frames, 0)
+            enter(out_frames, 0, frame_len, ledger, windows)
+        else:
+            ep[EP_DROP_LONG] += 1
+            return 0
+    ep[EP_TO_WIRE] += 1
+    ep[EP_BYTES_TO_WIRE] += frame_len
+    return 0
+
+
+@inlined
+def produce(
+    ep: Words, fd: int, in_frames: Bytes, in_lengths: Words, dst: Bytes, at: int, room: int, now: int
+) -> int:
+    """Bring one frame in from the endpoint, header first, to *dst* at *at*; return its bytes, 0 if there is none.
+
+    room: bytes there. now: CLOCK_MONOTONIC in ns, looked at only by a generator with a rate. Frames for Python's
+    endpoints come from in_frames uint8[slots * slot_len], in_lengths int64[slots].
+    """
+    kind = ep[EP_KIND]
+    length = 0
+    if kind == KIND_TAP:
+        length = read(fd, dst, at, room)
+        if length < 0:
+            if length != -EAGAIN:
+                ep[EP_LAST_ERRNO] = -length
+                ep[EP_DROP_ERROR] += 1
+            return 0
+        if length < NET_HDR_LEN + ETH_HLEN:
+            ep[EP_DROP_SHORT] += 1
+            return 0
+    elif kind == KIND_GENERATE:
+        if ep[EP_LIMIT] >= 0 and ep[EP_SEQ] >= ep[EP_LIMIT]:
+            return 0
+        if ep[EP_INTERVAL_NS]:
+            if now < ep[EP_NEXT_NS]:
+                return 0
+            # A generator that was held back does not catch up: it goes on from now.
+            ep[EP_NEXT_NS] = max(ep[EP_NEXT_NS] + ep[EP_INTERVAL_NS], now - 1_000_000)
+        length = NET_HDR_LEN + ep[EP_SIZE]
+        if length > room:
+            ep[EP_DROP_LONG] += 1
+            return 0
+        store_u64_unaligned(dst, at, 0)
+        store_u64_unaligned(dst, at + 4, 0)
+        stamp(dst, at + NET_HDR_LEN, ep[EP_SIZE], ep[EP_FLOW], ep[EP_SEQ])
+        ep[EP_SEQ] += 1
+    elif kind == KIND_PYTHON:
+        while length == 0:
+            if ep[EP_COUNT] == 0:
+                return 0
+            slot = ep[EP_FIRST]
+            length = in_lengths[slot]
+            ep[EP_FIRST] = slot + 1
+            ep[EP_COUNT] -= 1
+            if length > room:
+                ep[EP_DROP_LONG] += 1
+                length = 0
+            elif length < NET_HDR_LEN + ETH_HLEN:
+                ep[EP_DROP_SHORT] += 1
+                length = 0
+        copy(dst, at, in_frames, slot * (in_frames.size // in_lengths.size), length)
+    else:
+        return 0
+    ep[EP_FROM_WIRE] += 1
+    ep[EP_BYTES_FROM_WIRE] += length - NET_HDR_LEN
+    return int(length)
+
+
+@inlined
+def due_in_ns(ep: Words, scratch: Words) -> int:
+    """Return the ns until a generator's next frame is due, 0 if it is; -1 if no clock will make one."""
+    if ep[EP_KIND] != KIND_GENERATE:
+        return -1
+    if ep[EP_LIMIT] >= 0 and ep[EP_SEQ] >= ep[EP_LIMIT]:
+        return -1
+    if not ep[EP_INTERVAL_NS]:
+        return 0
+    return max(0, ep[EP_NEXT_NS] - clock_ns(scratch[CLOCK_AT:]))
+
+
+@inlined
+def now_ns(ep: Words, scratch: Words) -> int:
+    """Return CLOCK_MONOTONIC in ns for an endpoint that needs it, else 0."""
+    if ep[EP_KIND] == KIND_GENERATE and ep[EP_INTERVAL_NS]:
+        return int(clock_ns(scratch[CLOCK_AT:]))
+    return 0
+
+
+@inlined
+def swap_macs(frame: Bytes, at: int) -> None:
+    """Exchange the source and destination address of the Ethernet frame at *at*."""
+    low = load_u32_unaligned(frame, at)
+    high = load_u16_unaligned(frame, at + 4)
+    store_u32_unaligned(frame, at, load_u32_unaligned(frame, at + 6))
+    store_u16_unaligned(frame, at + 4, load_u16_unaligned(frame, at + 10))
+    store_u32_unaligned(frame, at + 6, low)
+    store_u16_unaligned(frame, at + 10, high)
