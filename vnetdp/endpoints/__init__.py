@@ -1,0 +1,1 @@
+"""Endpoints: where frames meet the outside."""

@@ -1,0 +1,171 @@
+"""What every endpoint is: shared state that kernels work on, a descriptor a queue, and one owner who polls it.
+
+A frame is virtio_net_hdr (12 bytes), then Ethernet without its FCS. An endpoint in Python overrides `receive_frames`
+and `transmit_frames`, which work in batches; one that kernels serve by themselves overrides neither.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from vnetdp_kernels import layout
+
+from ..errors import EndpointError
+from ..memory import Bytes, SharedBlock, Words
+
+_log = logging.getLogger("vnetdp.endpoints")
+
+PYTHON_SLOTS = 64  # frames that go to, or come from, an endpoint in Python in one batch
+
+
+class Endpoint:
+    """Where frames meet the outside. Queue i serves queue pair i.
+
+    rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); held uint8[queues, FRAME_SLOT]; in_frames and
+    out_frames uint8[queues, slots * FRAME_SLOT] with in_lengths and out_lengths int64[queues, slots];
+    ledger int64[queues, LEDGER_SLOTS] and windows uint8[queues, LEDGER_WINDOW], a row a flow.
+    """
+
+    kind: int = layout.KIND_PYTHON
+    vnet_hdr = False  # True: takes and gives offloads in virtio_net_hdr
+    name = "endpoint"
+
+    def __init__(self, queues: int = 1, block_fd: int | None = None) -> None:
+        if not 1 <= queues <= 0x8000:
+            raise EndpointError(f"{queues} queues: an endpoint has 1 to 32768")
+        slots = PYTHON_SLOTS if self.kind == layout.KIND_PYTHON else 1
+        words = queues * (layout.EP_SLOTS + layout.LEDGER_SLOTS + 2 * slots)
+        frames = queues * (layout.FRAME_SLOT * (1 + 2 * slots) + layout.LEDGER_WINDOW)
+        self.queues = queues
+        self.block = SharedBlock(8 * words + frames + 8 * layout.PAGE_SIZE, block_fd)
+        self.rows: Words = self.block.carve(np.int64, queues, layout.EP_SLOTS)
+        self.ledger: Words = self.block.carve(np.int64, queues, layout.LEDGER_SLOTS)
+        self.in_lengths: Words = self.block.carve(np.int64, queues, slots)
+        self.out_lengths: Words = self.block.carve(np.int64, queues, slots)
+        self.windows: Bytes = self.block.carve(np.uint8, queues, layout.LEDGER_WINDOW)
+        self.held: Bytes = self.block.carve(np.uint8, queues, layout.FRAME_SLOT)
+        self.in_frames: Bytes = self.block.carve(np.uint8, queues, slots * layout.FRAME_SLOT)
+        self.out_frames: Bytes = self.block.carve(np.uint8, queues, slots * layout.FRAME_SLOT)
+        self.fds: Words = np.full(queues, -1, np.int64)
+        if block_fd is None:
+            self.rows[:, layout.EP_KIND] = self.kind
+            self.rows[:, layout.EP_FLOW] = np.arange(queues)
+            self.rows[:, layout.EP_LIMIT] = -1
+        self.polled_by: dict[int, object] = {}
+        self.polls_started = 0
+        self.polls_stopped = 0
+        self.errors = 0
+
+    # --- who polls it ---
+
+    def start_polling(self, queue: int, owner: object) -> None:
+        """Record that *owner* alone moves frames of *queue* from now on."""
+        holder = self.polled_by.get(queue)
+        if holder is not None and holder is not owner:
+            raise EndpointError(f"{self.name}: queue {queue} is polled by another owner")
+        if holder is None:
+            self.polled_by[queue] = owner
+            self.polls_started += 1
+
+    def stop_polling(self, queue: int, owner: object) -> None:
+        """Record that *owner* has let go of *queue*; nothing if it did not hold it."""
+        if self.polled_by.get(queue) is owner:
+            del self.polled_by[queue]
+            self.polls_stopped += 1
+
+    # --- the meeting of kernels and Python, in batches ---
+
+    def service(self) -> None:
+        """Hand on what kernels left in the out slots, and fill the in slots. Only for an endpoint in Python."""
+        if self.kind != layout.KIND_PYTHON:
+            return
+        for queue, row in enumerate(self.rows):
+            n = int(row[layout.EP_OUT_COUNT])
+            if n:
+                frames = [
+                    self.out_frames[queue, slot * layout.FRAME_SLOT :][: self.out_lengths[queue, slot]].tobytes()
+                    for slot in range(n)
+                ]
+                row[layout.EP_OUT_COUNT] = 0
+                self._guarded_transmit(queue, frames)
+            if row[layout.EP_COUNT] == 0:
+                self._fill(queue, row)
+
+    def _guarded_transmit(self, queue: int, frames: Sequence[bytes]) -> None:
+        try:
+            self.transmit_frames(queue, frames)
+        except Exception as e:  # noqa: BLE001 - somebody else's code: it may cost its frames, not the datapath
+            self._failed(queue, len(frames), e)
+
+    def _fill(self, queue: int, row: Words) -> None:
+        try:
+            frames = self.receive_frames(queue, PYTHON_SLOTS)
+        except Exception as e:  # noqa: BLE001 - as above
+            self._failed(queue, 0, e)
+            return
+        n = 0
+        for frame in frames:
+            if len(frame) > layout.FRAME_SLOT:
+                row[layout.EP_DROP_LONG] += 1
+                continue
+            at = n * layout.FRAME_SLOT
+            self.in_frames[queue, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
+            self.in_lengths[queue, n] = len(frame)
+            n += 1
+        row[layout.EP_FIRST] = 0
+        row[layout.EP_COUNT] = n
+
+    def _failed(self, queue: int, frames: int, error: Exception) -> None:
+        self.rows[queue, layout.EP_DROP_ERROR] += frames
+        self.errors += 1
+        if self.errors == 1:
+            _log.warning("%s: %s: %s (logged once; counted from now on)", self.name, type(error).__name__, error)
+
+    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
+        """Return up to *limit* frames for the other side of the ring; none if there are none now. Never blocks."""
+        return ()
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        """Take frames that came off the ring. Never blocks."""
+
+    # --- what a device tells it, and asks it ---
+
+    def set_offloads(self, mask: int) -> None:
+        """Learn which offloads (layout.OFFLOAD_*) the other side of the ring takes in a virtio_net_hdr."""
+
+    def set_mtu(self, mtu: int) -> None:
+        """Learn the MTU the driver was told; raise EndpointError if frames of that size can't pass."""
+
+    @property
+    def finished(self) -> bool:
+        """True once no frame will ever come from it again (a pcap read to its end)."""
+        return False
+
+    def counters(self) -> dict[str, int]:
+        """Return frames and bytes each way, and drops by reason, summed over the queues."""
+        total = self.rows.sum(axis=0)
+        return {
+            "to_wire": int(total[layout.EP_TO_WIRE]),
+            "from_wire": int(total[layout.EP_FROM_WIRE]),
+            "bytes_to_wire": int(total[layout.EP_BYTES_TO_WIRE]),
+            "bytes_from_wire": int(total[layout.EP_BYTES_FROM_WIRE]),
+            "dropped_short": int(total[layout.EP_DROP_SHORT]),
+            "dropped_long": int(total[layout.EP_DROP_LONG]),
+            "dropped_error": int(total[layout.EP_DROP_ERROR]),
+            "dropped_no_buffer": int(total[layout.EP_DROP_NO_BUFFER]),
+            "dropped_offload": int(total[layout.EP_DROP_OFFLOAD]),
+            "errors": self.errors,
+        }
+
+    def close(self) -> None:
+        """Give up descriptors. Whoever polls it has stopped before."""
+        self.block.close()
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,118 @@
+"""Endpoints that live wholly in kernels: null, echo, macswap, reflect and generate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from vnetdp_kernels import layout
+
+from ..errors import EndpointError
+from .base import Endpoint
+
+
+class NullEndpoint(Endpoint):
+    """Takes every frame and gives none."""
+
+    kind = layout.KIND_NULL
+    name = "null"
+
+
+class EchoEndpoint(Endpoint):
+    """Sends every frame back as it came, copied once from ring to ring."""
+
+    kind = layout.KIND_ECHO
+    name = "echo"
+
+
+class MacswapEndpoint(Endpoint):
+    """As echo, with the Ethernet addresses exchanged."""
+
+    kind = layout.KIND_MACSWAP
+    name = "macswap"
+
+
+class ReflectEndpoint(Endpoint):
+    """A host that has every IPv4 address: answers ARP requests and ICMP echo, and takes the rest."""
+
+    kind = layout.KIND_REFLECT
+    name = "reflect"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What became of numbered frames. `sent` is the other side's; `lost` = sent, and not delivered by now."""
+
+    sent: int = 0
+    delivered: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    reordered: int = 0
+    corrupted: int = 0
+
+    @property
+    def clean(self) -> bool:
+        return not (self.lost or self.duplicated or self.reordered or self.corrupted)
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def __add__(self, other: Ledger) -> Ledger:
+        mine, theirs = asdict(self), asdict(other)
+        return Ledger(**{key: mine[key] + theirs[key] for key in mine})
+
+
+class GenerateEndpoint(Endpoint):
+    """Sends numbered frames, and enters those that come back from the other side into the ledger.
+
+    size: bytes of a frame, Ethernet header included, FCS and virtio_net_hdr not. rate: frames a second and queue,
+    0 = as fast as the ring takes them. count: frames a queue, -1 = no end. Queue i stamps flow i.
+    """
+
+    kind = layout.KIND_GENERATE
+    name = "generate"
+
+    def __init__(
+        self,
+        queues: int = 1,
+        size: int = 64,
+        rate: float = 0.0,
+        count: int = -1,
+        block_fd: int | None = None,
+    ) -> None:
+        if not layout.LEDGER_MIN_LEN <= size <= layout.MAX_FRAME_LEN:
+            raise EndpointError(f"generate: size {size} is not between {layout.LEDGER_MIN_LEN} and {layout.MAX_FRAME_LEN}")
+        if rate < 0 or rate > 1e9:
+            raise EndpointError(f"generate: rate {rate} is not between 0 and 1e9 frames a second")
+        super().__init__(queues, block_fd)
+        if block_fd is None:
+            self.rows[:, layout.EP_SIZE] = size
+            self.rows[:, layout.EP_INTERVAL_NS] = round(1e9 / rate) if rate else 0
+            self.rows[:, layout.EP_LIMIT] = count
+            self.rows[:, layout.EP_CHECK] = 1
+
+    @property
+    def sent(self) -> int:
+        """Frames made so far, all queues: those in flight and in hand included."""
+        return int(self.rows[:, layout.EP_SEQ].sum())
+
+    def stop(self) -> None:
+        """Make no frames after those made by now. What is on its way still arrives."""
+        self.rows[:, layout.EP_LIMIT] = self.rows[:, layout.EP_SEQ]
+
+    @property
+    def finished(self) -> bool:
+        limit = self.rows[:, layout.EP_LIMIT]
+        return bool(((limit >= 0) & (self.rows[:, layout.EP_SEQ] >= limit)).all())
+
+    def ledger_against(self, sender: GenerateEndpoint) -> Ledger:
+        """Return what became of the frames that *sender*, across the rings, has made."""
+        total = self.ledger.sum(axis=0)
+        delivered = int(total[layout.LEDGER_DELIVERED])
+        return Ledger(
+            sent=sender.sent,
+            delivered=delivered,
+            lost=sender.sent - delivered,
+            duplicated=int(total[layout.LEDGER_DUPLICATED]),
+            reordered=int(total[layout.LEDGER_REORDERED]),
+            corrupted=int(total[layout.LEDGER_CORRUPTED]),
+        )

@@ -1,0 +1,61 @@
+"""Every exception, and the one table from a kernel's status to words."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vnetdp_kernels import layout
+
+STATUS_TEXT: dict[int, str] = {
+    layout.E_ADDRESS: "a buffer or table lies outside guest memory",
+    layout.E_HEAD: "avail.ring holds a descriptor index outside the table",
+    layout.E_NEXT: "desc.next points outside the table",
+    layout.E_LOOP: "a descriptor chain is longer than its table (a loop)",
+    layout.E_ORDER: "a device-readable descriptor follows a device-writable one",
+    layout.E_ZERO_LEN: "a descriptor has length 0",
+    layout.E_TOTAL_LEN: "a descriptor chain holds more than 2^32 bytes",
+    layout.E_INDIRECT_FEATURE: "an indirect descriptor without VIRTIO_RING_F_INDIRECT_DESC",
+    layout.E_INDIRECT_LEN: "an indirect table whose length is 0, not a multiple of 16, or too long",
+    layout.E_INDIRECT_NESTED: "an indirect descriptor inside an indirect table",
+    layout.E_INDIRECT_NEXT: "a descriptor with both INDIRECT and NEXT",
+    layout.E_AVAIL_IDX: "avail.idx moved by more than the queue's size",
+    layout.E_DIRECTION: "a chain without a buffer in its queue's direction",
+    layout.E_USED_ID: "the device used a chain that is not in flight",
+    layout.E_USED_IDX: "used.idx ran ahead of the chains in flight",
+    layout.E_USED_LEN: "the device claims more bytes than the chain can hold",
+    layout.E_NUM_BUFFERS: "num_buffers does not match the buffers used",
+}
+
+
+class VnetdpError(Exception):
+    """The root of all errors that this package raises on purpose."""
+
+
+class ConfigError(VnetdpError):
+    """The caller asked for something that cannot be; the text says what to do."""
+
+
+class GuestError(VnetdpError):
+    """The driver (or, seen from the driver, the device) broke the specification: its queue stops, the host lives."""
+
+    def __init__(self, queue: int, status: int) -> None:
+        self.queue = queue
+        self.status = status
+        super().__init__(f"queue {queue}: {STATUS_TEXT.get(status, f'status {status}')}")
+
+
+class BackendError(VnetdpError):
+    """A vhost verb failed, with the errno that the kernel's vhost would give."""
+
+    def __init__(self, verb: str, code: int, index: int | None = None, detail: str = "") -> None:
+        self.verb = verb
+        self.errno = code
+        self.index = index
+        where = "" if index is None else f" (vring {index})"
+        name = errno.errorcode.get(code, str(code))
+        super().__init__(f"{verb}{where}: {name}: {detail or os.strerror(code)}")
+
+
+class EndpointError(VnetdpError):
+    """An endpoint could not be opened or used."""

@@ -1,0 +1,39 @@
+"""EventFd: a kick (driver to device) or a call (device to driver)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+
+class EventFd:
+    """A non-blocking eventfd, owned: closed once, by `close` or on exit from `with`."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if fd is None else fd
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def signal(self) -> None:
+        """Add one. A full counter is signal enough."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> int:
+        """Take the count off, and return it: 0 if nobody signalled."""
+        try:
+            return os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return 0
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> EventFd:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

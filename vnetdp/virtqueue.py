@@ -1,0 +1,69 @@
+"""What a device remembers of a virtqueue, and how it becomes the row that kernels read.
+
+A `Virtqueue` is plain data: it can be copied, compared and sent. It is not trusted when it comes from outside:
+`validate` checks each field as the device's registers would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vnetdp_kernels import layout
+
+from .errors import ConfigError
+
+
+def ring_len(num: int) -> tuple[int, int, int]:
+    """Return the bytes of the descriptor table, the avail ring and the used ring (Virtio 1.2, 2.7)."""
+    return (
+        layout.VIRTQ_DESC_SIZE * num,
+        layout.VIRTQ_RING_ENTRIES + 2 * num + 2,
+        layout.VIRTQ_RING_ENTRIES + layout.VIRTQ_USED_ELEM_SIZE * num + 2,
+    )
+
+
+def check_num(num: int) -> None:
+    """Raise ConfigError unless *num* is a size a split queue may have (2.7): a power of two up to 32768."""
+    if not 0 < num <= layout.VIRTQ_MAX_NUM or num & (num - 1):
+        raise ConfigError(f"queue size {num} is not a power of two between 1 and {layout.VIRTQ_MAX_NUM}")
+
+
+@dataclass
+class Virtqueue:
+    """One queue of a device. Addresses are guest physical; an address of -1 has not been set."""
+
+    num: int = 256
+    desc: int = -1
+    avail: int = -1
+    used: int = -1
+    enabled: bool = False
+    last_avail_idx: int = 0
+
+    @property
+    def has_addresses(self) -> bool:
+        return self.desc >= 0 and self.avail >= 0 and self.used >= 0
+
+    def validate(self) -> None:
+        """Raise ConfigError for a state that no driver could have set up."""
+        check_num(self.num)
+        if not 0 <= self.last_avail_idx <= 0xFFFF:
+            raise ConfigError(f"last_avail_idx {self.last_avail_idx} is not a u16")
+        if self.has_addresses:
+            aligns = (layout.VIRTQ_DESC_ALIGN, layout.VIRTQ_AVAIL_ALIGN, layout.VIRTQ_USED_ALIGN)
+            for name, align in zip(("desc", "avail", "used"), aligns, strict=True):
+                if getattr(self, name) % align:
+                    raise ConfigError(f"{name} address {getattr(self, name):#x} is not aligned to {align} bytes")
+        elif self.enabled:
+            raise ConfigError("a queue without addresses is enabled")
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state as plain values, field by field."""
+        return asdict(self)
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Virtqueue:
+        """Return a queue from what `snapshot` gave, checked."""
+        queue = cls(**state)
+        queue.validate()
+        return queue
