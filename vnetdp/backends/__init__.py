@@ -1,0 +1,1 @@
+"""Backends: where a datapath runs. All are driven by vhost's verbs."""

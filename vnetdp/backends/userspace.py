@@ -1,0 +1,186 @@
+"""UserspaceBackend: the vhost verbs, applied to a Datapath in the caller's thread.
+
+It is what QEMU's own virtio-net is when the device's loop runs it, and the inside of every vhost worker.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vnetdp_kernels import layout
+from vnetdp_kernels.atomic import load_u16_acquire, store_u16
+
+from .. import features as f
+from ..datapath import Datapath
+from ..endpoints.base import Endpoint
+from ..errors import BackendError, ConfigError, EndpointError
+from ..memory import DirtyLog, GuestMemory, Words
+from ..notify import EventFd
+from ..virtqueue import check_num, ring_len
+from .base import TRANSMITQ, VRINGS
+
+_COUNTERS = {
+    "packets": layout.VQ_PACKETS,
+    "bytes": layout.VQ_BYTES,
+    "dropped": layout.VQ_DROPPED,
+    "calls": layout.VQ_CALLS,
+    "kicks": layout.VQ_KICKS,
+}
+
+
+class UserspaceBackend:
+    """Queue pair *pair* of a datapath. The datapath must not run meanwhile; memory and log are the whole datapath's."""
+
+    def __init__(self, datapath: Datapath, pair: int) -> None:
+        self.datapath = datapath
+        self.pair = pair
+        self.features = 0
+        self._rows: Words = datapath.vqs[2 * pair : 2 * pair + VRINGS]
+
+    def set_mtu(self, mtu: int) -> None:
+        if not 68 <= mtu <= 65535:
+            raise BackendError("set_mtu", errno.EINVAL, None, f"MTU {mtu} is not between 68 and 65535")
+
+    def set_features(self, features: int) -> None:
+        if (features ^ self.features) & ~f.VHOST_F_LOG_ALL and self._rows[:, layout.VQ_BOUND].any():
+            raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
+        if features & f.VIRTIO_F_RING_PACKED:
+            raise BackendError("set_features", errno.EOPNOTSUPP, None, "packed rings")
+        self.features = features
+        if features & f.VHOST_F_LOG_ALL:
+            self.datapath.logging.add(self.pair)
+        else:
+            self.datapath.logging.discard(self.pair)
+        for index, row in enumerate(self._rows):
+            row[layout.VQ_EVENT_IDX] = int(bool(features & f.VIRTIO_RING_F_EVENT_IDX))
+            row[layout.VQ_INDIRECT] = int(bool(features & f.VIRTIO_RING_F_INDIRECT_DESC))
+            row[layout.VQ_MRG_RXBUF] = int(bool(features & f.VIRTIO_NET_F_MRG_RXBUF))
+            row[layout.VQ_HDR_LEN] = f.header_len(features)
+            to_guest = f.guest_offload_mask(features)
+            row[layout.VQ_OFFLOADS] = f.host_offload_mask(features) if index == TRANSMITQ else to_guest
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        dp = self.datapath
+        before = dp.memory
+        dp.memory = memory
+        try:
+            for row in dp.vqs:
+                if row[layout.VQ_BOUND]:
+                    _translate(memory, row)
+        except ConfigError as e:
+            dp.memory = before
+            raise BackendError("set_memory", errno.EFAULT, None, str(e)) from e
+
+    def set_log(self, log: DirtyLog | None) -> None:
+        self.datapath.log = log
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        row = self._row("set_vring_num", index)
+        if row[layout.VQ_BOUND]:
+            raise BackendError("set_vring_num", errno.EBUSY, index, "the ring is bound")
+        try:
+            check_num(num)
+        except ConfigError as e:
+            raise BackendError("set_vring_num", errno.EINVAL, index, str(e)) from e
+        row[layout.VQ_NUM] = num
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        row = self._row("set_vring_base", index)
+        if row[layout.VQ_BOUND]:
+            raise BackendError("set_vring_base", errno.EBUSY, index, "the ring is bound")
+        if not 0 <= base <= 0xFFFF:
+            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
+        row[layout.VQ_LAST_AVAIL_IDX] = base
+        row[layout.VQ_AVAIL_IDX] = base
+
+    def get_vring_base(self, index: int) -> int:
+        row = self._row("get_vring_base", index)
+        if row[layout.VQ_BOUND]:
+            self.set_backend(index, None)
+        return int(row[layout.VQ_LAST_AVAIL_IDX])
+
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
+        row = self._row("set_vring_addr", index)
+        aligned = not (
+            desc % layout.VIRTQ_DESC_ALIGN or avail % layout.VIRTQ_AVAIL_ALIGN or used % layout.VIRTQ_USED_ALIGN
+        )
+        if not aligned:
+            raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
+        wanted = row.copy()
+        wanted[layout.VQ_DESC_GPA], wanted[layout.VQ_AVAIL_GPA], wanted[layout.VQ_USED_GPA] = desc, avail, used
+        wanted[layout.VQ_LOG_USED] = -1 if log_used is None else log_used
+        memory = self.datapath.memory
+        if memory is None or not row[layout.VQ_NUM]:
+            raise BackendError("set_vring_addr", errno.EFAULT, index, "memory and size come first")
+        try:
+            _translate(memory, wanted)
+        except ConfigError as e:
+            raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
+        row[:] = wanted
+
+    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
+        self._row("set_vring_kick", index)
+        self.datapath.notify[2 * self.pair + index, 0] = kick.fd if kick else -1
+
+    def set_vring_call(self, index: int, call: EventFd | None) -> None:
+        self._row("set_vring_call", index)
+        self.datapath.notify[2 * self.pair + index, 1] = call.fd if call else -1
+
+    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
+        row = self._row("set_backend", index)
+        dp = self.datapath
+        other = self._rows[1 - index]
+        if endpoint is None:
+            if row[layout.VQ_BOUND]:
+                row[layout.VQ_BOUND] = 0
+                if not other[layout.VQ_BOUND]:
+                    dp.endpoint.stop_polling(self.pair, self)
+            return
+        if dp.memory is None or row[layout.VQ_NUM] == 0 or row[layout.VQ_DESC_GPA] < 0:
+            raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
+        if dp.endpoint is not endpoint and dp.vqs[:, layout.VQ_BOUND].any():
+            raise BackendError("set_backend", errno.EBUSY, index, "another endpoint is bound")
+        if self.pair >= endpoint.queues:
+            raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
+        try:
+            _translate(dp.memory, row)
+            endpoint.start_polling(self.pair, self)
+        except ConfigError as e:
+            raise BackendError("set_backend", errno.EFAULT, index, str(e)) from e
+        except EndpointError as e:
+            raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
+        dp.endpoint = endpoint
+        mem = dp.memory.mem
+        if not row[layout.VQ_EVENT_IDX]:
+            store_u16(mem, int(row[layout.VQ_USED]), 0)
+        row[layout.VQ_LAST_USED_IDX] = load_u16_acquire(mem, int(row[layout.VQ_USED]) + layout.VIRTQ_RING_IDX)
+        row[layout.VQ_AVAIL_IDX] = row[layout.VQ_LAST_AVAIL_IDX]
+        row[layout.VQ_SIGNALLED_USED_VALID] = 0
+        row[layout.VQ_KICKS_ON] = 1
+        row[layout.VQ_STATUS] = 0
+        row[layout.VQ_BOUND] = 1
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        yield
+
+    def status(self, index: int) -> int:
+        return int(self._rows[index, layout.VQ_STATUS])
+
+    def counters(self, index: int) -> dict[str, int]:
+        return {name: int(self._rows[index, slot]) for name, slot in _COUNTERS.items()}
+
+    def _row(self, verb: str, index: int) -> Words:
+        if not 0 <= index < VRINGS:
+            raise BackendError(verb, errno.ENOBUFS, index, "a vhost device has vrings 0 and 1")
+        return self._rows[index]
+
+
+def _translate(memory: GuestMemory, row: Words) -> None:
+    """Set the window offsets of a row from its guest addresses; ConfigError, and no change, if one is outside."""
+    lengths = ring_len(int(row[layout.VQ_NUM]))
+    slots = (layout.VQ_DESC_GPA, layout.VQ_AVAIL_GPA, layout.VQ_USED_GPA)
+    offsets = [memory.translate(int(row[slot]), length) for slot, length in zip(slots, lengths, strict=True)]
+    row[layout.VQ_DESC], row[layout.VQ_AVAIL], row[layout.VQ_USED] = offsets

@@ -1,0 +1,206 @@
+"""Datapath: a straight line between an endpoint and the rings of one device, shared by every local backend.
+
+It owns the device's queue rows and the scratch that kernels need; what serves the rings when is its owner's affair.
+Also here: `Paced`, the thread that runs a datapath or a driver between two changes to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+
+from vnetdp_kernels import layout, loops, port
+
+from .endpoints.base import Endpoint
+from .memory import Bytes, DirtyLog, GuestMemory, SharedBlock, Words
+from .notify import EventFd
+
+_log = logging.getLogger("vnetdp.datapath")
+
+_UNSET = (
+    layout.VQ_DESC,
+    layout.VQ_AVAIL,
+    layout.VQ_USED,
+    layout.VQ_DESC_GPA,
+    layout.VQ_AVAIL_GPA,
+    layout.VQ_USED_GPA,
+    layout.VQ_LOG_USED,
+)
+_NO_LOG: Bytes = np.zeros(0, np.uint8)
+_NO_MEMORY: Bytes = np.zeros(1, np.uint8)
+_NO_TABLE: Words = np.zeros((0, layout.REGION_SLOTS), np.int64)
+
+
+class Scratch:
+    """The arrays a loop needs and nobody keeps; never shared between threads.
+
+    iov and rows int64[cap, 3], chains int64[n, 2], hdr uint8[HDR_SCRATCH], words int64[SCRATCH_WORDS],
+    pollfds int64[2, n], one int64[1].
+    """
+
+    def __init__(self, pairs: int, max_num: int = layout.VIRTQ_MAX_NUM) -> None:
+        cap = max(max_num, layout.MIN_CHAIN_CAP)
+        self.iov: Words = np.zeros((2 * cap, layout.IOV_SLOTS), np.int64)
+        self.rows: Words = np.zeros((cap, layout.IOV_SLOTS), np.int64)
+        self.chains: Words = np.zeros((cap, 2), np.int64)
+        self.hdr: Bytes = np.zeros(port.HDR_SCRATCH, np.uint8)
+        self.words: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
+        self.pollfds: Words = np.zeros((2, 3 * pairs + 1), np.int64)
+        self.one: Words = np.ones(1, np.int64)
+
+
+class Datapath:
+    """The device's side of the rings of *pairs* queue pairs: receiveq 2i, transmitq 2i + 1.
+
+    vqs int64[2 * pairs, VQ_SLOTS], in shared memory. Not thread-safe: one thread runs it, and changes it while it
+    does not run (`Paced.paused`).
+    """
+
+    def __init__(self, pairs: int, block_fd: int | None = None) -> None:
+        self.pairs = pairs
+        self.block = SharedBlock(2 * pairs * layout.VQ_SLOTS * 8 + layout.PAGE_SIZE, block_fd)
+        self.vqs: Words = self.block.carve(np.int64, 2 * pairs, layout.VQ_SLOTS)
+        self.ctl: Words = self.block.carve(np.int64, layout.CTL_SLOTS)
+        self.memory: GuestMemory | None = None
+        self.log: DirtyLog | None = None
+        self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
+        self.endpoint: Endpoint = Endpoint(pairs)
+        self.notify: Words = np.full((2 * pairs, 2), -1, np.int64)
+        self.bell = EventFd()
+        self._scratch = Scratch(pairs)
+        self._own_endpoint = self.endpoint
+        if block_fd is None:
+            for slot in _UNSET:
+                self.vqs[:, slot] = -1
+            self.vqs[:, layout.VQ_ENABLED] = 1
+
+    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
+        """Serve the bound queues; return (layout.LOOP_*, frames moved).
+
+        budget: at most so many frames, -1 = no end. timeout_ms: 0 returns when there is nothing to do, -1 waits until
+        the bell rings. poll_us: busy-poll so long before sleeping, -1 = for ever.
+        """
+        memory, endpoint, scratch = self.memory, self.endpoint, self._scratch
+        moved = 0
+        while True:
+            endpoint.service()
+            reason, n = loops.serve(
+                memory.mem if memory else _NO_MEMORY,
+                memory.table if memory else _NO_TABLE,
+                self.log.log if self.log and self.logging else _NO_LOG,
+                self.vqs,
+                endpoint.rows,
+                endpoint.fds,
+                endpoint.held,
+                endpoint.in_frames,
+                endpoint.in_lengths,
+                endpoint.out_frames,
+                endpoint.out_lengths,
+                endpoint.ledger,
+                endpoint.windows,
+                self.notify,
+                self.ctl,
+                self.bell.fd,
+                scratch.iov,
+                scratch.rows,
+                scratch.chains,
+                scratch.hdr,
+                scratch.words,
+                scratch.pollfds,
+                scratch.one,
+                budget if budget < 0 else budget - moved,
+                poll_us,
+                timeout_ms,
+            )
+            moved += n
+            if reason != layout.LOOP_PYTHON:
+                endpoint.service()
+                return reason, moved
+            if 0 <= budget <= moved:
+                endpoint.service()
+                return layout.LOOP_BUDGET, moved
+
+    def close(self) -> None:
+        self.bell.close()
+        self._own_endpoint.close()
+        self.block.close()
+
+
+class Runnable(Protocol):
+    """What `Paced` runs: a datapath, or a driver."""
+
+    ctl: Words
+    bell: EventFd
+
+    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]: ...
+
+
+class Paced:
+    """A thread that runs a datapath (or a driver), and stands still while somebody changes it.
+
+    `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
+    ends. Nests, also across calls. *on_broken* is called in the thread each time a queue broke; it may not pause.
+    """
+
+    def __init__(
+        self, target: Runnable, name: str, poll_us: int = 0, on_broken: Callable[[], None] | None = None
+    ) -> None:
+        self._target = target
+        self.poll_us = poll_us
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._parked = threading.Event()
+        self._resume = threading.Event()
+        self._stopping = False
+        self._on_broken = on_broken
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        ctl, bell = self._target.ctl, self._target.bell
+        try:
+            while not self._stopping:
+                reason, _ = self._target.run(-1, self.poll_us, -1)
+                if reason == layout.LOOP_BROKEN and self._on_broken:
+                    self._on_broken()
+                if ctl[layout.CTL_DOORBELL]:
+                    self._parked.set()
+                    self._resume.wait()
+                    self._resume.clear()
+                else:
+                    bell.clear()
+        except Exception:
+            _log.exception("%s ended", self._thread.name)
+            raise
+        finally:
+            self._parked.set()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hold the thread outside the kernels for the length of the block."""
+        with self._lock:
+            if self._depth == 0 and self._thread.is_alive():
+                self._target.ctl[layout.CTL_DOORBELL] = 1
+                self._target.bell.signal()
+                self._parked.wait()
+                self._parked.clear()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._target.bell.clear()
+                    self._target.ctl[layout.CTL_DOORBELL] = 0
+                    self._resume.set()
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        with self.paused():
+            self._stopping = True
+        self._thread.join()

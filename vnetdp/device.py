@@ -1,0 +1,424 @@
+"""NetDevice: an emulated virtio-net device, as its driver sees it, and who runs its rings (Virtio 1.2, 2 and 5.1).
+
+The device has a userspace datapath always, and a vhost worker if it was given one. Whenever the driver is ready, the link
+up and the device running, the worker gets the rings; any failure of any verb gives them to userspace, and the next status
+set tries again. A hand-over may happen at any moment, under traffic.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+from vnetdp_kernels import layout
+
+from . import features as f
+from . import vhost_net
+from .backends.base import VRINGS, Backend
+from .backends.userspace import UserspaceBackend
+from .backends.worker import Worker
+from .datapath import Datapath
+from .endpoints.base import Endpoint
+from .errors import BackendError, ConfigError, GuestError
+from .memory import DirtyLog, GuestMemory
+from .notify import EventFd
+from .virtqueue import Virtqueue, check_num
+
+_log = logging.getLogger("vnetdp.device")
+
+VIRTIO_CONFIG_S_ACKNOWLEDGE = 1
+VIRTIO_CONFIG_S_DRIVER = 2
+VIRTIO_CONFIG_S_DRIVER_OK = 4
+VIRTIO_CONFIG_S_FEATURES_OK = 8
+VIRTIO_CONFIG_S_NEEDS_RESET = 0x40
+VIRTIO_CONFIG_S_FAILED = 0x80
+VIRTIO_NET_S_LINK_UP = 1
+VIRTIO_NET_S_ANNOUNCE = 2
+
+MAX_QUEUE_PAIRS = 1024
+_HANDOVERS_KEPT = 10_000
+
+
+class Owner(enum.Enum):
+    """Who runs the rings."""
+
+    NOBODY = "nobody"
+    USERSPACE = "userspace"
+    VHOST = "vhost"
+
+
+class VhostSide(Protocol):
+    """A vhost worker that a device can be given: one backend a queue pair."""
+
+    backends: Sequence[Backend]
+
+    def close(self) -> None: ...
+
+
+class NetDevice:
+    """A virtio-net device over *endpoint*, with *queue_pairs* pairs of queues in *memory*.
+
+    vhost: the worker's backends, one a pair; None = userspace only. threaded: the userspace datapath runs in the
+    device's own thread; if not, nothing moves but by `step` (and vhost must be None or stepped by its owner).
+    offered: feature bits to offer, of those that can be; None = all. The caller keeps and closes memory, endpoint
+    and worker; `close` gives up what the device itself made.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        endpoint: Endpoint,
+        *,
+        queue_pairs: int = 1,
+        mac: bytes = b"\x52\x54\x00\x12\x34\x56",
+        mtu: int | None = None,
+        offered: int | None = None,
+        vhost: Sequence[Backend] | None = None,
+        threaded: bool = True,
+        poll_us: int = 0,
+        max_num: int = 1024,
+    ) -> None:
+        if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
+            raise ConfigError(f"{queue_pairs} queue pairs: a device has 1 to {MAX_QUEUE_PAIRS}")
+        if endpoint.queues < queue_pairs:
+            raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the device needs {queue_pairs}")
+        if len(mac) != 6:
+            raise ConfigError("a MAC address has 6 bytes")
+        if mtu is not None and not 68 <= mtu <= 65535:
+            raise ConfigError(f"MTU {mtu} is not between 68 and 65535")
+        if vhost is not None and len(vhost) != queue_pairs:
+            raise ConfigError(f"{len(vhost)} vhost backends for {queue_pairs} queue pairs")
+        check_num(max_num)
+        self.memory = memory
+        self.endpoint = endpoint
+        self.queue_pairs = queue_pairs
+        self.mac = mac
+        self.mtu = mtu
+        self.max_num = max_num
+        self.log: DirtyLog | None = None
+        self.owner = Owner.NOBODY
+        self.use_vhost = vhost is not None
+        self.fallbacks = 0
+        self.handovers_ns: deque[int] = deque(maxlen=_HANDOVERS_KEPT)
+        self.handovers = 0
+        self.last_error: Exception | None = None
+        self.kicks = [EventFd() for _ in range(VRINGS * queue_pairs)]
+        self.calls = [EventFd() for _ in range(VRINGS * queue_pairs)]
+        self.config_call = EventFd()
+        self.queues = [Virtqueue(num=min(256, max_num)) for _ in range(VRINGS * queue_pairs)]
+        self._lock = threading.RLock()
+        self._vhost = vhost
+        self._status = 0
+        self._link_up = True
+        self._running = True
+        self._driver_features = 0
+        self._offered = self._can_offer() if offered is None else f.closure(offered & self._can_offer())
+        self._userspace_worker: Worker | None = None
+        self._stepped: Datapath | None = None
+        if threaded:
+            self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", self.check_rings)
+            self._userspace: Sequence[Backend] = self._userspace_worker.backends
+        else:
+            self._stepped = Datapath(queue_pairs)
+            self._userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
+
+    def _can_offer(self) -> int:
+        bits = f.RING_FEATURES | f.VIRTIO_NET_F_MRG_RXBUF | f.VIRTIO_NET_F_MAC | f.VIRTIO_NET_F_STATUS
+        if self.mtu is not None:
+            bits |= f.VIRTIO_NET_F_MTU
+        if self.endpoint.vnet_hdr:
+            bits |= f.OFFLOADS
+        return bits
+
+    # --- registers, as a driver uses them ---
+
+    @property
+    def status(self) -> int:
+        """The device status field (2.1)."""
+        return self._status
+
+    @property
+    def device_features(self) -> int:
+        return self._offered
+
+    @property
+    def driver_features(self) -> int:
+        return self._driver_features
+
+    def set_driver_features(self, features: int) -> None:
+        """Take the driver's choice; whether it stands shows in FEATURES_OK (3.1.1)."""
+        with self._lock:
+            if self._status & VIRTIO_CONFIG_S_FEATURES_OK:
+                raise ConfigError("features can't change after FEATURES_OK: reset the device first")
+            self._driver_features = features
+
+    def set_status(self, status: int) -> None:
+        """Write the status field; 0 resets the device. DRIVER_OK gives the rings an owner."""
+        with self._lock:
+            if status == 0:
+                self._reset()
+                return
+            if status & VIRTIO_CONFIG_S_FEATURES_OK and not self._status & VIRTIO_CONFIG_S_FEATURES_OK:
+                wanted = self._driver_features
+                if wanted & ~self._offered or f.missing_dependency(wanted):
+                    status &= ~VIRTIO_CONFIG_S_FEATURES_OK
+                else:
+                    self.endpoint.set_offloads(f.guest_offload_mask(wanted))
+            self._status = status | self._status & VIRTIO_CONFIG_S_NEEDS_RESET
+            self._update_owner()
+
+    def set_queue(self, index: int, num: int, desc: int, avail: int, used: int) -> None:
+        """Set a queue's size and guest addresses; only while it is not enabled (4.1.4.3)."""
+        with self._lock:
+            queue = self._queue(index)
+            if queue.enabled:
+                raise ConfigError(f"queue {index} is enabled: reset it before it is set up again")
+            wanted = Virtqueue(num, desc, avail, used)
+            wanted.validate()
+            if num > self.max_num:
+                raise ConfigError(f"queue {index}: size {num} is larger than {self.max_num}")
+            self.queues[index] = wanted
+
+    def enable_queue(self, index: int) -> None:
+        """Enable a queue; after DRIVER_OK (a queue that was reset) its owner starts it at once."""
+        with self._lock:
+            queue = self._queue(index)
+            if not queue.has_addresses:
+                raise ConfigError(f"queue {index} has no addresses: set_queue comes first")
+            if queue.enabled:
+                return
+            queue.enabled = True
+            backends = self._backends()
+            if backends is not None:
+                pair, vring = divmod(index, VRINGS)
+                try:
+                    with backends[pair].hold():
+                        vhost_net.start_vring(backends[pair], self._rings(), pair, vring)
+                        backends[pair].set_backend(vring, self.endpoint)
+                except BackendError as e:
+                    self._restart_after(e)
+
+    def reset_queue(self, index: int) -> None:
+        """Reset one queue (2.6.1): the others go on. Its state is as after a device reset."""
+        with self._lock:
+            queue = self._queue(index)
+            backends = self._backends()
+            if queue.enabled and backends is not None:
+                pair, vring = divmod(index, VRINGS)
+                vhost_net.stop_vring(backends[pair], self._rings(), pair, vring)
+            self.queues[index] = Virtqueue(num=min(256, self.max_num))
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """Read the configuration space (5.1.4): mac, status, max_virtqueue_pairs, mtu."""
+        net_status = VIRTIO_NET_S_LINK_UP if self._link_up else 0
+        space = self.mac + struct.pack("<HHH", net_status, self.queue_pairs, self.mtu or 0)
+        if offset < 0 or length < 0 or offset + length > len(space):
+            raise ConfigError(f"config space has {len(space)} bytes, not {offset}+{length}")
+        return space[offset : offset + length]
+
+    def set_link(self, up: bool) -> None:
+        """Set the link state; while it is down nobody owns the rings."""
+        with self._lock:
+            if up != self._link_up:
+                self._link_up = up
+                self._notify_config()
+                self._update_owner()
+
+    def set_running(self, running: bool) -> None:
+        """Stop or resume the device, as a stopped virtual machine does; while it is stopped nobody owns the rings."""
+        with self._lock:
+            self._running = running
+            self._update_owner()
+
+    def set_use_vhost(self, use: bool) -> None:
+        """Choose the owner: the vhost worker, or the userspace datapath. Takes effect at once."""
+        with self._lock:
+            if use and self._vhost is None:
+                raise ConfigError("the device was made without a vhost worker")
+            self.use_vhost = use
+            self._update_owner()
+
+    def set_log(self, log: DirtyLog | None) -> None:
+        """Start or stop logging writes to guest memory; the owner learns of it without a hand-over."""
+        with self._lock:
+            self.log = log
+            backends = self._backends()
+            if backends is None:
+                return
+            rings = self._rings()
+            try:
+                with ExitStack() as stack:
+                    for backend in backends:
+                        stack.enter_context(backend.hold())
+                    for pair, backend in enumerate(backends):
+                        backend.set_log(log)
+                        backend.set_features(rings.features)
+                        for vring in range(VRINGS):
+                            q = self.queues[VRINGS * pair + vring]
+                            if q.enabled:
+                                backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if log else None)
+            except BackendError as e:
+                self._restart_after(e)
+
+    # --- owners ---
+
+    def _rings(self) -> vhost_net.Rings:
+        features = self._driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
+        mtu = self.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
+        return vhost_net.Rings(
+            self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu
+        )
+
+    def _backends(self) -> Sequence[Backend] | None:
+        if self.owner is Owner.VHOST:
+            return self._vhost
+        return self._userspace if self.owner is Owner.USERSPACE else None
+
+    def _update_owner(self) -> None:
+        """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace."""
+        ready = bool(
+            self._status & VIRTIO_CONFIG_S_DRIVER_OK
+            and not self._status & VIRTIO_CONFIG_S_NEEDS_RESET
+            and self._link_up
+            and self._running
+        )
+        if not ready:
+            self._hand_to(Owner.NOBODY)
+        elif not self.use_vhost or not self._hand_to(Owner.VHOST):
+            self._hand_to(Owner.USERSPACE)
+
+    def _hand_to(self, owner: Owner) -> bool:
+        """Stop the present owner and start *owner*; False if that could not be started (then nobody owns the rings)."""
+        if owner is self.owner:
+            return True
+        began = time.perf_counter_ns()
+        rings = self._rings()
+        with self._standing_still():
+            backends = self._backends()
+            if backends is not None:
+                vhost_net.stop(backends, rings)
+            self.owner = Owner.NOBODY
+            wanted = {Owner.NOBODY: None, Owner.USERSPACE: self._userspace, Owner.VHOST: self._vhost}[owner]
+            if wanted is not None:
+                try:
+                    vhost_net.start(wanted, rings)
+                except BackendError as e:
+                    self.last_error = e
+                    if owner is Owner.VHOST:
+                        self.fallbacks += 1
+                        _log.warning("unable to start vhost: %s: falling back on userspace virtio", e)
+                    else:
+                        _log.error("unable to start the userspace datapath: %s", e)
+                        self._needs_reset()
+                    return False
+                self.owner = owner
+        if wanted is not None:
+            # Whoever held the rings before may have left a decision open: calls may be spurious, but not lost.
+            for queue, call in zip(self.queues, self.calls, strict=True):
+                if queue.enabled:
+                    call.signal()
+        self.handovers += 1
+        self.handovers_ns.append(time.perf_counter_ns() - began)
+        return True
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Hold both owners for the length of a hand-over, so that it costs each one stop."""
+        with ExitStack() as stack:
+            for backends in (self._userspace, self._vhost or ()):
+                for backend in backends:
+                    stack.enter_context(backend.hold())
+            yield
+
+    def _restart_after(self, error: BackendError) -> None:
+        """The owner failed at a verb in passing: take the rings from it, and start anew."""
+        self.last_error = error
+        _log.warning("%s: starting the rings anew", error)
+        self._hand_to(Owner.NOBODY)
+        self._update_owner()
+
+    def _reset(self) -> None:
+        self._hand_to(Owner.NOBODY)
+        self._status = 0
+        self._driver_features = 0
+        self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
+        self.endpoint.rows[:, layout.EP_HELD] = 0
+        for event in (*self.kicks, *self.calls):
+            event.clear()
+
+    def _queue(self, index: int) -> Virtqueue:
+        if not 0 <= index < len(self.queues):
+            raise ConfigError(f"queue {index}: the device has queues 0 to {len(self.queues) - 1}")
+        return self.queues[index]
+
+    # --- trouble ---
+
+    def check_rings(self) -> None:
+        """Look for broken queues; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke."""
+        for error in self.ring_errors():
+            self.last_error = error
+            _log.warning("%s; the queue is stopped until the driver resets it", error)
+            self._needs_reset()
+
+    def ring_errors(self) -> list[GuestError]:
+        """Return what broke which queue."""
+        backends = self._backends() or ()
+        return [
+            GuestError(VRINGS * pair + vring, backend.status(vring))
+            for pair, backend in enumerate(backends)
+            for vring in range(VRINGS)
+            if backend.status(vring)
+        ]
+
+    def _needs_reset(self) -> None:
+        if not self._status & VIRTIO_CONFIG_S_NEEDS_RESET:
+            self._status |= VIRTIO_CONFIG_S_NEEDS_RESET
+            self._notify_config()
+
+    def _notify_config(self) -> None:
+        if self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+            self.config_call.signal()
+
+    # --- running it by hand ---
+
+    def step(self, budget: int = 64) -> int:
+        """Move at most *budget* frames through the userspace datapath, in this thread; return how many."""
+        if self._stepped is None:
+            raise ConfigError("the device has a thread: make it with threaded=False to step it")
+        reason, moved = self._stepped.run(budget, 0, 0)
+        if reason == layout.LOOP_BROKEN:
+            self.check_rings()
+        return moved
+
+    def counters(self) -> list[dict[str, int]]:
+        """Return packets, bytes, drops, calls and kicks of each queue, over all its owners."""
+        totals = []
+        for pair in range(self.queue_pairs):
+            for vring in range(VRINGS):
+                parts = [b[pair].counters(vring) for b in (self._userspace, self._vhost) if b is not None]
+                totals.append({key: sum(part[key] for part in parts) for key in parts[0]})
+        return totals
+
+    def close(self) -> None:
+        """Stop the rings and give up threads and descriptors that the device made."""
+        with self._lock:
+            self._hand_to(Owner.NOBODY)
+        if self._userspace_worker:
+            self._userspace_worker.close()
+        if self._stepped:
+            self._stepped.close()
+        for event in (*self.kicks, *self.calls, self.config_call):
+            event.close()
+
+    def __enter__(self) -> NetDevice:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,281 @@
+"""Driver: the guest's side of a device, at the speed of the device's side, for tests, benchmarks and simulators.
+
+It does what a guest's virtio_net does: negotiates features, lays out rings and buffers in guest memory, posts receive
+buffers, sends and receives. Its other end is an endpoint, as the device's is; without one, `send` and `receive`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from vnetdp_kernels import driver as kernels
+from vnetdp_kernels import layout, loops, split
+
+from . import features as f
+from .datapath import Paced, Scratch
+from .endpoints.base import Endpoint
+from .endpoints.mailbox import MailboxEndpoint
+from .errors import ConfigError, GuestError
+from .memory import GuestMemory, Words
+from .notify import EventFd
+from .virtqueue import check_num, ring_len
+
+_ACKNOWLEDGE, _DRIVER, _DRIVER_OK, _FEATURES_OK = 1, 2, 4, 8
+# One more line than a power of two: buffers at a stride of 2048 would share a few sets of the cache.
+BUFFER_LEN = 2048 + 64
+_LONG_BUFFER_LEN = layout.FRAME_SLOT + 64
+_MARGIN = 1 << 16  # guest memory left alone at its start, and for rounding
+
+
+class Device(Protocol):
+    """What a driver needs of a device: its registers and its notifiers."""
+
+    kicks: list[EventFd]
+    calls: list[EventFd]
+
+    @property
+    def device_features(self) -> int: ...
+    @property
+    def status(self) -> int: ...
+    def set_status(self, status: int) -> None: ...
+    def set_driver_features(self, features: int) -> None: ...
+    def set_queue(self, index: int, num: int, desc: int, avail: int, used: int) -> None: ...
+    def enable_queue(self, index: int) -> None: ...
+
+
+def _buffer_lens(features: int) -> tuple[int, int]:
+    """Return the bytes of a receive and of a transmit buffer that negotiated *features* ask for."""
+    gso_in = features & (f.VIRTIO_NET_F_GUEST_TSO4 | f.VIRTIO_NET_F_GUEST_TSO6)
+    gso_out = features & (f.VIRTIO_NET_F_HOST_TSO4 | f.VIRTIO_NET_F_HOST_TSO6)
+    receive = _LONG_BUFFER_LEN if gso_in and not features & f.VIRTIO_NET_F_MRG_RXBUF else BUFFER_LEN
+    return receive, _LONG_BUFFER_LEN if gso_out else BUFFER_LEN
+
+
+def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUFFER_LEN) -> GuestMemory:
+    """Make guest memory that a driver with so many queues of *num* buffers fits in, whatever it negotiates.
+
+    Pages cost nothing until they are used.
+    """
+    check_num(num)
+    rings = sum(ring_len(num)) + 3 * layout.PAGE_SIZE
+    length = _MARGIN + 2 * queue_pairs * (rings + num * buffer_len)
+    return GuestMemory.create([(0, -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE)])
+
+
+class Driver:
+    """Drives *queue_pairs* pairs of a device's queues, *num* descriptors each, from guest memory *memory*.
+
+    wanted: features to accept of those offered; None = all that the endpoint can use. endpoint: where frames come from
+    and go to; None makes a mailbox (`send`, `receive`). buffer_len: bytes of each buffer, virtio_net_hdr included;
+    0 = what the negotiated features need. Nothing runs until `start` (a thread) or `step`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        memory: GuestMemory,
+        endpoint: Endpoint | None = None,
+        *,
+        queue_pairs: int = 1,
+        num: int = 256,
+        wanted: int | None = None,
+        buffer_len: int = 0,
+        start_at: int = _MARGIN,
+    ) -> None:
+        check_num(num)
+        self.device = device
+        self.memory = memory
+        self.queue_pairs = queue_pairs
+        self.num = num
+        self.mailbox: MailboxEndpoint | None = None
+        if endpoint is None:
+            endpoint = self.mailbox = MailboxEndpoint(queue_pairs)
+        if endpoint.queues < queue_pairs:
+            raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the driver needs {queue_pairs}")
+        self.endpoint = endpoint
+        self.dvqs: Words = np.zeros((2 * queue_pairs, layout.DVQ_SLOTS), np.int64)
+        self.states: Words = np.zeros((2 * queue_pairs, num, layout.DESC_STATE_SLOTS), np.int64)
+        self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
+        self.bell = EventFd()
+        self.features = 0
+        self._wanted = wanted
+        self._buffer_len = buffer_len
+        self._start_at = start_at
+        self._scratch = Scratch(queue_pairs, num)
+        pairs = zip(device.kicks, device.calls, strict=True)
+        self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
+        self._thread: Paced | None = None
+        try:
+            self._bring_up()
+        except Exception:
+            self.close()
+            raise
+
+    def _bring_up(self) -> None:
+        """Reset the device and set it up as 3.1.1 says, step by step."""
+        device = self.device
+        device.set_status(0)
+        device.set_status(_ACKNOWLEDGE)
+        device.set_status(_ACKNOWLEDGE | _DRIVER)
+        usable = device.device_features
+        if not self.endpoint.vnet_hdr:
+            usable &= ~f.OFFLOADS
+        self.features = f.closure(usable if self._wanted is None else usable & self._wanted)
+        device.set_driver_features(self.features)
+        device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK)
+        if not device.status & _FEATURES_OK:
+            raise ConfigError(f"the device refuses the features {', '.join(f.names(self.features))}")
+        self.endpoint.set_offloads(f.host_offload_mask(self.features))
+        at = self._start_at
+        for index in range(2 * self.queue_pairs):
+            at = self._lay_out(index, at)
+        device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
+
+    def _lay_out(self, index: int, at: int) -> int:
+        """Place a queue's rings and buffers in guest memory from *at* on; return the address behind them."""
+        mem, row, state = self.memory.mem, self.dvqs[index], self.states[index]
+        lens = ring_len(self.num)
+        addresses = []
+        for length in lens:
+            addresses.append(at)
+            offset = self.memory.translate(at, length)
+            mem[offset : offset + length] = 0
+            at += -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
+        buffer_len = self._buffer_len or _buffer_lens(self.features)[index % 2]
+        row[:] = 0
+        row[layout.DVQ_NUM] = self.num
+        row[layout.DVQ_DESC] = self.memory.translate(addresses[0], lens[0])
+        row[layout.DVQ_AVAIL] = self.memory.translate(addresses[1], lens[1])
+        row[layout.DVQ_USED] = self.memory.translate(addresses[2], lens[2])
+        row[layout.DVQ_EVENT_IDX] = int(bool(self.features & f.VIRTIO_RING_F_EVENT_IDX))
+        row[layout.DVQ_IN_ORDER] = int(bool(self.features & f.VIRTIO_F_IN_ORDER))
+        row[layout.DVQ_MRG_RXBUF] = int(bool(self.features & f.VIRTIO_NET_F_MRG_RXBUF))
+        row[layout.DVQ_HDR_LEN] = f.header_len(self.features)
+        row[layout.DVQ_BUF_GPA] = at
+        row[layout.DVQ_BUF_LEN] = buffer_len
+        row[layout.DVQ_BUF_OFFSET] = self.memory.translate(at, self.num * buffer_len)
+        row[layout.DVQ_CALLS_ON] = 1
+        split.reset_driver(row, state)
+        if index % 2 == 0:
+            kernels.post_receive(mem, row, state)
+            split.publish_available(mem, row)
+        self.device.set_queue(index, self.num, *addresses)
+        self.device.enable_queue(index)
+        return at + -(-self.num * buffer_len // layout.PAGE_SIZE) * layout.PAGE_SIZE
+
+    # --- running ---
+
+    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
+        """Run all queues; return (layout.LOOP_*, frames moved). As `Datapath.run`."""
+        endpoint, scratch = self.endpoint, self._scratch
+        moved = 0
+        while True:
+            endpoint.service()
+            reason, n = loops.drive(
+                self.memory.mem,
+                self.dvqs,
+                self.states,
+                endpoint.rows,
+                endpoint.fds,
+                endpoint.in_frames,
+                endpoint.in_lengths,
+                endpoint.out_frames,
+                endpoint.out_lengths,
+                endpoint.ledger,
+                endpoint.windows,
+                self.notify,
+                self.ctl,
+                self.bell.fd,
+                scratch.iov,
+                scratch.hdr,
+                scratch.words,
+                scratch.pollfds,
+                scratch.one,
+                budget if budget < 0 else budget - moved,
+                poll_us,
+                timeout_ms,
+            )
+            moved += n
+            if reason != layout.LOOP_PYTHON:
+                endpoint.service()
+                return reason, moved
+            if 0 <= budget <= moved:
+                endpoint.service()
+                return layout.LOOP_BUDGET, moved
+
+    def step(self, budget: int = 64) -> int:
+        """Move at most *budget* frames, in this thread, and return how many; GuestError if the device cheated."""
+        moved = self.run(budget, 0, 0)[1]
+        self.check()
+        return moved
+
+    def check(self) -> None:
+        """Raise GuestError if the device broke a queue's rules."""
+        for index, row in enumerate(self.dvqs):
+            if row[layout.DVQ_STATUS]:
+                raise GuestError(index, int(row[layout.DVQ_STATUS]))
+
+    def start(self, poll_us: int = 0) -> None:
+        """Run in a thread of its own from now on; poll_us as in `Datapath.run`."""
+        if self._thread is None:
+            self._thread = Paced(self, "guest-driver", poll_us)
+
+    def stop(self) -> None:
+        """Stop the thread; rings and buffers stay as they are."""
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
+            self.ctl[layout.CTL_DOORBELL] = 0
+
+    def reset(self) -> None:
+        """Reset the device and start anew with it; what was in flight is gone."""
+        running = self._thread
+        self.stop()
+        self._bring_up()
+        if running is not None:
+            self.start(running.poll_us)
+
+    # --- frames by hand ---
+
+    def send(self, frame: bytes, queue: int = 0) -> bool:
+        """Send an Ethernet frame (no FCS); False if too many wait already. Needs the mailbox."""
+        return self._box().put(frame, queue=queue)
+
+    def receive(self) -> list[bytes]:
+        """Return the Ethernet frames received since the last call, oldest first. Needs the mailbox."""
+        return self._box().take()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `receive` has something."""
+        return self._box().ready.fd
+
+    def _box(self) -> MailboxEndpoint:
+        if self.mailbox is None:
+            raise ConfigError("the driver has an endpoint of its own: make it without one to send and receive by hand")
+        return self.mailbox
+
+    def counters(self) -> list[dict[str, int]]:
+        """Return packets, bytes, drops, kicks and calls of each queue."""
+        slots = {
+            "packets": layout.DVQ_PACKETS,
+            "bytes": layout.DVQ_BYTES,
+            "dropped": layout.DVQ_DROPPED,
+            "kicks": layout.DVQ_KICKS,
+            "calls": layout.DVQ_CALLS,
+        }
+        return [{name: int(row[slot]) for name, slot in slots.items()} for row in self.dvqs]
+
+    def close(self) -> None:
+        """Stop, and give up what the driver made. The device and the endpoint are the caller's."""
+        self.stop()
+        self.bell.close()
+        if self.mailbox is not None:
+            self.mailbox.close()
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,79 @@
+"""MailboxEndpoint: frames by hand. What a test, a simulator or a socket puts in goes to the ring; the rest is taken out."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from vnetdp_kernels import layout
+
+from ..notify import EventFd
+from .base import Endpoint
+
+_NO_HEADER = bytes(layout.NET_HDR_LEN)
+
+
+class MailboxEndpoint(Endpoint):
+    """Two queues of whole frames, one each way; safe to use from any thread.
+
+    `ready` is an eventfd that is readable after frames came off the ring. limit: frames kept each way; put more and
+    `put` says False, let more come off the ring and the oldest are dropped and counted.
+    """
+
+    name = "mailbox"
+
+    def __init__(self, queues: int = 1, limit: int = 4096) -> None:
+        super().__init__(queues)
+        self.limit = limit
+        self.dropped = 0
+        self.ready = EventFd()
+        self._lock = threading.Lock()
+        self._to_ring: list[deque[bytes]] = [deque() for _ in range(queues)]
+        self._from_ring: deque[bytes] = deque()
+        self._wake = [EventFd() for _ in range(queues)]
+        self.fds[:] = np.array([event.fd for event in self._wake])
+
+    def put(self, frame: bytes, header: bytes = _NO_HEADER, queue: int = 0) -> bool:
+        """Give an Ethernet frame (no FCS), with its virtio_net_hdr of 12 bytes, to the ring of a queue pair."""
+        with self._lock:
+            if len(self._to_ring[queue]) >= self.limit:
+                return False
+            self._to_ring[queue].append(header + frame)
+        self._wake[queue].signal()
+        return True
+
+    def take(self) -> list[bytes]:
+        """Return the Ethernet frames that came off the rings, oldest first, without their headers."""
+        return [frame[layout.NET_HDR_LEN :] for frame in self.take_raw()]
+
+    def take_raw(self) -> list[bytes]:
+        """As `take`, virtio_net_hdr included."""
+        with self._lock:
+            frames = list(self._from_ring)
+            self._from_ring.clear()
+            self.ready.clear()
+        return frames
+
+    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
+        with self._lock:
+            waiting = self._to_ring[queue]
+            frames = [waiting.popleft() for _ in range(min(limit, len(waiting)))]
+            if not waiting:
+                self._wake[queue].clear()
+        return frames
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        with self._lock:
+            self._from_ring.extend(frames)
+            while len(self._from_ring) > self.limit:
+                self._from_ring.popleft()
+                self.dropped += 1
+        self.ready.signal()
+
+    def close(self) -> None:
+        for event in (*self._wake, self.ready):
+            event.close()
+        super().close()
