@@ -21,7 +21,7 @@ from ..notify import EventFd
 from ..virtqueue import check_num, ring_len
 from .base import TRANSMITQ, VRINGS
 
-_COUNTERS = {
+COUNTERS = {
     "packets": layout.VQ_PACKETS,
     "bytes": layout.VQ_BYTES,
     "dropped": layout.VQ_DROPPED,
@@ -170,7 +170,7 @@ class UserspaceBackend:
         return int(self._rows[index, layout.VQ_STATUS])
 
     def counters(self, index: int) -> dict[str, int]:
-        return {name: int(self._rows[index, slot]) for name, slot in _COUNTERS.items()}
+        return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}
 
     def _row(self, verb: str, index: int) -> Words:
         if not 0 <= index < VRINGS:

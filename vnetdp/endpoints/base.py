@@ -140,6 +140,11 @@ class Endpoint:
         """Learn the MTU the driver was told; raise EndpointError if frames of that size can't pass."""
 
     @property
+    def gives(self) -> bool:
+        """True if frames come from it at all."""
+        return self.kind != layout.KIND_NULL
+
+    @property
     def finished(self) -> bool:
         """True once no frame will ever come from it again (a pcap read to its end)."""
         return False

@@ -1,0 +1,5 @@
+"""`python -m vnetdp`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,357 @@
+"""WorkerProcess: a vhost worker in a process of its own, over the same shared memory.
+
+Verbs go over a socket, one pickled request and one answer each, with every descriptor they speak of beside it; so the
+child maps the same guest memory, log and endpoint, and kernels there work on the same words. The parent keeps the
+books: who polls an endpoint, and what a dead child leaves behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from vnetdp_kernels import layout
+
+from ..datapath import Datapath, Paced
+from ..endpoints.base import Endpoint
+from ..errors import BackendError, EndpointError
+from ..memory import DirtyLog, GuestMemory, Region
+from ..notify import EventFd
+from .base import VRINGS
+from .userspace import COUNTERS, UserspaceBackend
+
+_MAX_MESSAGE = 1 << 16
+_MAX_FDS = 250  # SCM_MAX_FD is 253
+_BROKEN = "broken"
+_HOLD, _RELEASE = "hold", "release"  # not verbs: the child's thread stays out of the kernels in between
+
+
+class _RemoteEndpoint(Endpoint):
+    """The child's view of an endpoint: the same rows and slots, its own copies of the descriptors."""
+
+    def __init__(self, kind: int, queues: int, block_fd: int, fds: list[int], name: str) -> None:
+        self.kind = kind
+        self.name = name
+        super().__init__(queues, block_fd)
+        self.fds[:] = np.array(fds)
+
+    def close(self) -> None:
+        for fd in set(self.fds.tolist()) - {-1}:
+            os.close(fd)
+        super().close()
+
+
+def _pack(message: object) -> tuple[bytes, list[int]]:
+    """Return the bytes of a message, and the descriptors that go beside it."""
+    fds: list[int] = []
+
+    def beside(fd: int) -> int:
+        if fd < 0:
+            return -1
+        fds.append(fd)
+        return len(fds) - 1
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: object) -> object:
+            if isinstance(obj, EventFd):
+                return ("eventfd", beside(obj.fd))
+            if isinstance(obj, GuestMemory):
+                return ("memory", [(r.gpa, r.length, beside(r.fd), r.fd_offset) for r in obj.regions])
+            if isinstance(obj, DirtyLog):
+                return ("log", obj.length, beside(obj.fd))
+            if isinstance(obj, Endpoint):
+                queue_fds = [beside(fd) for fd in obj.fds.tolist()]
+                return ("endpoint", obj.kind, obj.queues, beside(obj.block.fd), queue_fds, obj.name)
+            return None
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(message)
+    return buffer.getvalue(), fds
+
+
+def _unpack(data: bytes, fds: list[int]) -> Any:
+    """Return a message; what arrived in it owns its descriptors."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> object:
+            kind, *rest = pid
+            if kind == "eventfd":
+                return EventFd(fds[rest[0]])
+            if kind == "memory":
+                memory = GuestMemory([Region(gpa, n, fds[fd], at) for gpa, n, fd, at in rest[0]])
+                for _, _, fd, _ in rest[0]:
+                    os.close(fds[fd])
+                return memory
+            if kind == "log":
+                return DirtyLog(rest[0] * 8 * layout.PAGE_SIZE, fds[rest[1]])
+            endpoint_kind, queues, block, queue_fds, name = rest
+            own = [fds[fd] if fd >= 0 else -1 for fd in queue_fds]
+            return _RemoteEndpoint(endpoint_kind, queues, fds[block], own, name)
+
+    return Unpickler(io.BytesIO(data)).load()
+
+
+def _send(sock: socket.socket, message: object) -> None:
+    data, fds = _pack(message)
+    if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
+        raise BackendError("send", errno.E2BIG, None, f"a message of {len(data)} bytes and {len(fds)} descriptors")
+    socket.send_fds(sock, [data], fds)
+
+
+def _receive(sock: socket.socket) -> Any:
+    data, fds, flags, _ = socket.recv_fds(sock, _MAX_MESSAGE, _MAX_FDS)
+    if not data:
+        raise EOFError
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in fds:
+            os.close(fd)
+        raise BackendError("receive", errno.EMSGSIZE, None, "a message was cut short")
+    return _unpack(data, list(fds))
+
+
+class WorkerProcess:
+    """A process that serves *pairs* vhost devices, `backends[i]` for queue pair i (see `Worker`).
+
+    Endpoints in Python stay with their process: binding one is refused (EOPNOTSUPP). If the child dies, every verb fails
+    with ESRCH, and `on_broken` is called.
+    """
+
+    def __init__(self, pairs: int, poll_us: int = 0, on_broken: Callable[[], None] | None = None) -> None:
+        self.on_broken = on_broken
+        self.memory: GuestMemory | None = None  # the table that the child has
+        self.datapath = Datapath(pairs)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock = ours
+        self._events, events = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        with theirs, events:
+            passed = (theirs.fileno(), events.fileno(), self.datapath.block.fd)
+            code = f"from vnetdp.backends.process import main; main({passed}, {pairs}, {poll_us})"
+            path = os.pathsep.join(filter(None, sys.path))
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", code], pass_fds=passed, env={**os.environ, "PYTHONPATH": path}
+            )
+        self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
+        self._watch.start()
+        self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def call(self, pair: int, verb: str, *args: object) -> Any:
+        """Have the child apply one verb; BackendError as it raised it, or ESRCH if there is no child any more."""
+        with self._lock:
+            try:
+                _send(self._sock, (pair, verb, args))
+                ok, answer = _receive(self._sock)
+            except (OSError, EOFError) as e:
+                raise BackendError(verb, errno.ESRCH, None, "the worker process is gone") from e
+        if not ok:
+            raise BackendError(*answer)
+        return answer
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                said = self._events.recv(64)
+            except OSError:
+                return
+            if self.on_broken:
+                self.on_broken()
+            if not said:
+                return
+
+    def close(self) -> None:
+        """End the child, and give up every descriptor."""
+        self._sock.close()
+        try:
+            self._child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        for backend in self.backends:
+            backend.forget()
+        self._watch.join()
+        self._events.close()
+        self.datapath.close()
+
+
+class ProcessBackend:
+    """One vhost device of a worker process (see `Backend`)."""
+
+    def __init__(self, worker: WorkerProcess, pair: int) -> None:
+        self._worker = worker
+        self._pair = pair
+        self._rows = worker.datapath.vqs[VRINGS * pair : VRINGS * pair + VRINGS]
+        self._bound: dict[int, Endpoint] = {}
+
+    def set_mtu(self, mtu: int) -> None:
+        self._worker.call(self._pair, "set_mtu", mtu)
+
+    def set_features(self, features: int) -> None:
+        self._worker.call(self._pair, "set_features", features)
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        # A table that the child has already stays mapped there: mapping it anew would fault in every page again.
+        worker = self._worker
+        worker.call(self._pair, "set_memory", None if memory is worker.memory else memory)
+        worker.memory = memory
+
+    def set_log(self, log: DirtyLog | None) -> None:
+        self._worker.call(self._pair, "set_log", log)
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        self._worker.call(self._pair, "set_vring_num", index, num)
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        self._worker.call(self._pair, "set_vring_base", index, base)
+
+    def get_vring_base(self, index: int) -> int:
+        base = int(self._worker.call(self._pair, "get_vring_base", index))
+        self._let_go(index)
+        return base
+
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
+        self._worker.call(self._pair, "set_vring_addr", index, desc, avail, used, log_used)
+
+    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
+        self._worker.call(self._pair, "set_vring_kick", index, kick)
+
+    def set_vring_call(self, index: int, call: EventFd | None) -> None:
+        self._worker.call(self._pair, "set_vring_call", index, call)
+
+    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
+        if endpoint is None:
+            try:
+                self._worker.call(self._pair, "set_backend", index, None)
+            finally:
+                self._let_go(index)
+            return
+        if endpoint.kind == layout.KIND_PYTHON:
+            raise BackendError("set_backend", errno.EOPNOTSUPP, index, f"{endpoint.name} lives in another process")
+        try:
+            endpoint.start_polling(self._pair, self)
+        except EndpointError as e:
+            raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
+        try:
+            self._worker.call(self._pair, "set_backend", index, endpoint)
+        except BackendError:
+            if not self._bound:
+                endpoint.stop_polling(self._pair, self)
+            raise
+        self._bound[index] = endpoint
+
+    def _let_go(self, index: int) -> None:
+        endpoint = self._bound.pop(index, None)
+        if endpoint is not None and not self._bound:
+            endpoint.stop_polling(self._pair, self)
+
+    def forget(self) -> None:
+        """Let go of everything, once the child has ended."""
+        for index in range(VRINGS):
+            self._let_go(index)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Have the child stand still; a child that is gone stands still for good."""
+        with suppress(BackendError):
+            self._worker.call(self._pair, _HOLD)
+        try:
+            yield
+        finally:
+            with suppress(BackendError):
+                self._worker.call(self._pair, _RELEASE)
+
+    def status(self, index: int) -> int:
+        return int(self._rows[index, layout.VQ_STATUS])
+
+    def counters(self, index: int) -> dict[str, int]:
+        return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}
+
+
+# --- the child ---
+
+
+class _Child:
+    """What runs in the worker process: a datapath, its thread, and the things it was sent, each kept once."""
+
+    def __init__(self, block_fd: int, pairs: int, poll_us: int, events: socket.socket) -> None:
+        self._datapath = Datapath(pairs, block_fd)
+        self._events = events
+        self._paced = Paced(self._datapath, "vhost-process", poll_us, self._broken)
+        self._backends = [UserspaceBackend(self._datapath, pair) for pair in range(pairs)]
+        self._kept: dict[tuple[object, ...], Any] = {}
+        self._endpoints: dict[int, Endpoint] = {}
+        self._holds: list[ExitStack] = []
+
+    def _broken(self) -> None:
+        self._events.send(_BROKEN.encode())
+
+    def apply(self, pair: int, verb: str, args: tuple[Any, ...]) -> object:
+        if verb == _HOLD:
+            self._holds.append(ExitStack())
+            self._holds[-1].enter_context(self._paced.paused())
+            return None
+        if verb == _RELEASE:
+            self._holds.pop().close()
+            return None
+        backend = self._backends[pair]
+        with self._paced.paused():
+            if verb == "set_backend" and args[1] is not None:
+                args = (args[0], self._same_endpoint(args[1]))
+            if verb == "set_memory" and args[0] is None:
+                args = (self._kept[("set_memory",)],)
+            answer = getattr(backend, verb)(*args)
+            if verb in ("set_memory", "set_log"):
+                self._keep((verb,), args[0])
+            elif verb in ("set_vring_kick", "set_vring_call"):
+                self._keep((verb, pair, args[0]), args[1])
+        return answer
+
+    def _keep(self, key: tuple[object, ...], thing: Any) -> None:
+        """Keep what kernels use until something else takes its place."""
+        before = self._kept.get(key)
+        self._kept[key] = thing
+        if before is not None and before is not thing:
+            before.close()
+
+    def _same_endpoint(self, endpoint: Endpoint) -> Endpoint:
+        """Return the view made when this endpoint was first bound: all pairs must work on one."""
+        inode = os.fstat(endpoint.block.fd).st_ino
+        known = self._endpoints.get(inode)
+        if known is not None:
+            endpoint.close()
+            return known
+        for other in list(self._endpoints):
+            if not self._endpoints[other].polled_by:
+                self._endpoints.pop(other).close()
+        self._endpoints[inode] = endpoint
+        return endpoint
+
+
+def main(passed: tuple[int, int, int], pairs: int, poll_us: int) -> None:
+    """Serve verbs until the parent closes its end, or dies."""
+    sock, events = (socket.socket(fileno=fd) for fd in passed[:2])
+    child = _Child(passed[2], pairs, poll_us, events)
+    while True:
+        try:
+            pair, verb, args = _receive(sock)
+        except EOFError:
+            os._exit(0)  # the thread is in a kernel, and everything else is shared memory
+        try:
+            answer: tuple[bool, object] = (True, child.apply(pair, verb, args))
+        except BackendError as e:
+            answer = (False, (e.verb, e.errno, e.index, str(e)))
+        _send(sock, answer)

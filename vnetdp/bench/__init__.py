@@ -1,0 +1,1 @@
+"""Benchmarks: vnetdp and its peers, measured in the same run."""

@@ -1,0 +1,248 @@
+"""The command line. Numba and the rest are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ._version import __version__
+from .errors import VnetdpError
+
+_ENDPOINTS = """\
+endpoints:
+  null                        takes every frame, gives none
+  echo, macswap               send every frame back, as it came or with its addresses exchanged
+  reflect                     a host with every IPv4 address: answers ARP and ICMP echo
+  generate:size=64,rate=1M,count=100
+                              numbered frames, checked at the other end
+  tap:NAME[,netns=NS]         a TAP interface, made if it is not there
+  pcap:IN[,OUT]               frames from one capture file, and into another
+  scapy:MODULE:CALLABLE       a Python function on Scapy packets
+  fault:drop=0.01,...:ENDPOINT
+                              any other, with faults
+"""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write_json(path: str, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text)
+
+
+@contextmanager
+def _until_signal() -> Iterator[threading.Event]:
+    """Give an event that SIGINT and SIGTERM set, for the length of the block."""
+    event = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        event.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    report = run(seconds=args.seconds, say=_say)
+    if args.json:
+        _write_json(args.json, report)
+    return 0 if report["ok"] else 1
+
+
+def _link(args: argparse.Namespace) -> int:
+    from .endpoints.spec import parse_endpoint
+    from .link import Link
+    from .warmup import warm_up
+
+    with _until_signal() as stop, ExitStack() as stack:
+        left = stack.enter_context(parse_endpoint(args.left, args.queue_pairs))
+        right = stack.enter_context(parse_endpoint(args.right, args.queue_pairs))
+        warm_up(_say)
+        link = stack.enter_context(
+            Link(
+                left,
+                right,
+                args.datapath,
+                queue_pairs=args.queue_pairs,
+                num=args.ring,
+                poll_us=-1 if args.poll else args.poll_us,
+                mtu=args.mtu,
+                switchable=args.switch_ms is not None,
+            )
+        )
+        _say(f"linked {args.left} and {args.right} through {link.device.owner.value}; ^C or SIGTERM ends it")
+        _run_link(link, stop, args)
+        link.drain()
+        report = link.report()
+    _print_link(report)
+    if args.json:
+        _write_json(args.json, report)
+    ledger = report.get("ledger")
+    clean = ledger is None or not any(ledger[key] for key in ("lost", "duplicated", "reordered", "corrupted"))
+    return 0 if clean and not report["errors"] else 1
+
+
+def _run_link(link: Any, stop: threading.Event, args: argparse.Namespace) -> None:
+    """Wait for a signal, the time asked for, or the end of what the endpoints have to give; switch on the way."""
+    import time
+
+    until = time.monotonic() + args.seconds if args.seconds else None
+    tick = args.switch_ms / 1000 if args.switch_ms is not None else 0.2
+    while not stop.wait(tick):
+        if args.switch_ms is not None and (not args.switches or link.device.handovers <= args.switches):
+            link.switch()
+        if until is not None and time.monotonic() >= until:
+            return
+        ends = (link.left, link.right)
+        if any(end.finished for end in ends) and all(end.finished or not end.gives for end in ends):
+            return
+
+
+def _print_link(report: dict[str, Any]) -> None:
+    seconds = report["seconds"]
+    for side, other in (("left", "right"), ("right", "left")):
+        counters = report[side]
+        frames, size = counters["from_wire"], counters["bytes_from_wire"]
+        print(
+            f"{side} to {other}: {frames:,} frames, {frames / seconds / 1e6:.3f} Mpps, {size * 8 / seconds / 1e9:.3f} Gbit/s"
+        )
+    dropped = {
+        f"{side} {key.removeprefix('dropped_')}": report[side][key]
+        for side in ("left", "right")
+        for key in report[side]
+        if key.startswith("dropped_") and report[side][key]
+    }
+    if dropped:
+        print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    print(f"owner {report['owner']}, {report['handovers']} hand-overs, {report['fallbacks']} fallbacks")
+    if "ledger" in report:
+        print("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
+    for error in report["errors"]:
+        print(f"error: {error}")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.report import finish
+
+    if args.what == "ring":
+        from .bench.ring import run as run_ring
+
+        results = run_ring(rounds=args.rounds, seconds=args.seconds, say=_say)
+    else:
+        from .bench.link import run as run_link
+
+        results = run_link(args.seconds, args.rounds, None, _say)
+    report = finish(args.what, results, args.plot)
+    if args.json:
+        _write_json(args.json, report)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import run
+
+    report = run()
+    if args.json:
+        _write_json(args.json, report)
+    return 0 if report["ok"] else 1
+
+
+def _number(low: int, high: int, what: str) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{what} is between {low} and {high}")
+        return value
+
+    return convert
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("a number above 0")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vnetdp",
+        description="A userspace virtio-net datapath at native speed, with vhost offload.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vnetdp {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, **kw)
+        sub.add_argument("--json", metavar="PATH", help="write the report as JSON to PATH; - is standard output")
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "Show traffic move from userspace to vhost, through a failure, and back.")
+    demo.add_argument("--seconds", type=_positive, default=1.0, help="of each phase (default 1)")
+
+    link = command(
+        "link",
+        _link,
+        "Join two endpoints through an emulated device and driver: LEFT is the device's, RIGHT the guest's.",
+        epilog=_ENDPOINTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    link.add_argument("left", metavar="LEFT")
+    link.add_argument("right", metavar="RIGHT")
+    link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), default="vhost")
+    link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
+    link.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
+    link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
+    link.add_argument("--poll", action="store_true", help="busy-poll, and never sleep")
+    link.add_argument("--poll-us", type=_number(0, 10_000_000, "a time in µs"), default=0, metavar="N",
+                      help="busy-poll so long before sleeping")  # fmt: skip
+    link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
+                      help="hand the rings to the other owner every N ms")  # fmt: skip
+    link.add_argument("--switches", type=int, metavar="N", help="stop switching after N hand-overs")
+    link.add_argument("--seconds", type=_positive, help="end after so long (default: a signal ends it)")
+
+    bench = command("bench", _bench, "Measure, and compare with peers in the same run.")
+    bench.add_argument("what", choices=("ring", "link"))
+    bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), default=5, metavar="N")
+    bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
+    bench.add_argument("--plot", metavar="FILE", help="draw the results (needs the plot extra)")
+
+    command("doctor", _doctor, "Say what this machine can run, and what to do about the rest.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except VnetdpError as e:
+        _say(f"vnetdp: {e}")
+        return 2
+    except KeyboardInterrupt:
+        return 130

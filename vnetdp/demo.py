@@ -1,0 +1,98 @@
+"""The demo: numbered packets both ways, while the rings go from owner to owner and a vhost fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from vnetdp_kernels import layout
+
+from .backends.faulty import Fault, FaultyBackend
+from .backends.worker import Worker
+from .device import NetDevice
+from .driver import Driver, memory_for
+from .endpoints.loopback import GenerateEndpoint
+from .warmup import warm_up
+
+_FRAME_LEN = 64
+
+
+def run(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run each phase for *seconds*; return the report that `vnetdp demo --json` writes."""
+    warm_up(say)
+    faults: list[Fault] = []
+    phases: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        memory = stack.enter_context(memory_for())
+        wire = stack.enter_context(GenerateEndpoint(size=_FRAME_LEN))
+        guest = stack.enter_context(GenerateEndpoint(size=_FRAME_LEN))
+        worker = Worker(1)
+        stack.callback(worker.close)
+        vhost = [FaultyBackend(backend, pair, faults) for pair, backend in enumerate(worker.backends)]
+        device = stack.enter_context(NetDevice(memory, wire, vhost=vhost))
+        device.set_use_vhost(False)
+        driver = stack.enter_context(Driver(device, memory, guest))
+        driver.start()
+
+        def phase(name: str) -> None:
+            before = _received(device)
+            began = time.perf_counter()
+            time.sleep(seconds)
+            took = time.perf_counter() - began
+            packets = _received(device) - before
+            owner = device.owner.value
+            phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
+            say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")
+
+        say(f"{_FRAME_LEN}-byte frames, numbered, both ways at once, through one queue pair:")
+        phase("userspace")
+        device.set_use_vhost(True)
+        phase("vhost")
+        faults.append(Fault("set_vring_base", times=1))
+        device.set_running(False)
+        device.set_running(True)
+        phase("vhost failed (injected): fallback")
+        fell_back = device.fallbacks == 1 and phases[-1]["owner"] == "userspace"
+        device.set_status(device.status)
+        phase("vhost, after one retry")
+        device.set_use_vhost(False)
+        phase("userspace again")
+
+        driver_done = _drain(wire, guest)
+        ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
+        handovers_us = sorted(ns / 1e3 for ns in device.handovers_ns)
+    owners = [p["owner"] for p in phases]
+    ok = (
+        driver_done
+        and fell_back
+        and ledger.clean
+        and owners == ["userspace", "vhost", "userspace", "vhost", "userspace"]
+        and all(p["packets"] for p in phases)
+    )
+    say("ledger: " + ", ".join(f"{value:,} {key}" for key, value in ledger.as_dict().items()))
+    median = handovers_us[len(handovers_us) // 2]
+    say(f"{len(handovers_us)} changes of owner, median {median:.0f} µs: " + ("no packet noticed" if ok else "NOT OK"))
+    return {"ok": ok, "phases": phases, "ledger": ledger.as_dict(), "handover_us": handovers_us}
+
+
+def _received(device: NetDevice) -> int:
+    """Packets through the device so far, both ways."""
+    return sum(queue["packets"] for queue in device.counters())
+
+
+def _drain(wire: GenerateEndpoint, guest: GenerateEndpoint) -> bool:
+    """Make no more frames; return whether those on their way arrived within 5 s."""
+    wire.stop()
+    guest.stop()
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        on_their_way = sum(
+            sender.sent - int(receiver.ledger[:, layout.LEDGER_DELIVERED].sum())
+            for sender, receiver in ((wire, guest), (guest, wire))
+        )
+        if on_their_way == 0:
+            return True
+        time.sleep(0.02)
+    return False

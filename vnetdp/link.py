@@ -1,0 +1,115 @@
+"""Link: two endpoints joined through an emulated device and driver. LEFT is the device's, RIGHT the guest's."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from .backends.base import Backend
+from .backends.process import WorkerProcess
+from .backends.worker import Worker
+from .device import NetDevice, Owner
+from .driver import Driver, memory_for
+from .endpoints.base import Endpoint
+from .endpoints.loopback import GenerateEndpoint
+from .errors import ConfigError
+
+DATAPATHS = ("userspace", "vhost", "vhost-process")
+
+
+class Link:
+    """A device over *left* and a driver over *right*, each in a thread, sharing guest memory.
+
+    datapath: "userspace", "vhost" (a worker thread), or "vhost-process" (a worker process). poll_us: busy-poll so long
+    before sleeping, -1 = for ever. The endpoints stay the caller's, and are closed by it after the link.
+    """
+
+    def __init__(
+        self,
+        left: Endpoint,
+        right: Endpoint,
+        datapath: str = "userspace",
+        *,
+        queue_pairs: int = 1,
+        num: int = 256,
+        poll_us: int = 0,
+        mtu: int | None = None,
+        switchable: bool = False,
+    ) -> None:
+        if datapath not in DATAPATHS:
+            raise ConfigError(f"datapath {datapath!r} is not one of {', '.join(DATAPATHS)}")
+        with ExitStack() as stack:
+            self.memory = stack.enter_context(memory_for(queue_pairs, num))
+            self.worker: Worker | WorkerProcess | None = None
+            backends: list[Backend] | None = None
+            if datapath == "vhost-process":
+                self.worker = WorkerProcess(queue_pairs, poll_us)
+            elif datapath == "vhost" or switchable:
+                self.worker = Worker(queue_pairs, poll_us)
+            if self.worker is not None:
+                stack.callback(self.worker.close)
+                backends = list(self.worker.backends)
+            self.device = NetDevice(
+                self.memory, left, queue_pairs=queue_pairs, mtu=mtu, vhost=backends, poll_us=poll_us
+            )
+            stack.callback(self.device.close)
+            if self.worker is not None:
+                self.worker.on_broken = self.device.check_rings
+                self.device.set_use_vhost(datapath != "userspace")
+            self.driver = Driver(self.device, self.memory, right, queue_pairs=queue_pairs, num=num)
+            stack.callback(self.driver.close)
+            self.driver.start(poll_us)
+            self._stack = stack.pop_all()
+        self.datapath = datapath
+        self.left = left
+        self.right = right
+        self._began = time.monotonic()
+
+    def switch(self) -> Owner:
+        """Hand the rings to the other owner, and return it."""
+        self.device.set_use_vhost(self.device.owner is not Owner.VHOST)
+        return self.device.owner
+
+    def report(self) -> dict[str, Any]:
+        """Return what happened so far, as plain values."""
+        report: dict[str, Any] = {
+            "datapath": self.datapath,
+            "owner": self.device.owner.value,
+            "seconds": time.monotonic() - self._began,
+            "handovers": self.device.handovers,
+            "fallbacks": self.device.fallbacks,
+            "status": self.device.status,
+            "errors": [str(error) for error in self.device.ring_errors()],
+            "left": self.left.counters(),
+            "right": self.right.counters(),
+            "queues": self.device.counters(),
+        }
+        if isinstance(self.left, GenerateEndpoint) and isinstance(self.right, GenerateEndpoint):
+            both = self.left.ledger_against(self.right) + self.right.ledger_against(self.left)
+            report["ledger"] = both.as_dict()
+        return report
+
+    def drain(self, timeout_s: float = 5.0) -> None:
+        """Let generators make no more frames, and wait until those on their way have arrived."""
+        ends = [end for end in (self.left, self.right) if isinstance(end, GenerateEndpoint)]
+        for end in ends:
+            end.stop()
+        until = time.monotonic() + timeout_s
+        before = None
+        while time.monotonic() < until:
+            now = [end.counters() for end in (self.left, self.right)]
+            if now == before:
+                return
+            before = now
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Stop both threads, the device and the worker."""
+        self._stack.close()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,33 @@
+"""The first run compiles the kernels: this says so, and gets it done before a packet waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from vnetdp_kernels import jit, loops
+
+from .device import NetDevice
+from .driver import Driver, memory_for
+from .endpoints.loopback import NullEndpoint
+
+_LOOPS = (loops.serve, loops.drive)
+
+
+def warm_up(say: Callable[[str], None] | None = None) -> float:
+    """Compile, or load from the cache, what a device and a driver run; return the seconds it took.
+
+    *say* is told only if there is something to wait for.
+    """
+    began = time.perf_counter()
+    cold = not all(jit.cache_is_warm(loop) for loop in _LOOPS)
+    if cold and say:
+        say("compiling the kernels (the first run after an installation: about 20 s; cached from then on) ...")
+    with memory_for(num=2) as memory, NullEndpoint() as left, NullEndpoint() as right:
+        with NetDevice(memory, left, threaded=False) as device, Driver(device, memory, right, num=2) as driver:
+            driver.step()
+            device.step()
+    took = time.perf_counter() - began
+    if cold and say:
+        say(f"compiled in {took:.1f} s")
+    return took
