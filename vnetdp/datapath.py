@@ -94,7 +94,7 @@ class Datapath:
                 memory.table if memory else _NO_TABLE,
                 self.log.log if self.log and self.logging else _NO_LOG,
                 self.vqs,
-                endpoint.rows,
+                endpoint.rows[: self.pairs],  # an endpoint may have more queues than we have pairs
                 endpoint.fds,
                 endpoint.held,
                 endpoint.in_frames,
@@ -179,6 +179,11 @@ class Paced:
             raise
         finally:
             self._parked.set()
+
+    @property
+    def native_id(self) -> int:
+        """The thread's id as the kernel knows it, for setting its affinity."""
+        return self._thread.native_id or 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:

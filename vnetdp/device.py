@@ -388,11 +388,23 @@ class NetDevice:
 
     # --- running it by hand ---
 
-    def step(self, budget: int = 64) -> int:
-        """Move at most *budget* frames through the userspace datapath, in this thread; return how many."""
+    @property
+    def stepped(self) -> Datapath:
+        """The userspace datapath of a device without a thread."""
         if self._stepped is None:
             raise ConfigError("the device has a thread: make it with threaded=False to step it")
-        reason, moved = self._stepped.run(budget, 0, 0)
+        return self._stepped
+
+    @property
+    def native_id(self) -> int:
+        """The thread id of the userspace datapath, for setting its affinity."""
+        if self._userspace_worker is None:
+            raise ConfigError("the device has no thread: it was made with threaded=False")
+        return self._userspace_worker.paced.native_id
+
+    def step(self, budget: int = 64) -> int:
+        """Move at most *budget* frames through the userspace datapath, in this thread; return how many."""
+        reason, moved = self.stepped.run(budget, 0, 0)
         if reason == layout.LOOP_BROKEN:
             self.check_rings()
         return moved

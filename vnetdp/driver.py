@@ -177,7 +177,7 @@ class Driver:
                 self.memory.mem,
                 self.dvqs,
                 self.states,
-                endpoint.rows,
+                endpoint.rows[: self.queue_pairs],  # an endpoint may have more queues than we have pairs
                 endpoint.fds,
                 endpoint.in_frames,
                 endpoint.in_lengths,
@@ -221,6 +221,13 @@ class Driver:
         """Run in a thread of its own from now on; poll_us as in `Datapath.run`."""
         if self._thread is None:
             self._thread = Paced(self, "guest-driver", poll_us)
+
+    @property
+    def native_id(self) -> int:
+        """The thread id, for setting its affinity."""
+        if self._thread is None:
+            raise ConfigError("the driver has no thread: start it first")
+        return self._thread.native_id
 
     def stop(self) -> None:
         """Stop the thread; rings and buffers stay as they are."""

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,7 +195,12 @@ class SharedBlock:
     def __init__(self, length: int, fd: int | None = None) -> None:
         self.length = -(-length // PAGE_SIZE) * PAGE_SIZE
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
-        self._map = mmap.mmap(self.fd, self.length)
+        if os.fstat(self.fd).st_size < self.length:
+            raise ConfigError(f"a shared block of {self.length} bytes ends behind its file")
+        # Not the mmap module: it would keep a second descriptor until the last array is gone.
+        at = _map(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, self.fd, 0)
+        self._map = (ctypes.c_uint8 * self.length).from_address(at)
+        weakref.finalize(self._map, _libc.munmap, at, self.length).atexit = False
         self._at = 0
 
     def carve(self, dtype: Any, *shape: int) -> npt.NDArray[Any]:

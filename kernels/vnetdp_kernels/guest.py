@@ -6,7 +6,18 @@ each *run* of adjacent regions, so a range that crosses from one region into the
 
 from __future__ import annotations
 
-from .atomic import Bytes, Words, copy, exchange_u64, fetch_or_u8, store_u8
+from .atomic import (
+    Bytes,
+    Words,
+    copy,
+    exchange_u64,
+    fetch_or_u8,
+    load_u16_unaligned,
+    load_u64_unaligned,
+    store_u8,
+    store_u16_unaligned,
+    store_u64_unaligned,
+)
 from .jit import inlined, kernel
 from .layout import E_ADDRESS, PAGE_SHIFT, REGION_GPA, REGION_LEN, REGION_OFFSET
 
@@ -52,6 +63,19 @@ def write(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset:
     copy(mem, offset, src, src_offset, length)
     if log.size > 0:
         mark_dirty(log, gpa, length)
+
+
+@inlined
+def write_header(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, num_buffers: int) -> None:
+    """`write` for a virtio_net_hdr of 12 bytes, which is not worth a call of memcpy.
+
+    num_buffers goes straight to the guest: read back from *src* right after it was stored there, it would stall.
+    """
+    store_u64_unaligned(mem, offset, load_u64_unaligned(src, src_offset))
+    store_u16_unaligned(mem, offset + 8, load_u16_unaligned(src, src_offset + 8))
+    store_u16_unaligned(mem, offset + 10, num_buffers)
+    if log.size > 0:
+        mark_dirty(log, gpa, 12)
 
 
 @inlined

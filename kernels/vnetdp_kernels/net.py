@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import split as ring
 from .atomic import Bytes, Words, store_u16_unaligned, store_u64_unaligned
-from .guest import write
+from .guest import write, write_header
 from .jit import inlined, kernel
 from .layout import (
     E_DIRECTION,
@@ -90,6 +90,22 @@ def place(
     """
     hdr_len = vq[VQ_HDR_LEN]
     need = hdr_len + extra + body_len
+    if ahead < ring.available(mem, vq) and hdr_len == NET_HDR_LEN and n_rows - row == 1:
+        # The common shape: one piece, into one buffer of one descriptor.
+        head = ring.head_at(mem, vq, ahead)
+        if head >= 0:
+            n_out, n_in = ring.gather(mem, regions, vq, head, iov)
+            if n_out == 0 and n_in == 1 and iov[0, IOV_LEN] >= need:
+                to = iov[0, IOV_OFFSET]
+                gpa = iov[0, IOV_GPA]
+                write_header(mem, log, to, gpa, hdr, hdr_at, 1)
+                to += NET_HDR_LEN
+                gpa += NET_HDR_LEN
+                if extra:
+                    write(mem, log, to, gpa, hdr, hdr_at + NET_HDR_LEN, extra)
+                write(mem, log, to + extra, gpa + extra, src, rows[row, IOV_OFFSET], body_len)
+                ring.put_used(mem, vq, ahead, head, need)
+                return 1
     room = 0
     taken = 0
     filled = 0
@@ -219,13 +235,15 @@ def fill_receiveq(
     """Bring up to *budget* frames from the endpoint into receive buffers, and publish these as used.
 
     held uint8[FRAME_SLOT]: the frame in hand, which stays there (EP_HELD bytes) while no buffer is there for it.
-    Nothing is taken from the endpoint while the ring is empty. Returns the frames placed.
+    Nothing is taken from the endpoint while the ring is empty. Returns the frames dealt with: placed, or dropped.
     """
     now = now_ns(ep, scratch)
     used = 0
     frames = 0
+    dropped = 0
     size = 0
-    while frames < budget:
+    # Dropped frames count too: a wire that sends nothing else must not keep us here.
+    while frames + dropped < budget:
         if ep[EP_HELD] == 0:
             n = ring.available(mem, vq)
             if n >= 0 and used >= n:
@@ -240,7 +258,7 @@ def fill_receiveq(
                 break
             if not accepts(held, 0, vq[VQ_OFFLOADS]):
                 ep[EP_DROP_OFFLOAD] += 1
-                vq[VQ_DROPPED] += 1
+                dropped += 1
                 continue
             ep[EP_HELD] = length
         body_len = ep[EP_HELD] - NET_HDR_LEN
@@ -249,8 +267,8 @@ def fill_receiveq(
         n = place(mem, regions, vq, log, iov, chains, used, held, 0, 0, held, rows, 0, 1, body_len)
         if n == E_TOO_BIG:
             ep[EP_DROP_NO_BUFFER] += 1
-            vq[VQ_DROPPED] += 1
             ep[EP_HELD] = 0
+            dropped += 1
             continue
         if n <= 0:
             if n < 0:
@@ -265,7 +283,8 @@ def fill_receiveq(
         vq[VQ_PACKETS] += frames
         vq[VQ_BYTES] += size
         vq[VQ_CHAINS] += used
-    return frames
+    vq[VQ_DROPPED] += dropped
+    return frames + dropped
 
 
 @kernel

@@ -15,6 +15,7 @@ from .atomic import (
     load_u8,
     load_u16_unaligned,
     load_u32_unaligned,
+    load_u64_unaligned,
     store_u16_unaligned,
     store_u32_unaligned,
     store_u64_unaligned,
@@ -99,7 +100,18 @@ def split_header(mem: Bytes, iov: Words, n: int, hdr_len: int, hdr: Bytes) -> tu
 
     Returns (first row of the frame, bytes of the frame); (n, 0) if the chain is no longer than the header.
     """
-    row = take_front(mem, iov, 0, n, hdr_len, hdr, 0)
+    first = iov[0, IOV_LEN]
+    if hdr_len == NET_HDR_LEN and first > NET_HDR_LEN:
+        at = iov[0, IOV_OFFSET]
+        store_u64_unaligned(hdr, 0, load_u64_unaligned(mem, at))
+        store_u32_unaligned(hdr, 8, load_u32_unaligned(mem, at + 8))
+        iov[0, IOV_OFFSET] = at + NET_HDR_LEN
+        iov[0, IOV_LEN] = first - NET_HDR_LEN
+        if n == 1:
+            return 0, int(first - NET_HDR_LEN)
+        row = 0
+    else:
+        row = take_front(mem, iov, 0, n, hdr_len, hdr, 0)
     frame_len = 0
     for k in range(row, n):
         frame_len += iov[k, IOV_LEN]

@@ -84,7 +84,7 @@ class Endpoint:
             return
         for queue, row in enumerate(self.rows):
             n = int(row[layout.EP_OUT_COUNT])
-            if n:
+            if n and self.takes_frames(queue):
                 frames = [
                     self.out_frames[queue, slot * layout.FRAME_SLOT :][: self.out_lengths[queue, slot]].tobytes()
                     for slot in range(n)
@@ -123,10 +123,15 @@ class Endpoint:
         self.errors += 1
         if self.errors == 1:
             _log.warning("%s: %s: %s (logged once; counted from now on)", self.name, type(error).__name__, error)
+            _log.debug("%s: where that came from:", self.name, exc_info=error)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         """Return up to *limit* frames for the other side of the ring; none if there are none now. Never blocks."""
         return ()
+
+    def takes_frames(self, queue: int) -> bool:
+        """False while frames for the wire should rather stay in the ring (EAGAIN)."""
+        return True
 
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         """Take frames that came off the ring. Never blocks."""

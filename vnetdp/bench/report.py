@@ -1,0 +1,70 @@
+"""What a benchmark says in the end: a table, the machine it ran on, JSON, and a picture if asked for."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+Row = dict[str, Any]
+_UNITS = (("mpps", "Mpps"), ("gbps", "Gbit/s"), ("us", "µs"), ("ns_per_packet", "ns/packet"))
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader needs to judge the figures by."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def finish(what: str, results: Sequence[Row], plot: str | None) -> dict[str, Any]:
+    """Print *results*, draw them into *plot* if it is given, and return the whole report."""
+    report = {"bench": what, "machine": machine(), "results": list(results)}
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    for row in results:
+        label = f"{row['name']}, {row['size']} B" if row.get("size") else row["name"]
+        if row.get("skipped"):
+            print(f"  {label:<40} {row.get('peer') or '':<24} skipped: {row['skipped']}")
+            continue
+        figures = "  ".join(f"{row[key]:10.3f} {unit}" for key, unit in _UNITS if row.get(key) is not None)
+        ratio = f"  x{row['ratio']:.2f}" if row.get("ratio") is not None else ""
+        print(f"  {label:<40} {row.get('peer') or '':<24}{figures}{ratio}")
+    if plot:
+        _draw(what, results, plot)
+    return report
+
+
+def _draw(what: str, results: Sequence[Row], path: str) -> None:
+    try:
+        import matplotlib as mpl
+    except ImportError as e:
+        raise ConfigError("--plot needs matplotlib: pip install 'vnetdp[plot]'") from e
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(key, unit) for key, unit in _UNITS if any(row.get(key) is not None for row in results)]
+    figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(9, 1 + 0.35 * len(results) * len(panels)))
+    for axis, (key, unit) in zip(axes[:, 0], panels, strict=True):
+        rows = [row for row in results if row.get(key) is not None]
+        labels = [" ".join(str(row[k]) for k in ("name", "size", "peer") if row.get(k)) for row in rows]
+        bars = axis.barh(labels, [row[key] for row in rows], color="#33658a")
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.set_xlabel(unit)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"vnetdp bench {what}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

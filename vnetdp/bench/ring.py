@@ -1,0 +1,229 @@
+"""`vnetdp bench ring`: what the rings cost, on one core and on two, under either owner."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from vnetdp_kernels import bench, layout
+
+from ..backends.worker import Worker
+from ..datapath import Scratch
+from ..device import NetDevice
+from ..driver import Driver, memory_for
+from ..endpoints.base import Endpoint
+from ..endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
+from ..errors import VnetdpError
+from ..memory import DirtyLog
+from ..warmup import warm_up
+from .report import Row
+
+_SIZES = (64, 1500)
+_RING = 256
+_HANDOVERS = 1000
+_Say = Callable[[str], None]
+
+
+class CountError(VnetdpError):
+    """A benchmark's own packet counts do not add up: its figures mean nothing."""
+
+
+def run(rounds: int = 5, seconds: float = 1.0, say: _Say = lambda _: None) -> list[Row]:
+    """Run all measurements, *rounds* times in turn, medians; *seconds* for each of those on two cores."""
+    warm_up(say)
+    results = one_core(rounds, say)
+    results += logging_cost(rounds, say)
+    results += two_cores(rounds, seconds, say)
+    results.append(handovers(_HANDOVERS, say))
+    return results
+
+
+# --- one core: driver and device in turns, the clock around the device ---
+
+
+class OneCore:
+    """A device and a driver that take turns in one thread."""
+
+    def __init__(self, endpoint: Endpoint, size: int, ring: int = _RING, logged: bool = False) -> None:
+        with ExitStack() as stack:
+            self.endpoint = stack.enter_context(endpoint)
+            self.guest = stack.enter_context(GenerateEndpoint(size=size))
+            self.memory = stack.enter_context(memory_for(num=ring))
+            self.device = stack.enter_context(NetDevice(self.memory, endpoint, threaded=False))
+            self.driver = stack.enter_context(Driver(self.device, self.memory, self.guest, num=ring))
+            self.log = DirtyLog(self.memory.end) if logged else None
+            if self.log is not None:
+                stack.callback(self.log.close)
+                self.device.set_log(self.log)
+            self._scratch = Scratch(1)
+            self._ctl = np.zeros(layout.CTL_SLOTS, np.int64)
+            self._clock = np.zeros(2, np.int64)
+            self._stack = stack.pop_all()
+
+    def alternate(self, rounds: int) -> tuple[int, int]:
+        """Let them take *rounds* turns; return (ns of the device, frames that it moved). Checks its counts."""
+        stepped, e, g, s = self.device.stepped, self.endpoint, self.guest, self._scratch
+        before = sum(queue["packets"] for queue in self.device.counters())
+        ns, frames = bench.alternate(
+            self.memory.mem, self.memory.table, self.log.log if self.log else np.zeros(0, np.uint8), stepped.vqs,
+            e.rows, e.fds, e.held, e.in_frames, e.in_lengths, e.out_frames, e.out_lengths, e.ledger, e.windows,
+            self.driver.dvqs, self.driver.states, g.rows, g.in_frames, g.in_lengths, g.out_frames, g.out_lengths,
+            g.ledger, g.windows, self.driver.notify, self._ctl, s.iov, s.rows, s.chains, s.hdr, s.words, s.pollfds,
+            s.one, self._clock, rounds,
+        )  # fmt: skip
+        queues = self.device.counters()
+        moved = sum(queue["packets"] for queue in queues) - before
+        # What echoes goes through both queues, and counts as one frame.
+        if frames == 0 or moved != frames * (2 if isinstance(e, EchoEndpoint) else 1):
+            raise CountError(f"{e.name}: the loop moved {frames} frames, the queues counted {moved}")
+        for end, other in ((g, e), (e, g)):
+            if isinstance(end, GenerateEndpoint) and isinstance(other, GenerateEndpoint):
+                ledger = end.ledger_against(other)
+                if ledger.duplicated or ledger.reordered or ledger.corrupted:
+                    raise CountError(f"{e.name}: {ledger}")
+        return ns, frames
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _medians(contenders: dict[Any, OneCore], rounds: int, turns: int) -> dict[Any, float]:
+    """Return ns a frame of each, the median of *rounds*, taken in turns."""
+    samples: dict[Any, list[float]] = {key: [] for key in contenders}
+    for contender in contenders.values():
+        contender.alternate(50)
+    for _ in range(rounds):
+        for key, contender in contenders.items():
+            ns, frames = contender.alternate(turns)
+            samples[key].append(ns / frames)
+    return {key: statistics.median(values) for key, values in samples.items()}
+
+
+def one_core(rounds: int, say: _Say) -> list[Row]:
+    """The device's side alone: frames dropped (rings only), made and checked (copied once), echoed (both queues)."""
+    say("device side alone, driver and device in one thread ...")
+    makers: dict[str, Callable[[int], Endpoint]] = {
+        "null": lambda _: NullEndpoint(),
+        "generate": lambda size: GenerateEndpoint(size=size),
+        "echo": lambda _: EchoEndpoint(),
+    }
+    with ExitStack() as stack:
+        contenders = {}
+        for size in _SIZES:
+            for name, make in makers.items():
+                contenders[name, size] = OneCore(make(size), size)
+                stack.callback(contenders[name, size].close)
+        medians = _medians(contenders, rounds, 2000)
+    return [
+        {"name": f"device alone, {name}", "size": size, "ns_per_packet": ns, "mpps": 1e3 / ns, "peer": None, "ratio": None}
+        for (name, size), ns in medians.items()
+    ]
+
+
+def logging_cost(rounds: int, say: _Say) -> list[Row]:
+    """The device's side alone with the dirty log on, beside off; ratio: time with the log / without."""
+    say("the same with the dirty log ...")
+    rows = []
+    for size in _SIZES:
+        with ExitStack() as stack:
+            contenders = {}
+            for logged in (False, True):
+                contenders[logged] = OneCore(GenerateEndpoint(size=size), size, logged=logged)
+                stack.callback(contenders[logged].close)
+            ns = _medians(contenders, rounds, 2000)
+        rows.append(
+            {"name": "device alone, dirty log on", "size": size, "ns_per_packet": ns[True], "mpps": 1e3 / ns[True],
+             "peer": "dirty log off", "ratio": ns[True] / ns[False]}  # fmt: skip
+        )
+    return rows
+
+
+# --- two cores ---
+
+
+@contextmanager
+def _two_threads(endpoint: Endpoint, guest: GenerateEndpoint, poll_us: int = -1) -> Iterator[NetDevice]:
+    """Run a device and a driver, each busy-polling on a core of its own if there are two."""
+    cores = sorted(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        memory = stack.enter_context(memory_for(num=_RING))
+        worker = Worker(1, poll_us)
+        stack.callback(worker.close)
+        device = stack.enter_context(NetDevice(memory, endpoint, vhost=worker.backends, poll_us=poll_us))
+        driver = stack.enter_context(Driver(device, memory, guest, num=_RING))
+        driver.start(poll_us)
+        if len(cores) > 1:
+            for thread in (worker.paced.native_id, device.native_id):
+                os.sched_setaffinity(thread, {cores[1]})
+            os.sched_setaffinity(driver.native_id, {cores[0]})
+        yield device
+
+
+def two_cores(rounds: int, seconds: float, say: _Say) -> list[Row]:
+    """Both directions at once, generated and checked at either end; mpps is each way, the slower of the two.
+
+    The vhost rows' ratio is to userspace, taken in turns on the same rings.
+    """
+    rows: list[Row] = []
+    for size in _SIZES:
+        say(f"driver and device on two cores, {size} bytes, both directions at once ...")
+        wire, guest = GenerateEndpoint(size=size), GenerateEndpoint(size=size)
+        samples: dict[bool, list[float]] = {False: [], True: []}
+        with wire, guest:
+            with _two_threads(wire, guest) as device:
+                for _ in range(rounds):
+                    for vhost, rates in samples.items():
+                        device.set_use_vhost(vhost)
+                        time.sleep(0.05)
+                        rates.append(_each_way(device, seconds))
+                wire.stop()
+                guest.stop()
+                time.sleep(0.2)
+                ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
+        if not ledger.clean:
+            raise CountError(f"two cores, {size} bytes: {ledger}")
+        userspace, vhost_rate = (statistics.median(samples[key]) for key in (False, True))
+        for name, mpps, ratio in (("userspace", userspace, None), ("vhost", vhost_rate, vhost_rate / userspace)):
+            rows.append(
+                {"name": f"two cores, both ways, {name}", "size": size, "mpps": mpps, "ns_per_packet": 1e3 / mpps,
+                 "peer": "userspace" if ratio else None, "ratio": ratio}  # fmt: skip
+            )
+    return rows
+
+
+def _each_way(device: NetDevice, seconds: float) -> float:
+    """Return the million packets a second that went each way, the slower of the two."""
+    before = device.counters()
+    began = time.perf_counter()
+    time.sleep(seconds)
+    took = time.perf_counter() - began
+    after = device.counters()
+    return min(b["packets"] - a["packets"] for a, b in zip(before, after, strict=True)) / took / 1e6
+
+
+def handovers(count: int, say: _Say) -> Row:
+    """The time of a change of owner under load both ways, median of *count*."""
+    say(f"{count} changes of owner under load ...")
+    wire, guest = GenerateEndpoint(size=64), GenerateEndpoint(size=64)
+    with wire, guest:
+        with _two_threads(wire, guest, poll_us=0) as device:
+            time.sleep(0.1)
+            device.handovers_ns.clear()
+            for turn in range(count):
+                device.set_use_vhost(bool(turn % 2))
+                time.sleep(0.001)
+            wire.stop()
+            guest.stop()
+            time.sleep(0.2)
+            times = list(device.handovers_ns)
+            ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
+    if len(times) < count - 1 or not ledger.clean:
+        raise CountError(f"{len(times)} changes of owner, {ledger}")
+    return {"name": "change of owner under load", "size": 64, "us": statistics.median(times) / 1e3,
+            "p99_us": sorted(times)[len(times) * 99 // 100] / 1e3, "peer": None, "ratio": None}  # fmt: skip

@@ -1,0 +1,315 @@
+"""FaultEndpoint: another endpoint, behind a wire that loses, damages, delays and refuses frames as told.
+
+What is to go wrong (`Faults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue draws
+from a random sequence of its own, so the n-th frame meets the same fate however frames are batched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import random
+import select
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vnetdp_kernels import layout, port, reflect
+
+from ..errors import EndpointError
+from ..memory import Bytes, Words
+from .base import Endpoint
+
+_LINE = 4096  # frames that a queue holds back each way; those beyond stay where they are
+_RETRY_NS = 1_000_000  # after EAGAIN
+_NOW = 1  # as a time on the clock: long past
+_NEVER = 0
+
+_CLOCK_MONOTONIC = 1
+_TFD_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
+_TFD_TIMER_ABSTIME = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What is to go wrong: probabilities for each frame each way; eio and eagain only on the way to the wire.
+
+    drop: it vanishes. corrupt: one bit of it is flipped. eio: sending fails, the frame is lost, and an error is
+    counted. eagain: sending is put off, and the frames behind wait too. delay_ms: each frame is held back so long.
+    """
+
+    drop: float = 0.0
+    corrupt: float = 0.0
+    eio: float = 0.0
+    eagain: float = 0.0
+    delay_ms: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("drop", "corrupt", "eio", "eagain"):
+            chance = getattr(self, name)
+            if not 0 <= chance <= 1:
+                raise EndpointError(f"fault: {name} {chance} is not a probability between 0 and 1")
+        if not 0 <= self.delay_ms <= 60_000:
+            raise EndpointError(f"fault: delay_ms {self.delay_ms} is not between 0 and 60000")
+
+
+class _Way:
+    """One way of one queue: the frames held back, oldest first, with the time each is due."""
+
+    def __init__(self, faults: Faults, queue: int, way: str, struck: Counter[str]) -> None:
+        self.waiting: deque[tuple[int, bytes]] = deque()
+        self._faults = faults
+        self._struck = struck
+        self._random = {
+            name: random.Random(f"{faults.seed} {queue} {way} {name}")
+            for name in ("drop", "corrupt", "eio", "eagain", "bit")
+        }
+
+    def strikes(self, fault: str) -> bool:
+        """Decide whether a fault strikes now, and count it."""
+        struck: bool = self._random[fault].random() < getattr(self._faults, fault)
+        self._struck[fault] += struck
+        return struck
+
+    def admit(self, frame: bytes) -> None:
+        """Take a frame in, unless it is dropped."""
+        if self.strikes("drop"):
+            return
+        if self.strikes("corrupt"):
+            bit = self._random["bit"].randrange(8 * layout.NET_HDR_LEN, 8 * len(frame))
+            damaged = bytearray(frame)
+            damaged[bit // 8] ^= 1 << bit % 8
+            frame = bytes(damaged)
+        due = _NOW
+        if self._faults.delay_ms:
+            self._struck["delay"] += 1
+            due = time.monotonic_ns() + round(self._faults.delay_ms * 1e6)
+        self.waiting.append((due, frame))
+
+    def due(self) -> bytes | None:
+        """Return the oldest frame if its time has come; it stays."""
+        if self.waiting and self.waiting[0][0] <= time.monotonic_ns():
+            return self.waiting[0][1]
+        return None
+
+    @property
+    def full(self) -> bool:
+        return len(self.waiting) >= _LINE
+
+
+class FaultEndpoint(Endpoint):
+    """*inner*, of any kind, with `Faults` on the way to it and back. It owns and closes *inner*.
+
+    struck: how often each fault did. Frames that echo, macswap or reflect send back meet the faults twice.
+    """
+
+    def __init__(
+        self,
+        inner: Endpoint,
+        drop: float = 0.0,
+        corrupt: float = 0.0,
+        delay_ms: float = 0.0,
+        eio: float = 0.0,
+        eagain: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.faults = Faults(drop, corrupt, eio, eagain, delay_ms, seed)
+        super().__init__(inner.queues)
+        self.inner = inner
+        self.name = f"fault:{inner.name}"
+        self.vnet_hdr = inner.vnet_hdr
+        self.struck: Counter[str] = Counter(dict.fromkeys(("drop", "corrupt", "delay", "eio", "eagain"), 0))
+        self._to_wire = [_Way(self.faults, q, "to wire", self.struck) for q in range(inner.queues)]
+        self._from_wire = [_Way(self.faults, q, "from wire", self.struck) for q in range(inner.queues)]
+        self._frame: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
+        self._iov: Words = np.zeros((1, layout.IOV_SLOTS), np.int64)
+        self._scratch: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
+        self._alarms = [_Alarm(int(fd)) for fd in inner.fds]
+        self.fds[:] = np.array([alarm.fileno() for alarm in self._alarms])
+
+    # --- frames, to the inner endpoint and from it ---
+
+    def service(self) -> None:
+        for queue in range(self.queues):
+            self._send_on(queue)
+        super().service()
+        for queue, alarm in enumerate(self._alarms):
+            alarm.set(self._next_ns(queue), not self._from_wire[queue].full)
+
+    def takes_frames(self, queue: int) -> bool:
+        return not self._to_wire[queue].full
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        for frame in frames:
+            self._to_wire[queue].admit(frame)
+        self._send_on(queue)
+
+    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
+        self.inner.service()
+        way = self._from_wire[queue]
+        room = limit
+        while room and not way.full and (taken := self._take(queue)):
+            way.admit(taken)
+            room -= 1
+        frames: list[bytes] = []
+        while len(frames) < limit and (frame := way.due()) is not None:
+            way.waiting.popleft()
+            frames.append(frame)
+        return frames
+
+    def _send_on(self, queue: int) -> None:
+        """Give the inner endpoint what is due, as far as it takes it."""
+        way = self._to_wire[queue]
+        while (frame := way.due()) is not None:
+            if way.strikes("eagain"):
+                break
+            if way.strikes("eio"):
+                self._failed(queue, 1, OSError(errno.EIO, os.strerror(errno.EIO)))
+            elif not self._give(queue, frame):
+                break
+            way.waiting.popleft()
+        self.inner.service()
+
+    def _give(self, queue: int, frame: bytes) -> bool:
+        """Do with one frame what the loop would do with it; False if the inner endpoint takes none now."""
+        inner = self.inner
+        self._frame[: len(frame)] = np.frombuffer(frame, np.uint8)
+        if layout.KIND_ECHO <= inner.kind <= layout.KIND_REFLECT:
+            if self._from_wire[queue].full:
+                return False
+            self._loop_back(queue, len(frame))
+            return True
+        frame_len = len(frame) - layout.NET_HDR_LEN
+        self._iov[0] = layout.NET_HDR_LEN, frame_len, 0
+        status = port.emit(
+            self._frame,
+            self._iov,
+            0,
+            1,
+            frame_len,
+            self._frame,
+            inner.rows[queue],
+            int(inner.fds[queue]),
+            inner.out_frames[queue],
+            inner.out_lengths[queue],
+            inner.ledger,
+            inner.windows,
+            self._scratch,
+        )
+        return int(status) != layout.E_BLOCKED
+
+    def _take(self, queue: int) -> bytes:
+        """Return one frame of the inner endpoint's, empty if there is none now."""
+        inner = self.inner
+        length = port.produce(
+            inner.rows[queue],
+            int(inner.fds[queue]),
+            inner.in_frames[queue],
+            inner.in_lengths[queue],
+            self._frame,
+            0,
+            layout.FRAME_SLOT,
+            time.monotonic_ns(),
+        )
+        return self._frame[:length].tobytes()
+
+    def _loop_back(self, queue: int, length: int) -> None:
+        """Have echo, macswap or reflect turn the frame at hand around."""
+        row = self.inner.rows[queue]
+        row[layout.EP_TO_WIRE] += 1
+        row[layout.EP_BYTES_TO_WIRE] += length - layout.NET_HDR_LEN
+        if self.inner.kind == layout.KIND_MACSWAP:
+            port.swap_macs(self._frame, layout.NET_HDR_LEN)
+        elif self.inner.kind == layout.KIND_REFLECT:
+            answer_len = reflect.answer(self._frame, layout.NET_HDR_LEN, length - layout.NET_HDR_LEN)
+            if not answer_len:
+                return
+        row[layout.EP_FROM_WIRE] += 1
+        row[layout.EP_BYTES_FROM_WIRE] += length - layout.NET_HDR_LEN
+        self._from_wire[queue].admit(self._frame[:length].tobytes())
+
+    def _next_ns(self, queue: int) -> int:
+        """Return when (CLOCK_MONOTONIC) there is work that no descriptor tells of; _NEVER if none will be."""
+        times = []
+        if self._to_wire[queue].waiting:
+            due = self._to_wire[queue].waiting[0][0]
+            now = time.monotonic_ns()
+            times.append(due if due > now else now + _RETRY_NS)
+        if self._from_wire[queue].waiting:
+            times.append(self._from_wire[queue].waiting[0][0])
+        row = self.inner.rows[queue]
+        if (
+            self.inner.kind == layout.KIND_GENERATE
+            and not self._from_wire[queue].full
+            and not 0 <= row[layout.EP_LIMIT] <= row[layout.EP_SEQ]
+        ):
+            times.append(int(row[layout.EP_NEXT_NS]) or _NOW)
+        return min(times, default=_NEVER)
+
+    # --- what a device tells it, and asks it ---
+
+    def set_offloads(self, mask: int) -> None:
+        self.inner.set_offloads(mask)
+
+    def set_mtu(self, mtu: int) -> None:
+        self.inner.set_mtu(mtu)
+
+    @property
+    def finished(self) -> bool:
+        in_hand = self.rows[:, [layout.EP_COUNT, layout.EP_HELD]].any()
+        waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
+        return self.inner.finished and not in_hand and not waiting
+
+    def counters(self) -> dict[str, int]:
+        """Return the counters of an endpoint, and how often each fault struck."""
+        return super().counters() | {f"fault_{name}": n for name, n in self.struck.items()}
+
+    def close(self) -> None:
+        for alarm in self._alarms:
+            alarm.close()
+        self.inner.close()
+        super().close()
+
+
+class _Alarm:
+    """A descriptor that is readable when another one (-1 = none) is, or from a given time on."""
+
+    def __init__(self, fd: int) -> None:
+        # os.timerfd_create exists from Python 3.13 on only.
+        self._timer = _libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC)
+        if self._timer < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"timerfd_create: {os.strerror(code)}")
+        self._fd = fd
+        self._watched = fd >= 0
+        self._at = _NEVER
+        self._poll = select.epoll()
+        self._poll.register(self._timer, select.EPOLLIN)
+        if fd >= 0:
+            self._poll.register(fd, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        return self._poll.fileno()
+
+    def set(self, at_ns: int, watch: bool) -> None:
+        """Ring at *at_ns* (CLOCK_MONOTONIC; _NEVER = not); if *watch*, also when the other is readable."""
+        if watch != self._watched and self._fd >= 0:
+            self._poll.modify(self._fd, select.EPOLLIN if watch else 0)
+            self._watched = watch
+        if at_ns != self._at:
+            # struct itimerspec: interval, value. Setting it also makes the descriptor unreadable until then.
+            when = (ctypes.c_long * 4)(0, 0, *divmod(at_ns, 1_000_000_000))
+            _libc.timerfd_settime(self._timer, _TFD_TIMER_ABSTIME, when, None)
+            self._at = at_ns
+
+    def close(self) -> None:
+        self._poll.close()
+        if self._timer >= 0:
+            os.close(self._timer)
+            self._timer = -1

@@ -1,0 +1,44 @@
+"""Network namespaces, for endpoints whose descriptor is to come from another one than ours."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import EndpointError
+
+T = TypeVar("T")
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def run_in(netns: str, function: Callable[[], T]) -> T:
+    """Return what *function* returns in a network namespace: a name as `ip netns` has it, or a path.
+
+    It runs in a thread of its own that ends with it, so the caller's namespace never changes. What it opens stays
+    in the namespace that it was opened in.
+    """
+    path = netns if "/" in netns else f"/run/netns/{netns}"
+    try:
+        handle = Path(path).open("rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError as e:
+        raise EndpointError(f"no network namespace {netns}: make it with: sudo ip netns add {netns}") from e
+    except OSError as e:
+        raise EndpointError(f"cannot open network namespace {path}: {e.strerror}") from e
+
+    def inside() -> T:
+        # os.setns exists from Python 3.12 on only.
+        if _libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
+            code = ctypes.get_errno()
+            reason = "run as root" if code == errno.EPERM else os.strerror(code)
+            raise EndpointError(f"cannot enter network namespace {netns}: {reason}")
+        return function()
+
+    with handle, ThreadPoolExecutor(1, "netns") as pool:
+        return pool.submit(inside).result()

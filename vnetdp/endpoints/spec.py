@@ -1,0 +1,142 @@
+"""An endpoint as a command line spells it: KIND, or KIND:WHAT. One table says what is known."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import ConfigError
+from .base import Endpoint
+from .loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint, ReflectEndpoint
+
+_SUFFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+
+
+def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
+    """Return the endpoint that *text* names, opened; ConfigError if it names none, EndpointError if it can't be."""
+    kind, _, rest = text.partition(":")
+    if kind not in _KINDS:
+        known = ", ".join(syntax for syntax, _ in _KINDS.values())
+        raise ConfigError(f"unknown endpoint {text!r}; known are {known}")
+    return _KINDS[kind][1](rest, queues)
+
+
+def _plain(endpoint: type[Endpoint]) -> Callable[[str, int], Endpoint]:
+    def make(rest: str, queues: int) -> Endpoint:
+        if rest:
+            raise ConfigError(f"{endpoint.name} takes no options, but got {rest!r}")
+        return endpoint(queues)
+
+    return make
+
+
+def _generate(rest: str, queues: int) -> Endpoint:
+    known = {"size": _whole, "rate": _number, "count": _whole}
+    return GenerateEndpoint(queues, **_options("generate", rest, known))
+
+
+def _tap(rest: str, queues: int) -> Endpoint:
+    from .tap import TapEndpoint
+
+    name, _, options = rest.partition(",")
+    if not name:
+        raise ConfigError("tap: an interface has to be named: tap:NAME[,netns=NS]")
+    return TapEndpoint(name, queues, **_options("tap", options, {"netns": str}))
+
+
+def _pcap(rest: str, queues: int) -> Endpoint:
+    from .pcap import PcapEndpoint
+
+    source, _, sink = rest.partition(",")
+    if not rest or "," in sink:
+        raise ConfigError(f"pcap: {rest!r} is not pcap:IN[,OUT] (pcap:,OUT only writes)")
+    return PcapEndpoint(source or None, sink or None, queues)
+
+
+def _scapy(rest: str, queues: int) -> Endpoint:
+    module, _, name = rest.partition(":")
+    if not module or not name:
+        raise ConfigError(f"scapy: {rest!r} is not scapy:MODULE:CALLABLE")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does
+    from .scapy import ScapyEndpoint
+
+    try:
+        found = importlib.import_module(module)
+    except Exception as e:
+        raise ConfigError(f"scapy: cannot import {module}: {type(e).__name__}: {e}") from e
+    try:
+        function = reduce(getattr, name.split("."), found)
+    except AttributeError as e:
+        raise ConfigError(f"scapy: module {module} has no {name}") from e
+    if not callable(function):
+        raise ConfigError(f"scapy: {module}:{name} is no callable that takes a packet")
+    endpoint = ScapyEndpoint(function, queues)
+    endpoint.name = f"scapy:{rest}"
+    return endpoint
+
+
+def _fault(rest: str, queues: int) -> Endpoint:
+    from .fault import FaultEndpoint, Faults
+
+    options, colon, inner_text = rest.partition(":")
+    if not colon:
+        raise ConfigError("fault: it has to say around which endpoint: fault:drop=0.1:ENDPOINT")
+    probability = dict.fromkeys(("drop", "corrupt", "eio", "eagain"), _number)
+    faults = _options("fault", options, {**probability, "delay_ms": _number, "seed": _whole})
+    Faults(**faults)  # before the inner endpoint is opened
+    inner = parse_endpoint(inner_text, queues)
+    try:
+        return FaultEndpoint(inner, **faults)
+    except BaseException:
+        inner.close()
+        raise
+
+
+_KINDS: Final[dict[str, tuple[str, Callable[[str, int], Endpoint]]]] = {
+    "null": ("null", _plain(NullEndpoint)),
+    "echo": ("echo", _plain(EchoEndpoint)),
+    "macswap": ("macswap", _plain(MacswapEndpoint)),
+    "reflect": ("reflect", _plain(ReflectEndpoint)),
+    "generate": ("generate[:size=64,rate=1M,count=10k]", _generate),
+    "tap": ("tap:NAME[,netns=NS]", _tap),
+    "pcap": ("pcap:IN[,OUT]", _pcap),
+    "scapy": ("scapy:MODULE:CALLABLE", _scapy),
+    "fault": ("fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT", _fault),
+}
+
+
+def _options(kind: str, text: str, known: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """Return key=value pairs, separated by commas; *known* has the function that reads a key's value."""
+    found: dict[str, Any] = {}
+    for part in text.split(",") if text else ():
+        key, equals, value = part.partition("=")
+        if key not in known or not equals:
+            names = ", ".join(f"{name}=" for name in known)
+            raise ConfigError(f"{kind}: unknown option {part!r}; known are {names}")
+        if key in found:
+            raise ConfigError(f"{kind}: {key} is given twice")
+        try:
+            found[key] = known[key](value)
+        except ValueError as e:
+            raise ConfigError(f"{kind}: {key}={value} is not {e}") from e
+    return found
+
+
+def _number(text: str) -> float:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kmg]?)", text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise ValueError("a number (k, M and G may follow it)")
+    return float(match[1]) * _SUFFIXES[match[2].lower()]
+
+
+def _whole(text: str) -> int:
+    number = _number(text)
+    if number != int(number):
+        raise ValueError("a whole number")
+    return int(number)

@@ -1,0 +1,165 @@
+"""TapEndpoint: a TAP interface of this machine, with virtio_net_hdr and offloads passed through untouched.
+
+python-pytun opens the queues; beside it, only what it lacks: the length of the header and the offloads. Frames are
+read and written by kernels.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, TypeVar
+
+import pytun
+
+from vnetdp_kernels import layout
+
+from ..errors import EndpointError
+from .base import Endpoint
+from .netns import run_in
+
+T = TypeVar("T")
+
+MAX_QUEUES: Final = 256  # MAX_TAP_QUEUES of the kernel
+_NAME_LEN: Final = 15  # IFNAMSIZ - 1
+
+# linux/if_tun.h
+_TUNSETOFFLOAD: Final = 0x400454D0  # the mask itself is the argument, not its address
+_TUNSETVNETHDRSZ: Final = 0x400454D8
+
+
+class TapEndpoint(Endpoint):
+    """TAP *name*, attached to if it exists, else created and set up; addresses are the user's to give.
+
+    netns: the namespace it is in, by name or path; None = ours. A TAP that exists may belong to a user, who then
+    needs no rights beyond that. One created here goes away on `close`, unless *persist*.
+    """
+
+    kind = layout.KIND_TAP
+    vnet_hdr = True
+
+    def __init__(self, name: str, queues: int = 1, netns: str | None = None, persist: bool = False) -> None:
+        if not 0 < len(name.encode()) <= _NAME_LEN or re.search(r"[/:\s]", name) or name in (".", ".."):
+            raise EndpointError(f"tap: {name!r} is no interface name: 1 to 15 bytes, without / : or blanks")
+        if queues > MAX_QUEUES:
+            raise EndpointError(f"tap:{name}: {queues} queues: a TAP has at most {MAX_QUEUES}")
+        super().__init__(queues)
+        self.name = f"tap:{name}"
+        self.netns = netns
+        self._devices: list[pytun.TunTapDevice] = []
+        try:
+            self._inside(lambda: self._open(name, persist))
+        except BaseException:
+            self.close()
+            raise
+
+    def _inside(self, function: Callable[[], T]) -> T:
+        return function() if self.netns is None else run_in(self.netns, function)
+
+    def _open(self, name: str, persist: bool) -> None:
+        existed = name in (existing for _, existing in socket.if_nameindex())
+        flags = pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR
+        if self.queues > 1:
+            flags |= pytun.IFF_MULTI_QUEUE
+        try:
+            while len(self._devices) < self.queues:
+                try:
+                    device = pytun.TunTapDevice(name, flags)
+                except pytun.Error as e:
+                    if e.errno != errno.EINVAL or flags & pytun.IFF_MULTI_QUEUE:
+                        raise
+                    # It may have several queues, of which we want one.
+                    flags |= pytun.IFF_MULTI_QUEUE
+                    continue
+                self._devices.append(device)
+                fd = device.fileno()
+                os.set_inheritable(fd, False)
+                os.set_blocking(fd, False)
+                self.fds[len(self._devices) - 1] = fd
+            fcntl.ioctl(self._devices[0].fileno(), _TUNSETVNETHDRSZ, struct.pack("i", layout.NET_HDR_LEN))
+            self.set_offloads(0)
+            if persist:
+                self._devices[0].persist(True)
+            if not existed:
+                self._devices[0].up()
+        except OSError as e:
+            raise EndpointError(f"{self.name}: {_advice(name, self.queues, e)}") from e
+
+    def set_offloads(self, mask: int) -> None:
+        """Have the kernel leave to us what *mask* (layout.OFFLOAD_*) says, in frames that it sends."""
+        wanted = _dependable(mask)
+        for try_mask in (wanted, wanted & ~(layout.OFFLOAD_USO4 | layout.OFFLOAD_USO6)):
+            try:
+                fcntl.ioctl(self._devices[0].fileno(), _TUNSETOFFLOAD, try_mask)
+                return
+            except OSError as e:
+                failed = e  # EINVAL: a kernel before 6.2 knows no USO
+        raise EndpointError(f"{self.name}: cannot set offloads {wanted:#x}: {failed.strerror}")
+
+    def set_mtu(self, mtu: int) -> None:
+        """Give the interface that MTU, unless it has it."""
+
+        def change() -> None:
+            if self._devices[0].mtu != mtu:
+                self._devices[0].mtu = mtu
+
+        try:
+            self._inside(change)
+        except OSError as e:
+            hint = e.strerror
+            if e.errno == errno.EPERM:
+                hint = f"run as root or: sudo ip link set dev {self._devices[0].name} mtu {mtu}"
+            raise EndpointError(f"{self.name}: cannot set its MTU to {mtu}: {hint}") from e
+
+    def close(self) -> None:
+        if self._devices:
+            # One that persists is left as the next program expects it: without frames longer than its MTU.
+            # One that somebody deleted has nothing to be reset.
+            with suppress(EndpointError):
+                self.set_offloads(0)
+        for device in self._devices:
+            device.close()
+        self._devices = []
+        self.fds[:] = -1
+        super().close()
+
+
+def _dependable(mask: int) -> int:
+    """Return *mask* less what the kernel refuses: all without CSUM, ECN without TSO, one of the two USO."""
+    tso = layout.OFFLOAD_TSO4 | layout.OFFLOAD_TSO6
+    uso = layout.OFFLOAD_USO4 | layout.OFFLOAD_USO6
+    if not mask & layout.OFFLOAD_CSUM:
+        return 0
+    if not mask & tso:
+        mask &= ~layout.OFFLOAD_ECN
+    if mask & uso != uso:
+        mask &= ~uso
+    return mask
+
+
+def _advice(name: str, queues: int, error: OSError) -> str:
+    """Return what went wrong when a TAP was opened, and what to do, in one line."""
+    multi_queue = " multi_queue" if queues > 1 else ""
+    match error.errno:
+        case errno.ENOENT | errno.ENXIO | errno.ENODEV:
+            return "no /dev/net/tun: load it with: sudo modprobe tun (in a container: give it the device)"
+        case errno.EACCES:
+            return "no right to open /dev/net/tun: run as root or: sudo chmod 666 /dev/net/tun"
+        case errno.EPERM:
+            add = f"sudo ip tuntap add dev {name} mode tap user $USER{multi_queue}"
+            return f"no right to create or open it: run as root (with CAP_NET_ADMIN) or: {add}"
+        case errno.EBUSY:
+            return "another program has it open: end that, or take another name"
+        case errno.EINVAL:
+            kind = "TAP with several queues" if queues > 1 else "TAP"
+            return f"it exists and is no {kind}: take another name or: sudo ip link delete {name}"
+        case errno.E2BIG:
+            return f"more than {MAX_QUEUES} queues, with those that other programs have open"
+        case _:
+            return error.strerror or str(error)
