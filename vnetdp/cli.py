@@ -191,12 +191,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vnetdp {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any
+    ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, **kw)
-        sub.add_argument("--json", metavar="PATH", help="write the report as JSON to PATH; - is standard output")
+        sub.add_argument(
+            "--json", metavar="PATH", help="write the report as JSON to PATH; - is standard output"
+        )
         sub.set_defaults(run=run)
         return sub
 
@@ -213,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("left", metavar="LEFT")
     link.add_argument("right", metavar="RIGHT")
     link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), default="vhost")
-    link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
+    link.add_argument(
+        "--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N"
+    )
     link.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
     link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     link.add_argument("--poll", action="store_true", help="busy-poll, and never sleep")
@@ -237,7 +245,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
+    )
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)

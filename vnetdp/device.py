@@ -263,7 +263,9 @@ class NetDevice:
                         for vring in range(VRINGS):
                             q = self.queues[VRINGS * pair + vring]
                             if q.enabled:
-                                backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if log else None)
+                                backend.set_vring_addr(
+                                    vring, q.desc, q.avail, q.used, q.used if log else None
+                                )
             except BackendError as e:
                 self._restart_after(e)
 

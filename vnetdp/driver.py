@@ -260,7 +260,9 @@ class Driver:
 
     def _box(self) -> MailboxEndpoint:
         if self.mailbox is None:
-            raise ConfigError("the driver has an endpoint of its own: make it without one to send and receive by hand")
+            raise ConfigError(
+                "the driver has an endpoint of its own: make it without one to send and receive by hand"
+            )
         return self.mailbox
 
     def counters(self) -> list[dict[str, int]]:

@@ -65,7 +65,11 @@ _NEEDS: Final[tuple[tuple[int, int], ...]] = (
 
 # What any of our local backends does by itself.
 RING_FEATURES: Final = (
-    VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_RING_F_EVENT_IDX | VIRTIO_F_VERSION_1 | VIRTIO_F_IN_ORDER | VIRTIO_F_RING_RESET
+    VIRTIO_RING_F_INDIRECT_DESC
+    | VIRTIO_RING_F_EVENT_IDX
+    | VIRTIO_F_VERSION_1
+    | VIRTIO_F_IN_ORDER
+    | VIRTIO_F_RING_RESET
 )
 # Passed through where both ends take a virtio_net_hdr.
 HOST_OFFLOADS: Final = (

@@ -35,7 +35,14 @@ _ADDRESS_LIMIT = 1 << 52  # of a guest physical address
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
@@ -59,12 +66,18 @@ class Region:
     def check(self) -> None:
         """Raise ConfigError for what no mapping could be: zero, unaligned, wrapping, or past the file's end."""
         if self.length <= 0 or self.gpa < 0 or self.gpa + self.length > _ADDRESS_LIMIT:
-            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is empty or out of the address space")
+            raise ConfigError(
+                f"memory region {self.gpa:#x}+{self.length:#x} is empty or out of the address space"
+            )
         if (self.gpa | self.length | self.fd_offset) & (PAGE_SIZE - 1) or self.fd_offset < 0:
-            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {PAGE_SIZE} bytes")
+            raise ConfigError(
+                f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {PAGE_SIZE} bytes"
+            )
         size = os.fstat(self.fd).st_size
         if self.fd_offset + self.length > size:
-            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes")
+            raise ConfigError(
+                f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes"
+            )
 
 
 class GuestMemory:
@@ -108,7 +121,9 @@ class GuestMemory:
                 for region in run:
                     where = base + int(row[REGION_OFFSET]) + region.gpa - run[0].gpa
                     prot = mmap.PROT_READ | mmap.PROT_WRITE
-                    _map(where, region.length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset)
+                    _map(
+                        where, region.length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset
+                    )
                     copy = fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0)
                     self.regions.append(Region(region.gpa, region.length, copy, region.fd_offset))
         except OSError:

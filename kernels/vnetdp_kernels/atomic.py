@@ -54,7 +54,6 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: An
     return builder.bitcast(element, ir.IntType(bits).as_pointer())
 
 
-
 def _load(bits: int, order: str, align: int) -> Callable[[Any, int], int]:
     code = {8: "<B", 16: "<H", 32: "<I", 64: "<q"}[bits]
     size = bits // 8
@@ -250,7 +249,9 @@ def _copy_overload(dst: Any, dst_offset: Any, src: Any, src_offset: Any, length:
             _copy_llvm(dst, dst_offset, src, src_offset, length)
 
         return checked
-    return lambda dst, dst_offset, src, src_offset, length: _copy_llvm(dst, dst_offset, src, src_offset, length)
+    return lambda dst, dst_offset, src, src_offset, length: _copy_llvm(
+        dst, dst_offset, src, src_offset, length
+    )
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -7,7 +7,14 @@ received in one piece. Frames go from the endpoint straight into guest memory, a
 from __future__ import annotations
 
 from . import split as ring
-from .atomic import Bytes, Words, load_u16_unaligned, load_u64_unaligned, store_u16_unaligned, store_u64_unaligned
+from .atomic import (
+    Bytes,
+    Words,
+    load_u16_unaligned,
+    load_u64_unaligned,
+    store_u16_unaligned,
+    store_u64_unaligned,
+)
 from .jit import inlined, kernel
 from .layout import (
     DVQ_BUF_GPA,
@@ -108,7 +115,9 @@ def post_receive(mem: Bytes, dvq: Words, state: Words) -> None:
 
 
 @inlined
-def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int, frame_len: int, kind: int) -> bool:
+def _answer(
+    mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int, frame_len: int, kind: int
+) -> bool:
     """Send a received frame back as *kind* wants it; False if it is too long. A frame without an answer is done with."""
     if NET_HDR_LEN + frame_len > tx[DVQ_BUF_LEN]:
         return False

@@ -125,5 +125,3 @@ def signal(fd: int, one: Words) -> int:
 @compiled_as(signal)
 def _signal_overload(fd: Any, one: Any) -> Any:
     return lambda fd, one: write(fd, one, 0, 8)
-
-

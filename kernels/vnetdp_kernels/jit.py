@@ -57,14 +57,22 @@ class UserWideLocator(_PackageStamp, caching.UserWideCacheLocator):
     """The user's cache folder."""
 
 
-_LOCATORS = ",".join(f"{__name__}.{c.__name__}" for c in (UserProvidedLocator, InTreeLocator, UserWideLocator))
+_LOCATORS = ",".join(
+    f"{__name__}.{c.__name__}" for c in (UserProvidedLocator, InTreeLocator, UserWideLocator)
+)
 
 
 def _compile(function: F, forceinline: bool) -> F:
     before = config.CACHE_LOCATOR_CLASSES
     config.CACHE_LOCATOR_CLASSES = _LOCATORS
     try:
-        options = {"cache": True, "nogil": True, "_nrt": False, "error_model": "numpy", "forceinline": forceinline}
+        options = {
+            "cache": True,
+            "nogil": True,
+            "_nrt": False,
+            "error_model": "numpy",
+            "forceinline": forceinline,
+        }
         return numba.njit(**options)(function)
     finally:
         config.CACHE_LOCATOR_CLASSES = before

@@ -122,7 +122,21 @@ def serve(
             if KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT:
                 if serve_tx and serve_rx:
                     chains_tx = forward(
-                        mem, regions, txq, log, rows, mem, regions, rxq, log, iov, chains, ep, hdr, held[q], turn
+                        mem,
+                        regions,
+                        txq,
+                        log,
+                        rows,
+                        mem,
+                        regions,
+                        rxq,
+                        log,
+                        iov,
+                        chains,
+                        ep,
+                        hdr,
+                        held[q],
+                        turn,
                     )
                     frames_rx = chains_tx
                     moved += chains_tx

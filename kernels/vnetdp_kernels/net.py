@@ -198,7 +198,19 @@ def drain_transmitq(
             ep[EP_DROP_SHORT] += 1
         else:
             if emit(
-                mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch
+                mem,
+                iov,
+                row,
+                n_out,
+                frame_len,
+                hdr,
+                ep,
+                fd,
+                out_frames,
+                out_lengths,
+                ledger,
+                windows,
+                scratch,
             ):
                 break
             size += frame_len
@@ -347,7 +359,21 @@ def forward(
                 rows[0, IOV_OFFSET] = NET_HDR_LEN
                 rows[0, IOV_LEN] = length
                 got = place(
-                    dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, held, 0, 0, held, rows, 0, 1, length
+                    dst_mem,
+                    dst_regions,
+                    rxq,
+                    dst_log,
+                    iov,
+                    chains,
+                    used_rx,
+                    held,
+                    0,
+                    0,
+                    held,
+                    rows,
+                    0,
+                    1,
+                    length,
                 )
                 if got == 0:
                     break

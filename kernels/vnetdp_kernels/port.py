@@ -182,7 +182,6 @@ def emit(
         ep[EP_DROP_LONG] += 1
         return 0
     kind = ep[EP_KIND]
-    slot_len = out_frames.size // out_lengths.size
     if kind == KIND_TAP:
         store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
         scratch[0] = address(hdr, 0)
@@ -209,6 +208,7 @@ def emit(
         slot = ep[EP_OUT_COUNT]
         if slot >= out_lengths.size:
             return E_BLOCKED
+        slot_len = out_frames.size // out_lengths.size
         if frame_len + NET_HDR_LEN > slot_len:
             ep[EP_DROP_LONG] += 1
             return 0
@@ -220,7 +220,7 @@ def emit(
     elif ep[EP_CHECK]:
         if n - row == 1:
             enter(mem, iov[row, IOV_OFFSET], frame_len, ledger, windows)
-        elif frame_len <= slot_len:
+        elif frame_len <= out_frames.size:
             linearize(mem, iov, row, n, out_frames, 0)
             enter(out_frames, 0, frame_len, ledger, windows)
         else:

@@ -229,7 +229,9 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
         before_wrap = min(n, num - slot)
         base = vq[VQ_LOG_USED]
         mark_dirty(log, base, VIRTQ_RING_ENTRIES)
-        mark_dirty(log, base + VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap)
+        mark_dirty(
+            log, base + VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap
+        )
         mark_dirty(log, base + VIRTQ_RING_ENTRIES, VIRTQ_USED_ELEM_SIZE * (n - before_wrap))
 
 
@@ -340,7 +342,15 @@ def put_single(mem: Bytes, dvq: Words, state: Words, gpa: int, length: int, writ
 
 @kernel
 def put_chain(
-    mem: Bytes, dvq: Words, state: Words, iov: Words, n_out: int, n_in: int, n_direct: int, table: Words, token: int
+    mem: Bytes,
+    dvq: Words,
+    state: Words,
+    iov: Words,
+    n_out: int,
+    n_in: int,
+    n_direct: int,
+    table: Words,
+    token: int,
 ) -> int:
     """Make a chain of n_out readable, then n_in writable buffers available; return its head, or E_FULL.
 

@@ -101,15 +101,23 @@ class UserspaceBackend:
             self.set_backend(index, None)
         return int(row[layout.VQ_LAST_AVAIL_IDX])
 
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
+    def set_vring_addr(
+        self, index: int, desc: int, avail: int, used: int, log_used: int | None = None
+    ) -> None:
         row = self._row("set_vring_addr", index)
         aligned = not (
-            desc % layout.VIRTQ_DESC_ALIGN or avail % layout.VIRTQ_AVAIL_ALIGN or used % layout.VIRTQ_USED_ALIGN
+            desc % layout.VIRTQ_DESC_ALIGN
+            or avail % layout.VIRTQ_AVAIL_ALIGN
+            or used % layout.VIRTQ_USED_ALIGN
         )
         if not aligned:
             raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
         wanted = row.copy()
-        wanted[layout.VQ_DESC_GPA], wanted[layout.VQ_AVAIL_GPA], wanted[layout.VQ_USED_GPA] = desc, avail, used
+        wanted[layout.VQ_DESC_GPA], wanted[layout.VQ_AVAIL_GPA], wanted[layout.VQ_USED_GPA] = (
+            desc,
+            avail,
+            used,
+        )
         wanted[layout.VQ_LOG_USED] = -1 if log_used is None else log_used
         memory = self.datapath.memory
         if memory is None or not row[layout.VQ_NUM]:
@@ -143,7 +151,9 @@ class UserspaceBackend:
         if dp.endpoint is not endpoint and dp.vqs[:, layout.VQ_BOUND].any():
             raise BackendError("set_backend", errno.EBUSY, index, "another endpoint is bound")
         if self.pair >= endpoint.queues:
-            raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
+            raise BackendError(
+                "set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues"
+            )
         try:
             _translate(dp.memory, row)
             endpoint.start_polling(self.pair, self)

@@ -121,7 +121,14 @@ def one_core(rounds: int, say: _Say) -> list[Row]:
                 stack.callback(contenders[name, size].close)
         medians = _medians(contenders, rounds, 2000)
     return [
-        {"name": f"device alone, {name}", "size": size, "ns_per_packet": ns, "mpps": 1e3 / ns, "peer": None, "ratio": None}
+        {
+            "name": f"device alone, {name}",
+            "size": size,
+            "ns_per_packet": ns,
+            "mpps": 1e3 / ns,
+            "peer": None,
+            "ratio": None,
+        }
         for (name, size), ns in medians.items()
     ]
 
@@ -138,8 +145,14 @@ def logging_cost(rounds: int, say: _Say) -> list[Row]:
                 stack.callback(contenders[logged].close)
             ns = _medians(contenders, rounds, 2000)
         rows.append(
-            {"name": "device alone, dirty log on", "size": size, "ns_per_packet": ns[True], "mpps": 1e3 / ns[True],
-             "peer": "dirty log off", "ratio": ns[True] / ns[False]}  # fmt: skip
+            {
+                "name": "device alone, dirty log on",
+                "size": size,
+                "ns_per_packet": ns[True],
+                "mpps": 1e3 / ns[True],
+                "peer": "dirty log off",
+                "ratio": ns[True] / ns[False],
+            }  # fmt: skip
         )
     return rows
 
@@ -189,10 +202,19 @@ def two_cores(rounds: int, seconds: float, say: _Say) -> list[Row]:
         if not ledger.clean:
             raise CountError(f"two cores, {size} bytes: {ledger}")
         userspace, vhost_rate = (statistics.median(samples[key]) for key in (False, True))
-        for name, mpps, ratio in (("userspace", userspace, None), ("vhost", vhost_rate, vhost_rate / userspace)):
+        for name, mpps, ratio in (
+            ("userspace", userspace, None),
+            ("vhost", vhost_rate, vhost_rate / userspace),
+        ):
             rows.append(
-                {"name": f"two cores, both ways, {name}", "size": size, "mpps": mpps, "ns_per_packet": 1e3 / mpps,
-                 "peer": "userspace" if ratio else None, "ratio": ratio}  # fmt: skip
+                {
+                    "name": f"two cores, both ways, {name}",
+                    "size": size,
+                    "mpps": mpps,
+                    "ns_per_packet": 1e3 / mpps,
+                    "peer": "userspace" if ratio else None,
+                    "ratio": ratio,
+                }  # fmt: skip
             )
     return rows
 

@@ -1,7 +1,7 @@
 """FaultEndpoint: another endpoint, behind a wire that loses, damages, delays and refuses frames as told.
 
-What is to go wrong (`Faults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue draws
-from a random sequence of its own, so the n-th frame meets the same fate however frames are batched.
+What is to go wrong (`Faults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue has a
+random sequence of its own, so the n-th frame meets the same fate however frames are batched.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Faults:
     """What is to go wrong: probabilities for each frame each way; eio and eagain only on the way to the wire.
 
-    drop: it vanishes. corrupt: one bit of it is flipped. eio: sending fails, the frame is lost, and an error is
-    counted. eagain: sending is put off, and the frames behind wait too. delay_ms: each frame is held back so long.
+    drop: it vanishes. corrupt: one bit of it is flipped. eio: sending fails, the frame is lost, and an error
+    is counted. eagain: sending is put off, and the frames behind wait too. delay_ms: each frame is held back.
     """
 
     drop: float = 0.0

@@ -80,7 +80,9 @@ class GenerateEndpoint(Endpoint):
         block_fd: int | None = None,
     ) -> None:
         if not layout.LEDGER_MIN_LEN <= size <= layout.MAX_FRAME_LEN:
-            raise EndpointError(f"generate: size {size} is not between {layout.LEDGER_MIN_LEN} and {layout.MAX_FRAME_LEN}")
+            raise EndpointError(
+                f"generate: size {size} is not between {layout.LEDGER_MIN_LEN} and {layout.MAX_FRAME_LEN}"
+            )
         if rate < 0 or rate > 1e9:
             raise EndpointError(f"generate: rate {rate} is not between 0 and 1e9 frames a second")
         super().__init__(queues, block_fd)

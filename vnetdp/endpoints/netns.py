@@ -21,8 +21,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def run_in(netns: str, function: Callable[[], T]) -> T:
     """Return what *function* returns in a network namespace: a name as `ip netns` has it, or a path.
 
-    It runs in a thread of its own that ends with it, so the caller's namespace never changes. What it opens stays
-    in the namespace that it was opened in.
+    It runs in a thread of its own that ends with it, so the caller's namespace never changes. What it opens
+    stays in the namespace that it was opened in.
     """
     path = netns if "/" in netns else f"/run/netns/{netns}"
     try:

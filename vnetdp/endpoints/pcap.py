@@ -1,7 +1,7 @@
 """PcapEndpoint: a capture is the wire. Frames come from one file, and those from the ring go to another.
 
-Scapy's raw readers and writers know the formats, pcap and pcapng; here only what they let pass: a file that was cut
-short, and nanoseconds in pcapng.
+Scapy's raw readers and writers know the formats, pcap and pcapng; here is only what they let pass: a file that
+was cut short, and nanoseconds in pcapng.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _NS = 1_000_000_000
 class PcapEndpoint(Endpoint):
     """Frames of *source*, as fast as the ring takes them, on queue pair 0; frames from the ring go to *sink*.
 
-    Either file may be None. source: pcap or pcapng, also gzipped. sink: pcapng if its name ends so, else pcap; it is
-    overwritten; timestamps in ns. A frame that the capture holds only in part is sent as far as it goes.
+    Either file may be None. source: pcap or pcapng, also gzipped. sink: pcapng if its name ends so, else pcap;
+    it is overwritten; timestamps in ns. A frame that the capture holds only in part is sent as far as it goes.
     """
 
     def __init__(self, source: str | Path | None, sink: str | Path | None = None, queues: int = 1) -> None:

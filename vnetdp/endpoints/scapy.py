@@ -1,7 +1,7 @@
-"""Scapy on either side of the rings: an endpoint that asks a callable, and sockets for sniff(), sr1() and their like.
+"""Scapy on either side of the rings: an endpoint that asks a callable, and sockets for sniff(), sr1() and so on.
 
-Scapy costs tens of microseconds a packet: it meets frames in batches, outside the kernels. Importing this file imports
-Scapy, so nothing else imports it before it is needed.
+Scapy costs tens of microseconds a packet: it meets frames in batches, outside the kernels. Importing this file
+imports Scapy, so nothing else imports it before it is needed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _SEND_TIMEOUT_S = 5.0
 class ScapyEndpoint(MailboxEndpoint):
     """Gives each frame from the ring to *function*, as a Scapy packet, and what it returns to the ring.
 
-    function(packet) returns None, a packet (or bytes), or several. With batch, or a true attribute `batch` of the
-    function's, it is given a list of packets at once: fewer calls, but one that raises then costs them all. What is
-    no answer to anything is sent by `put`.
+    function(packet) returns None, a packet (or bytes), or several. With batch, or a true attribute `batch` of
+    the function's, it is given a list of packets at once: fewer calls, but one that raises costs them all. What
+    is no answer to anything is sent by `put`.
     """
 
     name = "scapy"
@@ -86,7 +86,7 @@ class Port(Protocol):
 
 
 class SocketEndpoint(MailboxEndpoint):
-    """The wire's side, for a `VnetdpSocket`: what the ring gives is received, what is sent goes to queue pair 0."""
+    """The wire's side, for a `VnetdpSocket`: it receives what the ring gives, and sends to queue pair 0."""
 
     name = "socket"
 
@@ -104,7 +104,7 @@ class SocketEndpoint(MailboxEndpoint):
 
 
 class VnetdpSocket(SuperSocket):
-    """A Scapy socket over a `Port`: sniff(opened_socket=s), s.sr1(packet), sendp(packet, socket=s), s.sniff().
+    """A Scapy socket over a `Port`: sniff(opened_socket=s), s.sr1(packet), sendp(packet, socket=s).
 
     Packets are Ether/..., on the guest's side (over a `Driver`) as on the wire's (over a `SocketEndpoint`).
     Whatever moves the rings has to run meanwhile. The port stays the caller's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ _SUFFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 
 def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
-    """Return the endpoint that *text* names, opened; ConfigError if it names none, EndpointError if it can't be."""
+    """Return the endpoint that *text* names, opened; ConfigError if it names none, EndpointError if it can't."""
     kind, _, rest = text.partition(":")
     if kind not in _KINDS:
         known = ", ".join(syntax for syntax, _ in _KINDS.values())
@@ -111,7 +111,7 @@ _KINDS: Final[dict[str, tuple[str, Callable[[str, int], Endpoint]]]] = {
 }
 
 
-def _options(kind: str, text: str, known: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+def _options(kind: str, text: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     """Return key=value pairs, separated by commas; *known* has the function that reads a key's value."""
     found: dict[str, Any] = {}
     for part in text.split(",") if text else ():

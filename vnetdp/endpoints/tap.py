@@ -1,7 +1,7 @@
 """TapEndpoint: a TAP interface of this machine, with virtio_net_hdr and offloads passed through untouched.
 
-python-pytun opens the queues; beside it, only what it lacks: the length of the header and the offloads. Frames are
-read and written by kernels.
+python-pytun opens the queues; beside it is only what it lacks: the length of the header, and the offloads.
+Frames are read and written by kernels.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _TUNSETVNETHDRSZ: Final = 0x400454D8
 class TapEndpoint(Endpoint):
     """TAP *name*, attached to if it exists, else created and set up; addresses are the user's to give.
 
-    netns: the namespace it is in, by name or path; None = ours. A TAP that exists may belong to a user, who then
-    needs no rights beyond that. One created here goes away on `close`, unless *persist*.
+    netns: the namespace it is in, by name or path; None = ours. A TAP that exists may belong to a user, who
+    then needs no rights beyond that. One created here goes away on `close`, unless *persist*.
     """
 
     kind = layout.KIND_TAP
