@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from ._version import __version__
-from .errors import VnetdpError
+from .errors import ConfigError, VnetdpError
 
 _ENDPOINTS = """\
 endpoints:
@@ -58,6 +59,19 @@ def _until_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _woken_by_signals() -> Iterator[int]:
+    """Give a descriptor that any signal makes readable, for the length of the block."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -116,6 +130,73 @@ def _run_link(link: Any, stop: threading.Event, args: argparse.Namespace) -> Non
         ends = (link.left, link.right)
         if any(end.finished for end in ends) and all(end.finished or not end.gives for end in ends):
             return
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .endpoints.spec import parse_endpoint
+    from .features import parse
+    from .server import Server
+    from .warmup import warm_up
+
+    features = None if args.features is None else parse(args.features, (1 << 64) - 1)
+    with _until_signal() as stop, ExitStack() as stack:
+        endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
+        warm_up(_say)
+        server = stack.enter_context(
+            Server(
+                endpoint,
+                args.socket,
+                connect=args.connect,
+                queue_pairs=args.queue_pairs,
+                features=features,
+                mtu=args.mtu,
+                poll_us=-1 if args.poll else args.poll_us,
+            )
+        )
+        wake = stack.enter_context(_woken_by_signals())
+        _say(f"serving {args.endpoint} {'to' if args.connect else 'on'} {args.socket}; ^C or SIGTERM ends it")
+        server.run(stop.is_set, wake)
+        report = {"served": server.served, "refused": server.refused, "endpoint": endpoint.counters()}
+    counters = report["endpoint"]
+    print(f"served {report['served']} front ends, {counters['to_wire']:,} frames to the endpoint, "
+          f"{counters['from_wire']:,} from it")  # fmt: skip
+    if args.json:
+        _write_json(args.json, report)
+    return 0
+
+
+def _drive(args: argparse.Namespace) -> int:
+    from .drive import drive
+    from .endpoints.spec import parse_endpoint
+    from .features import parse
+    from .warmup import warm_up
+
+    spec = args.endpoint
+    if args.count is not None:
+        kind, _, options = spec.partition(":")
+        if kind != "generate":
+            raise ConfigError("--count goes with the endpoint generate")
+        spec = f"{kind}:{options + ',' if options else ''}count={args.count}"
+    with _until_signal() as stop, parse_endpoint(spec, args.queue_pairs) as endpoint:
+        warm_up(_say)
+        report = drive(
+            endpoint,
+            args.socket,
+            stop.is_set,
+            _say,
+            listen=args.listen,
+            queue_pairs=args.queue_pairs,
+            num=args.ring,
+            features=None if args.features is None else parse(args.features, (1 << 64) - 1),
+            wait_s=args.wait,
+            seconds=args.seconds,
+            poll_us=-1 if args.poll else args.poll_us,
+        )
+    print(f"sent {report['tx_packets']:,}, received {report['rx_packets']:,} ({report['mpps']:.3f} Mpps), "
+          f"bad {report['bad_packets']:,}")  # fmt: skip
+    if args.json:
+        _write_json(args.json, report)
+    return 1 if report["bad_packets"] else 0
 
 
 def _print_link(report: dict[str, Any]) -> None:
@@ -184,6 +265,12 @@ def _positive(text: str) -> float:
     return value
 
 
+def _polling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--poll", action="store_true", help="busy-poll, and never sleep")
+    command.add_argument("--poll-us", type=_number(0, 10_000_000, "a time in µs"), default=0, metavar="N",
+                         help="busy-poll so long before sleeping")  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vnetdp",
@@ -224,13 +311,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     link.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
     link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
-    link.add_argument("--poll", action="store_true", help="busy-poll, and never sleep")
-    link.add_argument("--poll-us", type=_number(0, 10_000_000, "a time in µs"), default=0, metavar="N",
-                      help="busy-poll so long before sleeping")  # fmt: skip
+    _polling(link)
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
                       help="hand the rings to the other owner every N ms")  # fmt: skip
     link.add_argument("--switches", type=int, metavar="N", help="stop switching after N hand-overs")
     link.add_argument("--seconds", type=_positive, help="end after so long (default: a signal ends it)")
+
+    serve = command(
+        "serve",
+        _serve,
+        "Be a vhost-user back end: QEMU, User Mode Linux and DPDK attach to SOCKET.",
+        epilog=_ENDPOINTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("endpoint", metavar="ENDPOINT")
+    serve.add_argument("--socket", required=True, metavar="PATH")
+    serve.add_argument("--connect", action="store_true", help="the front end listens: connect, again and again")
+    serve.add_argument("--features", metavar="LIST", help="offer less: -mrg_rxbuf,-event_idx,...")
+    serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
+    serve.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
+    _polling(serve)
+
+    drive = command(
+        "drive",
+        _drive,
+        "Be a vhost-user front end: a guest's driver against any back end.",
+        epilog=_ENDPOINTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    drive.add_argument("endpoint", metavar="ENDPOINT")
+    drive.add_argument("--socket", required=True, metavar="PATH")
+    drive.add_argument("--listen", action="store_true", help="own the socket: the back end connects")
+    drive.add_argument("--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end")
+    drive.add_argument("--seconds", type=_positive, help="end after so long")
+    drive.add_argument("--wait", type=_positive, default=30.0, metavar="S", help="for a back end (default 30 s)")
+    drive.add_argument("--features", metavar="LIST", help="take less: -mrg_rxbuf,-event_idx,...")
+    drive.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
+    drive.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
+    _polling(drive)
 
     bench = command("bench", _bench, "Measure, and compare with peers in the same run.")
     bench.add_argument("what", choices=("ring", "link"))

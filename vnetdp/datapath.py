@@ -125,6 +125,10 @@ class Datapath:
                 endpoint.service()
                 return layout.LOOP_BUDGET, moved
 
+    def let_go(self) -> None:
+        """Forget the endpoint, once no ring is bound: whoever polls it next serves its Python side alone."""
+        self.endpoint = self._own_endpoint
+
     def close(self) -> None:
         self.bell.close()
         self._own_endpoint.close()
@@ -157,7 +161,7 @@ class Paced:
         self._parked = threading.Event()
         self._resume = threading.Event()
         self._stopping = False
-        self._on_broken = on_broken
+        self.on_broken = on_broken
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -166,8 +170,8 @@ class Paced:
         try:
             while not self._stopping:
                 reason, _ = self._target.run(-1, self.poll_us, -1)
-                if reason == layout.LOOP_BROKEN and self._on_broken:
-                    self._on_broken()
+                if reason == layout.LOOP_BROKEN and self.on_broken:
+                    self.on_broken()
                 if ctl[layout.CTL_DOORBELL]:
                     self._parked.set()
                     self._resume.wait()

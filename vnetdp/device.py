@@ -68,7 +68,8 @@ class NetDevice:
     vhost: the worker's backends, one a pair; None = userspace only. threaded: the userspace datapath runs in the
     device's own thread; if not, nothing moves but by `step` (and vhost must be None or stepped by its owner).
     offered: feature bits to offer, of those that can be; None = all. The caller keeps and closes memory, endpoint
-    and worker; `close` gives up what the device itself made.
+    and worker; `close` gives up what the device itself made. fallback: False leaves the rings without an owner, not
+    with userspace, while vhost cannot have them.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class NetDevice:
         threaded: bool = True,
         poll_us: int = 0,
         max_num: int = 1024,
+        fallback: bool = True,
     ) -> None:
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise ConfigError(f"{queue_pairs} queue pairs: a device has 1 to {MAX_QUEUE_PAIRS}")
@@ -96,12 +98,15 @@ class NetDevice:
         if vhost is not None and len(vhost) != queue_pairs:
             raise ConfigError(f"{len(vhost)} vhost backends for {queue_pairs} queue pairs")
         check_num(max_num)
+        if mtu is not None:
+            endpoint.set_mtu(mtu)
         self.memory = memory
         self.endpoint = endpoint
         self.queue_pairs = queue_pairs
         self.mac = mac
         self.mtu = mtu
         self.max_num = max_num
+        self.fallback = fallback
         self.log: DirtyLog | None = None
         self.owner = Owner.NOBODY
         self.use_vhost = vhost is not None
@@ -155,7 +160,7 @@ class NetDevice:
     def set_driver_features(self, features: int) -> None:
         """Take the driver's choice; whether it stands shows in FEATURES_OK (3.1.1)."""
         with self._lock:
-            if self._status & VIRTIO_CONFIG_S_FEATURES_OK:
+            if self._status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK):
                 raise ConfigError("features can't change after FEATURES_OK: reset the device first")
             self._driver_features = features
 
@@ -165,10 +170,12 @@ class NetDevice:
             if status == 0:
                 self._reset()
                 return
-            if status & VIRTIO_CONFIG_S_FEATURES_OK and not self._status & VIRTIO_CONFIG_S_FEATURES_OK:
+            # A legacy driver goes to DRIVER_OK without FEATURES_OK; nothing runs with features that were not agreed on.
+            agreed = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
+            if status & agreed and not self._status & agreed:
                 wanted = self._driver_features
                 if wanted & ~self._offered or f.missing_dependency(wanted):
-                    status &= ~VIRTIO_CONFIG_S_FEATURES_OK
+                    status &= ~agreed
                 else:
                     self.endpoint.set_offloads(f.guest_offload_mask(wanted))
             self._status = status | self._status & VIRTIO_CONFIG_S_NEEDS_RESET
@@ -203,6 +210,10 @@ class NetDevice:
                         vhost_net.start_vring(backends[pair], self._rings(), pair, vring)
                         backends[pair].set_backend(vring, self.endpoint)
                 except BackendError as e:
+                    # The backend was not told this queue's index: what it would give back is of another time.
+                    queue.enabled = False
+                    self._hand_to(Owner.NOBODY)
+                    queue.enabled = True
                     self._restart_after(e)
 
     def reset_queue(self, index: int) -> None:
@@ -243,6 +254,13 @@ class NetDevice:
             if use and self._vhost is None:
                 raise ConfigError("the device was made without a vhost worker")
             self.use_vhost = use
+            self._update_owner()
+
+    def restart_vhost(self) -> None:
+        """Take the rings from a vhost that is gone, or came back, and try to give them to it again."""
+        with self._lock:
+            if self.owner is Owner.VHOST:
+                self._hand_to(Owner.NOBODY)
             self._update_owner()
 
     def set_log(self, log: DirtyLog | None) -> None:
@@ -293,7 +311,7 @@ class NetDevice:
         )
         if not ready:
             self._hand_to(Owner.NOBODY)
-        elif not self.use_vhost or not self._hand_to(Owner.VHOST):
+        elif not self.use_vhost or (not self._hand_to(Owner.VHOST) and self.fallback):
             self._hand_to(Owner.USERSPACE)
 
     def _hand_to(self, owner: Owner) -> bool:

@@ -59,3 +59,19 @@ class BackendError(VnetdpError):
 
 class EndpointError(VnetdpError):
     """An endpoint could not be opened or used."""
+
+
+class ProtocolError(VnetdpError):
+    """A vhost-user message that can't be."""
+
+
+class LocalProtocolError(ProtocolError):
+    """Our own side asked for a message that may not be sent now."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent what it may not send: the connection ends."""
+
+
+class RequestRefused(ProtocolError):  # noqa: N818 - it is an answer, not a fault of ours
+    """A well-formed request that can't be granted: the peer is told, if it asked to be."""

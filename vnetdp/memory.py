@@ -87,7 +87,12 @@ class GuestMemory:
     The descriptors in *regions* are duplicated; the caller keeps its own.
     """
 
-    def __init__(self, regions: Sequence[Region]) -> None:
+    def __init__(self, regions: Sequence[Region], foreign: bool = False, beside: Region | None = None) -> None:
+        """foreign: the files are another process's, which may shrink them; pages lost to that then read as zeros.
+
+        beside: memory that kernels need and the guest has no address for (its gpa means nothing); it is mapped
+        behind the regions, at window offset `beside_offset`.
+        """
         ordered = sorted(regions, key=lambda r: r.gpa)
         if not ordered:
             raise ConfigError("guest memory needs at least one region")
@@ -111,11 +116,22 @@ class GuestMemory:
             at = -(-at // _HUGE_ALIGN) * _HUGE_ALIGN + gpa % _HUGE_ALIGN
             row[REGION_GPA], row[REGION_LEN], row[REGION_OFFSET] = gpa, length, at
             at += length
+        self.beside_offset = -1
+        if beside is not None:
+            beside.check()
+            self.beside_offset = at = -(-at // PAGE_SIZE) * PAGE_SIZE
+            at += beside.length
         self._window_len = at + _HUGE_ALIGN
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._window = _map(None, self._window_len, 0, flags, -1, 0)
         base = -(-self._window // _HUGE_ALIGN) * _HUGE_ALIGN
         self.regions: list[Region] = []
+        self._protected = 0
+        if foreign:
+            from vnetdp_kernels import sigbus
+
+            sigbus.protect(base, at)
+            self._protected = base
         try:
             for row, run in zip(self.table, runs, strict=True):
                 for region in run:
@@ -126,6 +142,10 @@ class GuestMemory:
                     )
                     copy = fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0)
                     self.regions.append(Region(region.gpa, region.length, copy, region.fd_offset))
+            if beside is not None:
+                prot = mmap.PROT_READ | mmap.PROT_WRITE
+                where = base + self.beside_offset
+                _map(where, beside.length, prot, mmap.MAP_SHARED | _MAP_FIXED, beside.fd, beside.fd_offset)
         except OSError:
             self.close()
             raise
@@ -175,6 +195,11 @@ class GuestMemory:
         for region in self.regions:
             os.close(region.fd)
         self.regions = []
+        if self._protected:
+            from vnetdp_kernels import sigbus
+
+            sigbus.unprotect(self._protected)
+            self._protected = 0
         if self._window:
             _libc.munmap(self._window, self._window_len)
             self._window = 0
@@ -240,9 +265,34 @@ class DirtyLog:
     def __init__(self, end: int, fd: int | None = None) -> None:
         """*end*: the first guest address that needs no bit (`GuestMemory.end`)."""
         pages = -(-end // PAGE_SIZE)
-        self.length = -(-pages // 64) * 8
-        self._block = SharedBlock(self.length, fd)
-        self.log: Bytes = self._block.carve(np.uint8, self.length)
+        self._attach(SharedBlock(-(-pages // 64) * 8, fd), -(-pages // 64) * 8)
+
+    @classmethod
+    def attach(cls, fd: int, length: int, offset: int) -> DirtyLog:
+        """Use a log that another process made: *length* bytes at *offset* of *fd*, which becomes ours.
+
+        ConfigError, and *fd* is still the caller's, if the file is not that long, or nothing that can be mapped.
+        """
+        from vnetdp_kernels import sigbus
+
+        if length <= 0 or offset < 0 or offset % PAGE_SIZE:
+            raise ConfigError(f"a log of {length} bytes at offset {offset} cannot be mapped")
+        if offset + length > os.fstat(fd).st_size:
+            raise ConfigError(f"a log of {length} bytes at offset {offset} ends behind its file")
+        self = cls.__new__(cls)
+        try:
+            self._attach(SharedBlock(length, fd, offset), length // 8 * 8)
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"a log of {length} bytes cannot be mapped: {e}") from e
+        self._protected = self.log.ctypes.data
+        sigbus.protect(self._protected, self._block.length)
+        return self
+
+    def _attach(self, block: SharedBlock, length: int) -> None:
+        self.length = length
+        self._block = block
+        self._protected = 0
+        self.log: Bytes = block.carve(np.uint8, length)
 
     @property
     def fd(self) -> int:
@@ -266,6 +316,11 @@ class DirtyLog:
         return pages
 
     def close(self) -> None:
+        if self._protected:
+            from vnetdp_kernels import sigbus
+
+            sigbus.unprotect(self._protected)
+            self._protected = 0
         self._block.close()
 
 

@@ -6,13 +6,14 @@ therefore reads as negative). *offset* is in bytes for a uint8 array, and an ind
 the u16, u32 and u64 forms must be aligned to their size, except where the name says `unaligned`.
 
 In plain Python an interpreter runs one thread at a time, and one struct access of up to 8 bytes is one copy, so
-order and atomicity are the interpreter's.
+order and atomicity are the interpreter's; the two that read and then write take a lock.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int64]
 
 _RELAXED = "monotonic"
+_LOCK = threading.Lock()
 
 
 def compiled_as(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
@@ -188,8 +190,9 @@ def _fetch_or_llvm(typing_context: Any, array: Any, offset: Any, value: Any) -> 
 
 def fetch_or_u8(array: Bytes, offset: int, value: int) -> int:
     """Set bits of one byte atomically (a full barrier); return the byte as it was."""
-    before = int(array[offset])
-    array[offset] = before | value
+    with _LOCK:
+        before = int(array[offset])
+        array[offset] = before | value
     return before
 
 
@@ -209,8 +212,9 @@ def _exchange_llvm(typing_context: Any, array: Any, offset: Any, value: Any) -> 
 
 def exchange_u64(array: Bytes, offset: int, value: int) -> int:
     """Swap 8 aligned bytes atomically (a full barrier); return them as they were."""
-    before = int(struct.unpack_from("<q", array.data, offset)[0])
-    struct.pack_into("<q", array.data, offset, value)
+    with _LOCK:
+        before = int(struct.unpack_from("<q", array.data, offset)[0])
+        struct.pack_into("<q", array.data, offset, value)
     return before
 
 
@@ -290,3 +294,24 @@ def peek_i32(at: int) -> int:
 @compiled_as(peek_i32)
 def _peek_overload(at: Any) -> Any:
     return lambda at: _peek_llvm(at)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def peek_i64(typing_context: Any, at: Any) -> Any:
+    """The word at a machine address (compiled code only: the SIGBUS handler's table)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
+
+    return types.int64(types.uintp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def poke_i64(typing_context: Any, at: Any, value: Any) -> Any:
+    """Set the word at a machine address (compiled code only)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.int64), codegen

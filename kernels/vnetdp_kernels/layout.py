@@ -89,7 +89,23 @@ VQ_CALLS: Final = 24  # used buffer notifications sent
 VQ_KICKS: Final = 25  # available buffer notifications seen
 VQ_OFFLOADS: Final = 26  # receive offloads the driver took: OFFLOAD_*
 VQ_CHAINS: Final = 27  # chains used
+VQ_INFLIGHT: Final = 28  # window offset of the queue's part of the inflight area (vhost-user); 0 = none
+VQ_JOURNAL: Final = 29  # transmitq: window offset of the journal of ring-to-ring moves; 0 = none
 VQ_SLOTS: Final = 32
+
+# vhost-user's inflight area, split rings: a header a queue, then 16 bytes a descriptor.
+INFLIGHT_VERSION: Final = 8  # u16; 1
+INFLIGHT_DESC_NUM: Final = 10  # u16
+INFLIGHT_LAST_BATCH_HEAD: Final = 12  # u16
+INFLIGHT_USED_IDX: Final = 14  # u16: used.idx when the last batch was done with
+INFLIGHT_HEADER_LEN: Final = 16
+INFLIGHT_DESC_LEN: Final = 16
+INFLIGHT_ALIGN: Final = 64
+# Our journal, behind the standard part: used.idx of both queues as a move from ring to ring will leave them.
+JOURNAL_RECEIVEQ_IDX: Final = 0  # u16
+JOURNAL_TRANSMITQ_IDX: Final = 2  # u16
+JOURNAL_VALID: Final = 4  # u16; 1 while the two are being published
+JOURNAL_LEN: Final = 64
 
 # The driver's row of a queue: int64[DVQ_SLOTS]. Private to the driver.
 DVQ_NUM: Final = 0
@@ -190,6 +206,7 @@ EP_BYTES_TO_WIRE: Final = 19
 EP_BYTES_FROM_WIRE: Final = 20
 EP_HELD: Final = 21  # bytes of the frame in hand, wire to guest, that found no receive buffer yet; 0 = none
 EP_DROP_OFFLOAD: Final = 22  # the frame needs an offload that its receiver did not negotiate
+EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled; not polled any more
 EP_SLOTS: Final = 32
 
 # EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import driver
 from . import split as ring
 from .atomic import Bytes, Words, load_i64_acquire
-from .io import EAGAIN, EINTR, POLLIN, POLLOUT, clock_ns, poll, read, signal
+from .io import EAGAIN, EINTR, POLLGONE, POLLIN, POLLOUT, clock_ns, poll, read, signal
 from .jit import kernel
 from .layout import (
     CTL_DOORBELL,
@@ -19,6 +19,7 @@ from .layout import (
     DVQ_KICKS,
     DVQ_NUM_FREE,
     DVQ_STATUS,
+    EP_GONE,
     EP_HELD,
     EP_KIND,
     EP_OUT_COUNT,
@@ -33,16 +34,17 @@ from .layout import (
     LOOP_PYTHON,
     VQ_BOUND,
     VQ_CALLS,
+    VQ_ENABLED,
     VQ_KICKS,
     VQ_STATUS,
 )
-from .net import drain_transmitq, fill_receiveq, forward
+from .net import discard_transmitq, drain_transmitq, fill_receiveq, forward
 from .port import CLOCK_AT, due_in_ns
 
 BATCH = 64  # frames a queue moves before the next has its turn, and before its indices are published
 _POLL_WITHOUT_KICK_MS = 1  # a driver that gave no kick descriptor is looked at this often
 _CONTROL = -1  # what a pollfd stands for, beside the number of a queue
-_ENDPOINT = -2
+_ENDPOINT = -2  # the endpoint of pair 0; -3 that of pair 1, ...
 
 
 @kernel
@@ -60,6 +62,11 @@ def _add(pollfds: Words, n: int, fd: int, events: int, what: int) -> int:
     pollfds[0, n] = (fd & 0xFFFFFFFF) | events << 32
     pollfds[1, n] = what
     return n + 1
+
+
+@kernel
+def _is_polled(ep: Words) -> bool:
+    return (ep[EP_KIND] == KIND_TAP or ep[EP_KIND] == KIND_PYTHON) and not ep[EP_GONE]
 
 
 @kernel
@@ -116,10 +123,13 @@ def serve(
             ep = eps[q]
             turn = BATCH if budget < 0 else min(BATCH, budget - moved)
             serve_tx = txq[VQ_BOUND] and not txq[VQ_STATUS]
-            serve_rx = rxq[VQ_BOUND] and not rxq[VQ_STATUS]
+            serve_rx = rxq[VQ_BOUND] and not rxq[VQ_STATUS] and rxq[VQ_ENABLED]
             chains_tx = 0
             frames_rx = 0
-            if KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT:
+            if serve_tx and not txq[VQ_ENABLED]:
+                chains_tx = discard_transmitq(mem, txq, log, turn)
+                moved += chains_tx
+            elif KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT:
                 if serve_tx and serve_rx:
                     chains_tx = forward(
                         mem,
@@ -196,7 +206,7 @@ def serve(
                     again |= ring.enable_kicks(mem, txq, log)
                     n = _add(pollfds, n, notify[2 * q + 1, 0], POLLIN, 2 * q + 1)
                     wait_ms = wait_ms if notify[2 * q + 1, 0] >= 0 else _POLL_WITHOUT_KICK_MS
-            if rxq[VQ_BOUND] and not rxq[VQ_STATUS]:
+            if rxq[VQ_BOUND] and not rxq[VQ_STATUS] and rxq[VQ_ENABLED]:
                 if forwards or ep[EP_HELD] or ring.available(mem, rxq) == 0:
                     again |= ring.enable_kicks(mem, rxq, log)
                     n = _add(pollfds, n, notify[2 * q, 0], POLLIN, 2 * q)
@@ -204,8 +214,8 @@ def serve(
                 else:
                     events |= POLLIN
                     wait_ms = _due_ms(ep, scratch, wait_ms)
-            if events and (ep[EP_KIND] == KIND_TAP or ep[EP_KIND] == KIND_PYTHON):
-                n = _add(pollfds, n, ep_fds[q], events, _ENDPOINT)
+            if events and _is_polled(ep):
+                n = _add(pollfds, n, ep_fds[q], events, _ENDPOINT - q)
         if not again:
             ctl[CTL_SLEEPS] += 1
             woken = poll(pollfds[0], n, wait_ms)
@@ -219,8 +229,11 @@ def serve(
                     if what >= 0:
                         read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
                         vqs[what, VQ_KICKS] += 1
-                    elif what == _ENDPOINT:
+                    elif what <= _ENDPOINT:
                         python = True
+                        if pollfds[0, k] >> 48 & POLLGONE:
+                            # A TAP whose interface was deleted: polled again, it would never let the loop sleep.
+                            eps[_ENDPOINT - what, EP_GONE] = 1
         for q in range(n_pairs):
             if vqs[2 * q, VQ_BOUND]:
                 ring.disable_kicks(mem, vqs[2 * q], log)
@@ -333,8 +346,8 @@ def drive(
                 n = _add(pollfds, n, notify[2 * q + 1, 1], POLLIN, 2 * q + 1)
             else:
                 wait_ms = _due_ms(ep, scratch, wait_ms)
-                if ep[EP_KIND] == KIND_TAP or ep[EP_KIND] == KIND_PYTHON:
-                    n = _add(pollfds, n, ep_fds[q], POLLIN, _ENDPOINT)
+                if _is_polled(ep):
+                    n = _add(pollfds, n, ep_fds[q], POLLIN, _ENDPOINT - q)
         if not again:
             ctl[CTL_SLEEPS] += 1
             woken = poll(pollfds[0], n, wait_ms)
@@ -348,8 +361,11 @@ def drive(
                     if what >= 0:
                         read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
                         dvqs[what, DVQ_CALLS] += 1
-                    elif what == _ENDPOINT:
+                    elif what <= _ENDPOINT:
                         python = True
+                        if pollfds[0, k] >> 48 & POLLGONE:
+                            # A TAP whose interface was deleted: polled again, it would never let the loop sleep.
+                            eps[_ENDPOINT - what, EP_GONE] = 1
         for q in range(2 * n_pairs):
             ring.disable_calls(mem, dvqs[q])
         if python and _any_python(eps):

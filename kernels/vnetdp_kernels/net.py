@@ -7,12 +7,13 @@ of the frame behind it), and by rows (offset, length) of the rest: so it is copi
 from __future__ import annotations
 
 from . import split as ring
-from .atomic import Bytes, Words, store_u16_unaligned, store_u64_unaligned
+from .atomic import Bytes, Words, store_u16, store_u16_release, store_u16_unaligned, store_u64_unaligned
 from .guest import write, write_header
 from .jit import inlined, kernel
 from .layout import (
     E_DIRECTION,
     E_TOO_BIG,
+    EP_BYTES_TO_WIRE,
     EP_DROP_LONG,
     EP_DROP_NO_BUFFER,
     EP_DROP_OFFLOAD,
@@ -25,6 +26,9 @@ from .layout import (
     IOV_GPA,
     IOV_LEN,
     IOV_OFFSET,
+    JOURNAL_RECEIVEQ_IDX,
+    JOURNAL_TRANSMITQ_IDX,
+    JOURNAL_VALID,
     KIND_MACSWAP,
     KIND_REFLECT,
     MAX_FRAME_LEN,
@@ -34,6 +38,8 @@ from .layout import (
     VQ_CHAINS,
     VQ_DROPPED,
     VQ_HDR_LEN,
+    VQ_JOURNAL,
+    VQ_LAST_USED_IDX,
     VQ_MRG_RXBUF,
     VQ_NUM,
     VQ_OFFLOADS,
@@ -109,6 +115,7 @@ def place(
     room = 0
     taken = 0
     filled = 0
+    alone = False
     n_avail = ring.available(mem, vq)
     while room < need:
         if ahead + taken >= n_avail:
@@ -125,11 +132,17 @@ def place(
         if head < 0:
             return head
         n_out, n_in = ring.gather(mem, regions, vq, head, iov[filled:])
+        if n_out < 0 and filled:
+            # Rows used up by the merge are no fault of the driver's: look at this chain by itself.
+            filled = 0
+            alone = True
+            continue
         if n_out < 0:
-            # Rows used up by a merge are no fault of the driver's.
-            return E_TOO_BIG if filled else n_out
+            return n_out
         if n_out > 0 or n_in == 0:
             return E_DIRECTION
+        if alone:
+            return E_TOO_BIG
         size = 0
         for k in range(filled, filled + n_in):
             size += iov[k, IOV_LEN]
@@ -181,8 +194,8 @@ def drain_transmitq(
     n = min(ring.available(mem, vq), budget)
     status = min(n, 0)
     used = 0
-    size = 0
-    dropped = 0
+    frames = ep[EP_TO_WIRE]
+    size = ep[EP_BYTES_TO_WIRE]
     while used < n:
         head = ring.head_at(mem, vq, used)
         if head < 0:
@@ -193,34 +206,41 @@ def drain_transmitq(
             status = n_out if n_out < 0 else E_DIRECTION
             break
         row, frame_len = split_header(mem, iov, n_out, vq[VQ_HDR_LEN], hdr)
-        if frame_len == 0:
-            dropped += 1
-            ep[EP_DROP_SHORT] += 1
-        else:
-            if emit(
-                mem,
-                iov,
-                row,
-                n_out,
-                frame_len,
-                hdr,
-                ep,
-                fd,
-                out_frames,
-                out_lengths,
-                ledger,
-                windows,
-                scratch,
-            ):
-                break
-            size += frame_len
+        if emit(
+            mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch
+        ):
+            break
         ring.put_used(mem, vq, used, head, 0)
         used += 1
     if used:
         ring.publish_used(mem, vq, log, used)
-        vq[VQ_PACKETS] += used - dropped
-        vq[VQ_BYTES] += size
-        vq[VQ_DROPPED] += dropped
+        # The endpoint counts what it took; the rest is dropped, and it says why.
+        frames = ep[EP_TO_WIRE] - frames
+        vq[VQ_PACKETS] += frames
+        vq[VQ_BYTES] += ep[EP_BYTES_TO_WIRE] - size
+        vq[VQ_DROPPED] += used - frames
+        vq[VQ_CHAINS] += used
+    if status < 0:
+        vq[VQ_STATUS] = status
+    return used
+
+
+@kernel
+def discard_transmitq(mem: Bytes, vq: Words, log: Bytes, budget: int) -> int:
+    """Use up to *budget* chains of the transmitq without a look at them (vhost-user: started, but disabled)."""
+    n = min(ring.available(mem, vq), budget)
+    status = min(n, 0)
+    used = 0
+    while used < n:
+        head = ring.head_at(mem, vq, used)
+        if head < 0:
+            status = head
+            break
+        ring.put_used(mem, vq, used, head, 0)
+        used += 1
+    if used:
+        ring.publish_used(mem, vq, log, used)
+        vq[VQ_DROPPED] += used
         vq[VQ_CHAINS] += used
     if status < 0:
         vq[VQ_STATUS] = status
@@ -401,6 +421,12 @@ def forward(
             break
         ring.put_used(src_mem, txq, used_tx, head, 0)
         used_tx += 1
+    journal = txq[VQ_JOURNAL]
+    if journal and used_rx:
+        # Two indices can't be published as one: whoever goes on after a crash in between finds both here.
+        store_u16(src_mem, journal + JOURNAL_RECEIVEQ_IDX, rxq[VQ_LAST_USED_IDX] + used_rx)
+        store_u16(src_mem, journal + JOURNAL_TRANSMITQ_IDX, txq[VQ_LAST_USED_IDX] + used_tx)
+        store_u16_release(src_mem, journal + JOURNAL_VALID, 1)
     if used_rx:
         ring.publish_used(dst_mem, rxq, dst_log, used_rx)
         rxq[VQ_PACKETS] += frames
@@ -413,6 +439,8 @@ def forward(
         txq[VQ_PACKETS] += frames
         txq[VQ_BYTES] += size
         txq[VQ_CHAINS] += used_tx
+        if journal:
+            store_u16_release(src_mem, journal + JOURNAL_VALID, 0)
     if status_tx < 0:
         txq[VQ_STATUS] = status_tx
     if status_rx < 0:

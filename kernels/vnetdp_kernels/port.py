@@ -213,6 +213,7 @@ def emit(
             ep[EP_DROP_LONG] += 1
             return 0
         at = slot * slot_len
+        store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
         copy(out_frames, at, hdr, 0, NET_HDR_LEN)
         linearize(mem, iov, row, n, out_frames, at + NET_HDR_LEN)
         out_lengths[slot] = frame_len + NET_HDR_LEN

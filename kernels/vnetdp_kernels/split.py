@@ -68,6 +68,7 @@ from .layout import (
     E_USED_IDX,
     E_USED_LEN,
     E_ZERO_LEN,
+    INFLIGHT_USED_IDX,
     IOV_GPA,
     IOV_LEN,
     IOV_OFFSET,
@@ -86,6 +87,7 @@ from .layout import (
     VQ_DESC,
     VQ_EVENT_IDX,
     VQ_INDIRECT,
+    VQ_INFLIGHT,
     VQ_KICKS_ON,
     VQ_LAST_AVAIL_IDX,
     VQ_LAST_USED_IDX,
@@ -119,9 +121,15 @@ def available(mem: Bytes, vq: Words) -> int:
 
 @inlined
 def refresh(mem: Bytes, vq: Words) -> int:
-    """`available`, with a fresh look at avail.idx whatever is known."""
+    """`available`, with a fresh look at avail.idx whatever is known. An index that went back is E_AVAIL_IDX too."""
+    idx = vq[VQ_AVAIL_IDX]
+    known = (idx - vq[VQ_LAST_AVAIL_IDX]) & 0xFFFF
     vq[VQ_AVAIL_IDX] = vq[VQ_LAST_AVAIL_IDX]
-    return int(available(mem, vq))
+    n = int(available(mem, vq))
+    if n < known:
+        vq[VQ_AVAIL_IDX] = idx
+        return E_AVAIL_IDX
+    return n
 
 
 @inlined
@@ -223,6 +231,8 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
     vq[VQ_LAST_AVAIL_IDX] = (vq[VQ_LAST_AVAIL_IDX] + n) & 0xFFFF
     # Barrier B: pairs with the acquire in take_used.
     store_u16_release(mem, vq[VQ_USED] + VIRTQ_RING_IDX, idx)
+    if vq[VQ_INFLIGHT]:
+        store_u16(mem, vq[VQ_INFLIGHT] + INFLIGHT_USED_IDX, idx)
     if log.size > 0 and vq[VQ_LOG_USED] >= 0:
         num = vq[VQ_NUM]
         slot = first & (num - 1)

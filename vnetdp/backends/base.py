@@ -74,6 +74,12 @@ class Backend(Protocol):
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         """Set the eventfd that calls the driver; without one nobody is called."""
 
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        """Enable or disable a ring (vhost-user); one that is bound and disabled uses what is sent, and does nothing."""
+
+    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
+        """Set where in the memory's window the ring's inflight area and journal lie; 0 = there is none."""
+
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         """Bind a ring to an endpoint, or unbind it."""
 

@@ -106,6 +106,12 @@ class FaultyBackend:
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         self._do("set_vring_call", index, lambda: self.inner.set_vring_call(index, call))
 
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        self.inner.set_vring_enable(index, enabled)
+
+    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
+        self.inner.set_vring_inflight(index, area, journal)
+
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         if endpoint is None:
             self.inner.set_backend(index, None)

@@ -236,6 +236,12 @@ class ProcessBackend:
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         self._worker.call(self._pair, "set_vring_call", index, call)
 
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        self._worker.call(self._pair, "set_vring_enable", index, enabled)
+
+    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
+        self._worker.call(self._pair, "set_vring_inflight", index, area, journal)
+
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         if endpoint is None:
             try:
@@ -254,7 +260,7 @@ class ProcessBackend:
         try:
             self._worker.call(self._pair, "set_backend", index, endpoint)
         except BackendError:
-            if not self._bound:
+            if endpoint not in self._bound.values():
                 endpoint.stop_polling(self._pair, self)
             raise
         self._bound[index] = endpoint

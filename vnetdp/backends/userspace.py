@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from vnetdp_kernels import layout
 from vnetdp_kernels.atomic import load_u16_acquire, store_u16
+from vnetdp_kernels.guest import mark_dirty
 
 from .. import features as f
 from ..datapath import Datapath
@@ -63,15 +64,14 @@ class UserspaceBackend:
 
     def set_memory(self, memory: GuestMemory) -> None:
         dp = self.datapath
-        before = dp.memory
-        dp.memory = memory
+        wanted = dp.vqs[dp.vqs[:, layout.VQ_BOUND] != 0]  # a copy: nothing changes before all can
         try:
-            for row in dp.vqs:
-                if row[layout.VQ_BOUND]:
-                    _translate(memory, row)
+            for row in wanted:
+                _translate(memory, row)
         except ConfigError as e:
-            dp.memory = before
             raise BackendError("set_memory", errno.EFAULT, None, str(e)) from e
+        dp.vqs[dp.vqs[:, layout.VQ_BOUND] != 0] = wanted
+        dp.memory = memory
 
     def set_log(self, log: DirtyLog | None) -> None:
         self.datapath.log = log
@@ -136,6 +136,13 @@ class UserspaceBackend:
         self._row("set_vring_call", index)
         self.datapath.notify[2 * self.pair + index, 1] = call.fd if call else -1
 
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        self._row("set_vring_enable", index)[layout.VQ_ENABLED] = int(enabled)
+
+    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
+        row = self._row("set_vring_inflight", index)
+        row[layout.VQ_INFLIGHT], row[layout.VQ_JOURNAL] = area, journal
+
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         row = self._row("set_backend", index)
         dp = self.datapath
@@ -145,6 +152,8 @@ class UserspaceBackend:
                 row[layout.VQ_BOUND] = 0
                 if not other[layout.VQ_BOUND]:
                     dp.endpoint.stop_polling(self.pair, self)
+                if not dp.vqs[:, layout.VQ_BOUND].any():
+                    dp.let_go()
             return
         if dp.memory is None or row[layout.VQ_NUM] == 0 or row[layout.VQ_DESC_GPA] < 0:
             raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
@@ -165,11 +174,14 @@ class UserspaceBackend:
         mem = dp.memory.mem
         if not row[layout.VQ_EVENT_IDX]:
             store_u16(mem, int(row[layout.VQ_USED]), 0)
+            if dp.log and dp.logging and row[layout.VQ_LOG_USED] >= 0:
+                mark_dirty(dp.log.log, int(row[layout.VQ_LOG_USED]), 2)
         row[layout.VQ_LAST_USED_IDX] = load_u16_acquire(mem, int(row[layout.VQ_USED]) + layout.VIRTQ_RING_IDX)
         row[layout.VQ_AVAIL_IDX] = row[layout.VQ_LAST_AVAIL_IDX]
         row[layout.VQ_SIGNALLED_USED_VALID] = 0
         row[layout.VQ_KICKS_ON] = 1
         row[layout.VQ_STATUS] = 0
+        endpoint.rows[self.pair, layout.EP_GONE] = 0
         row[layout.VQ_BOUND] = 1
 
     @contextmanager

@@ -33,6 +33,15 @@ class Worker:
         self.paced = Paced(self.datapath, name, poll_us, on_broken)
         self.backends = [WorkerBackend(self, pair) for pair in range(pairs)]
 
+    @property
+    def on_broken(self) -> Callable[[], None] | None:
+        """What is called, in the thread, when a ring broke."""
+        return self.paced.on_broken
+
+    @on_broken.setter
+    def on_broken(self, call: Callable[[], None] | None) -> None:
+        self.paced.on_broken = call
+
     def close(self) -> None:
         """Stop the thread and give up every descriptor. Rings that were bound are not touched any more."""
         self.paced.close()
@@ -89,6 +98,14 @@ class WorkerBackend:
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         with self._paced.paused():
             self._inner.set_vring_call(index, call)
+
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        with self._paced.paused():
+            self._inner.set_vring_enable(index, enabled)
+
+    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
+        with self._paced.paused():
+            self._inner.set_vring_inflight(index, area, journal)
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         with self._paced.paused():

@@ -145,6 +145,14 @@ class Endpoint:
     def set_offloads(self, mask: int) -> None:
         """Learn which offloads (layout.OFFLOAD_*) the other side of the ring takes in a virtio_net_hdr."""
 
+    def set_queue_active(self, queue: int, active: bool) -> None:
+        """Learn whether *queue* is served: one that is not gets no frames."""
+
+    def send_to_wire(self, frame: bytes) -> None:
+        """Put a frame of our own (Ethernet, no FCS) on the wire, beside what the guest sends (RARP)."""
+        if self.kind == layout.KIND_PYTHON:
+            self._guarded_transmit(0, [bytes(layout.NET_HDR_LEN) + frame])
+
     def set_mtu(self, mtu: int) -> None:
         """Learn the MTU the driver was told; raise EndpointError if frames of that size can't pass."""
 

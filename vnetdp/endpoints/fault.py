@@ -1,7 +1,7 @@
 """FaultEndpoint: another endpoint, behind a wire that loses, damages, delays and refuses frames as told.
 
-What is to go wrong (`Faults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue has a
-random sequence of its own, so the n-th frame meets the same fate however frames are batched.
+What is to go wrong (`Faults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue has
+a random sequence of its own, so the n-th frame meets the same fate however frames are batched.
 """
 
 from __future__ import annotations
@@ -259,6 +259,10 @@ class FaultEndpoint(Endpoint):
 
     def set_mtu(self, mtu: int) -> None:
         self.inner.set_mtu(mtu)
+
+    @property
+    def gives(self) -> bool:
+        return self.inner.gives
 
     @property
     def finished(self) -> bool:

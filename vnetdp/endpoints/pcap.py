@@ -1,7 +1,7 @@
 """PcapEndpoint: a capture is the wire. Frames come from one file, and those from the ring go to another.
 
-Scapy's raw readers and writers know the formats, pcap and pcapng; here is only what they let pass: a file that
-was cut short, and nanoseconds in pcapng.
+Scapy's raw readers and writers know the formats, pcap and pcapng; here is only what they let pass: a file cut
+short, and nanoseconds in pcapng.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PcapEndpoint(Endpoint):
     """Frames of *source*, as fast as the ring takes them, on queue pair 0; frames from the ring go to *sink*.
 
     Either file may be None. source: pcap or pcapng, also gzipped. sink: pcapng if its name ends so, else pcap;
-    it is overwritten; timestamps in ns. A frame that the capture holds only in part is sent as far as it goes.
+    it is overwritten; timestamps in ns. A frame that was captured only in part is sent as far as it goes.
     """
 
     def __init__(self, source: str | Path | None, sink: str | Path | None = None, queues: int = 1) -> None:
@@ -86,7 +86,7 @@ class PcapEndpoint(Endpoint):
             self._wake.clear()
         return frames
 
-    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:  # noqa: ARG002 - one file for all
         if self._writer is None:
             return
         for frame in frames:
@@ -94,6 +94,10 @@ class PcapEndpoint(Endpoint):
             stamp: Any = Fraction(sec * _NS + ns, _NS) if isinstance(self._writer, _PcapNgWriter) else sec
             self._writer.write_packet(frame[layout.NET_HDR_LEN :], sec=stamp, usec=ns)
         self._writer.flush()
+
+    @property
+    def gives(self) -> bool:
+        return self._reader is not None
 
     @property
     def finished(self) -> bool:

@@ -1,7 +1,7 @@
-"""Scapy on either side of the rings: an endpoint that asks a callable, and sockets for sniff(), sr1() and so on.
+"""Scapy on either side of the rings: an endpoint that asks a callable, and sockets for sniff() and sr1().
 
 Scapy costs tens of microseconds a packet: it meets frames in batches, outside the kernels. Importing this file
-imports Scapy, so nothing else imports it before it is needed.
+imports Scapy, so it is imported only where it is needed.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def _frames(answer: Answer) -> list[bytes]:
     several = [answer] if isinstance(answer, Packet | bytes) else list(answer)
     for one in several:
         if not isinstance(one, Packet | bytes):
-            raise TypeError(
-                f"it returned {type(one).__name__}, not None, a packet, bytes, or a list of these"
-            )
+            raise TypeError(f"it returned {type(one).__name__}, not None, a packet, bytes, or a list of these")
     return [_frame(one) for one in several]
 
 

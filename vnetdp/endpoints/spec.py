@@ -18,7 +18,7 @@ _SUFFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 
 def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
-    """Return the endpoint that *text* names, opened; ConfigError if it names none, EndpointError if it can't."""
+    """Return the endpoint that *text* names, opened; ConfigError or EndpointError if it can't."""
     kind, _, rest = text.partition(":")
     if kind not in _KINDS:
         known = ", ".join(syntax for syntax, _ in _KINDS.values())

@@ -102,6 +102,18 @@ class TapEndpoint(Endpoint):
                 failed = e  # EINVAL: a kernel before 6.2 knows no USO
         raise EndpointError(f"{self.name}: cannot set offloads {wanted:#x}: {failed.strerror}")
 
+    def set_queue_active(self, queue: int, active: bool) -> None:
+        """Attach or detach a queue: the kernel spreads flows over those attached. One of a single queue stays."""
+        if self.queues > 1:
+            device = self._devices[queue]
+            with suppress(OSError):  # it is so already
+                device.mq_attach(active)
+            self.rows[queue, layout.EP_GONE] = 0
+
+    def send_to_wire(self, frame: bytes) -> None:
+        with suppress(OSError):  # an interface that is down takes nothing
+            os.write(int(self.fds[0]), bytes(layout.NET_HDR_LEN) + frame)
+
     def set_mtu(self, mtu: int) -> None:
         """Give the interface that MTU, unless it has it."""
 

@@ -1,0 +1,111 @@
+"""Surviving a peer that shrinks a file which is mapped here: SIGBUS gives the lost page zeros, in windows that ask for it.
+
+The handler is compiled code, since the thread it interrupts may be in a kernel. It finds the windows in a table at a fixed
+address (a compiled function can be cached only if it holds no address of this process's own). A SIGBUS outside of all
+windows ends the process, as ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from numba import cfunc, types
+
+from .atomic import peek_i64, poke_i64
+
+_TABLE: Final = 0x5EED_0000_0000
+_TABLE_LEN: Final = 1 << 16
+_WINDOWS: Final = 1024
+_COUNT_AT: Final = _TABLE  # faults survived
+_WINDOWS_AT: Final = _TABLE + 64  # pairs (address, end); 0 = free
+
+_SIGBUS: Final = 7
+_SA_SIGINFO: Final = 4
+_SA_ONSTACK: Final = 0x0800_0000
+_SI_ADDR_AT: Final = 16  # in siginfo_t, on every 64-bit Linux
+_PROT_RW: Final = 3
+_MAP_PRIVATE_ANONYMOUS_FIXED: Final = 0x02 | 0x20 | 0x10
+_MAP_FIXED_NOREPLACE: Final = 0x10_0000
+_PAGE: Final = 4096
+_HUGE_PAGE: Final = 1 << 21
+
+_mmap = types.ExternalFunction(
+    "mmap", types.intp(types.uintp, types.uintp, types.int32, types.int32, types.int32, types.intp)
+)
+_signal = types.ExternalFunction("signal", types.uintp(types.int32, types.uintp))
+
+
+@cfunc(types.void(types.int32, types.uintp, types.uintp), cache=True)  # type: ignore[untyped-decorator]
+def _on_sigbus(number: int, info: int, context: int) -> None:  # noqa: ARG001
+    address = peek_i64(info + _SI_ADDR_AT)
+    for i in range(_WINDOWS):
+        start = peek_i64(_WINDOWS_AT + 16 * i)
+        if start != 0 and start <= address < peek_i64(_WINDOWS_AT + 16 * i + 8):
+            page = address & ~(_PAGE - 1)
+            got = _mmap(page, _PAGE, _PROT_RW, _MAP_PRIVATE_ANONYMOUS_FIXED, -1, 0)
+            if got == -1:
+                page = address & ~(_HUGE_PAGE - 1)
+                got = _mmap(page, _HUGE_PAGE, _PROT_RW, _MAP_PRIVATE_ANONYMOUS_FIXED, -1, 0)
+            if got != -1:
+                poke_i64(_COUNT_AT, peek_i64(_COUNT_AT) + 1)
+                return
+    _signal(_SIGBUS, 0)
+
+
+class _SigAction(ctypes.Structure):
+    """struct sigaction of glibc: handler, mask, flags, restorer."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ulong * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+_table: npt.NDArray[np.int64] | None = None
+
+
+def _install() -> npt.NDArray[np.int64]:
+    """Map the table and install the handler, once a process; return the table's words."""
+    global _table
+    if _table is None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long)
+        flags = 0x02 | 0x20 | _MAP_FIXED_NOREPLACE
+        if libc.mmap(_TABLE, _TABLE_LEN, _PROT_RW, flags, -1, 0) != _TABLE:
+            raise OSError(ctypes.get_errno(), f"cannot map the table of windows at {_TABLE:#x}")
+        _table = np.ctypeslib.as_array((ctypes.c_int64 * (_TABLE_LEN // 8)).from_address(_TABLE))
+        action = _SigAction(handler=_on_sigbus.address, flags=_SA_SIGINFO | _SA_ONSTACK)
+        if libc.sigaction(_SIGBUS, ctypes.byref(action), None):
+            raise OSError(ctypes.get_errno(), "sigaction")
+    return _table
+
+
+def protect(address: int, length: int) -> None:
+    """Let the pages of [address, address + length) read as zeros, private to us, once their file has lost them."""
+    table = _install()
+    for i in range(8, 8 + 2 * _WINDOWS, 2):
+        if table[i] == 0:
+            table[i + 1] = address + length
+            table[i] = address
+            return
+    raise OSError("too many windows are protected")
+
+
+def unprotect(address: int) -> None:
+    """Forget the window that begins at *address*; nothing if there is none. Comes before it is unmapped."""
+    table = _install()
+    for i in range(8, 8 + 2 * _WINDOWS, 2):
+        if table[i] == address:
+            table[i] = 0
+            return
+
+
+def survived() -> int:
+    """Return how many faults were survived since the process began."""
+    return int(_table[0]) if _table is not None else 0

@@ -1,0 +1,229 @@
+"""The doctor: what this machine can run, found out by trying, and what to do about the rest.
+
+Nothing that it tries stays behind: no interface, no namespace, no file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+_MIN_PYTHON = (3, 11)
+_MIN_NUMBA = (0, 62)
+_CAP_NET_ADMIN = 12
+_TUN = Path("/dev/net/tun")
+_VHOST_NET = Path("/dev/vhost-net")
+
+# A program to run beside us: what it is for, and Debian's package.
+_PEERS = (
+    ("ip", "makes namespaces and interfaces, for the tests and `vnetdp bench link`", "iproute2"),
+    ("iperf3", "sends the TCP of `vnetdp bench link`", "iperf3"),
+    ("dpdk-testpmd", "is measured beside us by `vnetdp bench link`", "dpdk-dev"),
+    ("ethtool", "turns off the offloads of a peer in `vnetdp bench link`", "ethtool"),
+    ("tshark", "reads in the tests what we write", "tshark"),
+    ("qemu-system-x86_64", "is not used by this version", "qemu-system-x86"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried. required: userspace traffic needs it; advice: what to do next, "" if all is well."""
+
+    name: str
+    ok: bool
+    required: bool
+    detail: str
+    advice: str = ""
+
+
+def run(say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Try everything, tell *say* line by line, and return the report that `vnetdp doctor --json` writes."""
+    checks: list[Check] = []
+    for look in (_python, _numba, _memfd, _cache, _cores, _pytun, _tun, _namespaces, _hugepages, _vhost_net):
+        checks.append(look())
+        _tell(checks[-1], say)
+    for program, purpose, package in _PEERS:
+        checks.append(_peer(program, purpose, package))
+        _tell(checks[-1], say)
+    ok = all(check.ok for check in checks if check.required)
+    missing = [check.name for check in checks if check.required and not check.ok]
+    say(
+        "all that userspace traffic needs is here: try `vnetdp demo`"
+        if ok
+        else f"userspace traffic can't run: {', '.join(missing)}"
+    )
+    return {"ok": ok, "checks": [asdict(check) for check in checks]}
+
+
+def _tell(check: Check, say: Callable[[str], None]) -> None:
+    word = "ok" if check.ok else "MISSING" if check.required else "without"
+    say(f"{word:<8} {check.name:<20} {check.detail}")
+    if check.advice:
+        say(f"{'':<29} -> {check.advice}")
+
+
+def _python() -> Check:
+    ok = sys.version_info >= _MIN_PYTHON
+    advice = "" if ok else f"install Python {_MIN_PYTHON[0]}.{_MIN_PYTHON[1]} or newer, and vnetdp into it"
+    return Check("python", ok, True, f"{platform.python_version()} on {platform.system()} {platform.release()}", advice)
+
+
+def _numba() -> Check:
+    fix = f"{sys.executable} -m pip install --upgrade numba"
+    try:
+        import numba
+    except ImportError as e:  # NumPy too new for it, no wheel for this Python: it says what
+        return Check("numba", False, True, f"can't be imported: {e}", fix)
+    versions = f"{numba.__version__}, llvmlite {_version('llvmlite')}, NumPy {_version('numpy')}"
+    if tuple(int(part) for part in numba.__version__.split(".")[:2]) < _MIN_NUMBA:
+        return Check("numba", False, True, f"{versions}: too old, its cache can't be stamped by us", fix)
+    if numba.config.DISABLE_JIT:
+        advice = "unset NUMBA_DISABLE_JIT"
+        return Check("numba", True, True, f"{versions}; NUMBA_DISABLE_JIT is set: some hundred times slower", advice)
+    return Check("numba", True, True, versions)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _memfd() -> Check:
+    from .memory import create_memfd
+
+    try:
+        fd = create_memfd("vnetdp-doctor", 4096)
+    except (OSError, ConfigError, AttributeError) as e:
+        advice = "use Linux 3.17 or newer, and a container that allows memfd_create and fcntl(F_ADD_SEALS)"
+        return Check("memfd", False, True, f"no shared memory that nobody can shrink: {e}", advice)
+    sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    os.close(fd)
+    if not sealed:
+        return Check("memfd", False, True, "the seal against shrinking does not stick", "use a kernel that keeps seals")
+    return Check("memfd", True, True, "shared memory, sealed against shrinking")
+
+
+def _cache() -> Check:
+    """Look where the compiled kernels go. Without any place for them Numba refuses to make a kernel at all."""
+    try:
+        from vnetdp_kernels import jit, loops
+    except (ImportError, RuntimeError) as e:
+        advice = "let NUMBA_CACHE_DIR name a folder that you may write into"
+        return Check("numba cache", False, True, f"the kernels can't be loaded: {e}", advice)
+    if not hasattr(loops.serve, "stats"):
+        return Check("numba cache", True, True, "not used: NUMBA_DISABLE_JIT is set")
+    path = loops.serve.stats.cache_path
+    if jit.cache_is_warm(loops.serve) and jit.cache_is_warm(loops.drive):
+        return Check("numba cache", True, True, f"warm, in {path}")
+    return Check(
+        "numba cache", True, True, f"cold, in {path}: the next command compiles first, some 20 s", "vnetdp demo"
+    )
+
+
+def _cores() -> Check:
+    n = len(os.sched_getaffinity(0))
+    if n >= 2:
+        return Check("cores", True, False, f"{n} to run on")
+    return Check(
+        "cores", False, False, "1 to run on: device and guest take turns", "give us two or more (taskset, cpuset)"
+    )
+
+
+def _pytun() -> Check:
+    try:
+        import pytun
+    except ImportError as e:
+        fix = f"{sys.executable} -m pip install python-pytun  (it may need Debian's gcc and python3-dev)"
+        return Check("python-pytun", False, False, f"no tap: endpoints: {e}", fix)
+    return Check("python-pytun", True, False, f"{_version('python-pytun')}, {Path(pytun.__file__).name}")
+
+
+def _tun() -> Check:
+    try:
+        os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        advice = "sudo modprobe tun; into a container: --device /dev/net/tun"
+        return Check("tun", False, False, f"no tap: endpoints: {_TUN} is not there", advice)
+    except OSError as e:
+        return Check("tun", False, False, f"no tap: endpoints: {_TUN}: {e.strerror}", f"sudo chmod 666 {_TUN}")
+    if _has_capability(_CAP_NET_ADMIN):
+        return Check("tun", True, False, f"{_TUN} opens, and we may make TAP interfaces")
+    advice = "run as root, or have root make one for you: sudo ip tuntap add dev tap0 mode tap user $USER"
+    return Check("tun", False, False, f"{_TUN} opens, but without CAP_NET_ADMIN only TAPs made for us", advice)
+
+
+def _has_capability(number: int) -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
+# A child tries this, so that we stay in our namespace and the TAP disappears with the child's.
+_TRY_NAMESPACE = """
+import ctypes, fcntl, os, struct, sys
+if ctypes.CDLL(None, use_errno=True).unshare(0x40000000):
+    sys.exit(os.strerror(ctypes.get_errno()))
+try:
+    fcntl.ioctl(os.open("/dev/net/tun", os.O_RDWR), 0x400454CA, struct.pack("16sH22x", b"doctor0", 0x5002))
+except OSError as e:
+    sys.exit("a TAP in it: " + e.strerror)
+"""
+
+
+def _namespaces() -> Check:
+    child = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _TRY_NAMESPACE], capture_output=True, text=True, check=False
+    )
+    if child.returncode == 0:
+        return Check("network namespaces", True, False, "we may make them, with TAPs in them")
+    reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
+    advice = "run as root; into a container: --cap-add NET_ADMIN --cap-add SYS_ADMIN"
+    return Check("network namespaces", False, False, f"the tests and benchmarks that need them skip: {reason}", advice)
+
+
+def _hugepages() -> Check:
+    counts = {}
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in ("HugePages_Total", "HugePages_Free", "Hugepagesize"):
+                counts[name] = int(rest.split()[0])
+    total, free = counts.get("HugePages_Total", 0), counts.get("HugePages_Free", 0)
+    size = f"{counts.get('Hugepagesize', 2048) // 1024} MiB"
+    if total:
+        return Check("hugepages", True, False, f"{free} of {total} free, {size} each")
+    advice = "for DPDK at its best: echo 512 | sudo tee /proc/sys/vm/nr_hugepages"
+    return Check("hugepages", False, False, "none reserved; we do without, and start DPDK with --no-huge", advice)
+
+
+def _vhost_net() -> Check:
+    note = "not used by this version: its vhost is a worker of our own"
+    try:
+        os.close(os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return Check("vhost-net", False, False, f"no {_VHOST_NET}; {note}", "sudo modprobe vhost_net")
+    except OSError as e:
+        return Check("vhost-net", False, False, f"{_VHOST_NET}: {e.strerror}; {note}", f"sudo chmod 666 {_VHOST_NET}")
+    return Check("vhost-net", True, False, f"{_VHOST_NET} opens; {note}")
+
+
+def _peer(program: str, purpose: str, package: str) -> Check:
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+    if path:
+        return Check(program, True, False, f"{path}: {purpose}")
+    return Check(program, False, False, f"not installed: {purpose}", f"sudo apt-get install {package}")

@@ -1,0 +1,129 @@
+"""`drive`: a guest's driver against any vhost-user back end, generating, checking, and coming back after a crash."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from vnetdp_kernels import layout
+
+from .backends.vhost_user import VhostUserFrontEnd
+from .device import NetDevice
+from .driver import Driver, memory_for
+from .endpoints.base import Endpoint
+from .endpoints.loopback import GenerateEndpoint, NullEndpoint
+from .errors import BackendError, ConfigError, ProtocolError
+
+_TICK_S = 0.02
+_QUIET_S = 0.5  # nothing came for so long: nothing more will
+
+
+def drive(
+    endpoint: Endpoint,
+    path: str,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+    *,
+    listen: bool = False,
+    queue_pairs: int = 1,
+    num: int = 256,
+    features: int | None = None,
+    wait_s: float = 30.0,
+    seconds: float | None = None,
+    poll_us: int = 0,
+) -> dict[str, Any]:
+    """Run *endpoint* as a guest of the back end on *path*, until *stop*, *seconds*, or its last frame came back.
+
+    Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign), mpps
+    (received), and with a generator the ledger of what came back.
+    """
+    with ExitStack() as stack:
+        front_end = VhostUserFrontEnd(path, queue_pairs, listen=listen, queue_size=num)
+        stack.callback(front_end.close)
+        _wait(front_end, wait_s, stop)
+        memory = stack.enter_context(memory_for(queue_pairs, num))
+        nowhere = stack.enter_context(NullEndpoint(queue_pairs))
+        offered = front_end.features if features is None else front_end.features & features
+        device = NetDevice(
+            memory, nowhere, queue_pairs=queue_pairs, offered=offered, vhost=front_end.backends, max_num=num,
+            fallback=False,
+        )  # fmt: skip
+        stack.callback(device.close)
+        driver = Driver(device, memory, endpoint, queue_pairs=queue_pairs, num=num)
+        stack.callback(driver.close)
+        if device.last_error is not None:
+            raise ConfigError(f"{path}: {device.last_error}")
+        say(f"driving {path}: {queue_pairs} queue pairs of {num}")
+        driver.start(poll_us)
+        began = time.monotonic()
+        took = _run(front_end, device, driver, stop, None if seconds is None else began + seconds) - began
+        _settle(endpoint, driver)
+        return _report(endpoint, driver, took, front_end.connections)
+
+
+def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool]) -> None:
+    """Connect, again and again; ConfigError when the time is up."""
+    until = time.monotonic() + wait_s
+    while not stop():
+        if front_end.connect(_TICK_S):
+            return
+        if time.monotonic() >= until:
+            raise ConfigError(f"no vhost-user back end on {front_end.path} within {wait_s:g} s")
+        time.sleep(_TICK_S)
+    raise ConfigError(f"ended before a back end was on {front_end.path}")
+
+
+def _run(
+    front_end: VhostUserFrontEnd, device: NetDevice, driver: Driver, stop: Callable[[], bool], until: float | None
+) -> float:
+    """Watch over the connection until the work is done, and return when that was; a back end that dies is waited for."""
+    last, quiet_since = -1, time.monotonic()
+    while not stop() and (until is None or time.monotonic() < until):
+        time.sleep(_TICK_S)
+        if not front_end.connected:
+            try:
+                if front_end.connect(_TICK_S):
+                    device.restart_vhost()
+            except (BackendError, ProtocolError):
+                front_end.disconnect()
+            quiet_since = time.monotonic()
+            continue
+        driver.check()
+        received = sum(queue["packets"] for queue in driver.counters())
+        if received != last:
+            last, quiet_since = received, time.monotonic()
+        elif driver.endpoint.finished and time.monotonic() - quiet_since > _QUIET_S:
+            return quiet_since
+    return time.monotonic()
+
+
+def _settle(endpoint: Endpoint, driver: Driver) -> None:
+    """Send nothing more, and wait until nothing comes any more."""
+    if isinstance(endpoint, GenerateEndpoint):
+        endpoint.stop()
+    last = -1
+    while (now := sum(queue["packets"] for queue in driver.counters())) != last:
+        last = now
+        time.sleep(0.1)
+
+
+def _report(endpoint: Endpoint, driver: Driver, took: float, connections: int) -> dict[str, Any]:
+    queues = driver.counters()
+    received = sum(queue["packets"] for queue in queues[0::2])
+    report: dict[str, Any] = {
+        "tx_packets": sum(queue["packets"] for queue in queues[1::2]),
+        "rx_packets": received,
+        "bad_packets": 0,
+        "mpps": received / took / 1e6,
+        "seconds": took,
+        "connections": connections,
+        "endpoint": endpoint.counters(),
+    }
+    if isinstance(endpoint, GenerateEndpoint):
+        ledger = endpoint.ledger_against(endpoint)
+        foreign = int(endpoint.ledger[:, layout.LEDGER_FOREIGN].sum())
+        report["ledger"] = ledger.as_dict()
+        report["bad_packets"] = ledger.corrupted + ledger.duplicated + foreign
+    return report

@@ -1,0 +1,174 @@
+"""A vhost-user back end: messages in, the verbs of a vhost worker out. A second way in, not a second worker.
+
+One front end is served at a time; others wait in the socket's backlog. What a front end sends is hostile until checked:
+a malformed message ends its connection, a request that can't be granted is refused (REPLY_ACK) or ends it too, and
+either costs nothing but itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from .backends.worker import Worker
+from .endpoints.base import Endpoint
+from .errors import BackendError, ConfigError, ProtocolError
+from .session import Session
+from .vhost_user.transport import Transport
+
+_log = logging.getLogger("vnetdp.server")
+
+_MESSAGE_TIMEOUT_S = 5.0  # for the rest of a message that has begun
+_BACKOFF_S = (0.05, 2.0)  # first and longest wait between two attempts to connect
+
+
+class Server:
+    """Serves *endpoint* to one front end after another, on the Unix socket *path*.
+
+    connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
+    features: what may be offered of what can be; None = all. poll_us: as in `Worker`. The endpoint stays the caller's.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        *,
+        connect: bool = False,
+        queue_pairs: int = 1,
+        features: int | None = None,
+        mtu: int | None = None,
+        mac: bytes = b"\x52\x54\x00\x12\x34\x56",
+        poll_us: int = 0,
+    ) -> None:
+        if endpoint.queues < queue_pairs:
+            raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, {queue_pairs} pairs are asked for")
+        self.endpoint = endpoint
+        self.path = path
+        self.connect = connect
+        self.features = features
+        self.mtu = mtu
+        self.mac = mac
+        self.served = 0
+        self.refused = 0
+        self._listener: socket.socket | None = None
+        self._socket_inode: tuple[int, int] | None = None
+        if mtu is not None:
+            endpoint.set_mtu(mtu)
+        if not connect:
+            self._listen()
+        self.worker = Worker(queue_pairs, poll_us, "vhost-worker")
+
+    def _listen(self) -> None:
+        path = Path(self.path)
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.stat().st_mode):
+                raise ConfigError(f"{path} exists and is not a socket: take another path")
+            _remove_if_dead(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(self.path)
+        except OSError as e:
+            listener.close()
+            raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
+        listener.listen(8)
+        found = path.stat()
+        self._socket_inode = (found.st_dev, found.st_ino)
+        self._listener = listener
+
+    def run(self, stop: Callable[[], bool], wake_fd: int) -> None:
+        """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked."""
+        backoff = _BACKOFF_S[0]
+        while not stop():
+            transport = self._next_front_end(wake_fd)
+            if transport is None:
+                if self.connect:
+                    select.select([wake_fd], [], [], backoff)
+                    backoff = min(backoff * 2, _BACKOFF_S[1])
+                continue
+            began = time.monotonic()
+            self._serve(transport, stop, wake_fd)
+            if time.monotonic() - began > 1:
+                backoff = _BACKOFF_S[0]
+
+    def _next_front_end(self, wake_fd: int) -> Transport | None:
+        if self._listener is not None:
+            ready, _, _ = select.select([self._listener, wake_fd], [], [])
+            if self._listener not in ready:
+                return None
+            sock, _ = self._listener.accept()
+            return Transport(sock)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(self.path)
+        except OSError as e:
+            sock.close()
+            if e.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN):
+                raise ConfigError(f"cannot connect to {self.path}: {e.strerror or e}") from e
+            return None
+        return Transport(sock)
+
+    def _serve(self, transport: Transport, stop: Callable[[], bool], wake_fd: int) -> None:
+        """Serve one front end until it leaves, breaks the rules, or we are stopped."""
+        transport.sock.settimeout(_MESSAGE_TIMEOUT_S)
+        session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac)
+        self.worker.on_broken = session.ring_broke
+        self.served += 1
+        _log.info("%s: front end %d attached", self.path, self.served)
+        try:
+            while not stop():
+                ready, _, _ = select.select([transport, wake_fd, *session.descriptors()], [], [])
+                for fd in ready:
+                    if isinstance(fd, int) and fd != wake_fd:
+                        session.on_readable(fd)
+                if transport in ready and not session.handle_one():
+                    _log.info("%s: front end %d left", self.path, self.served)
+                    return
+        except (ProtocolError, BackendError) as e:
+            self.refused += 1
+            _log.warning("%s: refused: %s; the connection is closed", self.path, e)
+        except OSError as e:
+            _log.warning("%s: the connection broke: %s", self.path, e)
+        finally:
+            self.worker.on_broken = None
+            session.close()
+            transport.close()
+
+    def close(self) -> None:
+        """Stop the worker, and remove the socket if it is ours."""
+        self.worker.close()
+        if self._listener is not None:
+            self._listener.close()
+            with suppress(FileNotFoundError):
+                found = Path(self.path).stat()
+                if (found.st_dev, found.st_ino) == self._socket_inode:
+                    os.unlink(self.path)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a socket that nobody listens on; ConfigError if somebody does."""
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.connect(str(path))
+    except ConnectionRefusedError:
+        path.unlink()
+    except OSError as e:
+        raise ConfigError(f"cannot use {path}: {e.strerror or e}") from e
+    else:
+        raise ConfigError(f"another program listens on {path}: end that, or take another path")
+    finally:
+        probe.close()

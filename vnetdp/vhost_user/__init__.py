@@ -1,0 +1,1 @@
+"""The vhost-user protocol: messages, a connection without sockets, and the socket."""

@@ -1,0 +1,82 @@
+"""The socket: whole messages with their descriptors, and no descriptor ever left behind.
+
+Every descriptor that arrives is closed here, unless the message that carried it was returned to the caller, whose
+it then is.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Iterable
+
+from ..errors import RemoteProtocolError
+from .message import HEADER, MAX_FDS, Header
+
+_MSG_CMSG_CLOEXEC = 0x40000000
+_ROOM_FOR = 64  # descriptors taken off the socket at once, so that too many are seen, and closed
+
+
+def close_fds(fds: Iterable[int]) -> None:
+    """Close descriptors that nobody claimed."""
+    for fd in fds:
+        os.close(fd)
+
+
+class Transport:
+    """A connected Unix stream socket, owned."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def receive(self) -> tuple[Header, bytes, tuple[int, ...]] | None:
+        """Return the next message whole, with its descriptors; None if the peer has closed.
+
+        RemoteProtocolError for what is no message; OSError if the connection broke.
+        """
+        fds: list[int] = []
+        try:
+            head = self._read(HEADER.size, fds)
+            if head is None:
+                return None
+            header = Header.decode(head)
+            data = self._read(header.size, fds) if header.size else b""
+            if data is None:
+                raise RemoteProtocolError(f"request {header.request}: the connection ended in its middle")
+            if len(fds) > MAX_FDS:
+                raise RemoteProtocolError(f"request {header.request}: {len(fds)} descriptors; at most {MAX_FDS} are taken")
+        except BaseException:
+            close_fds(fds)
+            raise
+        return header, data, tuple(fds)
+
+    def _read(self, length: int, fds: list[int]) -> bytes | None:
+        """Read exactly *length* bytes; None if the peer closed before the first."""
+        parts = b""
+        while len(parts) < length:
+            room = socket.CMSG_SPACE(_ROOM_FOR * 4)
+            data, ancillary, flags, _ = self.sock.recvmsg(length - len(parts), room, _MSG_CMSG_CLOEXEC)
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    fds.extend(array.array("i", content[: len(content) // 4 * 4]))
+            if flags & socket.MSG_CTRUNC:
+                raise RemoteProtocolError("more descriptors than a message may have")
+            if not data:
+                if parts:
+                    raise RemoteProtocolError("the connection ended in the middle of a message")
+                return None
+            parts += data
+        return parts
+
+    def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
+        """Send a message; the descriptors stay the caller's."""
+        sent = socket.send_fds(self.sock, [data], list(fds))
+        if sent < len(data):
+            self.sock.sendall(data[sent:])
+
+    def close(self) -> None:
+        self.sock.close()
