@@ -30,7 +30,11 @@ endpoints:
   scapy:MODULE:CALLABLE       a Python function on Scapy packets
   fault:drop=0.01,...:ENDPOINT
                               any other, with faults
+  vhost-user:SOCKET           in link, on both sides: two guests, copied once from ring to ring
 """
+
+
+_VHOST_USER = "vhost-user:"
 
 
 def _say(text: str) -> None:
@@ -83,7 +87,27 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if report["ok"] else 1
 
 
+def _bridge(args: argparse.Namespace) -> int:
+    from .bridge import Bridge
+
+    left, right = (text.removeprefix(_VHOST_USER) for text in (args.left, args.right))
+    if not args.left.startswith(_VHOST_USER) or not args.right.startswith(_VHOST_USER):
+        raise ConfigError("vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET")
+    poll_us = -1 if args.poll else args.poll_us
+    with _until_signal() as stop, Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge:
+        _say(f"joining the guests on {left} and {right}; ^C or SIGTERM ends it")
+        bridge.serve(stop.is_set)
+        report = bridge.report()
+    for name in ("left_to_right", "right_to_left"):
+        print(f"{name.replace('_', ' ')}: {report[name]['packets']:,} packets")
+    if args.json:
+        _write_json(args.json, report)
+    return 0
+
+
 def _link(args: argparse.Namespace) -> int:
+    if _VHOST_USER in (args.left[: len(_VHOST_USER)], args.right[: len(_VHOST_USER)]):
+        return _bridge(args)
     from .endpoints.spec import parse_endpoint
     from .link import Link
     from .warmup import warm_up

@@ -31,9 +31,9 @@ _UNSET = (
     layout.VQ_USED_GPA,
     layout.VQ_LOG_USED,
 )
-_NO_LOG: Bytes = np.zeros(0, np.uint8)
-_NO_MEMORY: Bytes = np.zeros(1, np.uint8)
-_NO_TABLE: Words = np.zeros((0, layout.REGION_SLOTS), np.int64)
+NO_LOG: Bytes = np.zeros(0, np.uint8)
+NO_MEMORY: Bytes = np.zeros(1, np.uint8)
+NO_TABLE: Words = np.zeros((0, layout.REGION_SLOTS), np.int64)
 
 
 class Scratch:
@@ -90,9 +90,9 @@ class Datapath:
         while True:
             endpoint.service()
             reason, n = loops.serve(
-                memory.mem if memory else _NO_MEMORY,
-                memory.table if memory else _NO_TABLE,
-                self.log.log if self.log and self.logging else _NO_LOG,
+                memory.mem if memory else NO_MEMORY,
+                memory.table if memory else NO_TABLE,
+                self.log.log if self.log and self.logging else NO_LOG,
                 self.vqs,
                 endpoint.rows[: self.pairs],  # an endpoint may have more queues than we have pairs
                 endpoint.fds,

@@ -21,7 +21,7 @@ from pathlib import Path
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError
-from .session import Session
+from .session import Served, Session
 from .vhost_user.transport import Transport
 
 _log = logging.getLogger("vnetdp.server")
@@ -34,7 +34,8 @@ class Server:
     """Serves *endpoint* to one front end after another, on the Unix socket *path*.
 
     connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
-    features: what may be offered of what can be; None = all. poll_us: as in `Worker`. The endpoint stays the caller's.
+    features: what may be offered of what can be; None = all. worker: who serves the rings; None makes a `Worker`, with
+    *poll_us*. The endpoint, and a worker that was given, stay the caller's.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Server:
         mtu: int | None = None,
         mac: bytes = b"\x52\x54\x00\x12\x34\x56",
         poll_us: int = 0,
+        worker: Served | None = None,
     ) -> None:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, {queue_pairs} pairs are asked for")
@@ -65,7 +67,10 @@ class Server:
             endpoint.set_mtu(mtu)
         if not connect:
             self._listen()
-        self.worker = Worker(queue_pairs, poll_us, "vhost-worker")
+        self._own_worker: Worker | None = None
+        if worker is None:
+            worker = self._own_worker = Worker(queue_pairs, poll_us, "vhost-worker")
+        self.worker: Served = worker
 
     def _listen(self) -> None:
         path = Path(self.path)
@@ -144,7 +149,8 @@ class Server:
 
     def close(self) -> None:
         """Stop the worker, and remove the socket if it is ours."""
-        self.worker.close()
+        if self._own_worker is not None:
+            self._own_worker.close()
         if self._listener is not None:
             self._listener.close()
             with suppress(FileNotFoundError):

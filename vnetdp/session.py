@@ -11,12 +11,14 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from vnetdp_kernels import layout
 
 from . import features as f
 from .backends.base import VRINGS
-from .backends.worker import Worker, WorkerBackend
+from .backends.worker import WorkerBackend
+from .datapath import Datapath, Paced
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, EndpointError, RemoteProtocolError, RequestRefused
 from .inflight import InflightArea
@@ -55,6 +57,15 @@ _MAX_STATE = 1 << 16
 _STATE_MAGIC = "vnetdp-net"
 
 
+class Served(Protocol):
+    """What a session drives: the backends of a datapath, and the thread that runs it."""
+
+    paced: Paced
+    datapath: Datapath
+    backends: list[WorkerBackend]
+    on_broken: Callable[[], None] | None
+
+
 @dataclass
 class _Ring:
     """A ring as its front end described it; addresses are user addresses until the ring is started."""
@@ -84,7 +95,7 @@ class Session:
     def __init__(
         self,
         transport: Transport,
-        worker: Worker,
+        worker: Served,
         endpoint: Endpoint,
         offer: int | None,
         mtu: int | None,

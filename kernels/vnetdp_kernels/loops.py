@@ -58,7 +58,8 @@ def _due_ms(ep: Words, scratch: Words, timeout_ms: int) -> int:
 
 
 @kernel
-def _add(pollfds: Words, n: int, fd: int, events: int, what: int) -> int:
+def add_pollfd(pollfds: Words, n: int, fd: int, events: int, what: int) -> int:
+    """Make entry *n* of pollfds int64[2, k]: a struct pollfd, and below it what it stands for; return n + 1."""
     pollfds[0, n] = (fd & 0xFFFFFFFF) | events << 32
     pollfds[1, n] = what
     return n + 1
@@ -192,30 +193,32 @@ def serve(
         idle_since = 0
         wait_ms = timeout_ms
         again = False
-        n = _add(pollfds, 0, ctl_fd, POLLIN, _CONTROL)
+        control = False
+        n = add_pollfd(pollfds, 0, ctl_fd, POLLIN, _CONTROL)
         for q in range(n_pairs):
             rxq = vqs[2 * q]
             txq = vqs[2 * q + 1]
             ep = eps[q]
             events = 0
-            forwards = KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT
+            no_room = False  # frames to forward wait for receive buffers: more frames change nothing
             if txq[VQ_BOUND] and not txq[VQ_STATUS]:
-                if ring.available(mem, txq) > 0 and not forwards:
+                if ring.available(mem, txq) > 0:
+                    no_room = KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT
                     events |= POLLOUT
                 else:
                     again |= ring.enable_kicks(mem, txq, log)
-                    n = _add(pollfds, n, notify[2 * q + 1, 0], POLLIN, 2 * q + 1)
+                    n = add_pollfd(pollfds, n, notify[2 * q + 1, 0], POLLIN, 2 * q + 1)
                     wait_ms = wait_ms if notify[2 * q + 1, 0] >= 0 else _POLL_WITHOUT_KICK_MS
             if rxq[VQ_BOUND] and not rxq[VQ_STATUS] and rxq[VQ_ENABLED]:
-                if forwards or ep[EP_HELD] or ring.available(mem, rxq) == 0:
+                if no_room or ep[EP_HELD] or ring.available(mem, rxq) == 0:
                     again |= ring.enable_kicks(mem, rxq, log)
-                    n = _add(pollfds, n, notify[2 * q, 0], POLLIN, 2 * q)
+                    n = add_pollfd(pollfds, n, notify[2 * q, 0], POLLIN, 2 * q)
                     wait_ms = wait_ms if notify[2 * q, 0] >= 0 else _POLL_WITHOUT_KICK_MS
                 else:
                     events |= POLLIN
                     wait_ms = _due_ms(ep, scratch, wait_ms)
             if events and _is_polled(ep):
-                n = _add(pollfds, n, ep_fds[q], events, _ENDPOINT - q)
+                n = add_pollfd(pollfds, n, ep_fds[q], events, _ENDPOINT - q)
         if not again:
             ctl[CTL_SLEEPS] += 1
             woken = poll(pollfds[0], n, wait_ms)
@@ -226,6 +229,7 @@ def serve(
             for k in range(n):
                 if woken > 0 and pollfds[0, k] >> 48:
                     what = pollfds[1, k]
+                    control |= what == _CONTROL
                     if what >= 0:
                         read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
                         vqs[what, VQ_KICKS] += 1
@@ -239,6 +243,8 @@ def serve(
                 ring.disable_kicks(mem, vqs[2 * q], log)
             if vqs[2 * q + 1, VQ_BOUND]:
                 ring.disable_kicks(mem, vqs[2 * q + 1], log)
+        if control:
+            return LOOP_CONTROL, moved
         if python and _any_python(eps):
             return LOOP_PYTHON, moved
 
@@ -332,22 +338,24 @@ def drive(
         idle_since = 0
         wait_ms = timeout_ms
         again = False
-        n = _add(pollfds, 0, ctl_fd, POLLIN, _CONTROL)
+        control = False
+        n = add_pollfd(pollfds, 0, ctl_fd, POLLIN, _CONTROL)
         for q in range(n_pairs):
             rxq = dvqs[2 * q]
             txq = dvqs[2 * q + 1]
             ep = eps[q]
             if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
                 continue
-            again |= ring.enable_calls(mem, rxq)
-            n = _add(pollfds, n, notify[2 * q, 1], POLLIN, 2 * q)
+            if txq[DVQ_NUM_FREE] or not KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT:
+                again |= ring.enable_calls(mem, rxq)
+                n = add_pollfd(pollfds, n, notify[2 * q, 1], POLLIN, 2 * q)
             if txq[DVQ_NUM_FREE] == 0:
                 again |= ring.enable_calls(mem, txq)
-                n = _add(pollfds, n, notify[2 * q + 1, 1], POLLIN, 2 * q + 1)
+                n = add_pollfd(pollfds, n, notify[2 * q + 1, 1], POLLIN, 2 * q + 1)
             else:
                 wait_ms = _due_ms(ep, scratch, wait_ms)
                 if _is_polled(ep):
-                    n = _add(pollfds, n, ep_fds[q], POLLIN, _ENDPOINT - q)
+                    n = add_pollfd(pollfds, n, ep_fds[q], POLLIN, _ENDPOINT - q)
         if not again:
             ctl[CTL_SLEEPS] += 1
             woken = poll(pollfds[0], n, wait_ms)
@@ -358,6 +366,7 @@ def drive(
             for k in range(n):
                 if woken > 0 and pollfds[0, k] >> 48:
                     what = pollfds[1, k]
+                    control |= what == _CONTROL
                     if what >= 0:
                         read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
                         dvqs[what, DVQ_CALLS] += 1
@@ -368,5 +377,7 @@ def drive(
                             eps[_ENDPOINT - what, EP_GONE] = 1
         for q in range(2 * n_pairs):
             ring.disable_calls(mem, dvqs[q])
+        if control:
+            return LOOP_CONTROL, moved
         if python and _any_python(eps):
             return LOOP_PYTHON, moved

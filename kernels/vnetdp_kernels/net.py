@@ -118,14 +118,14 @@ def place(
     alone = False
     n_avail = ring.available(mem, vq)
     while room < need:
+        if taken and not vq[VQ_MRG_RXBUF]:
+            return E_TOO_BIG
         if ahead + taken >= n_avail:
             n_avail = ring.refresh(mem, vq)
             if n_avail < 0:
                 return n_avail
             if ahead + taken >= n_avail:
                 return E_TOO_BIG if taken >= vq[VQ_NUM] else 0
-        if taken and not vq[VQ_MRG_RXBUF]:
-            return E_TOO_BIG
         if taken >= chains.shape[0] or filled >= iov.shape[0]:
             return E_TOO_BIG
         head = ring.head_at(mem, vq, ahead + taken)

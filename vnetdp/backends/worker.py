@@ -31,7 +31,7 @@ class Worker:
     ) -> None:
         self.datapath = Datapath(pairs)
         self.paced = Paced(self.datapath, name, poll_us, on_broken)
-        self.backends = [WorkerBackend(self, pair) for pair in range(pairs)]
+        self.backends = [WorkerBackend(self.paced, self.datapath, pair) for pair in range(pairs)]
 
     @property
     def on_broken(self) -> Callable[[], None] | None:
@@ -51,11 +51,11 @@ class Worker:
 
 
 class WorkerBackend:
-    """One vhost device of a worker (see `Backend`)."""
+    """One vhost device of a datapath that a thread runs (see `Backend`)."""
 
-    def __init__(self, worker: Worker, pair: int) -> None:
-        self._paced = worker.paced
-        self._inner = UserspaceBackend(worker.datapath, pair)
+    def __init__(self, paced: Paced, datapath: Datapath, pair: int) -> None:
+        self._paced = paced
+        self._inner = UserspaceBackend(datapath, pair)
 
     def set_mtu(self, mtu: int) -> None:
         with self._paced.paused():

@@ -130,6 +130,7 @@ class FaultEndpoint(Endpoint):
         self._frame: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
         self._iov: Words = np.zeros((1, layout.IOV_SLOTS), np.int64)
         self._scratch: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
+        self._ended = False
         self._alarms = [_Alarm(int(fd)) for fd in inner.fds]
         self.fds[:] = np.array([alarm.fileno() for alarm in self._alarms])
 
@@ -141,6 +142,8 @@ class FaultEndpoint(Endpoint):
         super().service()
         for queue, alarm in enumerate(self._alarms):
             alarm.set(self._next_ns(queue), not self._from_wire[queue].full)
+        waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
+        self._ended = self.inner.finished and not waiting and not self.rows[:, layout.EP_COUNT].any()
 
     def takes_frames(self, queue: int) -> bool:
         return not self._to_wire[queue].full
@@ -172,7 +175,9 @@ class FaultEndpoint(Endpoint):
             if way.strikes("eio"):
                 self._failed(queue, 1, OSError(errno.EIO, os.strerror(errno.EIO)))
             elif not self._give(queue, frame):
-                break
+                self.inner.service()
+                if not self._give(queue, frame):
+                    break
             way.waiting.popleft()
         self.inner.service()
 
@@ -243,6 +248,8 @@ class FaultEndpoint(Endpoint):
             times.append(due if due > now else now + _RETRY_NS)
         if self._from_wire[queue].waiting:
             times.append(self._from_wire[queue].waiting[0][0])
+        if self.rows[queue, layout.EP_COUNT] and self.inner.finished:
+            times.append(_NOW)  # to see the last frames taken
         row = self.inner.rows[queue]
         if (
             self.inner.kind == layout.KIND_GENERATE
@@ -266,9 +273,8 @@ class FaultEndpoint(Endpoint):
 
     @property
     def finished(self) -> bool:
-        in_hand = self.rows[:, [layout.EP_COUNT, layout.EP_HELD]].any()
-        waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
-        return self.inner.finished and not in_hand and not waiting
+        # Seen in `service`, where no frame is between two places.
+        return self._ended and not self.rows[:, layout.EP_HELD].any()
 
     def counters(self) -> dict[str, int]:
         """Return the counters of an endpoint, and how often each fault struck."""

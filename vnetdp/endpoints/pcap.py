@@ -45,6 +45,7 @@ class PcapEndpoint(Endpoint):
         self._writer: RawPcapWriter | RawPcapNgWriter | None = None
         self._next: bytes | None = None  # one frame ahead of the ring
         self._read = 0
+        self._gone = False  # the kernels have taken every frame
         super().__init__(queues)
         self._wake = EventFd()
         self.fds[0] = self._wake.fd
@@ -57,7 +58,7 @@ class PcapEndpoint(Endpoint):
         except BaseException:
             self.close()
             raise
-        if self._next is not None:
+        if source is not None:
             self._wake.signal()
 
     def _read_frame(self) -> bytes | None:
@@ -77,12 +78,14 @@ class PcapEndpoint(Endpoint):
             return frames
         while self._next is not None and len(frames) < limit:
             frames.append(_NO_HEADER + self._next)
-            self._next = None
             try:
                 self._next = self._read_frame()
             except EndpointError as e:
+                self._next = None
                 self._failed(queue, 0, e)
-        if self._next is None:
+        if not frames:
+            # Only now: this is called again when what it returned last has been taken.
+            self._gone = True
             self._wake.clear()
         return frames
 
@@ -102,8 +105,7 @@ class PcapEndpoint(Endpoint):
     @property
     def finished(self) -> bool:
         """True once the last frame of the source has gone to the ring; never, without a source."""
-        in_hand = self.rows[0, layout.EP_COUNT] or self.rows[0, layout.EP_HELD]
-        return self._reader is not None and self._next is None and not in_hand
+        return self._gone and not self.rows[0, layout.EP_HELD]
 
     def close(self) -> None:
         if self._reader is not None:

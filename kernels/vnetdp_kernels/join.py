@@ -1,0 +1,163 @@
+"""Two guests on one wire: what either transmits is copied once, from its buffers into the other's receive buffers."""
+
+from __future__ import annotations
+
+from . import split as ring
+from .atomic import Bytes, Words, load_i64_acquire
+from .io import POLLIN, clock_ns, poll, read, signal
+from .jit import kernel
+from .layout import (
+    CTL_DOORBELL,
+    CTL_SLEEPS,
+    LOOP_BROKEN,
+    LOOP_CONTROL,
+    VQ_BOUND,
+    VQ_CALLS,
+    VQ_ENABLED,
+    VQ_KICKS,
+    VQ_STATUS,
+)
+from .loops import BATCH, add_pollfd
+from .net import discard_transmitq, forward
+from .port import CLOCK_AT
+
+_RECHECK_MS = 100  # a guest that comes or goes while we sleep rings the doorbell; this is for one without a kick
+
+
+@kernel
+def _usable(vq: Words) -> bool:
+    return bool(vq[VQ_BOUND] and vq[VQ_ENABLED] and not vq[VQ_STATUS])
+
+
+@kernel
+def _call(mem: Bytes, vq: Words, fd: int, one: Words) -> None:
+    if ring.needs_call(mem, vq):
+        vq[VQ_CALLS] += 1
+        if fd >= 0:
+            signal(fd, one)
+
+
+@kernel
+def _one_way(
+    mem: Bytes,
+    regions: Words,
+    log: Bytes,
+    txq: Words,
+    tx_call: int,
+    to_mem: Bytes,
+    to_regions: Words,
+    to_log: Bytes,
+    rxq: Words,
+    rx_call: int,
+    rows: Words,
+    iov: Words,
+    chains: Words,
+    ep: Words,
+    hdr: Bytes,
+    held: Bytes,
+    one: Words,
+) -> int:
+    """Move a batch from a transmitq to the other guest's receiveq; what is sent to nobody is used and dropped."""
+    if not txq[VQ_BOUND] or txq[VQ_STATUS]:
+        return 0
+    if not txq[VQ_ENABLED] or not _usable(rxq):
+        moved = discard_transmitq(mem, txq, log, BATCH)
+    else:
+        moved = forward(
+            mem, regions, txq, log, rows, to_mem, to_regions, rxq, to_log, iov, chains, ep, hdr, held, BATCH
+        )
+        if moved:
+            _call(to_mem, rxq, rx_call, one)
+    if moved:
+        _call(mem, txq, tx_call, one)
+    return moved
+
+
+@kernel
+def join(
+    a_mem: Bytes,
+    a_regions: Words,
+    a_log: Bytes,
+    a_vqs: Words,
+    a_notify: Words,
+    b_mem: Bytes,
+    b_regions: Words,
+    b_log: Bytes,
+    b_vqs: Words,
+    b_notify: Words,
+    eps: Words,
+    held: Bytes,
+    ctl: Words,
+    ctl_fd: int,
+    iov: Words,
+    rows: Words,
+    chains: Words,
+    hdr: Bytes,
+    scratch: Words,
+    pollfds: Words,
+    one: Words,
+    poll_us: int,
+) -> tuple[int, int]:
+    """Serve the bound queues of two devices with the same number of pairs; return (LOOP_*, chains moved).
+
+    a_ and b_: as in `loops.serve`. eps int64[2, EP_SLOTS]: the wire's counters, from a and from b. pollfds
+    int64[2, 4 * pairs + 1]. poll_us: busy-poll so long before sleeping, -1 = for ever.
+    """
+    n_pairs = a_vqs.shape[0] // 2
+    moved = 0
+    idle_since = 0
+    while True:
+        if load_i64_acquire(ctl, CTL_DOORBELL):
+            return LOOP_CONTROL, moved
+        before = moved
+        for q in range(n_pairs):
+            rx, tx = 2 * q, 2 * q + 1
+            a_ok = _usable(a_vqs[rx]) + 2 * _usable(a_vqs[tx])
+            b_ok = _usable(b_vqs[rx]) + 2 * _usable(b_vqs[tx])
+            moved += _one_way(
+                a_mem, a_regions, a_log, a_vqs[tx], a_notify[tx, 1], b_mem, b_regions, b_log, b_vqs[rx], b_notify[rx, 1],
+                rows, iov, chains, eps[0], hdr, held, one,
+            )  # fmt: skip
+            moved += _one_way(
+                b_mem, b_regions, b_log, b_vqs[tx], b_notify[tx, 1], a_mem, a_regions, a_log, a_vqs[rx], a_notify[rx, 1],
+                rows, iov, chains, eps[1], hdr, held, one,
+            )  # fmt: skip
+            if (
+                a_ok != _usable(a_vqs[rx]) + 2 * _usable(a_vqs[tx])
+                or b_ok != _usable(b_vqs[rx]) + 2 * _usable(b_vqs[tx])
+            ):  # fmt: skip
+                return LOOP_BROKEN, moved
+        if moved != before:
+            idle_since = 0
+            continue
+        if poll_us:
+            now = clock_ns(scratch[CLOCK_AT:])
+            idle_since = idle_since or now
+            if poll_us < 0 or now - idle_since < poll_us * 1000:
+                continue
+        idle_since = 0
+        again = False
+        n = add_pollfd(pollfds, 0, ctl_fd, POLLIN, -1)
+        for i in range(2 * n_pairs):
+            if a_vqs[i, VQ_BOUND] and not a_vqs[i, VQ_STATUS]:
+                again |= ring.enable_kicks(a_mem, a_vqs[i], a_log)
+                n = add_pollfd(pollfds, n, a_notify[i, 0], POLLIN, i)
+            if b_vqs[i, VQ_BOUND] and not b_vqs[i, VQ_STATUS]:
+                again |= ring.enable_kicks(b_mem, b_vqs[i], b_log)
+                n = add_pollfd(pollfds, n, b_notify[i, 0], POLLIN, 2 * n_pairs + i)
+        if not again:
+            ctl[CTL_SLEEPS] += 1
+            poll(pollfds[0], n, _RECHECK_MS)
+            for k in range(n):
+                what = pollfds[1, k]
+                if pollfds[0, k] >> 48 and what >= 0:
+                    read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
+                    if what < 2 * n_pairs:
+                        a_vqs[what, VQ_KICKS] += 1
+                    else:
+                        b_vqs[what - 2 * n_pairs, VQ_KICKS] += 1
+        for i in range(2 * n_pairs):
+            if a_vqs[i, VQ_BOUND]:
+                ring.disable_kicks(a_mem, a_vqs[i], a_log)
+            if b_vqs[i, VQ_BOUND]:
+                ring.disable_kicks(b_mem, b_vqs[i], b_log)

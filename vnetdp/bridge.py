@@ -1,0 +1,135 @@
+"""Bridge: two vhost-user front ends, each a guest, joined with one copy from ring to ring."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from vnetdp_kernels import join, layout
+
+from .backends.worker import WorkerBackend
+from .datapath import NO_LOG, NO_MEMORY, NO_TABLE, Datapath, Paced, Scratch
+from .endpoints.loopback import NullEndpoint
+from .memory import Bytes, Words
+from .notify import EventFd
+from .server import Server
+
+
+class _Side:
+    """One guest's half: its own rings, memory and log, in a thread that both halves share."""
+
+    def __init__(self, paced: Paced, datapath: Datapath) -> None:
+        self.paced = paced
+        self.datapath = datapath
+        self.backends = [WorkerBackend(paced, datapath, pair) for pair in range(datapath.pairs)]
+        self.on_broken: Callable[[], None] | None = None
+
+
+class Bridge:
+    """A back end on each of two sockets; what one's guest sends, the other's receives.
+
+    Offloads are not offered: what one guest leaves undone, the other may not be able to do. poll_us as in `Worker`.
+    """
+
+    def __init__(self, left: str, right: str, *, queue_pairs: int = 1, poll_us: int = 0) -> None:
+        with ExitStack() as stack:
+            self._datapaths = [Datapath(queue_pairs), Datapath(queue_pairs)]
+            for datapath in self._datapaths:
+                stack.callback(datapath.close)
+            self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
+            self.bell = stack.enter_context(EventFd())
+            self._wire: Words = np.zeros((2, layout.EP_SLOTS), np.int64)
+            self._wire[:, layout.EP_KIND] = layout.KIND_ECHO
+            self._held: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
+            self._scratch = Scratch(2 * queue_pairs)
+            self._paced = Paced(self, "bridge", poll_us, self._broken)
+            stack.callback(self._paced.close)
+            self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
+            self.servers = []
+            for path, side in zip((left, right), self._sides, strict=True):
+                end = stack.enter_context(NullEndpoint(queue_pairs))
+                self.servers.append(stack.enter_context(Server(end, path, queue_pairs=queue_pairs, worker=side)))
+            self._stack = stack.pop_all()
+
+    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:  # noqa: ARG002
+        """Join the two guests until the bell rings (see `Runnable`; it has no budget, and always waits)."""
+        a, b = self._datapaths
+        s = self._scratch
+        return join.join(
+            a.memory.mem if a.memory else NO_MEMORY,
+            a.memory.table if a.memory else NO_TABLE,
+            a.log.log if a.log and a.logging else NO_LOG,
+            a.vqs,
+            a.notify,
+            b.memory.mem if b.memory else NO_MEMORY,
+            b.memory.table if b.memory else NO_TABLE,
+            b.log.log if b.log and b.logging else NO_LOG,
+            b.vqs,
+            b.notify,
+            self._wire,
+            self._held,
+            self.ctl,
+            self.bell.fd,
+            s.iov,
+            s.rows,
+            s.chains,
+            s.hdr,
+            s.words,
+            s.pollfds,
+            s.one,
+            poll_us,
+        )
+
+    def _broken(self) -> None:
+        for side in self._sides:
+            if side.on_broken is not None:
+                side.on_broken()
+
+    def serve(self, stop: Callable[[], bool]) -> None:
+        """Serve both sockets until *stop* says so; looked at five times a second."""
+        wakes = [EventFd(), EventFd()]
+        with wakes[0], wakes[1], _threads(
+            [lambda s=server, w=wake: s.run(stop, w.fd) for server, wake in zip(self.servers, wakes, strict=True)]
+        ):  # fmt: skip
+            pause = threading.Event()
+            while not stop():
+                pause.wait(0.2)
+            for wake in wakes:
+                wake.signal()
+
+    def report(self) -> dict[str, Any]:
+        """Return frames each way and what was dropped, as plain values."""
+        names = ("left_to_right", "right_to_left")
+        return {
+            name: {
+                "packets": int(row[layout.EP_TO_WIRE]),
+                "dropped_short": int(row[layout.EP_DROP_SHORT]),
+                "dropped_no_buffer": int(row[layout.EP_DROP_NO_BUFFER]),
+                "dropped_offload": int(row[layout.EP_DROP_OFFLOAD]),
+            }
+            for name, row in zip(names, self._wire, strict=True)
+        } | {"served": [server.served for server in self.servers]}
+
+    def close(self) -> None:
+        """Stop the thread, and give up both sockets."""
+        self._stack.close()
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@contextmanager
+def _threads(targets: list[Callable[[], None]]) -> Any:
+    threads = [threading.Thread(target=target, daemon=True) for target in targets]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join()
