@@ -102,23 +102,22 @@ def test_ping_both_ways(spaces: NetnsPair, link: Link) -> None:
     assert_healthy(link, 40)
 
 
-def test_tcp_both_ways_at_once(spaces: NetnsPair, link: Link, tmp_path: Path) -> None:
+def test_tcp_both_ways_at_once(spaces: NetnsPair, link: Link) -> None:
     if shutil.which("iperf3") is None:
         pytest.skip("iperf3 isn't installed")
     spaces.popen("b", ["iperf3", "-s", "-1"])
     time.sleep(0.5)
-    command = ["iperf3", "-c", ADDRESSES["b"], "-t", str(SECONDS + 2), "--bidir", "-J"]
-    with (tmp_path / "iperf3").open("wb") as output:
-        client = spaces.popen("a", command, output)
-        with Switching(link, SWITCHES, SECONDS):
-            pass
-        # Before its end: iperf3 itself resets connections whose other side still sends.
-        assert client.poll() is None
-        assert not any(tcp_trouble(spaces).values()), tcp_trouble(spaces)
-        assert client.wait(timeout=30) == 0
-    said = json.loads((tmp_path / "iperf3").read_text())
-    assert said["end"]["sum_received"]["bytes"] > 10_000_000 * SECONDS
-    assert said["end"]["sum_received_bidir_reverse"]["bytes"] > 10_000_000 * SECONDS
+    client = spaces.popen("a", ["iperf3", "-c", ADDRESSES["b"], "-t", str(10 * SECONDS), "--bidir"])
+    began = time.monotonic()
+    with Switching(link, SWITCHES, SECONDS):
+        pass
+    while time.monotonic() - began < SECONDS:
+        time.sleep(0.1)
+    # Before its end: iperf3 itself resets connections whose other side still sends.
+    assert client.poll() is None
+    assert not any(tcp_trouble(spaces).values()), tcp_trouble(spaces)
+    for side in ("left", "right"):
+        assert link.report()[side]["bytes_from_wire"] > 10_000_000 * SECONDS
     assert_healthy(link, SWITCHES)
 
 
