@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from vnetdp_kernels import jit, loops
 
@@ -20,6 +24,25 @@ def warm_up(say: Callable[[str], None] | None = None) -> float:
     *say* is told only if there is something to wait for.
     """
     began = time.perf_counter()
+    with _one_at_a_time():
+        _load(say)
+    return time.perf_counter() - began
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Have processes that start together compile once: the others wait, and then load what the first one made."""
+    folder = getattr(getattr(loops.serve, "stats", None), "cache_path", None)
+    if folder is None or not os.access(folder, os.W_OK):
+        yield
+        return
+    with open(Path(folder) / "compiling.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _load(say: Callable[[str], None] | None) -> None:
+    began = time.perf_counter()
     cold = not all(jit.cache_is_warm(loop) for loop in _LOOPS)
     if cold and say:
         say(
@@ -32,7 +55,5 @@ def warm_up(say: Callable[[str], None] | None = None) -> float:
         ):
             driver.step()
             device.step()
-    took = time.perf_counter() - began
     if cold and say:
-        say(f"compiled in {took:.1f} s")
-    return took
+        say(f"compiled in {time.perf_counter() - began:.1f} s")
