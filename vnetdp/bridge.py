@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ class Bridge:
             self._wire[:, layout.EP_KIND] = layout.KIND_ECHO
             self._held: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
             self._scratch = Scratch(2 * queue_pairs)
+            self.ctl[layout.CTL_DOORBELL] = 1
+            self.run()  # compiles, if that is to be done, before a front end waits for an answer
+            self.ctl[layout.CTL_DOORBELL] = 0
             self._paced = Paced(self, "bridge", poll_us, self._broken)
             stack.callback(self._paced.close)
             self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
@@ -92,9 +96,8 @@ class Bridge:
     def serve(self, stop: Callable[[], bool]) -> None:
         """Serve both sockets until *stop* says so; looked at five times a second."""
         wakes = [EventFd(), EventFd()]
-        with wakes[0], wakes[1], _threads(
-            [lambda s=server, w=wake: s.run(stop, w.fd) for server, wake in zip(self.servers, wakes, strict=True)]
-        ):  # fmt: skip
+        targets = [partial(server.run, stop, wake.fd) for server, wake in zip(self.servers, wakes, strict=True)]
+        with wakes[0], wakes[1], _threads(targets):
             pause = threading.Event()
             while not stop():
                 pause.wait(0.2)
@@ -126,7 +129,7 @@ class Bridge:
 
 
 @contextmanager
-def _threads(targets: list[Callable[[], None]]) -> Any:
+def _threads(targets: Sequence[Callable[[], None]]) -> Iterator[None]:
     threads = [threading.Thread(target=target, daemon=True) for target in targets]
     for thread in threads:
         thread.start()

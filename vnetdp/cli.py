@@ -175,13 +175,14 @@ def _serve(args: argparse.Namespace) -> int:
                 features=features,
                 mtu=args.mtu,
                 poll_us=-1 if args.poll else args.poll_us,
+                inband=args.inband,
             )
         )
         wake = stack.enter_context(_woken_by_signals())
         _say(f"serving {args.endpoint} {'to' if args.connect else 'on'} {args.socket}; ^C or SIGTERM ends it")
         server.run(stop.is_set, wake)
-        report = {"served": server.served, "refused": server.refused, "endpoint": endpoint.counters()}
-    counters = report["endpoint"]
+        counters = endpoint.counters()
+        report = {"served": server.served, "refused": server.refused, "endpoint": counters}
     print(f"served {report['served']} front ends, {counters['to_wire']:,} frames to the endpoint, "
           f"{counters['from_wire']:,} from it")  # fmt: skip
     if args.json:
@@ -212,6 +213,7 @@ def _drive(args: argparse.Namespace) -> int:
             queue_pairs=args.queue_pairs,
             num=args.ring,
             features=None if args.features is None else parse(args.features, (1 << 64) - 1),
+            mtu=args.mtu,
             wait_s=args.wait,
             seconds=args.seconds,
             poll_us=-1 if args.poll else args.poll_us,
@@ -253,6 +255,10 @@ def _bench(args: argparse.Namespace) -> int:
         from .bench.ring import run as run_ring
 
         results = run_ring(rounds=args.rounds, seconds=args.seconds, say=_say)
+    elif args.what == "peers":
+        from .bench.peers import run as run_peers
+
+        results = run_peers(args.rounds, args.seconds, _say)
     else:
         from .bench.link import run as run_link
 
@@ -354,6 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--features", metavar="LIST", help="offer less: -mrg_rxbuf,-event_idx,...")
     serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
     serve.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
+    serve.add_argument("--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel")
     _polling(serve)
 
     drive = command(
@@ -369,13 +376,15 @@ def _parser() -> argparse.ArgumentParser:
     drive.add_argument("--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end")
     drive.add_argument("--seconds", type=_positive, help="end after so long")
     drive.add_argument("--wait", type=_positive, default=30.0, metavar="S", help="for a back end (default 30 s)")
+    drive.add_argument("--mtu", type=_number(68, 65535, "an MTU"), default=1500, metavar="N",
+                       help="of what the other side sends (default 1500)")  # fmt: skip
     drive.add_argument("--features", metavar="LIST", help="take less: -mrg_rxbuf,-event_idx,...")
     drive.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
     drive.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
     _polling(drive)
 
     bench = command("bench", _bench, "Measure, and compare with peers in the same run.")
-    bench.add_argument("what", choices=("ring", "link"))
+    bench.add_argument("what", choices=("ring", "link", "peers"))
     bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), default=5, metavar="N")
     bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
     bench.add_argument("--plot", metavar="FILE", help="draw the results (needs the plot extra)")

@@ -12,7 +12,7 @@ from vnetdp_kernels import layout
 from .backends.vhost_user import VhostUserFrontEnd
 from .device import NetDevice
 from .driver import Driver, memory_for
-from .endpoints.base import Endpoint
+from .endpoints.base import Endpoint, frame_len
 from .endpoints.loopback import GenerateEndpoint, NullEndpoint
 from .errors import BackendError, ConfigError, ProtocolError
 
@@ -30,12 +30,14 @@ def drive(
     queue_pairs: int = 1,
     num: int = 256,
     features: int | None = None,
+    mtu: int = 1500,
     wait_s: float = 30.0,
     seconds: float | None = None,
     poll_us: int = 0,
 ) -> dict[str, Any]:
     """Run *endpoint* as a guest of the back end on *path*, until *stop*, *seconds*, or its last frame came back.
 
+    mtu: of what the other side sends; a receive buffer holds a frame of that size even if buffers can't be merged.
     Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign), mpps
     (received), and with a generator the ledger of what came back.
     """
@@ -51,7 +53,7 @@ def drive(
             fallback=False,
         )  # fmt: skip
         stack.callback(device.close)
-        driver = Driver(device, memory, endpoint, queue_pairs=queue_pairs, num=num)
+        driver = Driver(device, memory, endpoint, queue_pairs=queue_pairs, num=num, frame_len=frame_len(mtu))
         stack.callback(driver.close)
         if device.last_error is not None:
             raise ConfigError(f"{path}: {device.last_error}")

@@ -23,7 +23,7 @@ from .notify import EventFd
 from .virtqueue import check_num, ring_len
 
 _ACKNOWLEDGE, _DRIVER, _DRIVER_OK, _FEATURES_OK = 1, 2, 4, 8
-# One more line than a power of two: buffers at a stride of 2048 would share a few sets of the cache.
+# An odd number of cache lines: buffers at a stride of 2048 would share a few sets of the cache.
 BUFFER_LEN = 2048 + 64
 _LONG_BUFFER_LEN = layout.FRAME_SLOT + 64
 _MARGIN = 1 << 16  # guest memory left alone at its start, and for rounding
@@ -45,12 +45,14 @@ class Device(Protocol):
     def enable_queue(self, index: int) -> None: ...
 
 
-def _buffer_lens(features: int) -> tuple[int, int]:
-    """Return the bytes of a receive and of a transmit buffer that negotiated *features* ask for."""
+def _buffer_lens(features: int, frame_len: int) -> tuple[int, int]:
+    """Return the bytes of a receive and of a transmit buffer for negotiated *features* and frames up to *frame_len*."""
     gso_in = features & (f.VIRTIO_NET_F_GUEST_TSO4 | f.VIRTIO_NET_F_GUEST_TSO6)
     gso_out = features & (f.VIRTIO_NET_F_HOST_TSO4 | f.VIRTIO_NET_F_HOST_TSO6)
-    receive = _LONG_BUFFER_LEN if gso_in and not features & f.VIRTIO_NET_F_MRG_RXBUF else BUFFER_LEN
-    return receive, _LONG_BUFFER_LEN if gso_out else BUFFER_LEN
+    n_lines = -(-(layout.NET_HDR_LEN + frame_len) // 64) | 1
+    whole = max(BUFFER_LEN, 64 * n_lines)
+    receive = _LONG_BUFFER_LEN if gso_in else whole
+    return BUFFER_LEN if features & f.VIRTIO_NET_F_MRG_RXBUF else receive, _LONG_BUFFER_LEN if gso_out else whole
 
 
 def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUFFER_LEN) -> GuestMemory:
@@ -68,8 +70,9 @@ class Driver:
     """Drives *queue_pairs* pairs of a device's queues, *num* descriptors each, from guest memory *memory*.
 
     wanted: features to accept of those offered; None = all that the endpoint can use. endpoint: where frames come from
-    and go to; None makes a mailbox (`send`, `receive`). buffer_len: bytes of each buffer, virtio_net_hdr included;
-    0 = what the negotiated features need. Nothing runs until `start` (a thread) or `step`.
+    and go to; None makes a mailbox (`send`, `receive`). frame_len: bytes of the longest frame that comes in; one that the
+    endpoint gives has room in any case. buffer_len: bytes of each buffer, virtio_net_hdr included; 0 = what frames and
+    features need. Nothing runs until `start` (a thread) or `step`.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Driver:
         queue_pairs: int = 1,
         num: int = 256,
         wanted: int | None = None,
+        frame_len: int = 0,
         buffer_len: int = 0,
         start_at: int = _MARGIN,
     ) -> None:
@@ -101,6 +105,7 @@ class Driver:
         self.bell = EventFd()
         self.features = 0
         self._wanted = wanted
+        self._frame_len = max(frame_len, endpoint.longest_frame)
         self._buffer_len = buffer_len
         self._start_at = start_at
         self._scratch = Scratch(queue_pairs, num)
@@ -143,7 +148,7 @@ class Driver:
             offset = self.memory.translate(at, length)
             mem[offset : offset + length] = 0
             at += -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
-        buffer_len = self._buffer_len or _buffer_lens(self.features)[index % 2]
+        buffer_len = self._buffer_len or _buffer_lens(self.features, self._frame_len)[index % 2]
         row[:] = 0
         row[layout.DVQ_NUM] = self.num
         row[layout.DVQ_DESC] = self.memory.translate(addresses[0], lens[0])

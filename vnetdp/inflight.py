@@ -79,28 +79,29 @@ class InflightArea:
         if index >= self.num_queues or num > self.queue_size:
             raise RequestRefused(f"vring {index} of size {num} is not in an inflight area for {self.queue_size}")
         mem = memory.mem
+        raw = mem.data
         area = memory.beside_offset + self.area_at(index)
         try:
             used_at = memory.translate(used + layout.VIRTQ_RING_IDX, 2)
             other_at = None if other_used is None else memory.translate(other_used + layout.VIRTQ_RING_IDX, 2)
         except ConfigError as e:
             raise RequestRefused(str(e)) from e
-        version, desc_num = struct.unpack_from("<HH", mem, area + layout.INFLIGHT_VERSION)
+        version, desc_num = struct.unpack_from("<HH", raw, area + layout.INFLIGHT_VERSION)
         if version == 0:
-            struct.pack_into("<HH", mem, area + layout.INFLIGHT_VERSION, _VERSION, num)
+            struct.pack_into("<HH", raw, area + layout.INFLIGHT_VERSION, _VERSION, num)
         elif version != _VERSION or desc_num != num:
             raise RequestRefused(f"vring {index}: inflight area of version {version} for {desc_num} descriptors")
         journal = self.journal_at(index)
         if journal and index % 2 == 1 and other_at is not None:
             at = memory.beside_offset + journal
-            receiveq_idx, transmitq_idx, valid = struct.unpack_from("<HHH", mem, at)
+            receiveq_idx, transmitq_idx, valid = struct.unpack_from("<HHH", raw, at)
             if valid and load_u16_acquire(mem, other_at) == receiveq_idx:
                 ahead = (transmitq_idx - load_u16_acquire(mem, used_at)) & 0xFFFF
                 if ahead <= num:
                     store_u16_release(mem, used_at, transmitq_idx)
-            struct.pack_into("<H", mem, at + layout.JOURNAL_VALID, 0)
+            struct.pack_into("<H", raw, at + layout.JOURNAL_VALID, 0)
         idx = load_u16_acquire(mem, used_at)
-        struct.pack_into("<H", mem, area + layout.INFLIGHT_USED_IDX, idx)
+        struct.pack_into("<H", raw, area + layout.INFLIGHT_USED_IDX, idx)
         return idx
 
     def close(self) -> None:

@@ -232,13 +232,14 @@ class SharedBlock:
     The mapping lives as long as an array of it does; `close` gives up the descriptor only.
     """
 
-    def __init__(self, length: int, fd: int | None = None) -> None:
+    def __init__(self, length: int, fd: int | None = None, offset: int = 0) -> None:
+        """*offset*: where in the file of *fd* the block begins, a multiple of 4096."""
         self.length = -(-length // PAGE_SIZE) * PAGE_SIZE
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
-        if os.fstat(self.fd).st_size < self.length:
-            raise ConfigError(f"a shared block of {self.length} bytes ends behind its file")
+        if os.fstat(self.fd).st_size < offset + length:
+            raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
         # Not the mmap module: it would keep a second descriptor until the last array is gone.
-        at = _map(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, self.fd, 0)
+        at = _map(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, self.fd, offset)
         self._map = (ctypes.c_uint8 * self.length).from_address(at)
         weakref.finalize(self._map, _libc.munmap, at, self.length).atexit = False
         self._at = 0
@@ -246,7 +247,8 @@ class SharedBlock:
     def carve(self, dtype: Any, *shape: int) -> npt.NDArray[Any]:
         """Return the next array, at a 64-byte boundary. Every process carves the same arrays in the same order."""
         count = int(np.prod(shape))
-        array = np.frombuffer(self._map, dtype, count, self._at).reshape(shape)
+        flat: npt.NDArray[Any] = np.frombuffer(memoryview(self._map), dtype, count, self._at)
+        array = flat.reshape(shape)
         self._at += -(-array.nbytes // 64) * 64
         return array
 

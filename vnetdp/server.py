@@ -35,7 +35,8 @@ class Server:
 
     connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
     features: what may be offered of what can be; None = all. worker: who serves the rings; None makes a `Worker`, with
-    *poll_us*. The endpoint, and a worker that was given, stay the caller's.
+    *poll_us*. inband: offer notifications as messages, which Linux takes wherever it can, and which cost it speed. The
+    endpoint, and a worker that was given, stay the caller's.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Server:
         mac: bytes = b"\x52\x54\x00\x12\x34\x56",
         poll_us: int = 0,
         worker: Served | None = None,
+        inband: bool = False,
     ) -> None:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, {queue_pairs} pairs are asked for")
@@ -59,6 +61,7 @@ class Server:
         self.features = features
         self.mtu = mtu
         self.mac = mac
+        self.inband = inband
         self.served = 0
         self.refused = 0
         self._listener: socket.socket | None = None
@@ -106,8 +109,8 @@ class Server:
 
     def _next_front_end(self, wake_fd: int) -> Transport | None:
         if self._listener is not None:
-            ready, _, _ = select.select([self._listener, wake_fd], [], [])
-            if self._listener not in ready:
+            ready, _, _ = select.select([self._listener.fileno(), wake_fd], [], [])
+            if self._listener.fileno() not in ready:
                 return None
             sock, _ = self._listener.accept()
             return Transport(sock)
@@ -124,17 +127,17 @@ class Server:
     def _serve(self, transport: Transport, stop: Callable[[], bool], wake_fd: int) -> None:
         """Serve one front end until it leaves, breaks the rules, or we are stopped."""
         transport.sock.settimeout(_MESSAGE_TIMEOUT_S)
-        session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac)
+        session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, self.inband)
         self.worker.on_broken = session.ring_broke
         self.served += 1
         _log.info("%s: front end %d attached", self.path, self.served)
         try:
             while not stop():
-                ready, _, _ = select.select([transport, wake_fd, *session.descriptors()], [], [])
-                for fd in ready:
-                    if isinstance(fd, int) and fd != wake_fd:
-                        session.on_readable(fd)
-                if transport in ready and not session.handle_one():
+                calls = session.descriptors()
+                ready, _, _ = select.select([transport.fileno(), wake_fd, *calls], [], [])
+                for fd in set(ready) & set(calls):
+                    session.on_readable(fd)
+                if transport.fileno() in ready and not session.handle_one():
                     _log.info("%s: front end %d left", self.path, self.served)
                     return
         except (ProtocolError, BackendError) as e:

@@ -77,7 +77,7 @@ class _Ring:
     call: EventFd | None = None
     err: EventFd | None = None
     has_kick: bool = False  # SET_VRING_KICK came, with a descriptor or without
-    enabled: bool = False
+    enabled: bool | None = None  # None = nobody has said: it waits, while one that is disabled discards
     bound: bool = False
 
 
@@ -100,12 +100,14 @@ class Session:
         offer: int | None,
         mtu: int | None,
         mac: bytes,
+        inband: bool = False,
     ) -> None:
         self._transport = transport
         self._worker = worker
         self._endpoint = endpoint
         self._mtu = mtu
         self._mac = mac
+        self._inband = inband
         self._connection = BackEndConnection()
         self._connection.offered_features = self._can_offer() if offer is None else self._can_offer() & offer
         self._connection.offered_features |= f.VHOST_USER_F_PROTOCOL_FEATURES
@@ -117,6 +119,7 @@ class Session:
         self._status = 0
         self._front_end: socket.socket | None = None
         self._device_state_ok = True
+        self._forget_enabled()
 
     def _can_offer(self) -> int:
         bits = f.RING_FEATURES | f.VIRTIO_NET_F_MRG_RXBUF | f.VIRTIO_NET_F_MAC | f.VIRTIO_NET_F_STATUS
@@ -131,7 +134,9 @@ class Session:
 
     def _protocol_features(self) -> ProtocolFeature:
         bits = _F.LOG_SHMFD | _F.RARP | _F.REPLY_ACK | _F.MTU | _F.BACKEND_REQ | _F.CONFIG | _F.INFLIGHT_SHMFD
-        bits |= _F.RESET_DEVICE | _F.INBAND_NOTIFICATIONS | _F.CONFIGURE_MEM_SLOTS | _F.STATUS | _F.DEVICE_STATE
+        bits |= _F.RESET_DEVICE | _F.CONFIGURE_MEM_SLOTS | _F.STATUS | _F.DEVICE_STATE
+        if self._inband:
+            bits |= _F.INBAND_NOTIFICATIONS
         return bits | _F.MQ
 
     # --- one message ---
@@ -181,6 +186,9 @@ class Session:
             raise RequestRefused(f"features that were not offered: {unknown}")
         features = wanted & ~f.VHOST_USER_F_PROTOCOL_FEATURES
         with self._standing_still():
+            if not any(ring.enabled for ring in self._rings):
+                for index in range(len(self._rings)):
+                    self._abandon(index)
             for backend in self._worker.backends:
                 backend.set_features(features)
         self._connection.features = wanted
@@ -264,7 +272,7 @@ class Session:
                         backend.set_memory(memory)
                 for index in bound:
                     self._start_ring(index)
-            except (BackendError, RequestRefused):
+            except Exception:
                 self._regions = kept
                 self._memory = before
                 for index in bound:
@@ -272,6 +280,8 @@ class Session:
                 if before is not None:
                     for backend in self._worker.backends:
                         backend.set_memory(before)
+                for index in bound:
+                    self._start_ring(index)
                 if memory is not None:
                     memory.close()
                 raise
@@ -317,9 +327,19 @@ class Session:
 
     def _on_set_vring_num(self, payload: VringState, _fds: list[int]) -> None:
         ring = self._ring(payload.index)
+        self._abandon(payload.index)
         backend, vring = self._backend(payload.index)
         backend.set_vring_num(vring, payload.num)
         ring.num = payload.num
+
+    def _abandon(self, index: int) -> None:
+        """Stop and forget a ring that is disabled: Linux, as a front end, sets it up anew without GET_VRING_BASE."""
+        ring = self._rings[index]
+        if ring.bound and not ring.enabled:
+            self._stop_ring(index)
+            ring.addr = None
+            ring.has_kick = False
+            ring.enabled = None
 
     def _on_set_vring_base(self, payload: VringState, _fds: list[int]) -> None:
         ring = self._ring(payload.index)
@@ -432,12 +452,20 @@ class Session:
         backend.set_vring_enable(vring, enabled)
         if vring == 0:
             self._endpoint.set_queue_active(index // VRINGS, enabled)
+        self._start_if_ready(index)
+
+    def _forget_enabled(self) -> None:
+        """Have every ring wait to be enabled. A TAP's queue that nobody serves may get no flows meanwhile."""
+        for index, ring in enumerate(self._rings):
+            self._enable(index, False)
+            ring.enabled = None
 
     def _start_if_ready(self, index: int) -> None:
         """Start a ring once it is described, its kick is known, and the driver is ready if that is told."""
         ring = self._rings[index]
         told = self._connection.has(_F.STATUS)
-        ready = ring.num and ring.addr is not None and ring.has_kick and self._memory is not None
+        described = ring.num and ring.addr is not None and self._memory is not None
+        ready = described and ring.has_kick and ring.enabled is not None
         if ready and not ring.bound and (not told or self._status & _DRIVER_OK):
             with self._standing_still():
                 self._start_ring(index)
@@ -448,6 +476,9 @@ class Session:
         if addr is None or self._memory is None:
             return
         backend, vring = self._backend(index)
+        if ring.call is None and self._connection.has(_F.INBAND_NOTIFICATIONS):
+            ring.call = EventFd()  # Linux sends no SET_VRING_CALL then
+            backend.set_vring_call(vring, ring.call)
         logged = addr.log if addr.flags & VHOST_VRING_F_LOG else None
         desc, avail, used = self._gpa(addr.desc, "desc"), self._gpa(addr.avail, "avail"), self._gpa(addr.used, "used")
         backend.set_vring_addr(vring, desc, avail, used, logged)
@@ -518,8 +549,7 @@ class Session:
 
     def _on_reset_device(self, _payload: Empty, _fds: list[int]) -> None:
         self._reset_rings()
-        for index in range(len(self._rings)):
-            self._enable(index, False)
+        self._forget_enabled()
 
     def _reset_rings(self) -> None:
         with self._standing_still():

@@ -269,7 +269,7 @@ def _address_llvm(typing_context: Any, array: Any, offset: Any) -> Any:
 
 def address(array: Any, offset: int) -> int:
     """The machine address of an element, for system calls in io.py."""
-    return int(array.ctypes.data) + offset * int(array.itemsize)
+    return int(array.ctypes.data + offset * array.itemsize)
 
 
 @compiled_as(address)

@@ -203,8 +203,9 @@ def receive(
         elif answers:
             if not _answer(mem, tx, tx_state, iov, row, n, frame_len, ep[EP_KIND]):
                 ep[EP_DROP_LONG] += 1
-        else:
-            emit(mem, iov, row, n, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch)
+        elif emit(mem, iov, row, n, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
+            # A TAP that takes no more: the buffer goes back to the device all the same.
+            dvq[DVQ_DROPPED] += 1
         frames += 1
         size += frame_len
         post_receive(mem, dvq, state)

@@ -120,6 +120,12 @@ def available(mem: Bytes, vq: Words) -> int:
 
 
 @inlined
+def known_available(vq: Words) -> int:
+    """Return how many available chains we know of and have not taken, without a look at the ring."""
+    return (vq[VQ_AVAIL_IDX] - vq[VQ_LAST_AVAIL_IDX]) & 0xFFFF
+
+
+@inlined
 def refresh(mem: Bytes, vq: Words) -> int:
     """`available`, with a fresh look at avail.idx whatever is known. An index that went back is E_AVAIL_IDX too."""
     idx = vq[VQ_AVAIL_IDX]

@@ -197,7 +197,8 @@ class UserspaceBackend:
     def _row(self, verb: str, index: int) -> Words:
         if not 0 <= index < VRINGS:
             raise BackendError(verb, errno.ENOBUFS, index, "a vhost device has vrings 0 and 1")
-        return self._rows[index]
+        row: Words = self._rows[index]
+        return row
 
 
 def _translate(memory: GuestMemory, row: Words) -> None:

@@ -170,11 +170,12 @@ class VhostUserFrontEnd:
 
     def close(self) -> None:
         """Disconnect, and give up the socket and the inflight area."""
-        self.disconnect()
         if self._listener is not None:
+            # First of all: a back end that is left would come straight back.
             self._listener.close()
             with suppress(FileNotFoundError):
                 Path(self.path).unlink()
+        self.disconnect()
         if self._inflight is not None:
             os.close(self._inflight[1])
             self._inflight = None
@@ -322,11 +323,11 @@ class VhostUserBackend:
         if desc % 16 or avail % 2 or used % 4:
             raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
         try:
-            uvas = [_uva(memory, gpa) for gpa in (desc, used, avail)]
+            desc_uva, used_uva, avail_uva = (_uva(memory, gpa) for gpa in (desc, used, avail))
         except ConfigError as e:
             raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
         flags = 0 if log_used is None else VHOST_VRING_F_LOG
-        self._fe.send(Request.SET_VRING_ADDR, VringAddr(n, flags, *uvas, log_used or 0))
+        self._fe.send(Request.SET_VRING_ADDR, VringAddr(n, flags, desc_uva, used_uva, avail_uva, log_used or 0))
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
         self._index("set_vring_kick", index)

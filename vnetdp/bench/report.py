@@ -32,8 +32,9 @@ def machine() -> dict[str, Any]:
 
 def finish(what: str, results: Sequence[Row], plot: str | None) -> dict[str, Any]:
     """Print *results*, draw them into *plot* if it is given, and return the whole report."""
-    report = {"bench": what, "machine": machine(), "results": list(results)}
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    about = machine()
+    report = {"bench": what, "machine": about, "results": list(results)}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     for row in results:
         label = f"{row['name']}, {row['size']} B" if row.get("size") else row["name"]
         if row.get("skipped"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -18,7 +19,13 @@ from ..memory import Bytes, SharedBlock, Words
 
 _log = logging.getLogger("vnetdp.endpoints")
 
+_VLAN_TAG_LEN = 4
 PYTHON_SLOTS = 64  # frames that go to, or come from, an endpoint in Python in one batch
+
+
+def frame_len(mtu: int) -> int:
+    """Return the bytes of the longest frame on a link of that MTU."""
+    return layout.ETH_HLEN + _VLAN_TAG_LEN + mtu
 
 
 class Endpoint:
@@ -157,6 +164,11 @@ class Endpoint:
         """Learn the MTU the driver was told; raise EndpointError if frames of that size can't pass."""
 
     @property
+    def longest_frame(self) -> int:
+        """Bytes of the longest frame it gives, virtio_net_hdr and offloads aside."""
+        return frame_len(1500)
+
+    @property
     def gives(self) -> bool:
         """True if frames come from it at all."""
         return self.kind != layout.KIND_NULL
@@ -186,7 +198,7 @@ class Endpoint:
         """Give up descriptors. Whoever polls it has stopped before."""
         self.block.close()
 
-    def __enter__(self) -> Endpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -268,6 +268,10 @@ class FaultEndpoint(Endpoint):
         self.inner.set_mtu(mtu)
 
     @property
+    def longest_frame(self) -> int:
+        return self.inner.longest_frame
+
+    @property
     def gives(self) -> bool:
         return self.inner.gives
 

@@ -93,6 +93,10 @@ class GenerateEndpoint(Endpoint):
             self.rows[:, layout.EP_CHECK] = 1
 
     @property
+    def longest_frame(self) -> int:
+        return int(self.rows[:, layout.EP_SIZE].max())
+
+    @property
     def sent(self) -> int:
         """Frames made so far, all queues: those in flight and in hand included."""
         return int(self.rows[:, layout.EP_SEQ].sum())

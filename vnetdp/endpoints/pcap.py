@@ -99,6 +99,10 @@ class PcapEndpoint(Endpoint):
         self._writer.flush()
 
     @property
+    def longest_frame(self) -> int:
+        return layout.MAX_FRAME_LEN if self.gives else super().longest_frame
+
+    @property
     def gives(self) -> bool:
         return self._reader is not None
 

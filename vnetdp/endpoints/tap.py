@@ -21,7 +21,7 @@ import pytun
 from vnetdp_kernels import layout
 
 from ..errors import EndpointError
-from .base import Endpoint
+from .base import Endpoint, frame_len
 from .netns import run_in
 
 T = TypeVar("T")
@@ -128,6 +128,13 @@ class TapEndpoint(Endpoint):
             if e.errno == errno.EPERM:
                 hint = f"run as root or: sudo ip link set dev {self._devices[0].name} mtu {mtu}"
             raise EndpointError(f"{self.name}: cannot set its MTU to {mtu}: {hint}") from e
+
+    @property
+    def longest_frame(self) -> int:
+        try:
+            return frame_len(self._inside(lambda: int(self._devices[0].mtu)))
+        except OSError:
+            return super().longest_frame  # somebody deleted it
 
     def close(self) -> None:
         if self._devices:

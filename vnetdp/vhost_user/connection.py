@@ -67,7 +67,10 @@ class BackEndConnection(_Connection):
             payload = rule.payload.decode(data)
         except RemoteProtocolError as e:
             raise RemoteProtocolError(f"{request.name}: {e}") from None
-        need_reply = bool(header.flags & NEED_REPLY) and self.has(ProtocolFeature.REPLY_ACK) and rule.reply is None
+        agreed = self.protocol_features
+        if request is Request.SET_PROTOCOL_FEATURES and isinstance(payload, U64):
+            agreed |= payload.value  # Linux wants the very message acknowledged that takes REPLY_ACK
+        need_reply = bool(header.flags & NEED_REPLY and agreed & ProtocolFeature.REPLY_ACK) and rule.reply is None
         return Message(request, payload, fds, need_reply)
 
     def reply(self, request: Request, payload: Payload) -> bytes:

@@ -167,9 +167,9 @@ class MemoryTable:
         if len(data) < 8:
             raise RemoteProtocolError(f"a memory table has at least 8 bytes, not {len(data)}")
         n, _ = struct.unpack_from("=II", data)
-        if n > MAX_FDS or len(data) != 8 + 32 * n:
+        if n > MAX_FDS or len(data) < 8 + 32 * n or len(data) % 32 != 8:  # Linux sends room for more than it fills
             raise RemoteProtocolError(f"a memory table of {n} regions has not {len(data)} bytes")
-        return cls(tuple(MemoryRegion.decode(data[at : at + 32]) for at in range(8, len(data), 32)))
+        return cls(tuple(MemoryRegion.decode(data[at : at + 32]) for at in range(8, 8 + 32 * n, 32)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,20 @@
+"""The fixture that asks every kind of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.backends.places import KINDS, Place
+from tests.by_hand import no_descriptor_leaks
+
+
+@pytest.fixture(params=KINDS)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with no_descriptor_leaks():
+        place = Place(request.param)
+        yield place
+        place.close()
+        assert place.endpoint.polls_started == place.endpoint.polls_stopped
+        assert not place.endpoint.polled_by

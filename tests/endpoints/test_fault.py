@@ -1,0 +1,290 @@
+"""Faults: as often as they were asked for, the same for the same seed, and nothing else than what was asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scapy.layers.inet import ICMP, IP
+from scapy.layers.l2 import ARP, Ether
+from scapy.utils import wrpcap
+
+from tests.by_hand import no_descriptor_leaks, scaled, wait_for
+from tests.endpoints.joined import guest_of, receive_all, send_all
+from vnetdp.bench.netns import NetnsPair
+from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.fault import FaultEndpoint
+from vnetdp.endpoints.loopback import (
+    EchoEndpoint,
+    GenerateEndpoint,
+    MacswapEndpoint,
+    NullEndpoint,
+    ReflectEndpoint,
+)
+from vnetdp.endpoints.mailbox import MailboxEndpoint
+from vnetdp.endpoints.pcap import PcapEndpoint
+from vnetdp.endpoints.tap import TapEndpoint
+from vnetdp.errors import EndpointError
+from vnetdp_kernels import layout as lay
+
+HEADER = bytes(lay.NET_HDR_LEN)
+
+
+def frame(n: int, length: int = 60) -> bytes:
+    """Return an Ethernet frame that no other number has."""
+    return bytes(6) + n.to_bytes(8, "big") + bytes((n + i) & 0xFF for i in range(length - 14))
+
+
+def through(fault: FaultEndpoint, frames: list[bytes], batch: int = 64) -> list[bytes]:
+    """Send frames in batches, try again while any is put off, and return what reached the inner mailbox."""
+    assert isinstance(fault.inner, MailboxEndpoint)
+    got: list[bytes] = []
+    for at in range(0, len(frames), batch):
+        fault.transmit_frames(0, [HEADER + one for one in frames[at : at + batch]])
+        got.extend(fault.inner.take())
+    tries = 0
+    while fault._to_wire[0].waiting:
+        fault.service()
+        got.extend(fault.inner.take())
+        tries += 1
+        assert tries < 100_000
+    return got
+
+
+def mailbox() -> MailboxEndpoint:
+    return MailboxEndpoint(limit=1 << 20)
+
+
+# --- how often ---
+
+
+KINDS = ("drop", "corrupt", "eio", "eagain")
+
+
+@pytest.mark.parametrize(
+    ("kind", "chance"),
+    [(kind, chance) for kind in KINDS for chance in (0.0, 0.01, 0.3, 1.0) if (kind, chance) != ("eagain", 1.0)],
+)
+def test_a_fault_strikes_as_often_as_asked(kind: str, chance: float) -> None:
+    n = scaled(10_000, 2_000)
+    with FaultEndpoint(mailbox(), **{kind: chance}) as fault:  # type: ignore[arg-type]
+        got = through(fault, [frame(k) for k in range(n)])
+        struck = fault.struck[kind]
+        expected = n * chance / (1 - chance) if kind == "eagain" else n * chance
+        assert abs(struck - expected) <= 6 * (expected + 1) ** 0.5
+        assert {name for name, times in fault.struck.items() if times} <= {kind}
+        assert len(got) == n - (struck if kind in ("drop", "eio") else 0)
+        assert fault.counters()[f"fault_{kind}"] == struck
+
+
+def test_corruption_is_one_bit_of_the_frame() -> None:
+    frames = [frame(k, 14 + k % 100) for k in range(1000)]
+    with FaultEndpoint(mailbox(), corrupt=0.5) as fault:
+        assert isinstance(fault.inner, MailboxEndpoint)
+        fault.transmit_frames(0, [HEADER + one for one in frames])
+        after = fault.inner.take_raw()
+        differing = 0
+        for before, now in zip(frames, after, strict=True):
+            assert now[: lay.NET_HDR_LEN] == HEADER
+            bits = int.from_bytes(before, "big") ^ int.from_bytes(now[lay.NET_HDR_LEN :], "big")
+            assert bits.bit_count() <= 1
+            differing += bits != 0
+        assert differing == fault.struck["corrupt"]
+
+
+def test_eio_costs_its_frames_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    frames = [frame(k) for k in range(1000)]
+    with caplog.at_level(logging.WARNING), FaultEndpoint(mailbox(), eio=0.1) as fault:
+        got = through(fault, frames)
+        lost = fault.struck["eio"]
+        assert len(got) == 1000 - lost
+        assert got == [one for one in frames if one in set(got)]
+        assert fault.errors == fault.counters()["dropped_error"] == lost > 0
+    assert [r.getMessage() for r in caplog.records] == [
+        "fault:mailbox: OSError: [Errno 5] Input/output error (logged once; counted from now on)"
+    ]
+
+
+# --- the same again ---
+
+
+@pytest.mark.parametrize("seed", [0, 1, 77])
+def test_a_seed_decides_whatever_the_batches(seed: int) -> None:
+    frames = [frame(k) for k in range(1500)]
+
+    def run(batch: int) -> tuple[list[bytes], dict[str, int]]:
+        with FaultEndpoint(mailbox(), drop=0.1, corrupt=0.1, eio=0.1, eagain=0.2, seed=seed) as fault:
+            return through(fault, frames, batch), dict(fault.struck)
+
+    first = run(64)
+    assert run(64) == first
+    assert run(1) == first
+    assert run(7) == first
+
+
+def test_seeds_queues_and_ways_differ() -> None:
+    frames = [HEADER + frame(k) for k in range(64)]
+    seen = []
+    for seed in (1, 2):
+        with FaultEndpoint(MailboxEndpoint(queues=2), drop=0.5, seed=seed) as fault:
+            assert isinstance(fault.inner, MailboxEndpoint)
+            for queue in (0, 1):
+                fault.transmit_frames(queue, frames)
+                seen.append(tuple(fault.inner.take_raw()))
+                for one in frames:
+                    fault.inner.put(one[lay.NET_HDR_LEN :], queue=queue)
+                seen.append(tuple(fault.receive_frames(queue, 64)))
+    assert len(set(seen)) == len(seen) == 8
+
+
+def test_one_chance_leaves_the_other_faults_alone() -> None:
+    """What corrupt does to the frames left is the same with and without eio."""
+    frames = [frame(k) for k in range(500)]
+    with FaultEndpoint(mailbox(), corrupt=0.2, seed=5) as only:
+        corrupted = through(only, frames)
+    with FaultEndpoint(mailbox(), corrupt=0.2, eio=0.3, seed=5) as more:
+        assert set(through(more, frames)) <= set(corrupted)
+
+
+# --- nothing else: frames put off or delayed arrive, in order, over real rings ---
+
+
+@pytest.mark.parametrize(
+    "faults", [{}, {"eagain": 0.2}, {"eagain": 0.9}, {"delay_ms": 3}, {"eagain": 0.1, "delay_ms": 1.5}]
+)
+@pytest.mark.parametrize("kind", [EchoEndpoint, mailbox])
+def test_nothing_is_lost_that_was_not_to_be(kind: Callable[[], Endpoint], faults: dict[str, float]) -> None:
+    n = scaled(300, 50)
+    frames = [frame(k, 60 + k) for k in range(n)]
+    with FaultEndpoint(kind(), **faults) as fault, guest_of(fault) as driver:  # type: ignore[arg-type]
+        send_all(driver, frames)
+        if isinstance(fault.inner, MailboxEndpoint):
+            wait_for(lambda: fault.inner.counters()["to_wire"] == n, "all went through")
+            assert fault.inner.take() == frames
+            for one in frames:
+                fault.inner.put(one)
+        assert receive_all(driver, n) == frames
+        if "delay_ms" in faults:
+            assert fault.struck["delay"] == 2 * n
+
+
+@pytest.mark.parametrize("faults", [{}, {"eagain": 0.3}, {"delay_ms": 2}])
+def test_numbered_frames_stay_in_order_both_ways(faults: dict[str, float]) -> None:
+    n = scaled(3000, 200)
+    inner = GenerateEndpoint(count=n)
+    with FaultEndpoint(inner, **faults) as fault, GenerateEndpoint(count=n) as guest:  # type: ignore[arg-type]
+
+        def arrived() -> bool:
+            return all(end.ledger[0, lay.LEDGER_DELIVERED] == n for end in (inner, guest))
+
+        with guest_of(fault, guest):
+            wait_for(arrived, "every frame arrived")
+            wait_for(lambda: fault.finished, "nothing is under way")
+        assert inner.ledger_against(guest).clean
+        assert guest.ledger_against(inner).clean
+
+
+def test_a_wire_that_never_takes_a_frame_fills_up_and_loses_none() -> None:
+    with GenerateEndpoint() as guest, FaultEndpoint(NullEndpoint(), eagain=1.0) as fault:
+        with guest_of(fault, guest):
+            wait_for(lambda: fault._to_wire[0].full, "it takes no more")
+            wait_for(lambda: fault.rows[0, lay.EP_OUT_COUNT] == 64, "frames stay in the ring")
+            assert len(fault._to_wire[0].waiting) < 4096 + 64
+        taken = len(fault._to_wire[0].waiting) + int(fault.rows[0, lay.EP_OUT_COUNT])
+        assert fault.counters()["to_wire"] == taken
+        assert fault.inner.counters()["to_wire"] == fault.errors == 0
+
+
+def test_a_delayed_frame_is_under_way() -> None:
+    with FaultEndpoint(EchoEndpoint(), delay_ms=60_000) as fault, guest_of(fault) as driver:
+        send_all(driver, [frame(1)])
+        wait_for(lambda: fault.struck["delay"] == 1, "it is held back")
+        assert not fault.finished
+        assert driver.receive() == []
+        assert fault.inner.counters()["to_wire"] == 0
+
+
+# --- every kind of endpoint behind it is as without it ---
+
+
+@pytest.mark.parametrize("kind", [EchoEndpoint, MacswapEndpoint, ReflectEndpoint, NullEndpoint])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_without_faults_it_is_not_there(kind: Callable[[], Endpoint], depth: int) -> None:
+    ping = bytes(Ether(src="02:00:00:00:00:01", dst="02:02:02:02:02:02") / IP(dst="10.0.0.9") / ICMP())
+    arp = bytes(Ether(src="02:00:00:00:00:01", dst="ff:ff:ff:ff:ff:ff") / ARP(pdst="10.0.0.9"))
+    frames = [ping, arp, *(frame(k) for k in range(20))]
+    answers = []
+    for wrapped in range(2):
+        endpoint = kind()
+        for _ in range(wrapped * depth):
+            endpoint = FaultEndpoint(endpoint)
+        with endpoint, guest_of(endpoint) as driver:
+            inner = endpoint
+            while isinstance(inner, FaultEndpoint):
+                inner = inner.inner
+            send_all(driver, frames)
+            n = 2 if kind is ReflectEndpoint else 0 if kind is NullEndpoint else len(frames)
+            answers.append(receive_all(driver, n))
+            taken = 0 if kind is ReflectEndpoint else len(frames)  # by itself, it counts what it answers only
+            wait_for(lambda e=inner, t=taken: e.counters()["to_wire"] >= t, "all were taken")  # type: ignore[misc]
+            assert inner.counters()["from_wire"] == n
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == n
+
+
+def test_a_capture_behind_it(tmp_path: Path) -> None:
+    frames = [frame(k, 100) for k in range(500)]
+    wrpcap(str(tmp_path / "in.pcap"), [Ether(one) for one in frames])
+    pcap = PcapEndpoint(tmp_path / "in.pcap", tmp_path / "out.pcap")
+    with FaultEndpoint(pcap, drop=0.2) as fault, guest_of(fault) as driver:
+        wait_for(lambda: fault.finished, "the capture was read to its end")
+        kept = 500 - fault.struck["drop"]
+        got = receive_all(driver, kept)
+        assert len(got) == kept < 500
+        assert got == [one for one in frames if one in set(got)]
+        send_all(driver, frames[:50])
+        wait_for(lambda: fault.counters()["to_wire"] == 50, "all were taken")
+    with PcapEndpoint(tmp_path / "out.pcap") as written:
+        assert len(written.receive_frames(0, 64)) == 500 + 50 - fault.struck["drop"] - kept
+
+
+def test_a_tap_behind_it(spaces: NetnsPair) -> None:
+    names = spaces.names
+    tap = TapEndpoint("left", netns=names["a"])
+    with FaultEndpoint(tap, eagain=0.2, delay_ms=1) as fault, TapEndpoint("right", netns=names["b"]) as right:
+        assert fault.vnet_hdr
+        with guest_of(fault, right):
+            spaces.ip("a", "address add 10.9.9.1/24 dev left")
+            spaces.ip("b", "address add 10.9.9.2/24 dev right")
+            spaces.run("a", ["ping", "-c", "5", "-i", "0.05", "-w", "20", "10.9.9.2"])
+            assert fault.counters()["to_wire"] >= 5
+
+
+# --- what cannot be ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chance", [-0.1, 1.01, float("nan"), float("inf")])
+def test_a_chance_is_a_probability(kind: str, chance: float) -> None:
+    says = f"fault: {kind} .* is not a probability between 0 and 1"
+    with NullEndpoint() as inner, no_descriptor_leaks(), pytest.raises(EndpointError, match=says):
+        FaultEndpoint(inner, **{kind: chance})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("delay", [-1, 60_001, float("nan")])
+def test_a_delay_has_limits(delay: float) -> None:
+    with NullEndpoint() as inner, pytest.raises(EndpointError, match=r"delay_ms .* is not between 0 and 60000"):
+        FaultEndpoint(inner, delay_ms=delay)
+
+
+def test_it_closes_what_it_wraps() -> None:
+    def once() -> None:
+        with FaultEndpoint(FaultEndpoint(MailboxEndpoint(queues=3)), delay_ms=1) as fault, guest_of(fault):
+            pass
+        fault.close()
+
+    once()
+    with no_descriptor_leaks():
+        once()

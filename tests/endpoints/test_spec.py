@@ -1,0 +1,137 @@
+"""`parse_endpoint`: what a command line may say, and what it is told when it says something else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.by_hand import no_descriptor_leaks
+from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.fault import FaultEndpoint, Faults
+from vnetdp.endpoints.loopback import (
+    EchoEndpoint,
+    GenerateEndpoint,
+    MacswapEndpoint,
+    NullEndpoint,
+    ReflectEndpoint,
+)
+from vnetdp.endpoints.scapy import ScapyEndpoint
+from vnetdp.endpoints.spec import parse_endpoint
+from vnetdp.errors import ConfigError, VnetdpError
+from vnetdp_kernels import layout as lay
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("null", NullEndpoint),
+        ("echo", EchoEndpoint),
+        ("macswap", MacswapEndpoint),
+        ("reflect", ReflectEndpoint),
+        ("generate", GenerateEndpoint),
+    ],
+)
+def test_a_kind_alone_is_enough(text: str, kind: type[Endpoint]) -> None:
+    with parse_endpoint(text, 3) as endpoint:
+        assert type(endpoint) is kind
+        assert endpoint.queues == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "interval_ns", "limit"),
+    [
+        ("generate:size=128", 128, 0, -1),
+        ("generate:rate=1M,count=10k", 64, 1000, 10_000),
+        ("generate:count=7,rate=2.5k,size=1500", 1500, 400_000, 7),
+        ("generate:rate=.5G", 64, 2, -1),
+        ("generate:rate=0,count=0", 64, 0, 0),
+    ],
+)
+def test_numbers_take_suffixes(text: str, size: int, interval_ns: int, limit: int) -> None:
+    with parse_endpoint(text) as endpoint:
+        row = endpoint.rows[0]
+        assert (row[lay.EP_SIZE], row[lay.EP_INTERVAL_NS], row[lay.EP_LIMIT]) == (size, interval_ns, limit)
+
+
+def test_fault_wraps_any_other() -> None:
+    with parse_endpoint("fault:drop=0.1,delay_ms=5,seed=9:fault:eio=1:generate:size=99", 2) as outer:
+        assert isinstance(outer, FaultEndpoint)
+        assert outer.faults == Faults(drop=0.1, delay_ms=5, seed=9)
+        assert isinstance(outer.inner, FaultEndpoint)
+        assert outer.inner.faults == Faults(eio=1)
+        assert isinstance(outer.inner.inner, GenerateEndpoint)
+        assert outer.queues == outer.inner.inner.queues == 2
+        assert outer.name == "fault:fault:generate"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "unknown endpoint ''; known are null, echo, macswap, reflect, generate"),
+        ("tpa:x", "unknown endpoint 'tpa:x'; known are null, echo"),
+        ("NULL", "unknown endpoint 'NULL'"),
+        ("echo:fast", "echo takes no options, but got 'fast'"),
+        ("generate:size", "generate: unknown option 'size'; known are size=, rate=, count="),
+        ("generate:colour=1", "generate: unknown option 'colour=1'; known are size=, rate=, count="),
+        ("generate:size=64,", "generate: unknown option ''; known are"),
+        ("generate:size=64,size=65", "generate: size is given twice"),
+        ("generate:size=big", "generate: size=big is not a number"),
+        ("generate:size=-1", "generate: size=-1 is not a number"),
+        ("generate:size=1.5", "generate: size=1.5 is not a whole number"),
+        ("generate:rate=nan", "generate: rate=nan is not a number"),
+        ("generate:rate=1e400", "generate: rate=1e400 is not a number"),
+        ("generate:rate=1T", "generate: rate=1T is not a number"),
+        ("generate:size=5", "generate: size 5 is not between"),
+        ("generate:rate=2G", "generate: rate 2000000000.0 is not between"),
+        ("tap", "tap: an interface has to be named: tap:NAME[,netns=NS]"),
+        ("tap:,netns=x", "tap: an interface has to be named"),
+        ("tap:x,queues=2", "tap: unknown option 'queues=2'; known are netns="),
+        ("pcap", "pcap: '' is not pcap:IN[,OUT]"),
+        ("pcap:a,b,c", "pcap: 'a,b,c' is not pcap:IN[,OUT]"),
+        ("pcap:,", "pcap: neither a capture to read nor one to write"),
+        ("scapy:json", "scapy: 'json' is not scapy:MODULE:CALLABLE"),
+        ("scapy::loads", "scapy: ':loads' is not scapy:MODULE:CALLABLE"),
+        ("scapy:no_such_module:f", "scapy: cannot import no_such_module: ModuleNotFoundError"),
+        ("scapy:json:no_such_name", "scapy: module json has no no_such_name"),
+        ("scapy:json:__name__", "scapy: json:__name__ is no callable"),
+        ("fault", "fault: it has to say around which endpoint"),
+        ("fault:drop=0.1", "fault: it has to say around which endpoint"),
+        ("fault:lose=0.1:echo", "fault: unknown option 'lose=0.1'; known are drop=, corrupt=, eio="),
+        ("fault:drop=1.1:echo", "fault: drop 1.1 is not a probability between 0 and 1"),
+        ("fault:delay_ms=1G:echo", "fault: delay_ms 1000000000.0 is not between 0 and 60000"),
+        ("fault:drop=0.1:", "unknown endpoint ''"),
+        ("fault:drop=0.1:ech", "unknown endpoint 'ech'"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(text: str, says: str) -> None:
+    with no_descriptor_leaks(), pytest.raises(VnetdpError) as raised:
+        parse_endpoint(text)
+    assert str(raised.value).startswith(says)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_scapy_module_is_found_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "answers_of_mine.py"
+    module.write_text("class Host:\n    def answer(self, packet): return packet\nhost = Host()\n")
+    broken = tmp_path / "broken_of_mine.py"
+    broken.write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with parse_endpoint("scapy:answers_of_mine:host.answer", 2) as endpoint:
+        assert isinstance(endpoint, ScapyEndpoint)
+        assert endpoint.name == "scapy:answers_of_mine:host.answer"
+        assert endpoint.queues == 2
+    with pytest.raises(ConfigError, match="cannot import broken_of_mine: ZeroDivisionError"):
+        parse_endpoint("scapy:broken_of_mine:f")
+
+
+def test_scapy_is_imported_only_where_it_is_used() -> None:
+    code = (
+        "import sys; from vnetdp.endpoints.spec import parse_endpoint; parse_endpoint('fault:drop=1:echo').close();"
+        "assert not any(name.split('.')[0] == 'scapy' for name in sys.modules)"
+    )
+    path = [str(entry) for entry in sys.path if entry]
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"], check=True, timeout=120)

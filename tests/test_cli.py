@@ -1,0 +1,322 @@
+"""The command line, run as its user runs it: exit status, what it prints and writes, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vnetdp
+from tests.by_hand import COMPILED, scaled, wait_for
+
+_TIMEOUT = 240  # seconds: the first command of a cold cache compiles
+_PR_CAPBSET_DROP = 24
+_CAP_NET_ADMIN = 12
+_LEDGER = {"sent", "delivered", "lost", "duplicated", "reordered", "corrupted"}
+
+
+class Shell:
+    """Runs commands in a folder of their own, and knows every process that comes of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mark = f"VNETDP_TEST={uuid.uuid4()}"
+        name, _, value = self._mark.partition("=")
+        self._env = {**os.environ, name: value, "COLUMNS": "100"}
+
+    def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vnetdp", *args],
+            cwd=self.folder,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def run(self, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; it may not have crashed, nor left a process behind."""
+        return self.finish(self.start(*args, **options))
+
+    def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+        try:
+            out, err = process.communicate(timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise
+        assert "Traceback" not in err, err
+        wait_for(lambda: not self.processes(), "every process of the command has ended")
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def processes(self) -> list[int]:
+        """Return the ids of the processes that came of our commands, and still run."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self._mark.encode() in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parts[2]))
+            except OSError:
+                continue  # it has just ended, or is another user's
+        return found
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    shell = Shell(folder)
+    yield shell
+    for pid in shell.processes():
+        os.kill(pid, signal.SIGKILL)
+
+
+def interfaces() -> set[str]:
+    return {path.name for path in Path("/sys/class/net").iterdir()}
+
+
+def write_pcap(path: Path, frames: list[bytes]) -> None:
+    """Write a capture file: little endian, microseconds, Ethernet."""
+    records = b"".join(struct.pack("<IIII", k, 0, len(f), len(f)) + f for k, f in enumerate(frames))
+    path.write_bytes(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1) + records)
+
+
+# --- usage ---
+
+
+def test_every_command_explains_itself(shell: Shell) -> None:
+    top = shell.run("--help")
+    assert top.returncode == 0
+    commands = re.findall(r"^ {4}(\w+) ", top.stdout, re.MULTILINE)
+    assert {"demo", "link", "bench", "doctor"} <= set(commands)
+    for command in commands:
+        done = shell.run(command, "--help")
+        assert done.returncode == 0
+        assert done.stdout.startswith(f"usage: vnetdp {command}")
+        assert "--json" in done.stdout
+        assert not done.stderr
+
+
+def test_version(shell: Shell) -> None:
+    done = shell.run("--version")
+    assert (done.returncode, done.stdout) == (0, f"vnetdp {vnetdp.__version__}\n")
+
+
+def test_the_installed_command_is_this_one() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="vnetdp")
+    assert entry.value == "vnetdp.cli:main"
+
+
+WRONG = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["teleport"], "teleport"),
+    "unknown option": (["demo", "--fast"], "--fast"),
+    "missing endpoint": (["link", "null"], "RIGHT"),
+    "unknown endpoint": (["link", "null", "ethernet:0"], "unknown endpoint 'ethernet:0'; known are null, "),
+    "unknown datapath": (["link", "null", "null", "--datapath", "kernel"], "kernel"),
+    "unknown benchmark": (["bench", "everything"], "everything"),
+    "no ring at all": (["link", "null", "null", "--ring", "0"], "power of two"),
+    "ring not a power of two": (["link", "null", "null", "--ring", "100"], "power of two"),
+    "ring too large": (["link", "null", "null", "--ring", "65536"], "32768"),
+    "ring no number": (["link", "null", "null", "--ring", "many"], "many"),
+    "no queue pairs": (["link", "null", "null", "--queue-pairs", "0"], "between 1 and 256"),
+    "negative time": (["demo", "--seconds", "-1"], "above 0"),
+    "time no number": (["demo", "--seconds", "soon"], "soon"),
+    "time not a number": (["demo", "--seconds", "nan"], "above 0"),
+    "small MTU": (["link", "null", "null", "--mtu", "67"], "between 68 and 65535"),
+    "generate, short frame": (["link", "generate:size=5", "null"], "size 5"),
+    "generate, unknown option": (["link", "generate:speed=5", "null"], "speed=5"),
+    "option for null": (["link", "null:5", "null"], "'5'"),
+    "TAP without a name": (["link", "tap:", "null"], "tap:NAME"),
+    "TAP name too long": (["link", "tap:an-interface-name", "null"], "an-interface-name"),
+    "TAP name with a blank": (["link", "tap:a b", "null"], "'a b'"),
+    "TAP in no namespace": (["link", "tap:t0,netns=nowhere-at-all", "null"], "ip netns add nowhere-at-all"),
+    "pcap not there": (["link", "pcap:not-there.pcap", "null"], "not-there.pcap: No such file"),
+    "pcap not a capture": (["link", "pcap:/proc/self/stat", "null"], "not a pcap"),
+    "pcap without a file": (["link", "pcap:", "null"], "pcap:IN[,OUT]"),
+    "scapy without a callable": (["link", "scapy:os", "null"], "scapy:MODULE:CALLABLE"),
+    "scapy, no such module": (["link", "scapy:no_such_module:f", "null"], "no_such_module"),
+    "scapy, no such callable": (["link", "scapy:os:no_such_callable", "null"], "no_such_callable"),
+    "serve without a socket": (["serve", "null"], "--socket"),
+    "serve in no folder": (["serve", "null", "--socket", "no/such/folder/s"], "no/such/folder/s"),
+    "serve, unknown feature": (["serve", "null", "--socket", "s", "--features=-teleport"], "teleport"),
+    "drive, nobody there": (["drive", "null", "--socket", "s", "--wait", "0.1"], "s"),
+    "drive, count without generate": (["drive", "null", "--socket", "s", "--count", "5"], "generate"),
+    "drive, ring not a power of two": (["drive", "null", "--socket", "s", "--ring", "100"], "power of two"),
+    "report nowhere": (["link", "null", "null", "--json", "no/such/folder/report.json"], "no/such/folder"),
+    "picture nowhere": (["bench", "ring", "--plot", "no/such/folder/picture.png"], "no/such/folder"),
+}
+
+
+@pytest.mark.parametrize(("args", "told"), WRONG.values(), ids=WRONG)
+def test_wrong_usage_is_told_in_one_line(shell: Shell, args: list[str], told: str) -> None:
+    before = interfaces()
+    done = shell.run(*args)
+    assert done.returncode == 2
+    assert not done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("vnetdp")
+    assert told in lines[0]
+    assert not list(shell.folder.iterdir())
+    assert not (interfaces() - before) & {"t0", "a b"}
+
+
+def test_tap_without_the_right_to_it(shell: Shell) -> None:
+    libc = ctypes.CDLL(None)
+
+    def give_up() -> None:
+        # Of no effect, and not needed, for a user without it.
+        libc.prctl(_PR_CAPBSET_DROP, _CAP_NET_ADMIN, 0, 0, 0)
+
+    done = shell.run("link", "tap:vnetdp-cli0", "null", preexec_fn=give_up)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "tap:vnetdp-cli0" in done.stderr
+    assert "vnetdp-cli0" not in interfaces()
+
+
+def test_the_second_endpoint_s_error_closes_the_first(shell: Shell) -> None:
+    done = shell.run("link", "pcap:,out.pcap", "nonsense")
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+
+
+# --- demo ---
+
+
+def test_demo(shell: Shell) -> None:
+    done = shell.run("demo", "--seconds", "0.2", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert {"ok", "phases", "ledger"} <= set(report)
+    assert report["ok"] is True
+    for phase in report["phases"]:
+        assert {"name", "owner", "packets", "mpps"} <= set(phase)
+        assert phase["packets"] > 0
+    owners = [phase["owner"] for phase in report["phases"]]
+    assert owners[:4] == ["userspace", "vhost", "userspace", "vhost"]
+    assert set(report["ledger"]) == _LEDGER
+    assert report["ledger"]["sent"] == report["ledger"]["delivered"] > 0
+    assert not any(report["ledger"][key] for key in ("lost", "duplicated", "reordered", "corrupted"))
+    for phase in report["phases"]:
+        assert phase["name"] in done.stderr
+
+
+# --- link ---
+
+
+@pytest.mark.parametrize("datapath", ["userspace", "vhost", "vhost-process"])
+def test_link_ends_by_itself_when_all_is_delivered(shell: Shell, datapath: str) -> None:
+    count = scaled(100_000, 500)
+    end = f"generate:count={count}"
+    done = shell.run("link", end, end, "--datapath", datapath, "--queue-pairs", "2", "--json", "report.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((shell.folder / "report.json").read_text())
+    assert {"datapath", "owner", "seconds", "handovers", "fallbacks", "errors", "left", "right"} <= set(report)
+    assert report["datapath"] == datapath
+    assert report["owner"] == datapath.partition("-")[0]
+    assert report["errors"] == []
+    assert report["ledger"] == {**dict.fromkeys(_LEDGER, 0), "sent": 4 * count, "delivered": 4 * count}
+    assert report["left"]["from_wire"] == report["right"]["to_wire"] == 2 * count
+    assert len(report["queues"]) == 4
+    assert f"{2 * count:,} frames" in done.stdout
+
+
+def test_link_for_a_time_while_the_rings_change_hands(shell: Shell) -> None:
+    done = shell.run("link", "generate", "generate:size=1514", "--seconds", "0.3", "--switch-ms", "5", "--json", "r")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((shell.folder / "r").read_text())
+    assert report["handovers"] > 2
+    assert report["fallbacks"] == 0
+    assert report["ledger"]["sent"] == report["ledger"]["delivered"] > 0
+    assert not report["ledger"]["reordered"]
+
+
+def test_link_json_on_standard_output_is_json_alone(shell: Shell) -> None:
+    done = shell.run("link", "generate:count=5", "null", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["right"]["to_wire"] == 5
+
+
+def test_link_reads_a_capture_to_its_end(shell: Shell) -> None:
+    frames = [bytes(range(60)), bytes(1514), bytes(range(100))]
+    write_pcap(shell.folder / "in.pcap", frames)
+    done = shell.run("link", "pcap:in.pcap", "pcap:,out.pcap", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["left"]["from_wire"] == report["right"]["to_wire"] == len(frames)
+    captured = (shell.folder / "out.pcap").read_bytes()
+    at = [captured.index(frame) for frame in frames]
+    assert at == sorted(at)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("datapath", ["userspace", "vhost", "vhost-process"])
+def test_a_signal_ends_a_link_and_it_reports(shell: Shell, datapath: str, number: signal.Signals) -> None:
+    process = shell.start("link", "generate", "generate", "--datapath", datapath, "--json", "report.json")
+    assert process.stderr is not None
+    while "linked" not in process.stderr.readline():
+        assert process.poll() is None, "it ended before it was linked"
+    process.send_signal(number)
+    done = shell.finish(process)
+    assert done.returncode == 0, done.stderr
+    assert "left to right" in done.stdout
+    report = json.loads((shell.folder / "report.json").read_text())
+    assert report["ledger"]["lost"] == 0
+    assert report["errors"] == []
+
+
+# --- serve, drive ---
+
+
+def test_drive_against_serve(shell: Shell) -> None:
+    count = scaled(50_000, 500)
+    server = shell.start("serve", "echo", "--socket", "s", "--json", "served.json")
+    try:
+        driven = shell.start("drive", "generate", "--socket", "s", "--count", str(count), "--json", "-")
+        out, err = driven.communicate(timeout=_TIMEOUT)
+        assert driven.returncode == 0, err
+    finally:
+        server.send_signal(signal.SIGTERM)
+        served = shell.finish(server)
+    assert served.returncode == 0, served.stderr
+    report = json.loads(out)
+    assert {"tx_packets", "rx_packets", "bad_packets", "mpps"} <= set(report)
+    assert (report["tx_packets"], report["rx_packets"], report["bad_packets"]) == (count, count, 0)
+    assert json.loads((shell.folder / "served.json").read_text())["served"] == 1
+    assert not (shell.folder / "s").exists()
+
+
+# --- bench, doctor ---
+
+
+@pytest.mark.skipif(not COMPILED, reason="a benchmark of plain Python measures nothing")
+def test_bench_ring(shell: Shell) -> None:
+    done = shell.run("bench", "ring", "--rounds", "1", "--seconds", "0.2", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["results"]
+    for row in report["results"]:
+        assert row["name"]
+        assert {"mpps", "gbps", "us", "skipped"} & set(row)
+
+
+def test_doctor(shell: Shell) -> None:
+    done = shell.run("doctor", "--json", "-")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["ok"]
+    assert "python-pytun" in shell.run("doctor").stdout

@@ -1,0 +1,189 @@
+"""The documentation is true: its examples run, its commands parse, its links lead somewhere, its map has every file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.by_hand import wait_for
+from vnetdp import cli
+from vnetdp.bench.netns import why_no_netns
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_FENCE = re.compile(
+    r"(?:<!-- test: (?P<test>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="the documentation is in the checkout only")
+
+
+class Block:
+    """A fenced block: the test that a comment before it names, its language and text, and the text block after it."""
+
+    def __init__(self, page: Path, match: re.Match[str]) -> None:
+        self.page = page
+        self.test, self.language, self.text = match["test"] or "", match["language"], match["text"]
+        after = re.compile(r"\n*```text\n(?P<text>.*?)```", re.DOTALL).match(match.string, match.end())
+        self.output = after["text"] if after else None
+        self.line = match.string.count("\n", 0, match.start("language")) + 1
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(page, match) for match in _FENCE.finditer(page.read_text())] if page.exists() else []
+
+
+def marked(test: str) -> list[Block]:
+    return [block for page in PAGES for block in blocks(page) if block.test == test]
+
+
+def name_of(block: Block) -> str:
+    return f"{block.page.name}:{block.line}"
+
+
+def only(test: str) -> Block:
+    (block,) = marked(test)
+    return block
+
+
+def run(argv: list[str], cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture
+def shell_env(tmp_path: Path) -> dict[str, str]:
+    """The environment of a reader who has activated .venv: `vnetdp` is this very checkout's."""
+    command = tmp_path / "bin" / "vnetdp"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vnetdp "$@"\n')
+    command.chmod(0o755)
+    return {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}"}
+
+
+# --- examples ---
+
+
+@pytest.mark.parametrize("block", marked("python"), ids=name_of)
+def test_python_example(block: Block, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(block.text)
+    done = run([sys.executable, "-W", "error", script.name], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == block.output
+
+
+def test_every_python_block_is_an_example() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            assert block.language != "python" or block.test == "python", name_of(block)
+
+
+@pytest.mark.parametrize("block", marked("run"), ids=name_of)
+def test_shell_example(block: Block, tmp_path: Path, shell_env: dict[str, str]) -> None:
+    done = run(["sh", "-eu", "-c", block.text], tmp_path, shell_env)
+    assert done.returncode == 0, done.stderr
+    assert " 0 lost, 0 duplicated, 0 reordered, 0 corrupted" in done.stdout
+
+
+@pytest.fixture
+def namespaces() -> Iterator[dict[str, str]]:
+    """Names in place of those in the README, so that two runs can't meet; gone after the test, if they were made."""
+    names = {side: f"vnetdp-docs-{os.getpid()}-{side}" for side in ("left", "right")}
+    yield names
+    for name in names.values():
+        if (Path("/run/netns") / name).exists():
+            subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def test_two_namespaces(tmp_path: Path, shell_env: dict[str, str], namespaces: dict[str, str]) -> None:
+    if (missing := why_no_netns()) is not None:
+        pytest.skip(missing)
+    if shutil.which("ping") is None:
+        pytest.skip("ping isn't installed (Debian's package iputils-ping)")
+    first, second = only("link").text, only("link, meanwhile").text
+    for side, name in namespaces.items():
+        first, second = first.replace(f"vnet-{side}", name), second.replace(f"vnet-{side}", name)
+    *setup, link = first.splitlines()
+    subprocess.run(["sh", "-eu", "-c", "\n".join(setup)], check=True, timeout=60)
+    with open(tmp_path / "log", "w+") as log:
+        linked = subprocess.Popen(["sh", "-c", f"exec {link}"], env=shell_env, stdout=log, stderr=log, cwd=tmp_path)
+        try:
+            wait_for(lambda: "linked" in (tmp_path / "log").read_text() or linked.poll() is not None, "it is linked")
+            done = run(["sh", "-eu", "-c", second], tmp_path)
+        finally:
+            linked.send_signal(signal.SIGINT)
+            status = linked.wait(60)
+    said = (tmp_path / "log").read_text()
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{said}"
+    assert " 0% packet loss" in done.stdout
+    assert status == 0, said
+    assert "left to right" in said
+
+
+def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "vnetdp", "demo", "--seconds", "0.1", "--json", "-"], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    def without_figures(text: str) -> list[str]:
+        lines = [re.sub(r"[ \d,.]+", " ", line) for line in text.splitlines()]
+        return [line for line in lines if not line.startswith("compil")]
+
+    assert without_figures(done.stderr) == without_figures(only("demo").text)
+    assert json.loads(done.stdout)["ok"]
+
+
+# --- what it says ---
+
+
+def test_commands_are_ones_that_exist() -> None:
+    found = 0
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language != "sh":
+                continue
+            for line in block.text.splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["vnetdp"]:
+                    cli._parser().parse_args(words[1:])
+                    found += 1
+                if words[:1] == ["make"]:
+                    assert set(words[1:]) <= targets, line
+    assert found > 3
+
+
+def test_every_endpoint_is_in_the_table() -> None:
+    from vnetdp.endpoints.spec import _KINDS
+
+    table = README.read_text().split("## Endpoints")[1].split("##")[0]
+    for kind in _KINDS:
+        assert f"`{kind}" in table
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_map_has_every_file() -> None:
+    table = README.read_text().split("## The code")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", table))
+    kernels, control = ROOT / "kernels" / "vnetdp_kernels", ROOT / "vnetdp"
+    there = {
+        path.name for folder in (kernels, control) for path in folder.glob("*.py") if not path.name.startswith("_")
+    }
+    there |= {f"{path.parent.name}/" for path in control.glob("*/__init__.py")}
+    assert named - {"kernels/vnetdp_kernels/", "vnetdp/"} == there

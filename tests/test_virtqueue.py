@@ -1,0 +1,72 @@
+"""What a device remembers of a queue: it is checked when it comes from outside, and survives the way there and back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vnetdp.errors import ConfigError
+from vnetdp.virtqueue import Virtqueue, check_num, ring_len
+
+SIZES = [1 << n for n in range(16)]
+
+
+@pytest.mark.parametrize("num", SIZES)
+def test_ring_lengths_are_the_specifications(num: int) -> None:
+    check_num(num)
+    # Virtio 1.2, 2.7: 16 * size, 6 + 2 * size, 6 + 8 * size.
+    assert ring_len(num) == (16 * num, 6 + 2 * num, 6 + 8 * num)
+
+
+@given(st.integers(-(1 << 40), 1 << 40).filter(lambda n: n not in SIZES))
+def test_other_sizes_are_refused(num: int) -> None:
+    with pytest.raises(ConfigError, match="power of two"):
+        check_num(num)
+
+
+@given(
+    st.builds(
+        Virtqueue,
+        st.sampled_from(SIZES),
+        st.integers(0, 1 << 48).map(lambda n: 16 * n),
+        st.integers(0, 1 << 48).map(lambda n: 2 * n),
+        st.integers(0, 1 << 48).map(lambda n: 4 * n),
+        st.booleans(),
+        st.integers(0, 0xFFFF),
+    )
+)
+def test_a_valid_queue_comes_back_as_it_was(queue: Virtqueue) -> None:
+    queue.validate()
+    assert Virtqueue.restore(json.loads(json.dumps(queue.snapshot()))) == queue
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num": 0}, "power of two"),
+        ({"num": 3}, "power of two"),
+        ({"last_avail_idx": -1}, "not a u16"),
+        ({"last_avail_idx": 0x10000}, "not a u16"),
+        ({"desc": 0x1008}, "desc address"),
+        ({"avail": 0x2001}, "avail address"),
+        ({"used": 0x3002}, "used address"),
+        ({"desc": -1}, "without addresses"),
+        ({"avail": -1}, "without addresses"),
+        ({"used": -1}, "without addresses"),
+    ],
+)
+def test_one_wrong_field_is_refused(change: dict[str, int], says: str) -> None:
+    good = Virtqueue(16, 0x1000, 0x2000, 0x3000, True, 5).snapshot()
+    Virtqueue.restore(good)
+    with pytest.raises(ConfigError, match=says):
+        Virtqueue.restore(good | change)
+
+
+def test_a_new_queue_is_not_set_up() -> None:
+    queue = Virtqueue()
+    queue.validate()
+    assert not queue.has_addresses
+    assert not queue.enabled
