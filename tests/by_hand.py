@@ -1,4 +1,4 @@
-"""What the tests share: rings written by hand in guest memory, traffic in numbered frames, and ways to wait and to count.
+"""What the tests share: rings by hand in guest memory, traffic in numbered frames, and ways to wait and to count.
 
 Rings are read and written here with `struct`, never with the accessors under test.
 """
@@ -51,6 +51,20 @@ def wait_for(done: Callable[[], bool], what: str) -> None:
         time.sleep(0.0002)
 
 
+def wait_equal(read: Callable[[], object], expected: object) -> None:
+    """Return once what *read* gives equals *expected*."""
+    last: list[object] = [None]
+
+    def equal() -> bool:
+        last[0] = read()
+        return last[0] == expected
+
+    try:
+        wait_for(equal, "")
+    except AssertionError:
+        raise AssertionError(f"expected {expected!r}, and it stayed {last[0]!r}") from None
+
+
 @contextmanager
 def no_descriptor_leaks() -> Iterator[None]:
     """Check that the block leaves as many descriptors open as it found."""
@@ -93,7 +107,7 @@ class Field:
 
 
 class Ring:
-    """A split ring from guest address *at* on, each part and each buffer on pages of its own, all indices at *start*."""
+    """A split ring from guest address *at* on, parts and buffers on pages of their own; indices are at *start*."""
 
     avail_flags = Field("avail", 0, 0)
     avail_idx = Field("avail", 2, 0)
@@ -213,21 +227,17 @@ class Traffic:
     def wait_for_more(self, frames: int = 1) -> None:
         """Wait until *frames* more have arrived on each pair, each way."""
         for pair in range(self.device.queues):
-            before = self.arrived(pair)
-            wait_for(
-                lambda p=pair, b=before: all(
-                    now >= then + frames for now, then in zip(self.arrived(p), b, strict=True)
-                ),
-                f"{frames} frames each way on pair {pair}",
-            )
+            self.wait_for_pair(pair, frames)
 
-    def wait_for_pair(self, pair: int, frames: int = 1) -> None:
+    def wait_for_pair(self, pair: int, frames: int = 1, to_device: bool = True) -> None:
+        """As `wait_for_more`, for one pair; to_device=False: only those to the guest."""
         before = self.arrived(pair)
 
         def more() -> bool:
-            return all(now >= then + frames for now, then in zip(self.arrived(pair), before, strict=True))
+            now = self.arrived(pair)
+            return (now[0] >= before[0] + frames or not to_device) and now[1] >= before[1] + frames
 
-        wait_for(more, f"{frames} frames each way on pair {pair}")
+        wait_for(more, f"{frames} frames on pair {pair}")
 
     def settle(self) -> None:
         """Make no more frames, and wait until those that were made have arrived."""

@@ -1,14 +1,14 @@
-"""Userspace and vhost do the same: from the same seed they leave byte-identical guest memory, and deliver the same frames.
+"""Userspace and vhost do the same: for one seed they leave byte-identical guest memory, and deliver the same frames.
 
-Work comes in batches. Whoever runs the rings is woken, and stands still while a batch is laid out; it has come to rest when
-it sleeps again, since everything there is to find was there before it looked. So whole memories can be compared, rings,
-flags and events included.
+Work comes in batches. Whoever runs the rings is woken, and stands still while a batch is laid out; it has come to rest
+when it sleeps again, since everything there is to find was there before it looked. So whole memories can be compared,
+rings, flags and events included.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from random import Random
 
@@ -65,7 +65,7 @@ class Guest:
         self.free_descs = [list(range(num)), list(range(num))]
         self.in_flight: list[dict[int, Chain]] = [{}, {}]
         first = -(-transmitq.buffer(0) // BLOCK) * BLOCK
-        self.free_blocks = list(range(first, SEAM - BLOCK, BLOCK)) + [SEAM - BLOCK // 2]
+        self.free_blocks: list[int] = [*range(first, SEAM - BLOCK, BLOCK), SEAM - BLOCK // 2]
         self.free_blocks += list(range(SEAM + BLOCK, SEAM + REGIONS[1][1] - BLOCK, BLOCK))
         self.free_blocks += list(range(REGIONS[2][0], REGIONS[2][0] + REGIONS[2][1], BLOCK))
         for free in (*self.free_descs, self.free_blocks):
@@ -74,7 +74,7 @@ class Guest:
     def _place(self, chain: Chain, length: int, align: int = 1) -> int:
         block = self.free_blocks.pop()
         chain.blocks.append(block)
-        return block + self.random.randrange(0, BLOCK - length + 1, align)
+        return int(block) + int(self.random.randrange(0, BLOCK - length + 1, align))
 
     def _put(self, index: int, segments: Sequence[tuple[bytes | None, int]]) -> bool:
         """Make a chain available: (content, length) readable, (None, length) writable. False if it does not fit."""
@@ -163,7 +163,7 @@ class Guest:
 
 
 class Machine:
-    """A guest, an endpoint, and whoever runs the rings between them: `kind` userspace, worker, process or both in turn."""
+    """A guest, an endpoint, and whoever runs the rings: `kind` is userspace, worker, process, or in turn."""
 
     def __init__(self, kind: str, endpoint: Endpoint, guest: Guest) -> None:
         self.kind, self.endpoint, self.guest = kind, endpoint, guest
@@ -218,7 +218,7 @@ class Machine:
         self.guest.memory.close()
 
 
-ENDPOINTS = {
+ENDPOINTS: dict[str, Callable[[], Endpoint]] = {
     "mailbox": MailboxEndpoint,
     "echo": EchoEndpoint,
     "macswap": MacswapEndpoint,

@@ -156,8 +156,9 @@ def test_our_own_memory_can_not_shrink() -> None:
 
 
 def test_memory_that_can_not_be_had_is_a_clear_error() -> None:
-    with no_descriptor_leaks(), pytest.raises(ConfigError, match="shared memory"):
-        GuestMemory.create([(0, PAGE), (1 << 40, 1 << 63)])
+    for length in (-PAGE, 1 << 63):
+        with no_descriptor_leaks(), pytest.raises(ConfigError, match="shared memory"):
+            GuestMemory.create([(0, PAGE), (1 << 40, length)])
 
 
 def test_closing_twice_is_closing_once() -> None:
@@ -271,7 +272,7 @@ def test_a_block_is_no_longer_than_its_file() -> None:
         SharedBlock(PAGE + 1, fd)
     block = SharedBlock(PAGE)
     block.carve(np.uint8, PAGE - 1)
-    with pytest.raises(ValueError, match="offset"):
+    with pytest.raises(ValueError, match=r"smaller|offset"):
         block.carve(np.int64, 1)
     block.close()
 

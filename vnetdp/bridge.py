@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Bridge:
                 self.servers.append(stack.enter_context(Server(end, path, queue_pairs=queue_pairs, worker=side)))
             self._stack = stack.pop_all()
 
-    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:  # noqa: ARG002
+    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Join the two guests until the bell rings (see `Runnable`; it has no budget, and always waits)."""
         a, b = self._datapaths
         s = self._scratch
@@ -121,7 +121,7 @@ class Bridge:
         """Stop the thread, and give up both sockets."""
         self._stack.close()
 
-    def __enter__(self) -> Bridge:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -92,7 +92,9 @@ def _bridge(args: argparse.Namespace) -> int:
 
     left, right = (text.removeprefix(_VHOST_USER) for text in (args.left, args.right))
     if not args.left.startswith(_VHOST_USER) or not args.right.startswith(_VHOST_USER):
-        raise ConfigError("vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET")
+        raise ConfigError(
+            "vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET"
+        )
     poll_us = -1 if args.poll else args.poll_us
     with _until_signal() as stop, Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge:
         _say(f"joining the guests on {left} and {right}; ^C or SIGTERM ends it")
@@ -308,18 +310,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vnetdp {__version__}")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong"
-    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any
-    ) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, **kw)
-        sub.add_argument(
-            "--json", metavar="PATH", help="write the report as JSON to PATH; - is standard output"
-        )
+        sub.add_argument("--json", metavar="PATH", help="write the report as JSON to PATH; - is standard output")
         sub.set_defaults(run=run)
         return sub
 
@@ -336,9 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("left", metavar="LEFT")
     link.add_argument("right", metavar="RIGHT")
     link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), default="vhost")
-    link.add_argument(
-        "--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N"
-    )
+    link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
     link.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
     link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     _polling(link)
@@ -360,7 +354,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--features", metavar="LIST", help="offer less: -mrg_rxbuf,-event_idx,...")
     serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
     serve.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
-    serve.add_argument("--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel")
+    serve.add_argument(
+        "--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel"
+    )
     _polling(serve)
 
     drive = command(
@@ -373,7 +369,9 @@ def _parser() -> argparse.ArgumentParser:
     drive.add_argument("endpoint", metavar="ENDPOINT")
     drive.add_argument("--socket", required=True, metavar="PATH")
     drive.add_argument("--listen", action="store_true", help="own the socket: the back end connects")
-    drive.add_argument("--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end")
+    drive.add_argument(
+        "--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end"
+    )
     drive.add_argument("--seconds", type=_positive, help="end after so long")
     drive.add_argument("--wait", type=_positive, default=30.0, metavar="S", help="for a back end (default 30 s)")
     drive.add_argument("--mtu", type=_number(68, 65535, "an MTU"), default=1500, metavar="N",
@@ -396,9 +394,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import numpy as np
 
-from vnetdp_kernels import layout, loops, port
+from vnetdp_kernels import interrupt, layout, loops, port
 
 from .endpoints.base import Endpoint
 from .memory import Bytes, DirtyLog, GuestMemory, SharedBlock, Words
@@ -31,6 +31,7 @@ _UNSET = (
     layout.VQ_USED_GPA,
     layout.VQ_LOG_USED,
 )
+_STUCK_S = 0.5  # no kernel takes that long to look at the doorbell, unless a system call holds it
 NO_LOG: Bytes = np.zeros(0, np.uint8)
 NO_MEMORY: Bytes = np.zeros(1, np.uint8)
 NO_TABLE: Words = np.zeros((0, layout.REGION_SLOTS), np.int64)
@@ -161,6 +162,9 @@ class Paced:
         self._parked = threading.Event()
         self._resume = threading.Event()
         self._stopping = False
+        self._ended = False
+        self._to_signal: list[EventFd] = []
+        interrupt.install()
         self.on_broken = on_broken
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -176,12 +180,16 @@ class Paced:
                     self._parked.set()
                     self._resume.wait()
                     self._resume.clear()
+                    while self._to_signal:
+                        with suppress(OSError):
+                            self._to_signal.pop().signal()
                 else:
                     bell.clear()
         except Exception:
             _log.exception("%s ended", self._thread.name)
             raise
         finally:
+            self._ended = True
             self._parked.set()
 
     @property
@@ -193,11 +201,13 @@ class Paced:
     def paused(self) -> Iterator[None]:
         """Hold the thread outside the kernels for the length of the block."""
         with self._lock:
-            if self._depth == 0 and self._thread.is_alive():
+            if self._depth == 0 and not self._ended:
                 self._target.ctl[layout.CTL_DOORBELL] = 1
                 self._target.bell.signal()
-                self._parked.wait()
-                self._parked.clear()
+                while not self._parked.wait(_STUCK_S):
+                    interrupt.interrupt(self._thread.ident or 0)
+                if not self._ended:  # a thread that ended, even by a defect, is parked for good
+                    self._parked.clear()
             self._depth += 1
             try:
                 yield
@@ -207,6 +217,10 @@ class Paced:
                     self._target.bell.clear()
                     self._target.ctl[layout.CTL_DOORBELL] = 0
                     self._resume.set()
+
+    def signal_later(self, event: EventFd) -> None:
+        """Have the thread signal *event*, a peer's, when it goes on; only while it stands still."""
+        self._to_signal.append(event)
 
     def close(self) -> None:
         """Stop the thread and wait for it."""

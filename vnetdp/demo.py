@@ -73,10 +73,7 @@ def run(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
     )
     say("ledger: " + ", ".join(f"{value:,} {key}" for key, value in ledger.as_dict().items()))
     median = handovers_us[len(handovers_us) // 2]
-    say(
-        f"{len(handovers_us)} changes of owner, median {median:.0f} µs: "
-        + ("no packet noticed" if ok else "NOT OK")
-    )
+    say(f"{len(handovers_us)} changes of owner, median {median:.0f} µs: " + ("no packet noticed" if ok else "NOT OK"))
     return {"ok": ok, "phases": phases, "ledger": ledger.as_dict(), "handover_us": handovers_us}
 
 

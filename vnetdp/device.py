@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Protocol, Self
 
 from vnetdp_kernels import layout
 
@@ -281,9 +281,7 @@ class NetDevice:
                         for vring in range(VRINGS):
                             q = self.queues[VRINGS * pair + vring]
                             if q.enabled:
-                                backend.set_vring_addr(
-                                    vring, q.desc, q.avail, q.used, q.used if log else None
-                                )
+                                backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if log else None)
             except BackendError as e:
                 self._restart_after(e)
 
@@ -292,9 +290,7 @@ class NetDevice:
     def _rings(self) -> vhost_net.Rings:
         features = self._driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
         mtu = self.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
-        return vhost_net.Rings(
-            self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu
-        )
+        return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu)
 
     def _backends(self) -> Sequence[Backend] | None:
         if self.owner is Owner.VHOST:
@@ -449,7 +445,7 @@ class NetDevice:
         for event in (*self.kicks, *self.calls, self.config_call):
             event.close()
 
-    def __enter__(self) -> NetDevice:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

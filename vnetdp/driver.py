@@ -6,7 +6,7 @@ buffers, sends and receives. Its other end is an endpoint, as the device's is; w
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
     Pages cost nothing until they are used.
     """
     check_num(num)
-    rings = sum(ring_len(num)) + 3 * layout.PAGE_SIZE
+    rings = sum(ring_len(num)) + 4 * layout.PAGE_SIZE  # each part, and the buffers, begin on a page
     length = _MARGIN + 2 * queue_pairs * (rings + num * buffer_len)
     return GuestMemory.create([(0, -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE)])
 
@@ -89,6 +89,8 @@ class Driver:
         start_at: int = _MARGIN,
     ) -> None:
         check_num(num)
+        if queue_pairs < 1:
+            raise ConfigError(f"{queue_pairs} queue pairs: a driver needs at least one")
         self.device = device
         self.memory = memory
         self.queue_pairs = queue_pairs
@@ -265,9 +267,7 @@ class Driver:
 
     def _box(self) -> MailboxEndpoint:
         if self.mailbox is None:
-            raise ConfigError(
-                "the driver has an endpoint of its own: make it without one to send and receive by hand"
-            )
+            raise ConfigError("the driver has an endpoint of its own: make it without one to send and receive by hand")
         return self.mailbox
 
     def counters(self) -> list[dict[str, int]]:
@@ -288,7 +288,7 @@ class Driver:
         if self.mailbox is not None:
             self.mailbox.close()
 
-    def __enter__(self) -> Driver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 from .backends.base import Backend
 from .backends.process import WorkerProcess
@@ -108,7 +108,7 @@ class Link:
         """Stop both threads, the device and the worker."""
         self._stack.close()
 
-    def __enter__(self) -> Link:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

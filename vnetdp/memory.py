@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ _HUGE_ALIGN = 1 << 21  # runs keep their guest address modulo this, so that 2 Mi
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_ADDRESS_LIMIT = 1 << 52  # of a guest physical address
+ADDRESS_LIMIT = 1 << 52  # of a guest physical address
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -65,19 +66,13 @@ class Region:
 
     def check(self) -> None:
         """Raise ConfigError for what no mapping could be: zero, unaligned, wrapping, or past the file's end."""
-        if self.length <= 0 or self.gpa < 0 or self.gpa + self.length > _ADDRESS_LIMIT:
-            raise ConfigError(
-                f"memory region {self.gpa:#x}+{self.length:#x} is empty or out of the address space"
-            )
+        if self.length <= 0 or self.gpa < 0 or self.gpa + self.length > ADDRESS_LIMIT:
+            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is empty or out of the address space")
         if (self.gpa | self.length | self.fd_offset) & (PAGE_SIZE - 1) or self.fd_offset < 0:
-            raise ConfigError(
-                f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {PAGE_SIZE} bytes"
-            )
+            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {PAGE_SIZE} bytes")
         size = os.fstat(self.fd).st_size
         if self.fd_offset + self.length > size:
-            raise ConfigError(
-                f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes"
-            )
+            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes")
 
 
 class GuestMemory:
@@ -98,7 +93,7 @@ class GuestMemory:
             raise ConfigError("guest memory needs at least one region")
         for region in ordered:
             region.check()
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if before.gpa + before.length > after.gpa:
                 raise ConfigError(
                     f"memory regions {before.gpa:#x}+{before.length:#x} and {after.gpa:#x}+{after.length:#x} overlap"
@@ -137,9 +132,7 @@ class GuestMemory:
                 for region in run:
                     where = base + int(row[REGION_OFFSET]) + region.gpa - run[0].gpa
                     prot = mmap.PROT_READ | mmap.PROT_WRITE
-                    _map(
-                        where, region.length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset
-                    )
+                    _map(where, region.length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset)
                     copy = fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0)
                     self.regions.append(Region(region.gpa, region.length, copy, region.fd_offset))
             if beside is not None:
@@ -205,7 +198,7 @@ class GuestMemory:
             self._window = 0
             self.mem = np.zeros(0, np.uint8)
 
-    def __enter__(self) -> GuestMemory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -218,10 +211,10 @@ def create_memfd(name: str, length: int) -> int:
     try:
         os.ftruncate(fd, length)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    except OSError as e:
+    except (OSError, OverflowError) as e:
         os.close(fd)
-        if e.errno in (errno.EINVAL, errno.EFBIG, errno.ENOSPC, errno.ENOMEM):
-            raise ConfigError(f"cannot make {length} bytes of shared memory: {e.strerror}") from e
+        if isinstance(e, OverflowError) or e.errno in (errno.EINVAL, errno.EFBIG, errno.ENOSPC, errno.ENOMEM):
+            raise ConfigError(f"cannot make {length} bytes of shared memory: {e}") from e
         raise
     return fd
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Self
 
 
 class EventFd:
@@ -32,7 +33,7 @@ class EventFd:
             os.close(self.fd)
             self.fd = -1
 
-    def __enter__(self) -> EventFd:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import select
 import socket
 import stat
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
@@ -99,7 +99,7 @@ class Server:
             transport = self._next_front_end(wake_fd)
             if transport is None:
                 if self.connect:
-                    select.select([wake_fd], [], [], backoff)
+                    _readable(wake_fd, timeout_s=backoff)
                     backoff = min(backoff * 2, _BACKOFF_S[1])
                 continue
             began = time.monotonic()
@@ -109,8 +109,7 @@ class Server:
 
     def _next_front_end(self, wake_fd: int) -> Transport | None:
         if self._listener is not None:
-            ready, _, _ = select.select([self._listener.fileno(), wake_fd], [], [])
-            if self._listener.fileno() not in ready:
+            if self._listener.fileno() not in _readable(self._listener.fileno(), wake_fd):
                 return None
             sock, _ = self._listener.accept()
             return Transport(sock)
@@ -134,8 +133,8 @@ class Server:
         try:
             while not stop():
                 calls = session.descriptors()
-                ready, _, _ = select.select([transport.fileno(), wake_fd, *calls], [], [])
-                for fd in set(ready) & set(calls):
+                ready = _readable(transport.fileno(), wake_fd, *calls)
+                for fd in ready & set(calls):
                     session.on_readable(fd)
                 if transport.fileno() in ready and not session.handle_one():
                     _log.info("%s: front end %d left", self.path, self.served)
@@ -159,13 +158,21 @@ class Server:
             with suppress(FileNotFoundError):
                 found = Path(self.path).stat()
                 if (found.st_dev, found.st_ino) == self._socket_inode:
-                    os.unlink(self.path)
+                    Path(self.path).unlink()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _readable(*fds: int, timeout_s: float | None = None) -> set[int]:
+    """Wait until some of *fds* are readable, or broken, and return those. Not select: numbers may pass 1023."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
 
 
 def _remove_if_dead(path: Path) -> None:

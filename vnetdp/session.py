@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from .backends.base import VRINGS
 from .backends.worker import WorkerBackend
 from .datapath import Datapath, Paced
 from .endpoints.base import Endpoint
-from .errors import BackendError, ConfigError, EndpointError, RemoteProtocolError, RequestRefused
+from .errors import BackendError, ConfigError, EndpointError, GuestError, RemoteProtocolError, RequestRefused
 from .inflight import InflightArea
 from .memory import DirtyLog, GuestMemory, Region
 from .notify import EventFd
@@ -76,9 +77,11 @@ class _Ring:
     kick: EventFd | None = None
     call: EventFd | None = None
     err: EventFd | None = None
+    inband: bool = False  # *call* is our own, and passed on as a message
     has_kick: bool = False  # SET_VRING_KICK came, with a descriptor or without
     enabled: bool | None = None  # None = nobody has said: it waits, while one that is disabled discards
     bound: bool = False
+    broken: bool = False  # it was said that the ring broke
 
 
 @dataclass
@@ -189,6 +192,9 @@ class Session:
             if not any(ring.enabled for ring in self._rings):
                 for index in range(len(self._rings)):
                     self._abandon(index)
+            changed = (wanted ^ self._connection.features) & ~(f.VHOST_F_LOG_ALL | f.VHOST_USER_F_PROTOCOL_FEATURES)
+            if changed and any(ring.bound for ring in self._rings):
+                raise RequestRefused(f"features that can't change while a ring runs: {', '.join(f.names(changed))}")
             for backend in self._worker.backends:
                 backend.set_features(features)
         self._connection.features = wanted
@@ -248,7 +254,7 @@ class Session:
     def _change_memory(self, mapped: list[_Mapped]) -> None:
         """Map a new table, and move the rings over to it under their owner's feet."""
         uvas = sorted((m.region.uva, m.region.size) for m in mapped)
-        for (uva, size), (following, _) in zip(uvas, uvas[1:], strict=False):
+        for (uva, size), (following, _) in itertools.pairwise(uvas):
             if uva + size > following:
                 raise RequestRefused(f"regions overlap at user address {following:#x}")
         if any(uva + size > 1 << 64 for uva, size in uvas):
@@ -380,6 +386,7 @@ class Session:
             if event is not None:
                 event.close()
         ring.kick = ring.call = None
+        ring.inband = False
         ring.base = base
         return VringState(payload.index, base)
 
@@ -397,7 +404,10 @@ class Session:
         # An eventfd is of no file type; UML calls through pipes.
         if stat.S_IFMT(mode) != 0 and not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
             raise RequestRefused("a vring descriptor that is neither eventfd nor pipe")
-        os.set_blocking(fds[0], False)
+        try:
+            os.set_blocking(fds[0], False)
+        except OSError as e:
+            raise RequestRefused(f"a vring descriptor that can't be used: {e}") from e
         return index, EventFd(fds.pop(0))
 
     def _on_set_vring_kick(self, payload: U64, fds: list[int]) -> None:
@@ -414,22 +424,29 @@ class Session:
     def _on_set_vring_call(self, payload: U64, fds: list[int]) -> None:
         index, event = self._take_event(payload, fds)
         ring = self._rings[index]
-        if event is None and self._connection.has(_F.INBAND_NOTIFICATIONS):
+        ring.inband = event is None and self._connection.has(_F.INBAND_NOTIFICATIONS)
+        if ring.inband:
             event = EventFd()
         backend, vring = self._backend(index)
-        backend.set_vring_call(vring, event)
+        with self._standing_still():
+            backend.set_vring_call(vring, event)
+            if ring.call is not None:
+                ring.call.close()
+            ring.call = event
+            self._call(ring)  # what was used before may not have been told
+
+    def _call(self, ring: _Ring) -> None:
+        """Call the driver, from the thread: on a peer's descriptor a write may fail, or wait."""
         if ring.call is not None:
-            ring.call.close()
-        ring.call = event
-        if event is not None:
-            event.signal()  # what was used before may not have been told
+            self._worker.paced.signal_later(ring.call)
 
     def _on_set_vring_err(self, payload: U64, fds: list[int]) -> None:
         index, event = self._take_event(payload, fds)
         ring = self._rings[index]
-        if ring.err is not None:
-            ring.err.close()
-        ring.err = event
+        with self._standing_still():
+            if ring.err is not None:
+                ring.err.close()
+            ring.err = event
 
     def _on_set_vring_enable(self, payload: VringState, _fds: list[int]) -> None:
         self._ring(payload.index)
@@ -477,7 +494,7 @@ class Session:
             return
         backend, vring = self._backend(index)
         if ring.call is None and self._connection.has(_F.INBAND_NOTIFICATIONS):
-            ring.call = EventFd()  # Linux sends no SET_VRING_CALL then
+            ring.call, ring.inband = EventFd(), True  # Linux sends no SET_VRING_CALL then
             backend.set_vring_call(vring, ring.call)
         logged = addr.log if addr.flags & VHOST_VRING_F_LOG else None
         desc, avail, used = self._gpa(addr.desc, "desc"), self._gpa(addr.avail, "avail"), self._gpa(addr.used, "used")
@@ -494,8 +511,8 @@ class Session:
             backend.set_vring_inflight(vring, 0, 0)
         backend.set_backend(vring, self._endpoint)
         ring.bound = True
-        if ring.call is not None:
-            ring.call.signal()
+        ring.broken = False
+        self._call(ring)
 
     def _stop_ring(self, index: int) -> None:
         ring = self._rings[index]
@@ -523,10 +540,11 @@ class Session:
         self._mtu = payload.value
 
     def _on_set_backend_req_fd(self, _payload: Empty, fds: list[int]) -> None:
-        if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
-            raise RequestRefused("SET_BACKEND_REQ_FD: not a socket")
-        sock = socket.socket(fileno=fds.pop(0))
-        sock.setblocking(False)
+        try:
+            sock = socket.socket(fileno=fds[0])
+        except OSError as e:
+            raise RequestRefused(f"not a socket: {e}") from e
+        fds.clear()
         if self._front_end is not None:
             self._front_end.close()
         self._front_end = sock
@@ -552,9 +570,13 @@ class Session:
         self._forget_enabled()
 
     def _reset_rings(self) -> None:
+        """Stop all rings, and forget where they are and how far they came."""
         with self._standing_still():
-            for index in range(len(self._rings)):
+            for index, ring in enumerate(self._rings):
                 self._stop_ring(index)
+                backend, vring = self._backend(index)
+                backend.set_vring_base(vring, 0)
+                ring.base, ring.addr, ring.has_kick = 0, None, False
             self._endpoint.rows[:, layout.EP_HELD] = 0
 
     def _on_set_status(self, payload: U64, _fds: list[int]) -> None:
@@ -600,15 +622,18 @@ class Session:
     def _on_set_device_state_fd(self, payload: DeviceState, fds: list[int]) -> Payload:
         if payload.direction not in (0, 1) or payload.phase != 0 or any(ring.bound for ring in self._rings):
             return U64(1 | NO_FD)
-        fd = fds.pop(0)
-        os.set_blocking(fd, True)
+        if self._pending_state >= 0:
+            os.close(self._pending_state)
+            self._pending_state = -1
         if payload.direction == 0:
             state = json.dumps({"magic": _STATE_MAGIC, "mac": self._mac.hex(), "mtu": self._mtu}).encode()
-            with suppress(OSError), os.fdopen(fd, "wb") as pipe:
-                pipe.write(state)
-            self._device_state_ok = True
+            try:
+                self._device_state_ok = os.pwritev(fds[0], [state], -1, _no_wait(fds[0])) == len(state)
+            except OSError as e:
+                _log.warning("the state can't be saved: %s", e)
+                self._device_state_ok = False
         else:
-            self._pending_state = fd
+            self._pending_state = fds.pop(0)
             self._device_state_ok = False
         return U64(NO_FD)
 
@@ -621,23 +646,33 @@ class Session:
         return U64(0 if self._device_state_ok else 1)
 
     def _load_state(self, fd: int) -> bool:
-        """Read what another back end saved, up to its end; False if it makes no sense."""
-        os.set_blocking(fd, False)
+        """Read what another back end saved, up to its end, and close *fd*; False if it makes no sense."""
         data = b""
-        with os.fdopen(fd, "rb", buffering=0) as pipe:
+        try:
             while len(data) <= _MAX_STATE:
-                part = pipe.read(_MAX_STATE)
-                if not part:
+                part = bytearray(_MAX_STATE)
+                n = os.preadv(fd, [part], -1, _no_wait(fd))
+                if n == 0:
                     break
-                data += part
+                data += part[:n]
+        except BlockingIOError:
+            pass  # all that was sent is read
+        except OSError as e:
+            _log.warning("the state can't be read: %s", e)
+            return False
+        finally:
+            os.close(fd)
         try:
             state = json.loads(data)
-            mac = bytes.fromhex(state["mac"])
-            if state["magic"] != _STATE_MAGIC or len(mac) != 6:
-                return False
-        except (ValueError, KeyError, TypeError):
+            mac, mtu = bytes.fromhex(state["mac"]), state["mtu"]
+            if state["magic"] != _STATE_MAGIC or len(mac) != 6 or not isinstance(mtu, int | None):
+                raise ValueError("not the state of a network device")
+            if mtu is not None:
+                self._on_net_set_mtu(U64(mtu), [])
+        except (ValueError, KeyError, TypeError, RecursionError, RequestRefused, EndpointError) as e:
+            _log.warning("a state that can't be loaded: %s", e)
             return False
-        self._mac = mac
+        self._mac, self._mtu = mac, mtu
         return True
 
     # --- what comes from the worker ---
@@ -646,12 +681,12 @@ class Session:
         """Return the descriptors of in-band calls: readable when the worker has called."""
         if not self._connection.has(_F.INBAND_NOTIFICATIONS) or self._front_end is None:
             return []
-        return [ring.call.fd for ring in self._rings if ring.call is not None]
+        return [ring.call.fd for ring in self._rings if ring.inband and ring.call is not None]
 
     def on_readable(self, fd: int) -> None:
         """Pass a call on in-band."""
         for index, ring in enumerate(self._rings):
-            if ring.call is not None and ring.call.fd == fd:
+            if ring.inband and ring.call is not None and ring.call.fd == fd:
                 ring.call.clear()
                 self._tell_front_end(BackendRequest.VRING_CALL, VringState(index, 0))
 
@@ -659,14 +694,20 @@ class Session:
         if self._front_end is not None:
             data = payload.encode()
             with suppress(OSError):
-                self._front_end.send(Header(request, 1, len(data)).encode() + data)
+                message = Header(request, 1, len(data)).encode() + data
+                self._front_end.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def ring_broke(self) -> None:
         """A ring broke (called in the worker's thread): say so on its error descriptor."""
         for index, ring in enumerate(self._rings):
             backend, vring = self._backend(index)
-            if ring.bound and backend.status(vring) and ring.err is not None:
-                ring.err.signal()
+            status = backend.status(vring)
+            if ring.bound and status and not ring.broken:
+                ring.broken = True
+                _log.warning("%s; it stands still until it is started anew", GuestError(index, status))
+                if ring.err is not None:
+                    with suppress(OSError):  # it is the peer's, and may be anything
+                        ring.err.signal()
 
     def close(self) -> None:
         """Stop all rings, and give up every mapping and descriptor of this front end."""
@@ -697,6 +738,11 @@ class Session:
             os.close(self._pending_state)
         close_fds(mapped.fd for mapped in self._regions)
         self._regions = []
+
+
+def _no_wait(fd: int) -> int:
+    """Return the flags of a read or write that never waits, whatever the peer does to its end. Files never do."""
+    return 0 if stat.S_ISREG(os.fstat(fd).st_mode) else os.RWF_NOWAIT
 
 
 def rarp(mac: bytes) -> bytes:

@@ -53,9 +53,7 @@ class Virtqueue:
             aligns = (layout.VIRTQ_DESC_ALIGN, layout.VIRTQ_AVAIL_ALIGN, layout.VIRTQ_USED_ALIGN)
             for name, align in zip(("desc", "avail", "used"), aligns, strict=True):
                 if getattr(self, name) % align:
-                    raise ConfigError(
-                        f"{name} address {getattr(self, name):#x} is not aligned to {align} bytes"
-                    )
+                    raise ConfigError(f"{name} address {getattr(self, name):#x} is not aligned to {align} bytes")
         elif self.enabled:
             raise ConfigError("a queue without addresses is enabled")
 

@@ -45,15 +45,15 @@ def _load(say: Callable[[str], None] | None) -> None:
     began = time.perf_counter()
     cold = not all(jit.cache_is_warm(loop) for loop in _LOOPS)
     if cold and say:
-        say(
-            "compiling the kernels (the first run after an installation: about 20 s; cached from then on) ..."
-        )
-    with memory_for(num=2) as memory, NullEndpoint() as left, NullEndpoint() as right:
-        with (
-            NetDevice(memory, left, threaded=False) as device,
-            Driver(device, memory, right, num=2) as driver,
-        ):
-            driver.step()
-            device.step()
+        say("compiling the kernels (the first run after an installation: about 20 s; cached from then on) ...")
+    with (
+        memory_for(num=2) as memory,
+        NullEndpoint() as left,
+        NullEndpoint() as right,
+        NetDevice(memory, left, threaded=False) as device,
+        Driver(device, memory, right, num=2) as driver,
+    ):
+        driver.step()
+        device.step()
     if cold and say:
         say(f"compiled in {time.perf_counter() - began:.1f} s")

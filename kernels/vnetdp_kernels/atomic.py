@@ -253,9 +253,7 @@ def _copy_overload(dst: Any, dst_offset: Any, src: Any, src_offset: Any, length:
             _copy_llvm(dst, dst_offset, src, src_offset, length)
 
         return checked
-    return lambda dst, dst_offset, src, src_offset, length: _copy_llvm(
-        dst, dst_offset, src, src_offset, length
-    )
+    return lambda dst, dst_offset, src, src_offset, length: _copy_llvm(dst, dst_offset, src, src_offset, length)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

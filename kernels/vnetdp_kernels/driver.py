@@ -50,7 +50,7 @@ def reclaim(mem: Bytes, dvq: Words, state: Words) -> int:
     """Give the descriptors of all used transmit chains back to the free list; return the chains, or E_*."""
     n = ring.used_ready(mem, dvq)
     for k in range(n):
-        head, length = ring.take_used(mem, dvq, state)
+        head, _ = ring.take_used(mem, dvq, state)
         if head < 0:
             dvq[DVQ_STATUS] = head
             return k
@@ -115,9 +115,7 @@ def post_receive(mem: Bytes, dvq: Words, state: Words) -> None:
 
 
 @inlined
-def _answer(
-    mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int, frame_len: int, kind: int
-) -> bool:
+def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int, frame_len: int, kind: int) -> bool:
     """Send a received frame back as *kind* wants it; False if it is too long. A frame without an answer is done with."""
     if NET_HDR_LEN + frame_len > tx[DVQ_BUF_LEN]:
         return False

@@ -66,9 +66,7 @@ def write(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset:
 
 
 @inlined
-def write_header(
-    mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, num_buffers: int
-) -> None:
+def write_header(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, num_buffers: int) -> None:
     """`write` for a virtio_net_hdr of 12 bytes, which is not worth a call of memcpy.
 
     num_buffers goes straight to the guest: read back from *src* right after it was stored there, it would stall.

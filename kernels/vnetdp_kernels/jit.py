@@ -57,9 +57,7 @@ class UserWideLocator(_PackageStamp, caching.UserWideCacheLocator):
     """The user's cache folder."""
 
 
-_LOCATORS = ",".join(
-    f"{__name__}.{c.__name__}" for c in (UserProvidedLocator, InTreeLocator, UserWideLocator)
-)
+_LOCATORS = ",".join(f"{__name__}.{c.__name__}" for c in (UserProvidedLocator, InTreeLocator, UserWideLocator))
 
 
 def _compile(function: F, forceinline: bool) -> F:

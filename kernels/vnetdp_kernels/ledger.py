@@ -86,7 +86,7 @@ def check(mem: Bytes, at: int, length: int, row: Words, window: Bytes) -> None:
         wrong |= load_u64_unaligned(mem, at + LEDGER_PATTERN_AT + 8 * i) ^ (seed ^ i * _STEP)
     for k in range(at + LEDGER_PATTERN_AT + 8 * n_words, at + length):
         wrong |= load_u8(mem, k) ^ (seq & 0xFF)
-    if wrong != 0 or seq < 0:
+    if wrong != 0 or not 0 <= seq < 1 << 62:
         row[LEDGER_CORRUPTED] += 1
         return
     following = row[LEDGER_NEXT]

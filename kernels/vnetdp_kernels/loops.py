@@ -119,10 +119,15 @@ def serve(
             return LOOP_CONTROL, moved
         before = moved
         python = False
+        bound = False
+        in_python = False
         for q in range(n_pairs):
             rxq = vqs[2 * q]
             txq = vqs[2 * q + 1]
             ep = eps[q]
+            if rxq[VQ_BOUND] or txq[VQ_BOUND]:
+                bound = True
+                in_python |= ep[EP_KIND] == KIND_PYTHON
             turn = BATCH if budget < 0 else min(BATCH, budget - moved)
             serve_tx = txq[VQ_BOUND] and not txq[VQ_STATUS]
             serve_rx = rxq[VQ_BOUND] and not rxq[VQ_STATUS] and rxq[VQ_ENABLED]
@@ -187,10 +192,12 @@ def serve(
             continue
         if timeout_ms == 0:
             return LOOP_IDLE, moved
-        if poll_us:
+        if poll_us and bound:
             now = clock_ns(scratch[CLOCK_AT:])
             idle_since = idle_since or now
             if not _idle_long_enough(idle_since, now, poll_us):
+                if in_python and poll_us < 0:
+                    return LOOP_PYTHON, moved  # only Python can tell whether its endpoint has more
                 continue
         idle_since = 0
         wait_ms = timeout_ms if timeout_ms < 0 else timeout_ms - waited
@@ -260,7 +267,7 @@ def serve(
 
 @kernel
 def _any_python(eps: Words) -> bool:
-    for q in range(eps.shape[0]):
+    for q in range(eps.shape[0]):  # noqa: SIM110 - compiled code has no any()
         if eps[q, EP_KIND] == KIND_PYTHON:
             return True
     return False
@@ -323,9 +330,7 @@ def drive(
                 out_lengths[q], ledger, windows, scratch, turn,
             )  # fmt: skip
             turn = BATCH if budget < 0 else min(BATCH, budget - moved)
-            moved += driver.send(
-                mem, txq, states[2 * q + 1], ep, ep_fds[q], in_frames[q], in_lengths[q], scratch, turn
-            )
+            moved += driver.send(mem, txq, states[2 * q + 1], ep, ep_fds[q], in_frames[q], in_lengths[q], scratch, turn)
             _kick(mem, txq, notify[2 * q + 1, 0], one)
             _kick(mem, rxq, notify[2 * q, 0], one)
             if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
@@ -345,6 +350,8 @@ def drive(
             now = clock_ns(scratch[CLOCK_AT:])
             idle_since = idle_since or now
             if not _idle_long_enough(idle_since, now, poll_us):
+                if poll_us < 0 and _any_python(eps):
+                    return LOOP_PYTHON, moved  # only Python can tell whether its endpoint has more
                 continue
         idle_since = 0
         wait_ms = timeout_ms if timeout_ms < 0 else timeout_ms - waited

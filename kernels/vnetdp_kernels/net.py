@@ -206,9 +206,7 @@ def drain_transmitq(
             status = n_out if n_out < 0 else E_DIRECTION
             break
         row, frame_len = split_header(mem, iov, n_out, vq[VQ_HDR_LEN], hdr)
-        if emit(
-            mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch
-        ):
+        if emit(mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
             break
         ring.put_used(mem, vq, used, head, 0)
         used += 1

@@ -233,9 +233,7 @@ def emit(
 
 
 @inlined
-def produce(
-    ep: Words, fd: int, in_frames: Bytes, in_lengths: Words, dst: Bytes, at: int, room: int, now: int
-) -> int:
+def produce(ep: Words, fd: int, in_frames: Bytes, in_lengths: Words, dst: Bytes, at: int, room: int, now: int) -> int:
     """Bring one frame in from the endpoint, header first, to *dst* at *at*; return its bytes, 0 if there is none.
 
     room: bytes there. now: CLOCK_MONOTONIC in ns, looked at only by a generator with a rate. Frames for Python's

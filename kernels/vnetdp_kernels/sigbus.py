@@ -24,7 +24,7 @@ _WINDOWS_AT: Final = _TABLE + 64  # pairs (address, end); 0 = free
 
 _SIGBUS: Final = 7
 _SA_SIGINFO: Final = 4
-_SA_ONSTACK: Final = 0x0800_0000
+SA_ONSTACK: Final = 0x0800_0000
 _SI_ADDR_AT: Final = 16  # in siginfo_t, on every 64-bit Linux
 _PROT_RW: Final = 3
 _MAP_PRIVATE_ANONYMOUS_FIXED: Final = 0x02 | 0x20 | 0x10
@@ -55,7 +55,7 @@ def _on_sigbus(number: int, info: int, context: int) -> None:  # noqa: ARG001
     _signal(_SIGBUS, 0)
 
 
-class _SigAction(ctypes.Structure):
+class SigAction(ctypes.Structure):
     """struct sigaction of glibc: handler, mask, flags, restorer."""
 
     _fields_ = (
@@ -80,7 +80,7 @@ def _install() -> npt.NDArray[np.int64]:
         if libc.mmap(_TABLE, _TABLE_LEN, _PROT_RW, flags, -1, 0) != _TABLE:
             raise OSError(ctypes.get_errno(), f"cannot map the table of windows at {_TABLE:#x}")
         _table = np.ctypeslib.as_array((ctypes.c_int64 * (_TABLE_LEN // 8)).from_address(_TABLE))
-        action = _SigAction(handler=_on_sigbus.address, flags=_SA_SIGINFO | _SA_ONSTACK)
+        action = SigAction(handler=_on_sigbus.address, flags=_SA_SIGINFO | SA_ONSTACK)
         if libc.sigaction(_SIGBUS, ctypes.byref(action), None):
             raise OSError(ctypes.get_errno(), "sigaction")
     return _table

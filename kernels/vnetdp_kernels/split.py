@@ -245,9 +245,7 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
         before_wrap = min(n, num - slot)
         base = vq[VQ_LOG_USED]
         mark_dirty(log, base, VIRTQ_RING_ENTRIES)
-        mark_dirty(
-            log, base + VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap
-        )
+        mark_dirty(log, base + VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap)
         mark_dirty(log, base + VIRTQ_RING_ENTRIES, VIRTQ_USED_ELEM_SIZE * (n - before_wrap))
 
 

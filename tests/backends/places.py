@@ -116,7 +116,7 @@ class Place:
         return backend
 
     def feed(self, pair: int, frames: int) -> None:
-        """Have the endpoint make so many frames more. It has no descriptor to tell of them: the hold makes a worker look."""
+        """Have the endpoint make so many frames more. No descriptor tells of them, so a hold makes a worker look."""
         self.endpoint.rows[pair, lay.EP_LIMIT] += frames
         with self.backends[pair].hold():
             pass
@@ -135,7 +135,7 @@ class Place:
         self.wait_for(lambda: ring.used_idx == used_idx, f"used.idx == {used_idx}, not {ring.used_idx}")
 
     def pass_by(self, pair: int = 1) -> None:
-        """Return after a whole pass over all rings that began after the call: pair *pair*, bound and idle, is the witness.
+        """Return after a pass over all rings that began after the call; pair *pair*, bound and idle, is witness.
 
         A frame it moves may belong to a pass already begun; the one after that can't.
         """

@@ -14,7 +14,6 @@ from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.notify import EventFd
 from vnetdp_kernels import layout as lay
 
-
 # --- size, base, addresses ---
 
 

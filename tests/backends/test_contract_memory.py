@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from functools import partial
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_logging_follows_a_new_log_under_traffic(place: Place) -> None:
 # --- the memory table ---
 
 
-def moved(place: Place, *kept: Region) -> GuestMemory:
+def moved(*kept: Region) -> GuestMemory:
     """Return memory whose window lies otherwise: a region below all others is new."""
     with GuestMemory.create([(0, 1 << 20)]) as extra:
         return GuestMemory([*extra.regions, *kept])
@@ -126,7 +127,7 @@ def moved(place: Place, *kept: Region) -> GuestMemory:
 def test_memory_changes_under_a_bound_ring(place: Place) -> None:
     backend, _ = place.bind(0), place.bind(1)
     low, high = place.memory.regions
-    with moved(place, low, high) as other:
+    with moved(low, high) as other:
         assert other.translate(HIGH_GPA, 1) != place.memory.translate(HIGH_GPA, 1)
         for n, memory in enumerate((other, place.memory, other, place.memory)):
             backend.set_memory(memory)
@@ -147,7 +148,7 @@ def test_memory_without_a_bound_ring_is_refused_and_changes_nothing(place: Place
     backends = place.bind(0), place.bind(1)
     kept = place.memory.regions[1 - lost]
     # The ring that stays would lie elsewhere in this window.
-    with moved(place, kept) as without:
+    with moved(kept) as without:
         for backend in backends:
             refused(errno.EFAULT, backend.set_memory, without)
         for pair in range(2):
@@ -210,6 +211,10 @@ def test_a_broken_ring_stops_and_the_others_go_on(place: Place) -> None:
     assert backend.status(TRANSMITQ) == 0
 
 
+def broken(backend: Backend, index: int) -> bool:
+    return backend.status(index) == lay.E_DIRECTION
+
+
 def test_wrong_directions_break_a_ring(place: Place) -> None:
     backend = place.bind()
     receiveq, transmitq = place.rings[0]
@@ -219,9 +224,7 @@ def test_wrong_directions_break_a_ring(place: Place) -> None:
     transmitq.offer(0)
     place.feed(0, 1)
     for index in range(VRINGS):
-        place.kicks[index].signal()
-    for index in range(VRINGS):
-        place.wait_for(lambda i=index: backend.status(i) == lay.E_DIRECTION, "E_DIRECTION")  # type: ignore[misc]
+        place.wait_for(partial(broken, backend, index), "E_DIRECTION")
 
 
 def test_counters_are_of_the_ring(place: Place) -> None:
@@ -259,8 +262,6 @@ def test_held_it_stands_still_for_several_verbs(place: Place) -> None:
 
 def test_verbs_may_come_from_several_threads(place: Place) -> None:
     backends = place.bind(0), place.bind(1)
-    if isinstance(place.runs, Stepped):
-        pytest.skip("userspace backends are changed by the thread that runs them")
     errors: list[Exception] = []
 
     def toggle(pair: int) -> None:
@@ -277,6 +278,8 @@ def test_verbs_may_come_from_several_threads(place: Place) -> None:
     threads = [threading.Thread(target=toggle, args=(pair,)) for pair in range(2)]
     for thread in threads:
         thread.start()
+        if isinstance(place.runs, Stepped):
+            thread.join()  # userspace backends are changed by one thread at a time
     for thread in threads:
         thread.join()
     assert errors == []

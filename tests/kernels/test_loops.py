@@ -130,12 +130,28 @@ def test_a_readable_control_descriptor(rigs: Make, loop: Loop) -> None:
 @pytest.mark.parametrize("poll_us", [0, -1])
 @pytest.mark.parametrize("loop", [Rig.serve, Rig.drive])
 def test_doorbell_out_of_sleep(rigs: Make, loop: Loop, poll_us: int) -> None:
-    rig = rigs(16)
+    rig = rigs(16, device=lay.KIND_NULL, guest=lay.KIND_NULL)
     side = rig.device if loop is Rig.serve else rig.guest
     running = Running(loop, rig, -1, poll_us, -1)
     if poll_us == 0:
         wait_until(lambda: bool(side.ctl[lay.CTL_SLEEPS]), "the loop does not sleep")
     side.ring_doorbell()
+    assert running.join() == (lay.LOOP_CONTROL, 0)
+
+
+@pytest.mark.parametrize("loop", [Rig.serve, Rig.drive])
+def test_polling_for_ever_leaves_python_its_turn(rigs: Make, loop: Loop) -> None:
+    """Only an endpoint in Python knows whether it has more: a loop that never sleeps asks it."""
+    assert Running(loop, rigs(16), -1, -1, -1).join() == (lay.LOOP_PYTHON, 0)
+
+
+def test_nothing_bound_is_nothing_to_poll_for(rigs: Make) -> None:
+    """While all its queues belong to another owner, a loop sleeps, however it is told to wait for frames."""
+    rig = rigs(16, device=lay.KIND_GENERATE)
+    rig.vqs[:, lay.VQ_BOUND] = 0
+    running = Running(rig.serve, -1, -1, -1)
+    wait_until(lambda: bool(rig.device.ctl[lay.CTL_SLEEPS]), "the loop does not sleep")
+    rig.device.ring_doorbell()
     assert running.join() == (lay.LOOP_CONTROL, 0)
 
 

@@ -63,9 +63,7 @@ class Backend(Protocol):
     def get_vring_base(self, index: int) -> int:
         """Unbind the ring if it is bound, and return the next avail index to take."""
 
-    def set_vring_addr(
-        self, index: int, desc: int, avail: int, used: int, log_used: int | None = None
-    ) -> None:
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
         """Set a ring's guest addresses; log_used: under which address its used ring is logged, None = not at all."""
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:

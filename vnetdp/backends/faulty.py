@@ -37,9 +37,7 @@ class Fault:
     def parse(cls, text: str) -> Fault:
         match = re.fullmatch(r"(\w+)(?::(\d+)(?:,(\d+))?)?(?::(once|always))?", text)
         if not match or match[1] not in VERBS:
-            raise ConfigError(
-                f"fault {text!r} is not VERB[:PAIR[,VRING]][:once|always]; verbs are {', '.join(VERBS)}"
-            )
+            raise ConfigError(f"fault {text!r} is not VERB[:PAIR[,VRING]][:once|always]; verbs are {', '.join(VERBS)}")
         return cls(
             match[1],
             int(match[2]) if match[2] else None,
@@ -93,12 +91,8 @@ class FaultyBackend:
     def get_vring_base(self, index: int) -> int:
         return self._do("get_vring_base", index, lambda: self.inner.get_vring_base(index))
 
-    def set_vring_addr(
-        self, index: int, desc: int, avail: int, used: int, log_used: int | None = None
-    ) -> None:
-        self._do(
-            "set_vring_addr", index, lambda: self.inner.set_vring_addr(index, desc, avail, used, log_used)
-        )
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
+        self._do("set_vring_addr", index, lambda: self.inner.set_vring_addr(index, desc, avail, used, log_used))
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
         self._do("set_vring_kick", index, lambda: self.inner.set_vring_kick(index, kick))

@@ -105,9 +105,7 @@ def _unpack(data: bytes, fds: list[int]) -> Any:
 def _send(sock: socket.socket, message: object) -> None:
     data, fds = _pack(message)
     if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
-        raise BackendError(
-            "send", errno.E2BIG, None, f"a message of {len(data)} bytes and {len(fds)} descriptors"
-        )
+        raise BackendError("send", errno.E2BIG, None, f"a message of {len(data)} bytes and {len(fds)} descriptors")
     socket.send_fds(sock, [data], fds)
 
 
@@ -225,9 +223,7 @@ class ProcessBackend:
         self._let_go(index)
         return base
 
-    def set_vring_addr(
-        self, index: int, desc: int, avail: int, used: int, log_used: int | None = None
-    ) -> None:
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
         self._worker.call(self._pair, "set_vring_addr", index, desc, avail, used, log_used)
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
@@ -250,9 +246,7 @@ class ProcessBackend:
                 self._let_go(index)
             return
         if endpoint.kind == layout.KIND_PYTHON:
-            raise BackendError(
-                "set_backend", errno.EOPNOTSUPP, index, f"{endpoint.name} lives in another process"
-            )
+            raise BackendError("set_backend", errno.EOPNOTSUPP, index, f"{endpoint.name} lives in another process")
         try:
             endpoint.start_polling(self._pair, self)
         except EndpointError as e:

@@ -17,7 +17,7 @@ from .. import features as f
 from ..datapath import Datapath
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError, EndpointError
-from ..memory import DirtyLog, GuestMemory, Words
+from ..memory import ADDRESS_LIMIT, DirtyLog, GuestMemory, Words
 from ..notify import EventFd
 from ..virtqueue import check_num, ring_len
 from .base import TRANSMITQ, VRINGS
@@ -101,17 +101,15 @@ class UserspaceBackend:
             self.set_backend(index, None)
         return int(row[layout.VQ_LAST_AVAIL_IDX])
 
-    def set_vring_addr(
-        self, index: int, desc: int, avail: int, used: int, log_used: int | None = None
-    ) -> None:
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
         row = self._row("set_vring_addr", index)
         aligned = not (
-            desc % layout.VIRTQ_DESC_ALIGN
-            or avail % layout.VIRTQ_AVAIL_ALIGN
-            or used % layout.VIRTQ_USED_ALIGN
+            desc % layout.VIRTQ_DESC_ALIGN or avail % layout.VIRTQ_AVAIL_ALIGN or used % layout.VIRTQ_USED_ALIGN
         )
         if not aligned:
             raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
+        if log_used is not None and not 0 <= log_used < ADDRESS_LIMIT:
+            raise BackendError("set_vring_addr", errno.EFAULT, index, f"no log has the address {log_used:#x}")
         wanted = row.copy()
         wanted[layout.VQ_DESC_GPA], wanted[layout.VQ_AVAIL_GPA], wanted[layout.VQ_USED_GPA] = (
             desc,
@@ -160,9 +158,7 @@ class UserspaceBackend:
         if dp.endpoint is not endpoint and dp.vqs[:, layout.VQ_BOUND].any():
             raise BackendError("set_backend", errno.EBUSY, index, "another endpoint is bound")
         if self.pair >= endpoint.queues:
-            raise BackendError(
-                "set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues"
-            )
+            raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
         try:
             _translate(dp.memory, row)
             endpoint.start_polling(self.pair, self)

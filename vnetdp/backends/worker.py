@@ -85,9 +85,7 @@ class WorkerBackend:
         with self._paced.paused():
             return self._inner.get_vring_base(index)
 
-    def set_vring_addr(
-        self, index: int, desc: int, avail: int, used: int, log_used: int | None = None
-    ) -> None:
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
         with self._paced.paused():
             self._inner.set_vring_addr(index, desc, avail, used, log_used)
 

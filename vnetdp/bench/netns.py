@@ -46,8 +46,7 @@ class NetnsPair:
         self.names: dict[str, str] = {}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._owns_sigterm = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         )
         if self._owns_sigterm:
             signal.signal(signal.SIGTERM, _exit)
@@ -71,9 +70,7 @@ class NetnsPair:
         """
         return _command(*self._inside(side), *argv, timeout=timeout)
 
-    def popen(
-        self, side: str, argv: Sequence[str], output: IO[bytes] | None = None
-    ) -> subprocess.Popen[bytes]:
+    def popen(self, side: str, argv: Sequence[str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
         """Start *argv* in a namespace, both output streams going to *output* (None: nowhere).
 
         It leads a session of its own, so that Ctrl-C in a terminal reaches it only through `stop` or `close`.

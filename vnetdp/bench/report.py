@@ -57,9 +57,7 @@ def _draw(what: str, results: Sequence[Row], path: str) -> None:
     import matplotlib.pyplot as plt
 
     panels = [(key, unit) for key, unit in _UNITS if any(row.get(key) is not None for row in results)]
-    figure, axes = plt.subplots(
-        len(panels), 1, squeeze=False, figsize=(9, 1 + 0.35 * len(results) * len(panels))
-    )
+    figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(9, 1 + 0.35 * len(results) * len(panels)))
     for axis, (key, unit) in zip(axes[:, 0], panels, strict=True):
         rows = [row for row in results if row.get(key) is not None]
         labels = [" ".join(str(row[k]) for k in ("name", "size", "peer") if row.get(k)) for row in rows]

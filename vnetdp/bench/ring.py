@@ -71,12 +71,40 @@ class OneCore:
         stepped, e, g, s = self.device.stepped, self.endpoint, self.guest, self._scratch
         before = sum(queue["packets"] for queue in self.device.counters())
         ns, frames = bench.alternate(
-            self.memory.mem, self.memory.table, self.log.log if self.log else np.zeros(0, np.uint8), stepped.vqs,
-            e.rows, e.fds, e.held, e.in_frames, e.in_lengths, e.out_frames, e.out_lengths, e.ledger, e.windows,
-            self.driver.dvqs, self.driver.states, g.rows, g.in_frames, g.in_lengths, g.out_frames, g.out_lengths,
-            g.ledger, g.windows, self.driver.notify, self._ctl, s.iov, s.rows, s.chains, s.hdr, s.words, s.pollfds,
-            s.one, self._clock, rounds,
-        )  # fmt: skip
+            self.memory.mem,
+            self.memory.table,
+            self.log.log if self.log else np.zeros(0, np.uint8),
+            stepped.vqs,
+            e.rows,
+            e.fds,
+            e.held,
+            e.in_frames,
+            e.in_lengths,
+            e.out_frames,
+            e.out_lengths,
+            e.ledger,
+            e.windows,
+            self.driver.dvqs,
+            self.driver.states,
+            g.rows,
+            g.in_frames,
+            g.in_lengths,
+            g.out_frames,
+            g.out_lengths,
+            g.ledger,
+            g.windows,
+            self.driver.notify,
+            self._ctl,
+            s.iov,
+            s.rows,
+            s.chains,
+            s.hdr,
+            s.words,
+            s.pollfds,
+            s.one,
+            self._clock,
+            rounds,
+        )
         queues = self.device.counters()
         moved = sum(queue["packets"] for queue in queues) - before
         # What echoes goes through both queues, and counts as one frame.
@@ -152,7 +180,7 @@ def logging_cost(rounds: int, say: _Say) -> list[Row]:
                 "mpps": 1e3 / ns[True],
                 "peer": "dirty log off",
                 "ratio": ns[True] / ns[False],
-            }  # fmt: skip
+            }
         )
     return rows
 
@@ -188,17 +216,16 @@ def two_cores(rounds: int, seconds: float, say: _Say) -> list[Row]:
         say(f"driver and device on two cores, {size} bytes, both directions at once ...")
         wire, guest = GenerateEndpoint(size=size), GenerateEndpoint(size=size)
         samples: dict[bool, list[float]] = {False: [], True: []}
-        with wire, guest:
-            with _two_threads(wire, guest) as device:
-                for _ in range(rounds):
-                    for vhost, rates in samples.items():
-                        device.set_use_vhost(vhost)
-                        time.sleep(0.05)
-                        rates.append(_each_way(device, seconds))
-                wire.stop()
-                guest.stop()
-                time.sleep(0.2)
-                ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
+        with wire, guest, _two_threads(wire, guest) as device:
+            for _ in range(rounds):
+                for vhost, rates in samples.items():
+                    device.set_use_vhost(vhost)
+                    time.sleep(0.05)
+                    rates.append(_each_way(device, seconds))
+            wire.stop()
+            guest.stop()
+            time.sleep(0.2)
+            ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
         if not ledger.clean:
             raise CountError(f"two cores, {size} bytes: {ledger}")
         userspace, vhost_rate = (statistics.median(samples[key]) for key in (False, True))
@@ -214,7 +241,7 @@ def two_cores(rounds: int, seconds: float, say: _Say) -> list[Row]:
                     "ns_per_packet": 1e3 / mpps,
                     "peer": "userspace" if ratio else None,
                     "ratio": ratio,
-                }  # fmt: skip
+                }
             )
     return rows
 
@@ -233,19 +260,24 @@ def handovers(count: int, say: _Say) -> Row:
     """The time of a change of owner under load both ways, median of *count*."""
     say(f"{count} changes of owner under load ...")
     wire, guest = GenerateEndpoint(size=64), GenerateEndpoint(size=64)
-    with wire, guest:
-        with _two_threads(wire, guest, poll_us=0) as device:
-            time.sleep(0.1)
-            device.handovers_ns.clear()
-            for turn in range(count):
-                device.set_use_vhost(bool(turn % 2))
-                time.sleep(0.001)
-            wire.stop()
-            guest.stop()
-            time.sleep(0.2)
-            times = list(device.handovers_ns)
-            ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
+    with wire, guest, _two_threads(wire, guest, poll_us=0) as device:
+        time.sleep(0.1)
+        device.handovers_ns.clear()
+        for turn in range(count):
+            device.set_use_vhost(bool(turn % 2))
+            time.sleep(0.001)
+        wire.stop()
+        guest.stop()
+        time.sleep(0.2)
+        times = list(device.handovers_ns)
+        ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
     if len(times) < count - 1 or not ledger.clean:
         raise CountError(f"{len(times)} changes of owner, {ledger}")
-    return {"name": "change of owner under load", "size": 64, "us": statistics.median(times) / 1e3,
-            "p99_us": sorted(times)[len(times) * 99 // 100] / 1e3, "peer": None, "ratio": None}  # fmt: skip
+    return {
+        "name": "change of owner under load",
+        "size": 64,
+        "us": statistics.median(times) / 1e3,
+        "p99_us": sorted(times)[len(times) * 99 // 100] / 1e3,
+        "peer": None,
+        "ratio": None,
+    }

@@ -93,9 +93,7 @@ class Endpoint:
             n = int(row[layout.EP_OUT_COUNT])
             if n and self.takes_frames(queue):
                 frames = [
-                    self.out_frames[queue, slot * layout.FRAME_SLOT :][
-                        : self.out_lengths[queue, slot]
-                    ].tobytes()
+                    self.out_frames[queue, slot * layout.FRAME_SLOT :][: self.out_lengths[queue, slot]].tobytes()
                     for slot in range(n)
                 ]
                 row[layout.EP_OUT_COUNT] = 0
@@ -131,9 +129,7 @@ class Endpoint:
         self.rows[queue, layout.EP_DROP_ERROR] += frames
         self.errors += 1
         if self.errors == 1:
-            _log.warning(
-                "%s: %s: %s (logged once; counted from now on)", self.name, type(error).__name__, error
-            )
+            _log.warning("%s: %s: %s (logged once; counted from now on)", self.name, type(error).__name__, error)
             _log.debug("%s: where that came from:", self.name, exc_info=error)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:

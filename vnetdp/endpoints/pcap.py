@@ -89,7 +89,7 @@ class PcapEndpoint(Endpoint):
             self._wake.clear()
         return frames
 
-    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:  # noqa: ARG002 - one file for all
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         if self._writer is None:
             return
         for frame in frames:
@@ -136,7 +136,7 @@ class _PcapReader(RawPcapReader):
             raise EOFError
         return frame, metadata
 
-    def linktypes(self, metadata: Any) -> Sequence[int]:  # noqa: ARG002 - one for the whole file
+    def linktypes(self, metadata: Any) -> Sequence[int]:
         return [self.linktype]
 
     def cut_short(self) -> bool:
@@ -194,7 +194,7 @@ class _PcapNgWriter(RawPcapNgWriter):
         self.linktype = DLT_EN10MB
         self.tsresol = _NS
 
-    def _write_block_idb(self, linktype: int, ifname: bytes | None = None) -> None:  # noqa: ARG002
+    def _write_block_idb(self, linktype: int, ifname: bytes | None = None) -> None:
         body = struct.pack("<HHI", linktype, 0, _SNAPLEN)
         options = struct.pack("<HHB3xHH", 9, 1, 9, 0, 0)  # if_tsresol: 10**-9 s; opt_endofopt
         self.f.write(self.build_block(struct.pack("<I", 1), body, options))

@@ -222,7 +222,8 @@ class Config:
     def decode(cls, data: bytes) -> Self:
         if not 12 <= len(data) <= 12 + MAX_CONFIG:
             raise RemoteProtocolError(f"a config message has 12 to {12 + MAX_CONFIG} bytes, not {len(data)}")
-        return cls(*struct.unpack_from("=III", data), data[12:])
+        offset, size, flags = struct.unpack_from("=III", data)
+        return cls(offset, size, flags, data[12:])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+import time
 from collections.abc import Iterable
 
 from ..errors import RemoteProtocolError
@@ -29,6 +30,7 @@ class Transport:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self._deadline: float | None = None
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -36,9 +38,12 @@ class Transport:
     def receive(self) -> tuple[Header, bytes, tuple[int, ...]] | None:
         """Return the next message whole, with its descriptors; None if the peer has closed.
 
-        RemoteProtocolError for what is no message; OSError if the connection broke.
+        RemoteProtocolError for what is no message; OSError if the connection broke. A peer may take as long as the
+        socket's timeout for any part of a message, and no longer for all of them.
         """
         fds: list[int] = []
+        patience = self.sock.gettimeout()
+        self._deadline = None if patience is None else time.monotonic() + patience
         try:
             head = self._read(HEADER.size, fds)
             if head is None:
@@ -48,7 +53,9 @@ class Transport:
             if data is None:
                 raise RemoteProtocolError(f"request {header.request}: the connection ended in its middle")
             if len(fds) > MAX_FDS:
-                raise RemoteProtocolError(f"request {header.request}: {len(fds)} descriptors; at most {MAX_FDS} are taken")
+                raise RemoteProtocolError(
+                    f"request {header.request}: {len(fds)} descriptors; at most {MAX_FDS} are taken"
+                )
         except BaseException:
             close_fds(fds)
             raise
@@ -70,6 +77,8 @@ class Transport:
                     raise RemoteProtocolError("the connection ended in the middle of a message")
                 return None
             parts += data
+            if len(parts) < length and self._deadline is not None and time.monotonic() > self._deadline:
+                raise TimeoutError("a message takes too long to come")
         return parts
 
     def send(self, data: bytes, fds: Iterable[int] = ()) -> None:

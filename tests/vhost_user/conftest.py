@@ -1,0 +1,46 @@
+"""The fixtures that put one hostile peer after another before the same back end, in a thread and in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.by_hand import no_descriptor_leaks
+from tests.vhost_user.rig import BackEnd, InProcess, InThread
+
+
+class _Revived:
+    """One process for all tests, and another if it died."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: InProcess | None = None
+
+    def get(self) -> InProcess:
+        if self._process is None or not self._process.alive():
+            self._process = InProcess(self._folder)
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+
+
+@pytest.fixture(scope="session")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Revived]:
+    revived = _Revived(tmp_path_factory.mktemp("served"))
+    yield revived
+    revived.close()
+
+
+@pytest.fixture(params=["thread", "process"])
+def back_end(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BackEnd]:
+    if request.param == "process":
+        yield request.getfixturevalue("process").get()
+        return
+    with no_descriptor_leaks():
+        back_end = InThread(tmp_path)
+        yield back_end
+        back_end.close()
