@@ -290,13 +290,19 @@ def in_band(tmp_path: Path) -> Iterator[InThread]:
         back_end.close()
 
 
+@contextmanager
+def joined() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
 IN_BAND = SPOKEN & ~ProtocolFeature.STATUS | ProtocolFeature.INBAND_NOTIFICATIONS
 
 
 @pytest.mark.parametrize("blocking", [False, True])
 def test_calls_in_band_that_nobody_reads(in_band: InThread, blocking: bool) -> None:
-    ours, theirs = socket.socketpair()
-    with costs_nothing(in_band, 0), ours, theirs, ByHand.dial(in_band.path) as end, Guest(end) as guest:
+    with costs_nothing(in_band, 0), joined() as (ours, theirs), ByHand.dial(in_band.path) as end, Guest(end) as guest:
         end.shake_hands(protocol=IN_BAND)
         assert end.tell(R.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
@@ -315,8 +321,7 @@ def test_calls_in_band_that_nobody_reads(in_band: InThread, blocking: bool) -> N
 
 def test_calls_in_band_leave_alone_what_the_front_end_calls_with(in_band: InThread) -> None:
     """A ring that was given a descriptor is called by it, and nobody but the guest takes that call away."""
-    ours, theirs = socket.socketpair()
-    with costs_nothing(in_band, 0), ours, theirs, ByHand.dial(in_band.path) as end, Guest(end) as guest:
+    with costs_nothing(in_band, 0), joined() as (ours, theirs), ByHand.dial(in_band.path) as end, Guest(end) as guest:
         end.shake_hands(protocol=IN_BAND)
         assert end.tell(R.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
         guest.share()
