@@ -239,6 +239,16 @@ class Traffic:
 
         wait_for(more, f"{frames} frames on pair {pair}")
 
+    def allow(self, count: int) -> None:
+        """Have each queue of either end make so many frames in all, and no more."""
+        for end in (self.device, self.guest):
+            end.rows[:, lay.EP_LIMIT] = count
+
+    def wait_until_finished(self) -> None:
+        """Wait until all frames that are allowed have been made, and have arrived."""
+        wait_for(lambda: self.device.finished and self.guest.finished, "every frame is sent")
+        wait_for(lambda: self.arrived() == (self.guest.sent, self.device.sent), "every frame arrived")
+
     def settle(self) -> None:
         """Make no more frames, and wait until those that were made have arrived."""
         self.guest.stop()

@@ -22,7 +22,6 @@ from vnetdp.device import NetDevice, Owner
 from vnetdp.driver import Driver, memory_for
 from vnetdp.errors import BackendError, ConfigError
 from vnetdp.memory import DirtyLog
-from vnetdp_kernels import layout as lay
 
 PAIRS = 2
 RATE = scaled(20_000, 300)
@@ -209,8 +208,7 @@ def test_a_worker_process_that_died_leaves_the_rings_to_userspace() -> None:
         ):
             driver.start()
             owners = [device.owner]
-            for end in (traffic.guest, traffic.device):
-                end.rows[:, lay.EP_LIMIT] = 100
+            traffic.allow(100)
             with worker.backends[0].hold(), worker.backends[1].hold():
                 pass
             driver.bell.signal()
@@ -219,8 +217,7 @@ def test_a_worker_process_that_died_leaves_the_rings_to_userspace() -> None:
             wait_for(lambda: " Z " in Path(f"/proc/{worker.pid}/stat").read_text(), "the worker is dead")
             device.set_use_vhost(False)
             assert [*owners, device.owner] == [Owner.VHOST, Owner.USERSPACE]
-            for end in (traffic.guest, traffic.device):
-                end.rows[:, lay.EP_LIMIT] = 200
+            traffic.allow(200)
             device.set_running(False)
             device.set_running(True)
             driver.bell.signal()

@@ -196,17 +196,19 @@ def test_any_features(features: str) -> None:
 @pytest.mark.parametrize("features", ["plain", "event_idx", "in_order", "everything"])
 @pytest.mark.parametrize("num", [4, 256])
 def test_indices_wrap_while_owners_change(num: int, features: str) -> None:
-    with running(num=num, wanted=SETS[features], start_at=0xFFF0, rate=0, count=scaled(100_000, 300)) as setup:
-        changes = 0
-        while not (setup.traffic.device.finished and setup.traffic.guest.finished):
+    changes, step = scaled(100, 20), scaled(700, 15)
+    with running(num=num, wanted=SETS[features], start_at=0xFFF0, rate=0, count=0) as setup:
+        for n in range(1, changes + 1):
+            setup.traffic.allow(n * step)
+            setup.driver.bell.signal()
             setup.change()
-            changes += 1
+            if n % 10 == 0:
+                setup.stand_still()
+        setup.traffic.wait_until_finished()
         setup.stand_still()
-        assert changes > 0
-    frames = setup.traffic.guest.sent
-    assert frames == scaled(100_000, 300)
+    assert setup.traffic.guest.sent == changes * step
     queue = setup.device.queues[TRANSMITQ]
-    assert queue.last_avail_idx == (0xFFF0 + frames) & 0xFFFF
+    assert queue.last_avail_idx == (0xFFF0 + changes * step) & 0xFFFF
 
 
 def test_frames_in_several_buffers() -> None:
@@ -220,10 +222,13 @@ def test_frames_in_several_buffers() -> None:
 
 
 def test_as_fast_as_it_goes() -> None:
-    with running(num=256, rate=0, count=scaled(1_000_000, 400), wanted=SETS["everything"]) as setup:
+    frames = scaled(1_000_000, 400)
+    with running(num=256, rate=0, count=frames, wanted=SETS["everything"]) as setup:
+        setup.change()
         while not (setup.traffic.device.finished and setup.traffic.guest.finished):
             setup.change()
             setup.stand_still()
+    assert setup.traffic.arrived() == (frames, frames)
 
 
 def test_other_threads_may_change_it_too() -> None:
@@ -258,8 +263,7 @@ def test_a_kick_given_while_nobody_owned_the_ring_is_not_lost() -> None:
         for n in range(scaled(40, 8)):
             setup.device.set_running(False)
             setup.device.set_use_vhost(n % 2 == 0)
-            for end in (setup.traffic.guest, setup.traffic.device):
-                end.rows[:, lay.EP_LIMIT] = n + 1
+            setup.traffic.allow(n + 1)
             setup.driver.bell.signal()
             wait_equal(lambda: setup.traffic.guest.sent, n + 1)
             setup.device.set_running(True)

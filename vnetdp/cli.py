@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from ._version import __version__
 from .errors import ConfigError, VnetdpError
@@ -41,12 +43,20 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _human(args: argparse.Namespace) -> Callable[[str], None]:
+    """Return what prints a report for people: standard output, unless that is asked to hold JSON alone."""
+    return _say if args.json == "-" else print
+
+
 def _write_json(path: str, report: dict[str, Any]) -> None:
     text = json.dumps(report, indent=2) + "\n"
     if path == "-":
         sys.stdout.write(text)
     else:
-        Path(path).write_text(text)
+        try:
+            Path(path).write_text(text)
+        except OSError as e:
+            raise ConfigError(f"cannot write {path}: {e.strerror}") from e
 
 
 @contextmanager
@@ -101,7 +111,7 @@ def _bridge(args: argparse.Namespace) -> int:
         bridge.serve(stop.is_set)
         report = bridge.report()
     for name in ("left_to_right", "right_to_left"):
-        print(f"{name.replace('_', ' ')}: {report[name]['packets']:,} packets")
+        _human(args)(f"{name.replace('_', ' ')}: {report[name]['packets']:,} packets")
     if args.json:
         _write_json(args.json, report)
     return 0
@@ -134,7 +144,7 @@ def _link(args: argparse.Namespace) -> int:
         _run_link(link, stop, args)
         link.drain()
         report = link.report()
-    _print_link(report)
+    _print_link(report, _human(args))
     if args.json:
         _write_json(args.json, report)
     ledger = report.get("ledger")
@@ -185,7 +195,7 @@ def _serve(args: argparse.Namespace) -> int:
         server.run(stop.is_set, wake)
         counters = endpoint.counters()
         report = {"served": server.served, "refused": server.refused, "endpoint": counters}
-    print(f"served {report['served']} front ends, {counters['to_wire']:,} frames to the endpoint, "
+    _human(args)(f"served {report['served']} front ends, {counters['to_wire']:,} frames to the endpoint, "
           f"{counters['from_wire']:,} from it")  # fmt: skip
     if args.json:
         _write_json(args.json, report)
@@ -220,19 +230,19 @@ def _drive(args: argparse.Namespace) -> int:
             seconds=args.seconds,
             poll_us=-1 if args.poll else args.poll_us,
         )
-    print(f"sent {report['tx_packets']:,}, received {report['rx_packets']:,} ({report['mpps']:.3f} Mpps), "
+    _human(args)(f"sent {report['tx_packets']:,}, received {report['rx_packets']:,} ({report['mpps']:.3f} Mpps), "
           f"bad {report['bad_packets']:,}")  # fmt: skip
     if args.json:
         _write_json(args.json, report)
     return 1 if report["bad_packets"] else 0
 
 
-def _print_link(report: dict[str, Any]) -> None:
+def _print_link(report: dict[str, Any], say: Callable[[str], None]) -> None:
     seconds = report["seconds"]
     for side, other in (("left", "right"), ("right", "left")):
         counters = report[side]
         frames, size = counters["from_wire"], counters["bytes_from_wire"]
-        print(
+        say(
             f"{side} to {other}: {frames:,} frames, {frames / seconds / 1e6:.3f} Mpps, {size * 8 / seconds / 1e9:.3f} Gbit/s"
         )
     dropped = {
@@ -242,12 +252,12 @@ def _print_link(report: dict[str, Any]) -> None:
         if key.startswith("dropped_") and report[side][key]
     }
     if dropped:
-        print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
-    print(f"owner {report['owner']}, {report['handovers']} hand-overs, {report['fallbacks']} fallbacks")
+        say("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    say(f"owner {report['owner']}, {report['handovers']} hand-overs, {report['fallbacks']} fallbacks")
     if "ledger" in report:
-        print("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
+        say("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
     for error in report["errors"]:
-        print(f"error: {error}")
+        say(f"error: {error}")
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -265,7 +275,7 @@ def _bench(args: argparse.Namespace) -> int:
         from .bench.link import run as run_link
 
         results = run_link(args.seconds, args.rounds, None, _say)
-    report = finish(args.what, results, args.plot)
+    report = finish(args.what, results, args.plot, _human(args))
     if args.json:
         _write_json(args.json, report)
     return 0
@@ -274,7 +284,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import run
 
-    report = run()
+    report = run(_human(args))
     if args.json:
         _write_json(args.json, report)
     return 0 if report["ok"] else 1
@@ -282,19 +292,52 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _number(low: int, high: int, what: str) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{what} is between {low} and {high}")
-        return value
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{what} is between {low} and {high}, not {text!r}")
+        return int(text)
 
     return convert
 
 
+def _ring(text: str) -> int:
+    from .virtqueue import check_num
+
+    num = int(text) if text.isdecimal() else 0
+    try:
+        check_num(num)
+    except ConfigError as e:
+        raise argparse.ArgumentTypeError(str(e) if num else f"{text!r} is not a power of two from 1 to 32768") from e
+    return num
+
+
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("a number above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number above 0, not {text!r}")
     return value
+
+
+def _file(text: str) -> str:
+    """Refuse a file that can't be written before any work is done for it."""
+    if text != "-" and not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: there is no folder {Path(text).parent}")
+    return text
+
+
+def _picture(text: str) -> str:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("it needs matplotlib: pip install 'vnetdp[plot]'")
+    return _file(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An error is one line: the usage is a page, and --help shows it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
 
 
 def _polling(command: argparse.ArgumentParser) -> None:
@@ -304,7 +347,7 @@ def _polling(command: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vnetdp",
         description="A userspace virtio-net datapath at native speed, with vhost offload.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -315,7 +358,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, **kw)
-        sub.add_argument("--json", metavar="PATH", help="write the report as JSON to PATH; - is standard output")
+        sub.add_argument(
+            "--json", type=_file, metavar="PATH", help="write the report as JSON to PATH; - is standard output"
+        )
         sub.set_defaults(run=run)
         return sub
 
@@ -333,7 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("right", metavar="RIGHT")
     link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), default="vhost")
     link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
-    link.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
+    link.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
     link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     _polling(link)
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
@@ -378,14 +423,14 @@ def _parser() -> argparse.ArgumentParser:
                        help="of what the other side sends (default 1500)")  # fmt: skip
     drive.add_argument("--features", metavar="LIST", help="take less: -mrg_rxbuf,-event_idx,...")
     drive.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
-    drive.add_argument("--ring", type=int, default=256, metavar="N", help="queue size (default 256)")
+    drive.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
     _polling(drive)
 
     bench = command("bench", _bench, "Measure, and compare with peers in the same run.")
     bench.add_argument("what", choices=("ring", "link", "peers"))
     bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), default=5, metavar="N")
     bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
-    bench.add_argument("--plot", metavar="FILE", help="draw the results (needs the plot extra)")
+    bench.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results (needs the plot extra)")
 
     command("doctor", _doctor, "Say what this machine can run, and what to do about the rest.")
     return parser

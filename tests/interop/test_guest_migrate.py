@@ -171,7 +171,7 @@ def test_a_download_goes_on(tmp_path: Path, queue_pairs: int) -> None:
             sockets.append(stack.enter_context(serve).sock)
             host.ip(f"link set dev tap-{side} master bridge0")
         move = Move(tmp_path, sockets[0], sockets[1], stack, queue_pairs=queue_pairs)
-        with host.file(300 if CAMPAIGN else 150) as (url, digest):
+        with host.file(300 if CAMPAIGN else 60) as (url, digest):
             move.source.run(f"wget -q -O - {url} | sha256sum > /sum & sleep 0.5")
             assert move.source.run("cat /sum") == "", "the download was over before the migration"
             said = move.migrate()

@@ -54,7 +54,7 @@ def test_one_queue_pair(host: Host, tmp_path: Path) -> None:
             rate = host.iperf(guest, 2, reverse=reverse)
             FIGURES.info("QEMU, TCP %s: %.0f Mbit/s", "to guest" if reverse else "to host", rate)
             assert rate > 50
-        FIGURES.info("QEMU, download: %.0f MB/s", assert_downloads(guest, host, 100))
+        FIGURES.info("QEMU, download: %.0f MB/s", assert_downloads(guest, host, 100 if CAMPAIGN else 30, 120))
         # Frames of more than a packet's size: TCP was segmented by nobody on the way.
         interface = host.ip(f"-s link show dev {Host.TAP}")
         received, packets = map(int, re.findall(r"RX:.*\n\s*(\d+)\s+(\d+)", interface)[0])
@@ -116,7 +116,7 @@ def test_other_devices(host: Host, tmp_path: Path, device: str, machine: str) ->
             assert offloads(guest)["tx-checksumming"] == "off"
         for reverse in (False, True):
             assert host.iperf(guest, 1, reverse=reverse) > 20
-        assert_downloads(guest, host, 20)
+        assert_downloads(guest, host, 10)
         guest.close()
         assert serve.stop()["refused"] == 0, serve.said()
 
@@ -154,5 +154,5 @@ def test_a_back_end_that_is_killed_and_restarted(host: Host, tmp_path: Path) -> 
             FIGURES.info("QEMU, serve killed and restarted: %s", heard[0])
             assert float(heard[3]) > 7.5, f"no answers after the restart: {said}"
             assert_pings(guest, 20)
-            assert_downloads(guest, host, 10)
+            assert_downloads(guest, host, 5)
         assert "refused" not in serve.said()

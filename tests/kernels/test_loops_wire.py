@@ -233,6 +233,31 @@ def test_a_generator_of_frames_too_long() -> None:
     assert rig.drive(5) == (lay.LOOP_BUDGET, 5)
 
 
+# --- slots and buffers too short ---
+
+
+def test_frames_longer_than_a_slot_of_pythons() -> None:
+    """Dropped and counted, guest to wire; the next goes out."""
+    rig = Rig(16)
+    rig.device.out_frames = rig.device.out_frames[:, : 8 * 100].copy()
+    rig.guest.feed(HEADER + pattern(1, 89), HEADER + pattern(2, 88))
+    assert rig.drive()[1] == 2
+    assert rig.serve() == (lay.LOOP_PYTHON, 2)
+    assert rig.device.eps[0, [lay.EP_OUT_COUNT, lay.EP_DROP_LONG, lay.EP_TO_WIRE]].tolist() == [1, 1, 1]
+    assert rig.device.out_lengths[0, 0] == 100
+    assert rig.device.out_frames[0, :100].tobytes() == HEADER + pattern(2, 88)
+
+
+def test_frames_longer_than_a_transmit_buffer() -> None:
+    """Dropped and counted, endpoint to guest; so is one too short to be a frame; the next is sent."""
+    rig = Rig(16, buf_len=128)
+    rig.guest.feed(HEADER + pattern(1, 117), HEADER + pattern(1, 13), HEADER + pattern(2, 116))
+    assert rig.drive() == (lay.LOOP_IDLE, 1)
+    assert rig.serve() == (lay.LOOP_PYTHON, 1)
+    assert rig.device.collect() == [HEADER + pattern(2, 116)]
+    assert rig.guest.eps[0, [lay.EP_DROP_LONG, lay.EP_DROP_SHORT, lay.EP_FROM_WIRE]].tolist() == [1, 1, 1]
+
+
 # --- both sides together ---
 
 FRAMES = st.lists(

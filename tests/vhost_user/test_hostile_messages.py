@@ -198,19 +198,19 @@ def test_half_a_message_and_then_the_end(back_end: BackEnd, cut: int) -> None:
         end.leave()
 
 
-def test_half_a_message_and_then_silence(back_end: BackEnd) -> None:
-    with costs_nothing(back_end):
-        end = greeted(back_end)
+def test_half_a_message_and_then_silence(patient: BackEnd) -> None:
+    with costs_nothing(patient):
+        end = greeted(patient)
         with spare(1) as given:
             end.send(R.SET_VRING_KICK, b"", given, size=8)
         assert end.left()
         end.close()
 
 
-def test_a_message_that_trickles_in_for_ever(back_end: BackEnd) -> None:
+def test_a_message_that_trickles_in_for_ever(patient: BackEnd) -> None:
     """Each byte comes before anyone would lose patience with a silent peer, but there is no end to them."""
-    with costs_nothing(back_end):
-        end = greeted(back_end)
+    with costs_nothing(patient):
+        end = greeted(patient)
         end.sock.settimeout(0.5)
         end.send(R.SET_MEM_TABLE, b"", size=4096)
         for _ in range(120):
@@ -226,9 +226,9 @@ def test_a_message_that_trickles_in_for_ever(back_end: BackEnd) -> None:
         raise AssertionError("the back end waits for ever")
 
 
-def test_a_front_end_that_reads_no_answers(back_end: BackEnd) -> None:
-    with costs_nothing(back_end):
-        end = ByHand.dial(back_end.path)
+def test_a_front_end_that_reads_no_answers(patient: BackEnd) -> None:
+    with costs_nothing(patient):
+        end = ByHand.dial(patient.path)
         end.sock.settimeout(1.0)
         try:
             while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def finish(what: str, results: Sequence[Row], plot: str | None) -> dict[str, Any]:
-    """Print *results*, draw them into *plot* if it is given, and return the whole report."""
+def finish(what: str, results: Sequence[Row], plot: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Tell *say* the *results*, draw them into *plot* if it is given, and return the whole report."""
     about = machine()
     report = {"bench": what, "machine": about, "results": list(results)}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    say(", ".join(f"{key} {value}" for key, value in about.items()))
     for row in results:
         label = f"{row['name']}, {row['size']} B" if row.get("size") else row["name"]
         if row.get("skipped"):
-            print(f"  {label:<40} {row.get('peer') or '':<24} skipped: {row['skipped']}")
+            say(f"  {label:<40} {row.get('peer') or '':<24} skipped: {row['skipped']}")
             continue
         figures = "  ".join(f"{row[key]:10.3f} {unit}" for key, unit in _UNITS if row.get(key) is not None)
         ratio = f"  x{row['ratio']:.2f}" if row.get("ratio") is not None else ""
-        print(f"  {label:<40} {row.get('peer') or '':<24}{figures}{ratio}")
+        say(f"  {label:<40} {row.get('peer') or '':<24}{figures}{ratio}")
     if plot:
         _draw(what, results, plot)
     return report
