@@ -214,13 +214,16 @@ class Failing(Counting):
         raise RuntimeError("a defect")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_died_stands_still(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_thread_that_dies_stands_still(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = threading.Event()
+    # Dying takes its time: the thread is still alive when it will never park again.
+    monkeypatch.setattr(threading, "excepthook", lambda _: gone.wait())
     failing = Failing()
     paced = Paced(failing, "failing")
     for _ in range(3):
         with paced.paused():
             pass
+    gone.set()
     paced.close()
     failing.bell.close()
     assert "failing ended" in caplog.text

@@ -27,6 +27,7 @@ from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice, Owner
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
+from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.errors import ConfigError, GuestError
 from vnetdp.memory import GuestMemory
 from vnetdp_kernels import layout as lay
@@ -381,6 +382,22 @@ def test_a_stepped_device_says_needs_reset_too(memory: GuestMemory) -> None:
 
 
 # --- link, and a stopped machine ---
+
+
+def test_a_frame_in_hand_is_dropped_by_a_reset(memory: GuestMemory) -> None:
+    with MailboxEndpoint() as mailbox, NetDevice(memory, mailbox, threaded=False) as device:
+        rings = bring_up(device, MODERN | f.VIRTIO_NET_F_MRG_RXBUF)
+        device.set_status(READY)
+        rings[0].post(0)
+        mailbox.put(frame(0, 3000))
+        assert device.step() == 0
+        assert mailbox.rows[0, lay.EP_HELD] == lay.NET_HDR_LEN + 3000, "it waits for a second buffer"
+        rings = bring_up(device, MODERN | f.VIRTIO_NET_F_MRG_RXBUF)
+        device.set_status(READY)
+        rings[0].post(0, 1, 2)
+        mailbox.put(frame(1))
+        assert device.step() == 1
+        assert rings[0].taken() == [(0, lay.NET_HDR_LEN + 60)]
 
 
 def test_link_down_and_stopped_mean_that_nobody_owns(device: NetDevice) -> None:

@@ -155,7 +155,7 @@ def test_commands_are_ones_that_exist() -> None:
             if block.language != "sh":
                 continue
             for line in block.text.splitlines():
-                words = shlex.split(line, comments=True)
+                words = [word for word in shlex.split(line, comments=True) if word not in ("sudo", "&")]
                 if words[:1] == ["vnetdp"]:
                     cli._parser().parse_args(words[1:])
                     found += 1

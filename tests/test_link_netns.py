@@ -126,12 +126,12 @@ def test_a_file_by_http(spaces: NetnsPair, link: Link, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     spaces.popen("b", [sys.executable, "-m", "http.server", "8000", "--bind", "0.0.0.0", "-d", str(tmp_path)])
     fetch = (
-        "import hashlib, sys, time, urllib.request\n"
-        "for attempt in range(50):\n"
+        "import hashlib, sys, time, urllib.error, urllib.request\n"
+        "for attempt in range(300):\n"
         "    try:\n"
         "        response = urllib.request.urlopen(sys.argv[1], timeout=60)\n"
         "        break\n"
-        "    except ConnectionRefusedError:\n"
+        "    except urllib.error.URLError:\n"
         "        time.sleep(0.1)\n"
         "sha = hashlib.sha256()\n"
         "while block := response.read(1 << 18):\n"

@@ -172,9 +172,14 @@ def _serve(args: argparse.Namespace) -> int:
     from .endpoints.spec import parse_endpoint
     from .features import parse
     from .server import Server
+    from .vhost_user.message import ProtocolFeature
     from .warmup import warm_up
 
     features = None if args.features is None else parse(args.features, (1 << 64) - 1)
+    protocol_features = None
+    if args.protocol_features is not None:
+        known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
+        protocol_features = parse(args.protocol_features, (1 << 64) - 1, known)
     with _until_signal() as stop, ExitStack() as stack:
         endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
         warm_up(_say)
@@ -185,6 +190,7 @@ def _serve(args: argparse.Namespace) -> int:
                 connect=args.connect,
                 queue_pairs=args.queue_pairs,
                 features=features,
+                protocol_features=protocol_features,
                 mtu=args.mtu,
                 poll_us=-1 if args.poll else args.poll_us,
                 inband=args.inband,
@@ -397,6 +403,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--socket", required=True, metavar="PATH")
     serve.add_argument("--connect", action="store_true", help="the front end listens: connect, again and again")
     serve.add_argument("--features", metavar="LIST", help="offer less: -mrg_rxbuf,-event_idx,...")
+    serve.add_argument("--protocol-features", metavar="LIST", help="offer less: -inflight_shmfd,-status,...")
     serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
     serve.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     serve.add_argument(

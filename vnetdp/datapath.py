@@ -201,13 +201,13 @@ class Paced:
     def paused(self) -> Iterator[None]:
         """Hold the thread outside the kernels for the length of the block."""
         with self._lock:
+            # A thread that ended, even by a defect, never parks again; nor need it be dead yet.
             if self._depth == 0 and not self._ended:
                 self._target.ctl[layout.CTL_DOORBELL] = 1
                 self._target.bell.signal()
                 while not self._parked.wait(_STUCK_S):
                     interrupt.interrupt(self._thread.ident or 0)
-                if not self._ended:  # a thread that ended, even by a defect, is parked for good
-                    self._parked.clear()
+                self._parked.clear()
             self._depth += 1
             try:
                 yield

@@ -30,10 +30,10 @@ _VHOST_NET = Path("/dev/vhost-net")
 _PEERS = (
     ("ip", "makes namespaces and interfaces, for the tests and `vnetdp bench link`", "iproute2"),
     ("iperf3", "sends the TCP of `vnetdp bench link`", "iperf3"),
-    ("dpdk-testpmd", "is measured beside us by `vnetdp bench link`", "dpdk-dev"),
+    ("dpdk-testpmd", "is measured beside us by `vnetdp bench link`, and a peer in `make interop`", "dpdk-dev"),
     ("ethtool", "turns off the offloads of a peer in `vnetdp bench link`", "ethtool"),
     ("tshark", "reads in the tests what we write", "tshark"),
-    ("qemu-system-x86_64", "is not used by this version", "qemu-system-x86"),
+    ("qemu-system-x86_64", "attaches to `vnetdp serve`; `make interop` fetches one of its own", "qemu-system-x86"),
 )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from vnetdp_kernels import layout
 
 from .backends.vhost_user import VhostUserFrontEnd
-from .device import NetDevice
+from .device import NetDevice, Owner
 from .driver import Driver, memory_for
 from .endpoints.base import Endpoint, frame_len
 from .endpoints.loopback import GenerateEndpoint, NullEndpoint
-from .errors import BackendError, ConfigError, ProtocolError
+from .errors import BackendError, ConfigError
 
 _TICK_S = 0.02
 _QUIET_S = 0.5  # nothing came for so long: nothing more will
@@ -88,7 +88,9 @@ def _run(
             try:
                 if front_end.connect(_TICK_S):
                     device.restart_vhost()
-            except (BackendError, ProtocolError):
+                    if device.owner is not Owner.VHOST:
+                        front_end.disconnect()  # and again
+            except BackendError:
                 front_end.disconnect()
             quiet_since = time.monotonic()
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from vnetdp_kernels import layout
@@ -128,12 +129,12 @@ def closure(features: int) -> int:
     return features
 
 
-def parse(text: str, default: int) -> int:
-    """Return *default* changed by a comma-separated list: `name` or `+name` adds, `-name` takes away."""
+def parse(text: str, default: int, known: Mapping[str, int] = NAMES) -> int:
+    """Return *default* changed by a comma-separated list of *known* names: `name` or `+name` adds, `-name` takes away."""
     features = default
     for word in filter(None, (part.strip().lower() for part in text.split(","))):
         name = word.lstrip("+-")
-        if name not in NAMES:
-            raise ConfigError(f"unknown feature {name!r}; known are {', '.join(sorted(NAMES))}")
-        features = features & ~NAMES[name] if word.startswith("-") else features | NAMES[name]
+        if name not in known:
+            raise ConfigError(f"unknown feature {name!r}; known are {', '.join(sorted(known))}")
+        features = features & ~known[name] if word.startswith("-") else features | known[name]
     return features

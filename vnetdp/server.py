@@ -34,9 +34,9 @@ class Server:
     """Serves *endpoint* to one front end after another, on the Unix socket *path*.
 
     connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
-    features: what may be offered of what can be; None = all. worker: who serves the rings; None makes a `Worker`, with
-    *poll_us*. inband: offer notifications as messages, which Linux takes wherever it can, and which cost it speed. The
-    endpoint, and a worker that was given, stay the caller's.
+    features, protocol_features: what may be offered of what can be; None = all. worker: who serves the rings; None makes
+    a `Worker`, with *poll_us*. inband: offer notifications as messages, which Linux takes wherever it can, and which cost
+    it speed. The endpoint, and a worker that was given, stay the caller's.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Server:
         connect: bool = False,
         queue_pairs: int = 1,
         features: int | None = None,
+        protocol_features: int | None = None,
         mtu: int | None = None,
         mac: bytes = b"\x52\x54\x00\x12\x34\x56",
         poll_us: int = 0,
@@ -59,6 +60,7 @@ class Server:
         self.path = path
         self.connect = connect
         self.features = features
+        self.protocol_features = protocol_features
         self.mtu = mtu
         self.mac = mac
         self.inband = inband
@@ -126,7 +128,9 @@ class Server:
     def _serve(self, transport: Transport, stop: Callable[[], bool], wake_fd: int) -> None:
         """Serve one front end until it leaves, breaks the rules, or we are stopped."""
         transport.sock.settimeout(_MESSAGE_TIMEOUT_S)
-        session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, self.inband)
+        session = Session(
+            transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, self.inband, self.protocol_features
+        )  # fmt: skip
         self.worker.on_broken = session.ring_broke
         self.served += 1
         _log.info("%s: front end %d attached", self.path, self.served)

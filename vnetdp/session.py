@@ -104,6 +104,7 @@ class Session:
         mtu: int | None,
         mac: bytes,
         inband: bool = False,
+        protocol_offer: int | None = None,
     ) -> None:
         self._transport = transport
         self._worker = worker
@@ -111,6 +112,7 @@ class Session:
         self._mtu = mtu
         self._mac = mac
         self._inband = inband
+        self._protocol_offer = protocol_offer
         self._connection = BackEndConnection()
         self._connection.offered_features = self._can_offer() if offer is None else self._can_offer() & offer
         self._connection.offered_features |= f.VHOST_USER_F_PROTOCOL_FEATURES
@@ -140,7 +142,8 @@ class Session:
         bits |= _F.RESET_DEVICE | _F.CONFIGURE_MEM_SLOTS | _F.STATUS | _F.DEVICE_STATE
         if self._inband:
             bits |= _F.INBAND_NOTIFICATIONS
-        return bits | _F.MQ
+        bits |= _F.MQ
+        return bits if self._protocol_offer is None else bits & self._protocol_offer
 
     # --- one message ---
 
@@ -504,7 +507,9 @@ class Session:
             other_used = self._gpa(partner.used, "used") if partner is not None else None
             ring.base = self._inflight.recover(index, self._memory, ring.num, used, other_used)
             at = self._memory.beside_offset
-            journal = self._inflight.journal_at(index)
+            # What moves from ring to ring within this guest can be journalled; the other end of a bridge is not ours.
+            loops_back = layout.KIND_ECHO <= self._endpoint.kind <= layout.KIND_REFLECT
+            journal = self._inflight.journal_at(index) if loops_back else 0
             backend.set_vring_inflight(vring, at + self._inflight.area_at(index), at + journal if journal else 0)
             backend.set_vring_base(vring, ring.base)
         else:

@@ -173,6 +173,38 @@ def test_a_second_binding_changes_nothing(place: Place) -> None:
     assert place.endpoint.polls_started == 1
 
 
+def test_binding_forgets_what_was_known_of_the_ring(place: Place) -> None:
+    receiveq = place.rings[0][RECEIVEQ]
+    backend = place.bind(features=FEATURES | f.VIRTIO_RING_F_EVENT_IDX)
+    place.bind(1)
+    receiveq.post(*range(8))
+    place.feed(0, 5)
+    place.wait_used(receiveq, 5)
+    receiveq.used_event = 4
+    backend.set_backend(RECEIVEQ, None)
+    # The driver lays the ring out anew, where the old one was: 4 buffers used, and one more available.
+    receiveq.avail_idx, receiveq.used_idx = 4, 4
+    receiveq.post(0)
+    place.calls[RECEIVEQ].clear()
+    backend.set_vring_base(RECEIVEQ, 4)
+    backend.set_backend(RECEIVEQ, place.endpoint)
+    place.feed(0, 2)
+    place.wait_used(receiveq, 5)
+    place.wait_for(lambda: place.calls[RECEIVEQ].clear() > 0, "a call, though index 5 was signalled before")
+    place.pass_by()
+    assert receiveq.used_idx == 5, "buffers that are not available any more were used"
+    # The same without another base: what it knew to be available is not.
+    receiveq.post(1, 2)
+    place.kicks[RECEIVEQ].signal()
+    place.wait_used(receiveq, 6)
+    backend.set_backend(RECEIVEQ, None)
+    receiveq.avail_idx = 6
+    backend.set_backend(RECEIVEQ, place.endpoint)
+    place.feed(0, 1)
+    place.pass_by()
+    assert receiveq.used_idx == 6
+
+
 def test_an_endpoint_needs_a_queue_for_each_pair(place: Place) -> None:
     backend = place.configure(pair=1)
     with NullEndpoint(1) as narrow:

@@ -366,6 +366,10 @@ class InThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def echoed(self) -> int:
+        """Return how many frames came and went so far."""
+        return self._endpoint.counters()["to_wire"]
+
     def lines(self) -> list[str]:
         got, self._lines.got = self._lines.got, []
         return got

@@ -20,7 +20,7 @@ from vnetdp_kernels.layout import VIRTQ_MAX_NUM
 
 from .. import features as f
 from ..endpoints.base import Endpoint
-from ..errors import BackendError, ConfigError, ProtocolError
+from ..errors import BackendError, ConfigError, LocalProtocolError, RemoteProtocolError
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
 from ..vhost_user.connection import FrontEndConnection
@@ -88,7 +88,7 @@ class VhostUserFrontEnd:
     def connect(self, timeout_s: float) -> bool:
         """Attach to the back end and shake hands, within *timeout_s*; False if there is none.
 
-        ProtocolError or BackendError if there is one, and it can't be worked with.
+        BackendError or ConfigError if there is one, and it can't be worked with.
         """
         self.disconnect()
         sock = self._accept(timeout_s) if self._listener is not None else self._dial()
@@ -101,10 +101,13 @@ class VhostUserFrontEnd:
         self.memory = None
         try:
             self._shake_hands()
-        except (BackendError, OSError):
-            # connect() may succeed on a back end that is just dying.
+        except (BackendError, ConfigError) as e:
             self.disconnect()
-            return False
+            if isinstance(e, BackendError) and e.errno == errno.ESRCH:
+                return False  # connect() may succeed on a back end that is just dying
+            raise
+        for backend in self.backends:
+            backend.forget()
         self.connections += 1
         return True
 
@@ -192,13 +195,19 @@ class VhostUserFrontEnd:
             if self._transport is None:
                 raise BackendError(request.name, errno.ESRCH, None, "the back end is gone")
             fds = list(fds)
-            data, answered = self._connection.send(request, payload, len(fds))
+            try:
+                data, answered = self._connection.send(request, payload, len(fds))
+            except LocalProtocolError as e:
+                raise BackendError(request.name, errno.EOPNOTSUPP, None, str(e)) from e
             try:
                 self._transport.send(data, fds)
                 got = self._transport.receive() if answered else None
             except OSError as e:
                 self.disconnect()
                 raise BackendError(request.name, errno.ESRCH, None, f"the back end is gone: {e}") from e
+            except RemoteProtocolError as e:
+                self.disconnect()
+                raise BackendError(request.name, errno.EPROTO, None, str(e)) from e
             if not answered:
                 return None, ()
             if got is None:
@@ -207,10 +216,10 @@ class VhostUserFrontEnd:
             header, content, got_fds = got
             try:
                 return self._connection.receive(request, header, content), got_fds
-            except ProtocolError:
+            except RemoteProtocolError as e:
                 close_fds(got_fds)
                 self.disconnect()
-                raise
+                raise BackendError(request.name, errno.EPROTO, None, str(e)) from e
 
     def send(self, request: Request, payload: Payload | None = None, fds: Iterable[int] = ()) -> None:
         """Send a request; BackendError if the back end refuses it, or is gone."""
@@ -249,10 +258,16 @@ class VhostUserBackend:
         self._fe = front_end
         self._pair = pair
         self._bound = [False] * VRINGS
+        self._lost = [False] * VRINGS  # bound when the back end went away: where it stopped is not known here
         self._num = [0] * VRINGS
         self._base = [0] * VRINGS
         self._kick: list[EventFd | None] = [None] * VRINGS
         self._features: int | None = None
+
+    def forget(self) -> None:
+        """Know that there is another back end now, which has none of the rings that were bound."""
+        self._lost = [lost or bound for lost, bound in zip(self._lost, self._bound, strict=True)]
+        self._bound = [False] * VRINGS
 
     def _index(self, verb: str, index: int) -> int:
         if not 0 <= index < VRINGS:
@@ -308,11 +323,14 @@ class VhostUserBackend:
             raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
         self._fe.send(Request.SET_VRING_BASE, VringState(n, base))
         self._base[index] = base
+        self._lost[index] = False
 
     def get_vring_base(self, index: int) -> int:
         self._index("get_vring_base", index)
         if self._bound[index]:
             self.set_backend(index, None)
+        if self._lost[index]:
+            raise BackendError("get_vring_base", errno.ESRCH, index, "the back end that had the ring is gone")
         return self._base[index]
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:

@@ -1,0 +1,386 @@
+"""What a back end leaves in the inflight area, wherever it is cut off: its successor loses nothing, and repeats nothing.
+
+A move from ring to ring is stopped behind each of its lines in turn, as plain Python, and what then lies in memory is all
+that the next back end gets to know.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.by_hand import Ring, frame, no_descriptor_leaks, wait_for
+from tests.vhost_user.rig import NUM, ByHand, Guest, InThread, inflight
+from vnetdp import features as f
+from vnetdp.backends.userspace import UserspaceBackend
+from vnetdp.bridge import Bridge
+from vnetdp.datapath import NO_LOG, Datapath, Scratch
+from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.loopback import EchoEndpoint, MacswapEndpoint, ReflectEndpoint
+from vnetdp.errors import ConfigError, RequestRefused
+from vnetdp.inflight import InflightArea
+from vnetdp.memory import Bytes, GuestMemory
+from vnetdp.notify import EventFd
+from vnetdp.vhost_user.message import Inflight, Request
+from vnetdp_kernels import layout as lay
+from vnetdp_kernels import net, split
+
+R = Request
+LEN = 1 << 18  # from guest address 0 on, so that the window has no hole
+
+
+@dataclass
+class Scene:
+    """A guest's two rings and its inflight area, as one window; back ends come and go."""
+
+    kind: type[Endpoint]
+    start: int
+    journalled: bool = True
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        self.area = InflightArea.create(2, NUM, 2)
+        self.stack.callback(self.area.close)
+        parts = GuestMemory.create([(0, LEN)])
+        self.memory = self.stack.enter_context(GuestMemory(parts.regions, beside=self.area.region()))
+        parts.close()
+        self.receiveq = Ring(self.memory, 0, NUM, self.start)
+        self.transmitq = Ring(self.memory, LEN // 2, NUM, self.start)
+
+    @property
+    def window(self) -> Bytes:
+        return self.memory.mem
+
+    def back_end(self) -> BackEndAtWork:
+        return BackEndAtWork(self)
+
+    def arrived(self) -> list[bytes]:
+        """Return the frames that were published to the guest, in order."""
+        self.receiveq.taken_from(self.start)
+        return [
+            self.memory.read(self.receiveq.buffer(head) + lay.NET_HDR_LEN, length - lay.NET_HDR_LEN)
+            for head, length in self.receiveq.taken()
+        ]
+
+
+class BackEndAtWork:
+    """A back end that has just started: it recovers both rings from the area, as a session does."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        memory, area = scene.memory, scene.area
+        self._stack = ExitStack()
+        self._endpoint = self._stack.enter_context(scene.kind())
+        self._datapath = Datapath(1)
+        self._stack.callback(self._datapath.close)
+        backend = UserspaceBackend(self._datapath, 0)
+        self._stack.callback(backend.set_backend, 1, None)
+        self._stack.callback(backend.set_backend, 0, None)
+        backend.set_features(f.VIRTIO_F_VERSION_1 | f.VIRTIO_NET_F_MRG_RXBUF)
+        backend.set_memory(memory)
+        for index, ring in enumerate((scene.receiveq, scene.transmitq)):
+            other = (scene.transmitq, scene.receiveq)[index]
+            backend.set_vring_num(index, NUM)
+            backend.set_vring_addr(index, ring.desc, ring.avail, ring.used)
+            base = area.recover(index, memory, NUM, ring.used, other.used)
+            journal = area.journal_at(index)
+            at = memory.beside_offset
+            backend.set_vring_inflight(index, at + area.area_at(index), at + journal if scene.journalled else 0)
+            backend.set_vring_base(index, base)
+        for index in (0, 1):
+            backend.set_backend(index, self._endpoint)
+        self._scratch = Scratch(1, NUM)
+
+    def arguments(self, budget: int = NUM) -> tuple[Any, ...]:
+        """Return what `forward` is called with."""
+        mem, table, s = self._scene.memory.mem, self._scene.memory.table, self._scratch
+        rxq, txq = self._datapath.vqs
+        return (
+            mem, table, txq, NO_LOG, s.rows, mem, table, rxq, NO_LOG, s.iov, s.chains, self._endpoint.rows[0], s.hdr,
+            self._endpoint.held[0], budget,
+        )  # fmt: skip
+
+    def work(self) -> None:
+        """Move all there is to move."""
+        while net.forward(*self.arguments(3)):
+            pass
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def states_on_the_way(window: Bytes, move: Callable[..., object], arguments: tuple[Any, ...]) -> list[Bytes]:
+    """Call *move* as plain Python, and return the window as it was before each of its lines, each state once."""
+    code = {getattr(function, "py_func", function).__code__ for function in (move, split.publish_used)}
+    seen: list[Bytes] = [window.copy()]
+
+    def look(here: FrameType, event: str, _arg: object) -> Any:
+        if here.f_code not in code:
+            return None
+        if event in ("line", "return") and not np.array_equal(seen[-1], window):
+            seen.append(window.copy())
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        getattr(move, "py_func", move)(*arguments)
+    finally:
+        sys.settrace(before)
+    return [*seen, window.copy()]
+
+
+@contextmanager
+def plain_publish() -> Iterator[None]:
+    """Have plain Python code publish as plain Python too, so that it can be stopped in the middle of that."""
+    compiled = split.publish_used
+    split.publish_used = getattr(compiled, "py_func", compiled)
+    try:
+        yield
+    finally:
+        split.publish_used = compiled
+
+
+ARP = (
+    b"\xff" * 6
+    + bytes(6)
+    + bytes.fromhex("0806 0001 0800 06 04 0001")
+    + bytes(6)
+    + b"\x0a\0\0\2"
+    + bytes(6)
+    + b"\x0a\0\0\1"
+)
+
+
+def echoed(kind: type[Endpoint], data: bytes) -> bytes:
+    if kind is MacswapEndpoint:
+        return data[6:12] + data[:6] + data[12:]
+    return data
+
+
+def frames_for(kind: type[Endpoint]) -> list[bytes]:
+    if kind is ReflectEndpoint:
+        return [ARP + bytes(18) if n % 3 else frame(n) for n in range(9)]  # every third is answered by nothing
+    return [frame(n, 8 if n == 4 else 60 + n) for n in range(9)]  # the fifth is too short, and dropped
+
+
+def after_a_crash(kind: type[Endpoint], start: int, journalled: bool) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    """Crash at every point of a move; yield what arrived in the end, and what would have without any crash."""
+    with ExitStack() as stack:
+        scene = Scene(kind, start, journalled)
+        stack.enter_context(scene.stack)
+        scene.receiveq.post(*range(NUM))
+        for head, data in enumerate(frames_for(kind)):
+            scene.transmitq.send(head, data)
+        first = scene.back_end()
+        with plain_publish():
+            states = states_on_the_way(scene.window, net.forward, first.arguments())
+        first.close()
+        assert scene.transmitq.used_idx == (start + 9) & 0xFFFF
+        whole = scene.arrived()
+        for at_the_crash in states:
+            scene.window[:] = at_the_crash
+            second = scene.back_end()
+            second.work()
+            second.close()
+            assert scene.transmitq.used_idx == (start + 9) & 0xFFFF
+            yield scene.arrived(), whole
+
+
+KINDS = [EchoEndpoint, MacswapEndpoint, ReflectEndpoint]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("start", [0, 65530])
+def test_wherever_a_back_end_is_cut_off_its_successor_loses_and_repeats_nothing(
+    kind: type[Endpoint], start: int
+) -> None:
+    with no_descriptor_leaks():
+        points = 0
+        for arrived, whole in after_a_crash(kind, start, journalled=True):
+            assert arrived == whole
+            points += 1
+    assert len(whole) in (6, 8)
+    if kind is not ReflectEndpoint:
+        assert whole == [echoed(kind, data) for data in frames_for(kind) if len(data) >= lay.ETH_HLEN]
+    assert points > 10
+
+
+def test_without_the_journal_there_is_a_point_where_frames_are_repeated() -> None:
+    """The control of the test above: it does stop between the two publications."""
+    found = list(after_a_crash(EchoEndpoint, 0, journalled=False))
+    repeated = [arrived for arrived, whole in found if arrived != whole]
+    assert repeated
+    assert all(arrived[:8] == whole and len(arrived) == 16 for (arrived, whole) in found if arrived != whole)
+
+
+def test_a_second_crash_during_the_recovery_is_survived_too() -> None:
+    scene = Scene(EchoEndpoint, 65530)
+    with scene.stack:
+        scene.receiveq.post(*range(NUM))
+        for head in range(5):
+            scene.transmitq.send(head, frame(head))
+        first = scene.back_end()
+        with plain_publish():
+            states = states_on_the_way(scene.window, net.forward, first.arguments())
+        first.close()
+        for at_the_crash in states:
+            scene.window[:] = at_the_crash
+            for index in (0, 1, 0):  # one that came as far as this, and died
+                ring, other = (scene.receiveq, scene.transmitq)[:: 1 - 2 * index]
+                scene.area.recover(index, scene.memory, NUM, ring.used, other.used)
+            second = scene.back_end()
+            second.work()
+            second.close()
+            assert scene.arrived() == [frame(n) for n in range(5)]
+
+
+def test_a_journal_of_another_time_is_not_believed() -> None:
+    """The rings went on without us (a fallback, a reset): what was cut off then is not finished now."""
+    for receiveq_idx, transmitq_idx in ((3, 4), (0, 400), (1, 0xFFFF), (65535, 5)):
+        scene = Scene(EchoEndpoint, 0)
+        with scene.stack:
+            at = scene.memory.beside_offset + scene.area.journal_at(1)
+            scene.area.recover(1, scene.memory, NUM, scene.transmitq.used, scene.receiveq.used)
+            scene.window[at : at + 6] = np.frombuffer(struct.pack("<HHH", receiveq_idx, transmitq_idx, 1), np.uint8)
+            assert scene.area.recover(1, scene.memory, NUM, scene.transmitq.used, scene.receiveq.used) == 0
+            assert scene.transmitq.used_idx == 0
+            assert scene.window[at + lay.JOURNAL_VALID] == 0
+
+
+# --- the area itself ---
+
+
+def test_an_area_is_laid_out_as_the_protocol_says() -> None:
+    area = InflightArea.create(4, NUM, 4)
+    try:
+        said = area.describe()
+        assert (said.num_queues, said.queue_size, said.offset) == (4, NUM, 0)
+        assert [area.area_at(n) for n in range(4)] == [0, 320, 640, 960]  # 16 + 16 * 16, rounded up to 64
+        assert said.size % lay.PAGE_SIZE == 0
+        assert os.fstat(area.fd).st_size >= said.size
+        assert os.pread(area.fd, 1 << 16, 0) == bytes(said.size)
+        assert [area.journal_at(n) for n in range(4)] == [1280, 1344, 1408, 1472]
+    finally:
+        area.close()
+
+
+def test_an_area_of_another_back_end_has_no_journal_but_serves(tmp_path: Path) -> None:
+    """DPDK and QEMU make areas without the room; their size may be no multiple of a page."""
+    path = tmp_path / "area"
+    path.write_bytes(bytes(4 * 320))
+    with no_descriptor_leaks():
+        back_end = InThread(tmp_path)
+        with ByHand.dial(back_end.path) as end, Guest(end) as guest:
+            end.shake_hands()
+            fd = os.open(path, os.O_RDWR)
+            assert end.tell(R.SET_INFLIGHT_FD, inflight(4 * 320, 0, 4, NUM), [fd])
+            os.close(fd)
+            assert end.tell(R.SET_MEM_TABLE, guest.table, [guest.fd])
+            guest.start(0, 1)
+            for n in range(20):
+                guest.echo(n)
+            end.leave()
+        back_end.close()
+        version, num, _, used_idx = struct.unpack_from("<HHHH", path.read_bytes(), 320 + lay.INFLIGHT_VERSION)
+        assert (version, num, used_idx) == (1, NUM, 20)
+
+
+@pytest.mark.parametrize(("queues", "size"), [(0, 8), (5, 8), (4, 0), (4, 40000)])
+def test_absurd_counts_are_refused(queues: int, size: int) -> None:
+    with no_descriptor_leaks(), pytest.raises(RequestRefused):
+        InflightArea.create(queues, size, 4)
+
+
+def test_a_ring_that_is_not_in_the_area_is_refused() -> None:
+    scene = Scene(EchoEndpoint, 0)
+    with scene.stack:
+        for index, num in ((2, NUM), (0, 2 * NUM)):
+            with pytest.raises(RequestRefused, match="not in an inflight area"):
+                scene.area.recover(index, scene.memory, num, scene.receiveq.used, None)
+        with pytest.raises(RequestRefused):
+            scene.area.recover(0, scene.memory, NUM, 1 << 40, None)
+
+
+def test_an_area_that_ends_behind_its_file_is_refused_when_it_comes() -> None:
+    fd = os.memfd_create("area")
+    os.ftruncate(fd, 4096)
+    try:
+        for said in (Inflight(8192, 0, 4, NUM), Inflight(4096, 4096, 4, NUM), Inflight(4096, 0, 4, 300)):
+            with pytest.raises((RequestRefused, ConfigError)):
+                InflightArea.attach(said, fd, 4)
+    finally:
+        os.close(fd)
+
+
+# --- who keeps a journal ---
+
+
+def journal_after_traffic(end: ByHand, guest: Guest, send: Callable[[], None]) -> bytes:
+    """Return what the journals of an area hold after *send*."""
+    end.send(R.GET_INFLIGHT_FD, inflight(0, 0, 2, NUM))
+    fds: list[int] = []
+    said = Inflight.decode(end.answer(R.GET_INFLIGHT_FD, fds))
+    guest.share()
+    guest.start(0, 1)
+    send()
+    content = os.pread(fds[0], said.size, 0)
+    os.close(fds[0])
+    return content[2 * 320 :]
+
+
+def test_an_echo_keeps_one(tmp_path: Path) -> None:
+    with no_descriptor_leaks():
+        back_end = InThread(tmp_path)
+        with ByHand.dial(back_end.path) as end, Guest(end) as guest:
+            end.shake_hands()
+            journal = journal_after_traffic(end, guest, guest.echo)
+            assert journal.rstrip(b"\0") == bytes(64) + struct.pack("<HH", 1, 1).rstrip(b"\0")
+            end.leave()
+        back_end.close()
+
+
+def test_a_bridge_keeps_none(tmp_path: Path) -> None:
+    """What it moves goes into another guest's ring: how far that one is says nothing about ours."""
+    paths = [str(tmp_path / name) for name in ("left", "right")]
+    with no_descriptor_leaks(), ExitStack() as stack, Bridge(*paths) as bridge, EventFd() as wake:
+        stop: list[bool] = []
+        thread = _serving(bridge, stop)
+        ends = [stack.enter_context(ByHand.dial(path)) for path in paths]
+        guests = [stack.enter_context(Guest(end, pairs=1)) for end in ends]
+        for end in ends:
+            end.shake_hands()
+        guests[1].share()
+        guests[1].start(0, 1)
+        guests[1].rings[0].post(0)
+
+        def send() -> None:
+            guests[0].rings[1].send(0, frame(1))
+            guests[0].kicks[1].signal()
+            wait_for(lambda: guests[0].rings[1].used_idx == 1, "the frame was taken")
+            wait_for(lambda: guests[1].rings[0].used_idx == 1, "the frame arrived")
+
+        assert not journal_after_traffic(ends[0], guests[0], send).strip(b"\0")
+        for end in ends:
+            end.leave()
+        stop.append(True)
+        wake.signal()
+        thread.join()
+
+
+def _serving(bridge: Bridge, stop: list[bool]) -> Any:
+    import threading
+
+    thread = threading.Thread(target=bridge.serve, args=(lambda: bool(stop),))
+    thread.start()
+    return thread
