@@ -172,6 +172,8 @@ def test_it_stands_still_while_it_is_paused(counting: Counting) -> None:
     with paced.paused():
         pass
     paced.close()
+    counting.bell.close()
+    paced.close()
 
 
 def test_several_threads_may_pause_it(counting: Counting) -> None:

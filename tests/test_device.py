@@ -367,6 +367,32 @@ def test_a_broken_ring_asks_for_a_reset_while_other_pairs_live(device: NetDevice
     wait_for(lambda: rings[1].used_idx == 1, "everything runs after the reset")
 
 
+def test_a_queue_that_was_reset_is_not_broken(device: NetDevice) -> None:
+    rings = bring_up(device, MODERN)
+    device.set_status(READY)
+    rings[1].put_desc(0, 0, 0)
+    rings[1].offer(0)
+    device.kicks[1].signal()
+    wait_for(lambda: bool(device.ring_errors()), "a broken queue")
+    device.reset_queue(1)
+    assert device.ring_errors() == []
+    device.check_rings()
+    fresh = Ring(device.memory, rings[-1].end)
+    fresh.send(0, frame(0))
+    device.set_queue(1, fresh.num, fresh.desc, fresh.avail, fresh.used)
+    device.enable_queue(1)
+    wait_equal(lambda: fresh.used_idx, 1)
+    assert device.status & NEEDS_RESET, "only a reset of the device takes that back"
+
+
+def test_closing_twice_is_closing_once(device: NetDevice) -> None:
+    bring_up(device, MODERN)
+    device.set_status(READY)
+    device.close()
+    assert device.owner is Owner.NOBODY
+    device.close()
+
+
 def test_a_stepped_device_says_needs_reset_too(memory: GuestMemory) -> None:
     with EchoEndpoint() as echo, NetDevice(memory, echo, threaded=False) as device:
         rings = bring_up(device, MODERN)

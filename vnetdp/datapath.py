@@ -213,7 +213,7 @@ class Paced:
                 yield
             finally:
                 self._depth -= 1
-                if self._depth == 0:
+                if self._depth == 0 and not self._ended:
                     self._target.bell.clear()
                     self._target.ctl[layout.CTL_DOORBELL] = 0
                     self._resume.set()

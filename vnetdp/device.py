@@ -384,13 +384,13 @@ class NetDevice:
             self._needs_reset()
 
     def ring_errors(self) -> list[GuestError]:
-        """Return what broke which queue."""
+        """Return what broke which queue. A queue that was reset since is not broken, whatever its backend remembers."""
         backends = self._backends() or ()
         return [
             GuestError(VRINGS * pair + vring, backend.status(vring))
             for pair, backend in enumerate(backends)
             for vring in range(VRINGS)
-            if backend.status(vring)
+            if self.queues[VRINGS * pair + vring].enabled and backend.status(vring)
         ]
 
     def _needs_reset(self) -> None:

@@ -71,7 +71,7 @@ class Region:
         if (self.gpa | self.length | self.fd_offset) & (PAGE_SIZE - 1) or self.fd_offset < 0:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {PAGE_SIZE} bytes")
         size = os.fstat(self.fd).st_size
-        if self.fd_offset + self.length > size:
+        if self.fd_offset + self.length > -(-size // PAGE_SIZE) * PAGE_SIZE:  # its last page can be mapped whole
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes")
 
 

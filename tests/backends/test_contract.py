@@ -36,6 +36,8 @@ def test_sizes_bases_and_rings_have_limits(place: Place) -> None:
         refused(errno.ENOBUFS, backend.set_vring_addr, index, 0, 0, 0)
         refused(errno.ENOBUFS, backend.set_vring_kick, index, None)
         refused(errno.ENOBUFS, backend.set_vring_call, index, None)
+        refused(errno.ENOBUFS, backend.set_vring_enable, index, True)
+        refused(errno.ENOBUFS, backend.set_vring_inflight, index, 0, 0)
         refused(errno.ENOBUFS, backend.set_backend, index, None)
         refused(errno.ENOBUFS, backend.set_backend, index, place.endpoint)
 
@@ -330,6 +332,31 @@ def test_one_ring_of_a_pair_goes_on_without_the_other(place: Place) -> None:
     place.wait_used(receiveq, 1)
     assert place.endpoint.polled_by
     assert transmitq.used_idx == 0
+
+
+def test_a_ring_that_is_disabled_uses_what_is_sent_and_does_nothing(place: Place) -> None:
+    backend = place.bind()
+    place.bind(1)
+    receiveq, transmitq = place.rings[0]
+    for index in range(VRINGS):
+        backend.set_vring_enable(index, False)
+    receiveq.post(0)
+    place.feed(0, 1)
+    transmitq.send(0, frame(0))
+    place.kicks[TRANSMITQ].signal()
+    place.wait_used(transmitq, 1)
+    place.pass_by()
+    assert transmitq.taken() == [(0, 0)]
+    assert receiveq.used_idx == 0
+    assert place.endpoint.rows[0, lay.EP_TO_WIRE] == 0
+    assert backend.counters(TRANSMITQ)["dropped"] == 1
+    for index in range(VRINGS):
+        backend.set_vring_enable(index, True)
+    transmitq.send(1, frame(1))
+    place.kicks[TRANSMITQ].signal()
+    place.wait_used(transmitq, 2)
+    place.wait_used(receiveq, 1)
+    assert place.endpoint.rows[0, lay.EP_TO_WIRE] == 1
 
 
 # --- kick and call ---
