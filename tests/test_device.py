@@ -24,12 +24,13 @@ from tests.by_hand import (
 )
 from vnetdp import features as f
 from vnetdp.backends.worker import Worker
-from vnetdp.device import NetDevice, Owner
+from vnetdp.device import NetDevice
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.errors import ConfigError, GuestError
 from vnetdp.memory import GuestMemory
+from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
 
 MODERN = f.VIRTIO_F_VERSION_1
@@ -217,7 +218,7 @@ def test_offers_are_closed_under_their_needs(memory: GuestMemory) -> None:
 def test_config_space_is_readable_before_any_negotiation(idle: NetDevice) -> None:
     idle.set_status(0)
     space = idle.read_config(0, 12)
-    assert space[:6] == idle.mac
+    assert space[:6] == idle.control.mac
     assert struct.unpack("<HHH", space[6:]) == (1, 1, 1500)
     for offset in range(13):
         for length in range(13 - offset):

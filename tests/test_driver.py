@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from tests.by_hand import NEEDS_RESET, READY, Traffic, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
 from vnetdp import features as f
 from vnetdp.backends.worker import Worker
-from vnetdp.device import NetDevice, Owner
+from vnetdp.device import NetDevice
 from vnetdp.driver import BUFFER_LEN, Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint, NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.errors import ConfigError, GuestError
 from vnetdp.memory import GuestMemory
+from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
 
 ALL = (1 << 64) - 1

@@ -18,10 +18,11 @@ from vnetdp.backends.base import VERBS, Backend
 from vnetdp.backends.faulty import Fault, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
-from vnetdp.device import NetDevice, Owner
+from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.errors import BackendError, ConfigError
 from vnetdp.memory import DirtyLog
+from vnetdp.owners import Owner
 
 PAIRS = 2
 RATE = scaled(20_000, 300)

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from vnetdp.bench.netns import ADDRESSES, NetnsPair, why_no_netns
-from vnetdp.device import Owner
 from vnetdp.endpoints.tap import TapEndpoint
 from vnetdp.link import Link
+from vnetdp.owners import Owner
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 SECONDS = 60 if CAMPAIGN else 4

@@ -22,11 +22,12 @@ from vnetdp.backends.faulty import FaultyBackend
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.backends.worker import Worker
 from vnetdp.datapath import Datapath
-from vnetdp.device import NetDevice, Owner
+from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.memory import GuestMemory
+from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
 
 RATE = scaled(40_000, 300)

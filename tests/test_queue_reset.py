@@ -7,8 +7,9 @@ import pytest
 from tests.by_hand import READY, Traffic, no_descriptor_leaks, rebase, scaled
 from vnetdp.backends.faulty import Fault, FaultyBackend
 from vnetdp.backends.worker import Worker
-from vnetdp.device import NetDevice, Owner
+from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
+from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
 
 

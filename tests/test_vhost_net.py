@@ -90,7 +90,7 @@ def test_verbs_come_in_order_and_each_ring_is_bound_last(bed: Bed) -> None:
     for pair in range(PAIRS):
         expected += [(verb, pair, None) for verb in a_device]
         expected += [(verb, pair, index) for index in (RECEIVEQ, TRANSMITQ) for verb in a_ring]
-        expected += [("set_backend", pair, index) for index in (RECEIVEQ, TRANSMITQ)]
+    expected += [("set_backend", pair, index) for pair in range(PAIRS) for index in (RECEIVEQ, TRANSMITQ)]
     assert bed.trace.calls == expected
     assert [*a_device, *a_ring, "set_backend", "get_vring_base"] == list(VERBS)
     assert bed.bound == [1] * 2 * PAIRS

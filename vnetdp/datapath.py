@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 import numpy as np
@@ -145,6 +145,20 @@ class Runnable(Protocol):
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]: ...
 
 
+class _Pause:
+    """What `Paced.paused` returns: a hundred verbs in one hand-over enter it, so it is made once."""
+
+    def __init__(self, halt: Callable[[], None], go_on: Callable[[], None]) -> None:
+        self._halt = halt
+        self._go_on = go_on
+
+    def __enter__(self) -> None:
+        self._halt()
+
+    def __exit__(self, *exc: object) -> None:
+        self._go_on()
+
+
 class Paced:
     """A thread that runs a datapath (or a driver), and stands still while somebody changes it.
 
@@ -158,6 +172,7 @@ class Paced:
         self._target = target
         self.poll_us = poll_us
         self._lock = threading.RLock()
+        self._pause = _Pause(self._halt, self._go_on)
         self._depth = 0
         self._parked = threading.Event()
         self._resume = threading.Event()
@@ -197,26 +212,32 @@ class Paced:
         """The thread's id as the kernel knows it, for setting its affinity."""
         return self._thread.native_id or 0
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Hold the thread outside the kernels for the length of the block."""
-        with self._lock:
-            # A thread that ended, even by a defect, never parks again; nor need it be dead yet.
-            if self._depth == 0 and not self._ended:
+        return self._pause
+
+    def _halt(self) -> None:
+        self._lock.acquire()
+        # A thread that ended, even by a defect, never parks again; nor need it be dead yet.
+        if self._depth == 0 and not self._ended:
+            try:
                 self._target.ctl[layout.CTL_DOORBELL] = 1
                 self._target.bell.signal()
                 while not self._parked.wait(_STUCK_S):
                     interrupt.interrupt(self._thread.ident or 0)
                 self._parked.clear()
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if self._depth == 0 and not self._ended:
-                    self._target.bell.clear()
-                    self._target.ctl[layout.CTL_DOORBELL] = 0
-                    self._resume.set()
+            except BaseException:
+                self._lock.release()
+                raise
+        self._depth += 1
+
+    def _go_on(self) -> None:
+        self._depth -= 1
+        if self._depth == 0 and not self._ended:
+            self._target.bell.clear()
+            self._target.ctl[layout.CTL_DOORBELL] = 0
+            self._resume.set()
+        self._lock.release()
 
     def signal_later(self, event: EventFd) -> None:
         """Have the thread signal *event*, a peer's, when it goes on; only while it stands still."""

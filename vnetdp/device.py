@@ -7,15 +7,13 @@ set tries again. A hand-over may happen at any moment, under traffic.
 
 from __future__ import annotations
 
-import enum
 import logging
 import struct
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Protocol, Self
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol, Self
 
 from vnetdp_kernels import layout
 
@@ -28,30 +26,22 @@ from .datapath import Datapath
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, GuestError
 from .memory import DirtyLog, GuestMemory
+from .notifiers import Notifiers
 from .notify import EventFd
+from .owners import Owner, Owners
+from .state import (
+    MAX_QUEUE_PAIRS,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_NET_S_LINK_UP,
+    Control,
+    DeviceState,
+    StateDelta,
+)
 from .virtqueue import Virtqueue, check_num
 
 _log = logging.getLogger("vnetdp.device")
-
-VIRTIO_CONFIG_S_ACKNOWLEDGE = 1
-VIRTIO_CONFIG_S_DRIVER = 2
-VIRTIO_CONFIG_S_DRIVER_OK = 4
-VIRTIO_CONFIG_S_FEATURES_OK = 8
-VIRTIO_CONFIG_S_NEEDS_RESET = 0x40
-VIRTIO_CONFIG_S_FAILED = 0x80
-VIRTIO_NET_S_LINK_UP = 1
-VIRTIO_NET_S_ANNOUNCE = 2
-
-MAX_QUEUE_PAIRS = 1024
-_HANDOVERS_KEPT = 10_000
-
-
-class Owner(enum.Enum):
-    """Who runs the rings."""
-
-    NOBODY = "nobody"
-    USERSPACE = "userspace"
-    VHOST = "vhost"
 
 
 class VhostSide(Protocol):
@@ -69,7 +59,8 @@ class NetDevice:
     device's own thread; if not, nothing moves but by `step` (and vhost must be None or stepped by its owner).
     offered: feature bits to offer, of those that can be; None = all. The caller keeps and closes memory, endpoint
     and worker; `close` gives up what the device itself made. fallback: False leaves the rings without an owner, not
-    with userspace, while vhost cannot have them.
+    with userspace, while vhost cannot have them. running: False is a device whose machine does not run yet, such as a
+    migration's destination. notifiers: in place of its own, which then become the device's.
     """
 
     def __init__(
@@ -86,6 +77,8 @@ class NetDevice:
         poll_us: int = 0,
         max_num: int = 1024,
         fallback: bool = True,
+        running: bool = True,
+        notifiers: Notifiers | None = None,
     ) -> None:
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise ConfigError(f"{queue_pairs} queue pairs: a device has 1 to {MAX_QUEUE_PAIRS}")
@@ -103,40 +96,35 @@ class NetDevice:
         self.memory = memory
         self.endpoint = endpoint
         self.queue_pairs = queue_pairs
-        self.mac = mac
-        self.mtu = mtu
+        self.control = self._initial = Control(mac=mac, mtu=mtu or 0, curr_queue_pairs=queue_pairs)
         self.max_num = max_num
         self.fallback = fallback
         self.log: DirtyLog | None = None
-        self.owner = Owner.NOBODY
         self.use_vhost = vhost is not None
-        self.fallbacks = 0
-        self.handovers_ns: deque[int] = deque(maxlen=_HANDOVERS_KEPT)
-        self.handovers = 0
         self.last_error: Exception | None = None
-        self.kicks = [EventFd() for _ in range(VRINGS * queue_pairs)]
-        self.calls = [EventFd() for _ in range(VRINGS * queue_pairs)]
+        self.notifiers = notifiers or Notifiers(queue_pairs)
+        self.kicks = self.notifiers.kicks
+        self.calls = self.notifiers.calls
         self.config_call = EventFd()
         self.queues = [Virtqueue(num=min(256, max_num)) for _ in range(VRINGS * queue_pairs)]
         self._lock = threading.RLock()
-        self._vhost = vhost
         self._status = 0
-        self._link_up = True
-        self._running = True
+        self._running = running
         self._driver_features = 0
         self._offered = self._can_offer() if offered is None else f.closure(offered & self._can_offer())
         self._userspace_worker: Worker | None = None
         self._stepped: Datapath | None = None
         if threaded:
             self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", self.check_rings)
-            self._userspace: Sequence[Backend] = self._userspace_worker.backends
+            userspace: Sequence[Backend] = self._userspace_worker.backends
         else:
             self._stepped = Datapath(queue_pairs)
-            self._userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
+            userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
+        self.owners = Owners(userspace, vhost, self.notifiers)
 
     def _can_offer(self) -> int:
         bits = f.RING_FEATURES | f.VIRTIO_NET_F_MRG_RXBUF | f.VIRTIO_NET_F_MAC | f.VIRTIO_NET_F_STATUS
-        if self.mtu is not None:
+        if self.control.mtu:
             bits |= f.VIRTIO_NET_F_MTU
         if self.endpoint.vnet_hdr:
             bits |= f.OFFLOADS
@@ -177,7 +165,8 @@ class NetDevice:
                 if wanted & ~self._offered or f.missing_dependency(wanted):
                     status &= ~agreed
                 else:
-                    self.endpoint.set_offloads(f.guest_offload_mask(wanted))
+                    self.control = replace(self.control, guest_offloads=f.guest_offload_mask(wanted))
+                    self.endpoint.set_offloads(self.control.guest_offloads)
             self._status = status | self._status & VIRTIO_CONFIG_S_NEEDS_RESET
             self._update_owner()
 
@@ -228,8 +217,8 @@ class NetDevice:
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Read the configuration space (5.1.4): mac, status, max_virtqueue_pairs, mtu."""
-        net_status = VIRTIO_NET_S_LINK_UP if self._link_up else 0
-        space = self.mac + struct.pack("<HHH", net_status, self.queue_pairs, self.mtu or 0)
+        control = self.control
+        space = control.mac + struct.pack("<HHH", control.net_status, self.queue_pairs, control.mtu)
         if offset < 0 or length < 0 or offset + length > len(space):
             raise ConfigError(f"config space has {len(space)} bytes, not {offset}+{length}")
         return space[offset : offset + length]
@@ -237,10 +226,31 @@ class NetDevice:
     def set_link(self, up: bool) -> None:
         """Set the link state; while it is down nobody owns the rings."""
         with self._lock:
-            if up != self._link_up:
-                self._link_up = up
+            status = self.control.net_status
+            self.set_control(net_status=status | VIRTIO_NET_S_LINK_UP if up else status & ~VIRTIO_NET_S_LINK_UP)
+
+    def set_control(self, **changes: Any) -> None:
+        """Change what control commands, or the host, set: any fields of `Control`. ConfigError, and no change, if wrong."""
+        with self._lock:
+            before, wanted = self.control, replace(self.control, **changes)
+            wanted.validate(self.queue_pairs)
+            if wanted.mtu != before.mtu and wanted.mtu:
+                self.endpoint.set_mtu(wanted.mtu)
+            self.control = wanted
+            self._apply(before)
+            if (wanted.mac, wanted.mtu, wanted.net_status) != (before.mac, before.mtu, before.net_status):
                 self._notify_config()
+            if wanted.link_up != before.link_up:
                 self._update_owner()
+
+    def _apply(self, before: Control) -> None:
+        """Tell the endpoint what of the control state concerns it, and is new."""
+        control = self.control
+        if control.curr_queue_pairs != before.curr_queue_pairs:
+            for pair in range(self.queue_pairs):
+                self.endpoint.set_queue_active(pair, pair < control.curr_queue_pairs)
+        if control.guest_offloads != before.guest_offloads:
+            self.endpoint.set_offloads(control.guest_offloads)
 
     def set_running(self, running: bool) -> None:
         """Stop or resume the device, as a stopped virtual machine does; while it is stopped nobody owns the rings."""
@@ -251,7 +261,7 @@ class NetDevice:
     def set_use_vhost(self, use: bool) -> None:
         """Choose the owner: the vhost worker, or the userspace datapath. Takes effect at once."""
         with self._lock:
-            if use and self._vhost is None:
+            if use and self.owners.vhost is None:
                 raise ConfigError("the device was made without a vhost worker")
             self.use_vhost = use
             self._update_owner()
@@ -272,9 +282,7 @@ class NetDevice:
                 return
             rings = self._rings()
             try:
-                with ExitStack() as stack:
-                    for backend in backends:
-                        stack.enter_context(backend.hold())
+                with vhost_net.standing_still(backends):
                     for pair, backend in enumerate(backends):
                         backend.set_log(log)
                         backend.set_features(rings.features)
@@ -287,71 +295,114 @@ class NetDevice:
 
     # --- owners ---
 
+    @property
+    def owner(self) -> Owner:
+        return self.owners.owner
+
+    @property
+    def handovers(self) -> int:
+        return self.owners.handovers
+
+    @property
+    def handovers_ns(self) -> deque[int]:
+        """How long the last hand-overs took."""
+        return self.owners.handovers_ns
+
+    @property
+    def fallbacks(self) -> int:
+        """Times that vhost could not be started."""
+        return self.owners.fallbacks
+
     def _rings(self) -> vhost_net.Rings:
         features = self._driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
-        mtu = self.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
+        mtu = self.control.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
         return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu)
 
     def _backends(self) -> Sequence[Backend] | None:
-        if self.owner is Owner.VHOST:
-            return self._vhost
-        return self._userspace if self.owner is Owner.USERSPACE else None
+        return self.owners.backends
+
+    @property
+    def ready(self) -> bool:
+        """True if the driver is ready and the link up: the rings may have an owner once the machine runs."""
+        broken = self._status & VIRTIO_CONFIG_S_NEEDS_RESET
+        return bool(self._status & VIRTIO_CONFIG_S_DRIVER_OK and not broken and self.control.link_up)
 
     def _update_owner(self) -> None:
         """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace."""
-        ready = bool(
-            self._status & VIRTIO_CONFIG_S_DRIVER_OK
-            and not self._status & VIRTIO_CONFIG_S_NEEDS_RESET
-            and self._link_up
-            and self._running
-        )
-        if not ready:
+        if not (self.ready and self._running):
             self._hand_to(Owner.NOBODY)
-        elif not self.use_vhost or (not self._hand_to(Owner.VHOST) and self.fallback):
-            self._hand_to(Owner.USERSPACE)
+        elif (not self.use_vhost or (not self._hand_to(Owner.VHOST) and self.fallback)) and not self._hand_to(
+            Owner.USERSPACE
+        ):
+            self._needs_reset()
 
     def _hand_to(self, owner: Owner) -> bool:
-        """Stop the present owner and start *owner*; False if that could not be started (then nobody owns the rings)."""
-        if owner is self.owner:
-            return True
-        began = time.perf_counter_ns()
-        rings = self._rings()
-        with self._standing_still():
-            backends = self._backends()
-            if backends is not None:
-                vhost_net.stop(backends, rings)
-            self.owner = Owner.NOBODY
-            wanted = {Owner.NOBODY: None, Owner.USERSPACE: self._userspace, Owner.VHOST: self._vhost}[owner]
-            if wanted is not None:
-                try:
-                    vhost_net.start(wanted, rings)
-                except BackendError as e:
-                    self.last_error = e
-                    if owner is Owner.VHOST:
-                        self.fallbacks += 1
-                        _log.warning("unable to start vhost: %s: falling back on userspace virtio", e)
-                    else:
-                        _log.error("unable to start the userspace datapath: %s", e)
-                        self._needs_reset()
-                    return False
-                self.owner = owner
-        if wanted is not None:
-            # Whoever held the rings before may have left a decision open: calls may be spurious, but not lost.
-            for queue, call in zip(self.queues, self.calls, strict=True):
-                if queue.enabled:
-                    call.signal()
-        self.handovers += 1
-        self.handovers_ns.append(time.perf_counter_ns() - began)
-        return True
+        done = self.owners.hand_to(owner, self._rings())
+        if not done:
+            self.last_error = self.owners.last_error
+        return done
 
-    @contextmanager
-    def _standing_still(self) -> Iterator[None]:
-        """Hold both owners for the length of a hand-over, so that it costs each one stop."""
-        with ExitStack() as stack:
-            for backends in (self._userspace, self._vhost or ()):
-                for backend in backends:
-                    stack.enter_context(backend.hold())
-            yield
+    # --- migration: what a destination does before its machine runs, and a source after its machine has stopped ---
+
+    def save_state(self) -> DeviceState:
+        """Return all that another device needs to go on. Indices are exact while nobody owns the rings."""
+        with self._lock:
+            return DeviceState(self._status, self._driver_features, self.control, self.queues).copy()
+
+    def load_state(self, state: DeviceState) -> None:
+        """Take over the state of another device; only while the machine does not run. ConfigError if it can't be."""
+        with self._lock:
+            if len(state.queues) != len(self.queues):
+                raise ConfigError(f"a state of {len(state.queues)} queues; the device has {len(self.queues)}")
+            registers = {"status": state.status, "features": state.features}
+            self.load_delta(StateDelta(registers, vars(state.control), dict(enumerate(state.copy().queues)), []))
+
+    def load_delta(self, delta: StateDelta) -> None:
+        """Take over what has changed in another device since its state was loaded; as `load_state`, all or nothing."""
+        with self._lock:
+            if self._running:
+                raise ConfigError("the device runs: state is loaded into one that does not")
+            features = delta.registers.get("features", self._driver_features)
+            if features & ~self._offered or f.missing_dependency(features):
+                refused = ", ".join(f.names(features & ~self._offered)) or "a feature without what it needs"
+                raise ConfigError(f"the driver uses what this device can't offer: {refused}")
+            control = replace(self.control, **delta.control) if delta.control else self.control
+            if delta.control:
+                control.validate(self.queue_pairs)
+            for index, queue in delta.queues.items():
+                self._queue(index)
+                queue.validate()
+            for index, _ in delta.bases:
+                if not self.queues[index].enabled:
+                    raise ConfigError(f"an index for queue {index}, which is not enabled")
+            self._driver_features = features
+            self._status = delta.registers.get("status", self._status)
+            before, self.control = self.control, control
+            if delta.control:
+                self._apply(before)
+            for index, queue in delta.queues.items():
+                self.queues[index] = queue
+            for index, base in delta.bases:
+                self.queues[index].last_avail_idx = base
+
+    def prepare_vhost(self) -> bool:
+        """Configure vhost as far as the state allows, with binding held back; False if there is nothing to do or it failed.
+
+        Once the machine runs, vhost is bound; until then nobody touches the rings. Called again after a change of
+        state it tells vhost only what is new.
+        """
+        with self._lock:
+            if self._running or not self.use_vhost:
+                return False
+            if not self.ready:
+                self.owners.abandon()
+                return False
+            return self.owners.prepare(self._rings())
+
+    def abandon_vhost(self) -> None:
+        """Take back what `prepare_vhost` gave."""
+        with self._lock:
+            self.owners.abandon()
 
     def _restart_after(self, error: BackendError) -> None:
         """The owner failed at a verb in passing: take the rings from it, and start anew."""
@@ -362,8 +413,12 @@ class NetDevice:
 
     def _reset(self) -> None:
         self._hand_to(Owner.NOBODY)
+        self.owners.abandon()
         self._status = 0
         self._driver_features = 0
+        before = self.control
+        self.control = replace(self._initial, mtu=before.mtu, net_status=before.net_status & VIRTIO_NET_S_LINK_UP)
+        self._apply(before)
         self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
         self.endpoint.rows[:, layout.EP_HELD] = 0
         for event in (*self.kicks, *self.calls):
@@ -430,7 +485,7 @@ class NetDevice:
         totals = []
         for pair in range(self.queue_pairs):
             for vring in range(VRINGS):
-                parts = [b[pair].counters(vring) for b in (self._userspace, self._vhost) if b is not None]
+                parts = [b[pair].counters(vring) for b in (self.owners.userspace, self.owners.vhost) if b is not None]
                 totals.append({key: sum(part[key] for part in parts) for key in parts[0]})
         return totals
 
@@ -438,12 +493,13 @@ class NetDevice:
         """Stop the rings and give up threads and descriptors that the device made."""
         with self._lock:
             self._hand_to(Owner.NOBODY)
+            self.owners.abandon()
         if self._userspace_worker:
             self._userspace_worker.close()
         if self._stepped:
             self._stepped.close()
-        for event in (*self.kicks, *self.calls, self.config_call):
-            event.close()
+        self.notifiers.close()
+        self.config_call.close()
 
     def __enter__(self) -> Self:
         return self

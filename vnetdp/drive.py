@@ -10,11 +10,12 @@ from typing import Any
 from vnetdp_kernels import layout
 
 from .backends.vhost_user import VhostUserFrontEnd
-from .device import NetDevice, Owner
+from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.base import Endpoint, frame_len
 from .endpoints.loopback import GenerateEndpoint, NullEndpoint
 from .errors import BackendError, ConfigError
+from .owners import Owner
 
 _TICK_S = 0.02
 _QUIET_S = 0.5  # nothing came for so long: nothing more will

@@ -9,11 +9,12 @@ from typing import Any, Self
 from .backends.base import Backend
 from .backends.process import WorkerProcess
 from .backends.worker import Worker
-from .device import NetDevice, Owner
+from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.base import Endpoint
 from .endpoints.loopback import GenerateEndpoint
 from .errors import ConfigError
+from .owners import Owner
 
 DATAPATHS = ("userspace", "vhost", "vhost-process")
 

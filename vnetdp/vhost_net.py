@@ -1,16 +1,17 @@
 """Starting and stopping an owner of a device's rings, verb by verb, with the reverse unwind.
 
 The order is QEMU's: for each vhost device features, memory and log, for each of its rings size, base, addresses, kick and
-call; then its rings are bound. What fails is undone in reverse, and each ring's next index is exact again: a ring
-that was bound gives its own, one that never was keeps the old one.
+call; when all that is done (`configure`), the rings are bound (`bind`). The two can lie far apart: a migration configures
+early and binds last. What fails is undone in reverse, and each ring's next index is exact again: a ring that was bound
+gives its own, one that never was keeps the old one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 from vnetdp_kernels.atomic import load_u16_acquire
 from vnetdp_kernels.layout import VIRTQ_RING_IDX
@@ -39,6 +40,30 @@ class Rings:
     mtu: int | None
 
 
+@dataclass
+class Prepared:
+    """What an owner was told since it was last stopped, so that `configure` can tell it only what is new."""
+
+    mtu: int | None = None
+    features: int | None = None
+    memory: tuple[int, int] | None = None  # which table, and which log
+    vrings: dict[int, tuple[object, ...]] = field(default_factory=dict)  # by queue: all but its base
+
+
+@contextmanager
+def standing_still(backends: Sequence[Backend]) -> Iterator[None]:
+    """Hold every backend for the length of the block; those that one thread runs, once."""
+    with ExitStack() as stack:
+        for backend in {id(backend.site): backend for backend in backends}.values():
+            stack.enter_context(backend.hold())
+        yield
+
+
+def enabled_queues(rings: Rings) -> list[tuple[int, int, int]]:
+    """Return (queue, pair, vring) of each enabled queue, in order."""
+    return [(n, *divmod(n, VRINGS)) for n, queue in enumerate(rings.queues) if queue.enabled]
+
+
 def start_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     """Configure and base one ring; it is not bound by this."""
     n = VRINGS * pair + index
@@ -60,6 +85,9 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     queue = rings.queues[VRINGS * pair + index]
     try:
         backend.set_backend(index, None)
+    except BackendError as e:
+        _log.warning("%s; asking for its base unbinds it too", e)
+    try:
         queue.last_avail_idx = backend.get_vring_base(index)
     except BackendError as e:
         _log.warning("%s; going on from used.idx", e)
@@ -71,37 +99,60 @@ def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
     return load_u16_acquire(memory.mem, memory.translate(queue.used + VIRTQ_RING_IDX, 2))
 
 
-def start(backends: Sequence[Backend], rings: Rings) -> None:
-    """Give every enabled ring to *backends*; on BackendError everything is undone first."""
+def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> None:
+    """Tell *backends* what *prepared* says they don't know yet, and every enabled ring's base; bind nothing.
+
+    None of their rings may be bound. On BackendError forget *prepared*: nothing is bound, so there is nothing to undo.
+    """
+    memory = id(rings.memory), id(rings.log)
+    new_mtu = rings.mtu is not None and prepared.mtu != rings.mtu
+    new_features = prepared.features != rings.features
+    new_memory = prepared.memory != memory
+    if new_memory:
+        prepared.vrings.clear()
+    for pair, backend in enumerate(backends):
+        if new_mtu and rings.mtu is not None:
+            backend.set_mtu(rings.mtu)
+        if new_features:
+            backend.set_features(rings.features)
+        if new_memory:
+            backend.set_memory(rings.memory)
+            backend.set_log(rings.log)
+        for index in range(VRINGS):
+            n = VRINGS * pair + index
+            queue = rings.queues[n]
+            if not queue.enabled:
+                continue
+            if prepared.vrings.get(n) == queue.setup:
+                backend.set_vring_base(index, queue.last_avail_idx)
+            else:
+                start_vring(backend, rings, pair, index)
+                prepared.vrings[n] = queue.setup
+    prepared.mtu, prepared.features, prepared.memory = rings.mtu, rings.features, memory
+
+
+def bind(backends: Sequence[Backend], rings: Rings) -> None:
+    """Bind every enabled ring of configured *backends*; on BackendError those bound are unbound, with their indices."""
     bound: list[tuple[int, int]] = []
-    with ExitStack() as stack:
-        for backend in backends:
-            stack.enter_context(backend.hold())
-        try:
-            for pair, backend in enumerate(backends):
-                if rings.mtu is not None:
-                    backend.set_mtu(rings.mtu)
-                backend.set_features(rings.features)
-                backend.set_memory(rings.memory)
-                backend.set_log(rings.log)
-                enabled = [i for i in range(VRINGS) if rings.queues[VRINGS * pair + i].enabled]
-                for index in enabled:
-                    start_vring(backend, rings, pair, index)
-                for index in enabled:
-                    backend.set_backend(index, rings.endpoint)
-                    bound.append((pair, index))
-        except BackendError:
-            for pair, index in reversed(bound):
-                stop_vring(backends[pair], rings, pair, index)
-            raise
+    try:
+        for _, pair, index in enabled_queues(rings):
+            backends[pair].set_backend(index, rings.endpoint)
+            bound.append((pair, index))
+    except BackendError:
+        for pair, index in reversed(bound):
+            stop_vring(backends[pair], rings, pair, index)
+        raise
+
+
+def start(backends: Sequence[Backend], rings: Rings, prepared: Prepared | None = None) -> None:
+    """Give every enabled ring to *backends*; on BackendError everything is undone first."""
+    with standing_still(backends):
+        configure(backends, rings, prepared or Prepared())
+        bind(backends, rings)
 
 
 def stop(backends: Sequence[Backend], rings: Rings) -> None:
     """Take every enabled ring back; afterwards no backend touches a ring, and each queue has its exact index."""
-    with ExitStack() as stack:
-        for backend in backends:
-            stack.enter_context(backend.hold())
-        for pair, backend in enumerate(backends):
-            for index in range(VRINGS):
-                if rings.queues[VRINGS * pair + index].enabled:
-                    stop_vring(backend, rings, pair, index)
+    with standing_still(backends):
+        for _, pair, index in enabled_queues(rings):
+            stop_vring(backends[pair], rings, pair, index)

@@ -44,6 +44,11 @@ class Virtqueue:
     def has_addresses(self) -> bool:
         return self.desc >= 0 and self.avail >= 0 and self.used >= 0
 
+    @property
+    def setup(self) -> tuple[int, int, int, int]:
+        """What a backend has to be told of the queue, its base aside."""
+        return self.num, self.desc, self.avail, self.used
+
     def validate(self) -> None:
         """Raise ConfigError for a state that no driver could have set up."""
         check_num(self.num)

@@ -23,11 +23,12 @@ from typing import Protocol, Self
 
 from tests.by_hand import PATIENCE, Ring, frame, wait_for
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.device import NetDevice, Owner
+from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint, NullEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.notify import EventFd
+from vnetdp.owners import Owner
 from vnetdp.server import Server
 from vnetdp.vhost_user.message import ProtocolFeature, Request
 

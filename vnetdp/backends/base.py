@@ -81,6 +81,10 @@ class Backend(Protocol):
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         """Bind a ring to an endpoint, or unbind it."""
 
+    @property
+    def site(self) -> object:
+        """What stands still while the backend is held: to hold one of those that share it holds them all."""
+
     def hold(self) -> AbstractContextManager[None]:
         """Stand still for several verbs in one go; each verb by itself is safe without."""
 

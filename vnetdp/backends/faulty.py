@@ -112,6 +112,10 @@ class FaultyBackend:
         else:
             self._do("set_backend", index, lambda: self.inner.set_backend(index, endpoint))
 
+    @property
+    def site(self) -> object:
+        return self.inner.site
+
     def hold(self) -> AbstractContextManager[None]:
         return self.inner.hold()
 

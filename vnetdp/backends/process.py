@@ -269,6 +269,10 @@ class ProcessBackend:
         for index in range(VRINGS):
             self._let_go(index)
 
+    @property
+    def site(self) -> object:
+        return self._worker
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Have the child stand still; a child that is gone stands still for good."""

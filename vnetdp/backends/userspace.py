@@ -39,6 +39,7 @@ class UserspaceBackend:
         self.pair = pair
         self.features = 0
         self._rows: Words = datapath.vqs[2 * pair : 2 * pair + VRINGS]
+        self._translated: list[GuestMemory | None] = [None] * VRINGS  # by which table a ring's offsets are
 
     def set_mtu(self, mtu: int) -> None:
         if not 68 <= mtu <= 65535:
@@ -85,6 +86,7 @@ class UserspaceBackend:
         except ConfigError as e:
             raise BackendError("set_vring_num", errno.EINVAL, index, str(e)) from e
         row[layout.VQ_NUM] = num
+        self._translated[index] = None  # the ring's parts have another length
 
     def set_vring_base(self, index: int, base: int) -> None:
         row = self._row("set_vring_base", index)
@@ -125,6 +127,7 @@ class UserspaceBackend:
         except ConfigError as e:
             raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
         row[:] = wanted
+        self._translated[index] = memory
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
         self._row("set_vring_kick", index)
@@ -160,7 +163,9 @@ class UserspaceBackend:
         if self.pair >= endpoint.queues:
             raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
         try:
-            _translate(dp.memory, row)
+            if self._translated[index] is not dp.memory:
+                _translate(dp.memory, row)
+                self._translated[index] = dp.memory
             endpoint.start_polling(self.pair, self)
         except ConfigError as e:
             raise BackendError("set_backend", errno.EFAULT, index, str(e)) from e
@@ -179,6 +184,10 @@ class UserspaceBackend:
         row[layout.VQ_STATUS] = 0
         endpoint.rows[self.pair, layout.EP_GONE] = 0
         row[layout.VQ_BOUND] = 1
+
+    @property
+    def site(self) -> object:
+        return self.datapath
 
     @contextmanager
     def hold(self) -> Iterator[None]:

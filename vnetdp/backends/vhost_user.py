@@ -387,6 +387,10 @@ class VhostUserBackend:
         if kick is not None:
             kick.signal()  # not every back end looks at a ring by itself when it starts
 
+    @property
+    def site(self) -> object:
+        return self
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         yield

@@ -5,8 +5,8 @@ A verb stops the thread between two kernel calls, is applied by the same code th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from ..datapath import Datapath, Paced
 from ..endpoints.base import Endpoint
@@ -109,10 +109,12 @@ class WorkerBackend:
         with self._paced.paused():
             self._inner.set_backend(index, endpoint)
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        with self._paced.paused():
-            yield
+    @property
+    def site(self) -> object:
+        return self._paced
+
+    def hold(self) -> AbstractContextManager[None]:
+        return self._paced.paused()
 
     def status(self, index: int) -> int:
         return self._inner.status(index)

@@ -1,0 +1,126 @@
+"""The stream: named sections, each with its version, length and checksum. Everything that is read is hostile.
+
+A section on the wire, little endian: magic u16, name length u8, phase u8, version u16, 0 u16, payload length u32, then
+name, payload, and the CRC-32 of all that. No section is longer than MAX_PAYLOAD, and nothing is allocated for one
+before its header was checked against what the reader knows.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import VnetdpError
+
+_HEADER = struct.Struct("<HBBHHI")
+_CRC = struct.Struct("<I")
+_MAGIC = 0x4D56
+_NAME_LEN = 32
+MAX_PAYLOAD = 1 << 20
+
+
+class StreamError(VnetdpError):
+    """The stream is not what it has to be: the migration fails, and the source goes on."""
+
+
+class Phase(enum.IntEnum):
+    """When a section may come."""
+
+    SETUP = 0
+    EARLY = 1  # while the source runs, again and again
+    ITERATE = 2
+    FINAL = 3  # after the source has stopped
+    CONTROL = 4  # what the two sides say to each other
+
+
+@dataclass(frozen=True)
+class SectionType:
+    """A section that can come: its versions, its longest payload in bytes, and when it is loaded among others.
+
+    Those of one phase are saved and loaded by falling priority.
+    """
+
+    name: str
+    phase: Phase
+    version: int = 1
+    minimum_version: int = 1
+    priority: int = 1
+    longest: int = MAX_PAYLOAD
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section as it came."""
+
+    type: SectionType
+    version: int
+    payload: memoryview
+
+
+def encode(section: SectionType, payload: bytes | bytearray | memoryview) -> list[bytes | bytearray | memoryview]:
+    """Return a section's parts, in order, as `sendmsg` takes them."""
+    name = section.name.encode()
+    head = _HEADER.pack(_MAGIC, len(name), section.phase, section.version, 0, len(payload)) + name
+    crc = zlib.crc32(payload, zlib.crc32(head))
+    return [head, payload, _CRC.pack(crc)]
+
+
+def decode(read: Callable[[int], memoryview], known: Mapping[str, SectionType]) -> Section:
+    """Read the next section. *read* gives exactly so many bytes, or raises StreamError at the stream's end."""
+    head = read(_HEADER.size)
+    magic, name_len, phase, version, zero, length = _HEADER.unpack(head)
+    if magic != _MAGIC or zero:
+        raise StreamError("this is no migration stream, or it lost its place")
+    if name_len > _NAME_LEN:
+        raise StreamError(f"a section's name has {name_len} bytes")
+    name = bytes(read(name_len))
+    section = known.get(name.decode("ascii", "replace"))
+    if section is None:
+        raise StreamError(f"unknown section {name!r}: both sides need the same policy and version")
+    if phase != section.phase:
+        raise StreamError(f"section {section.name} comes in phase {phase}")
+    if not section.minimum_version <= version <= section.version:
+        raise StreamError(
+            f"section {section.name} has version {version}; this side reads {section.minimum_version} to {section.version}"
+        )
+    if length > section.longest:
+        raise StreamError(f"section {section.name} claims {length} bytes")
+    payload = read(length)
+    (crc,) = _CRC.unpack(read(_CRC.size))
+    if crc != zlib.crc32(payload, zlib.crc32(name, zlib.crc32(head))):
+        raise StreamError(f"section {section.name} is damaged: its checksum is wrong")
+    return Section(section, version, payload)
+
+
+class Cursor:
+    """Reads a payload from its start; StreamError when it is too short, or too long at the end."""
+
+    def __init__(self, payload: bytes | memoryview, what: str) -> None:
+        self._left = memoryview(payload)
+        self._what = what
+
+    def take(self, length: int) -> memoryview:
+        if length > len(self._left):
+            raise StreamError(f"{self._what} is cut off")
+        part, self._left = self._left[:length], self._left[length:]
+        return part
+
+    def unpack(self, form: struct.Struct) -> tuple[int, ...]:
+        return form.unpack(self.take(form.size))
+
+    def end(self) -> None:
+        if len(self._left):
+            raise StreamError(f"{self._what} has {len(self._left)} bytes too many")
+
+    @property
+    def left(self) -> int:
+        return len(self._left)
+
+
+def from_bytes(data: bytes | memoryview) -> Callable[[int], memoryview]:
+    """Return a `read` for `decode` over bytes at hand."""
+    cursor = Cursor(data, "the stream")
+    return cursor.take
