@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -273,7 +274,7 @@ def test_a_refusal_is_a_clear_error_and_leaks_nothing() -> None:
         ({"num": 1024, "buffer_len": 1 << 20}, "not inside guest memory"),
     ],
 )
-def test_what_no_driver_can_be(options: dict[str, int], says: str) -> None:
+def test_what_no_driver_can_be(options: dict[str, Any], says: str) -> None:
     with (
         no_descriptor_leaks(),
         memory_for(2, 1024, 4096) as memory,

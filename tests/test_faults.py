@@ -15,7 +15,7 @@ import pytest
 
 from tests.by_hand import READY, Traffic, no_descriptor_leaks, scaled, wait_for
 from vnetdp.backends.base import VERBS, Backend
-from vnetdp.backends.faulty import Fault, FaultyBackend
+from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice
@@ -45,7 +45,7 @@ class Faulty:
 
     traffic: Traffic
     device: NetDevice
-    faults: list[Fault]
+    faults: Faults
 
     def strike(self, verb: str, pair: int, vring: int | None, times: str) -> Fault:
         fault = Fault(verb, pair, vring, TIMES[times])
@@ -70,7 +70,7 @@ def faulty(vhost_first: bool, worker_type: type[Worker | WorkerProcess] = Worker
     with no_descriptor_leaks():
         traffic = Traffic(PAIRS, rate=RATE)
         worker = worker_type(PAIRS)
-        faults: list[Fault] = []
+        faults = Faults()
         inner: Sequence[Backend] = worker.backends
         backends = [FaultyBackend(backend, pair, faults) for pair, backend in enumerate(inner)]
         memory = memory_for(PAIRS, 64)
@@ -162,17 +162,25 @@ def test_everything_fails_at_once_and_the_indices_are_right() -> None:
 @pytest.mark.parametrize("pair", range(PAIRS))
 @pytest.mark.parametrize("verb", ["set_log", "set_features", "set_vring_addr"])
 @pytest.mark.parametrize("on", [True, False])
-def test_a_verb_that_fails_in_passing_starts_the_rings_anew(on: bool, verb: str, pair: int, times: str) -> None:
+def test_logging_that_cannot_start_stays_off_and_stops_in_any_case(on: bool, verb: str, pair: int, times: str) -> None:
     with faulty(vhost_first=True) as setup:
         device = setup.device
         log = DirtyLog(device.memory.end)
         if not on:
             device.set_log(log)
         fault = setup.strike(verb, pair, None, times)
-        device.set_log(log if on else None)
-        assert fault.hits == (1 if times == "once" else 2)
-        setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
-        setup.faults.clear()
+        if on:
+            with pytest.raises(BackendError, match=verb):
+                device.set_log(log)
+            assert device.log is None
+            setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+            setup.faults.clear()
+            device.set_log(log)
+        else:
+            device.set_log(None)
+            assert fault.hits == (1 if times == "once" else 2)
+            setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+            setup.faults.clear()
         device.set_status(device.status)
         setup.check(Owner.VHOST)
         # Whoever owns the rings does, or does not, write the log that was asked for.

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.by_hand import Traffic, frame, no_descriptor_leaks, rebase, scaled, w
 from vnetdp import features as f
 from vnetdp import vhost_net
 from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, Backend
-from vnetdp.backends.faulty import FaultyBackend
+from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.backends.worker import Worker
 from vnetdp.datapath import Datapath
@@ -46,7 +47,7 @@ class WatchedBackend(FaultyBackend):
     """A vhost backend that looks at the invariants at the moment it is given a ring, and when it gives it back."""
 
     def __init__(self, inner: Backend, pair: int, memory: GuestMemory) -> None:
-        super().__init__(inner, pair, [])
+        super().__init__(inner, pair, Faults())
         self._memory = memory
         self._used = [0, 0]
         self._based = [0, 0]
@@ -129,7 +130,7 @@ def running(
     rate: float = RATE,
     count: int = -1,
     size: int = 64,
-    **driver_options: int,
+    **driver_options: Any,
 ) -> Iterator[Setup]:
     """Run traffic; at the end it settles, and every frame is accounted for."""
     with no_descriptor_leaks():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.by_hand import READY, Traffic, no_descriptor_leaks, rebase, scaled
-from vnetdp.backends.faulty import Fault, FaultyBackend
+from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
@@ -20,7 +20,7 @@ def test_a_queue_is_reset_while_the_others_go_on(index: int, verb: str | None) -
     with no_descriptor_leaks():
         traffic = Traffic(2, rate=scaled(20_000, 300))
         worker = Worker(2)
-        faults: list[Fault] = []
+        faults = Faults()
         backends = [FaultyBackend(inner, n, faults) for n, inner in enumerate(worker.backends)]
         memory = memory_for(2, 64)
         with (

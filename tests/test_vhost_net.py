@@ -10,7 +10,7 @@ from tests.by_hand import Ring, frame, no_descriptor_leaks
 from vnetdp import features as f
 from vnetdp import vhost_net
 from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, VERBS, Backend
-from vnetdp.backends.faulty import Fault, FaultyBackend
+from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath import Datapath
 from vnetdp.endpoints.loopback import NullEndpoint
@@ -44,7 +44,7 @@ class Bed:
         self.endpoint = NullEndpoint(PAIRS)
         self.datapath = Datapath(PAIRS)
         self.trace = Tracing()
-        self.faults: list[Fault] = [self.trace]
+        self.faults = Faults([self.trace])
         self.backends: list[Backend] = [
             FaultyBackend(UserspaceBackend(self.datapath, pair), pair, self.faults) for pair in range(PAIRS)
         ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from vnetdp_kernels import layout
 
-from .backends.faulty import Fault, FaultyBackend
+from .backends.faulty import Fault, Faults, FaultyBackend
 from .backends.worker import Worker
 from .device import NetDevice
 from .driver import Driver, memory_for
@@ -22,7 +22,7 @@ _FRAME_LEN = 64
 def run(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Run each phase for *seconds*; return the report that `vnetdp demo --json` writes."""
     warm_up(say)
-    faults: list[Fault] = []
+    faults = Faults()
     phases: list[dict[str, Any]] = []
     with ExitStack() as stack:
         memory = stack.enter_context(memory_for())

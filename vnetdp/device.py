@@ -274,24 +274,37 @@ class NetDevice:
             self._update_owner()
 
     def set_log(self, log: DirtyLog | None) -> None:
-        """Start or stop logging writes to guest memory; the owner learns of it without a hand-over."""
+        """Start or stop logging writes to guest memory; the owner learns of it without a hand-over.
+
+        BackendError if logging can't be started: it is as before then, and the owner goes on undisturbed.
+        """
         with self._lock:
-            self.log = log
-            backends = self._backends()
-            if backends is None:
-                return
-            rings = self._rings()
+            before, self.log = self.log, log
             try:
-                with vhost_net.standing_still(backends):
-                    for pair, backend in enumerate(backends):
-                        backend.set_log(log)
-                        backend.set_features(rings.features)
-                        for vring in range(VRINGS):
-                            q = self.queues[VRINGS * pair + vring]
-                            if q.enabled:
-                                backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if log else None)
+                self._tell_log()
             except BackendError as e:
+                if log is not None:
+                    self.log = before
+                    try:
+                        self._tell_log()
+                    except BackendError as again:
+                        self._restart_after(again)
+                    raise
                 self._restart_after(e)
+
+    def _tell_log(self) -> None:
+        backends = self._backends()
+        if backends is None:
+            return
+        rings = self._rings()
+        with vhost_net.standing_still(backends):
+            for pair, backend in enumerate(backends):
+                backend.set_log(self.log)
+                backend.set_features(rings.features)
+                for vring in range(VRINGS):
+                    q = self.queues[VRINGS * pair + vring]
+                    if q.enabled:
+                        backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if self.log else None)
 
     # --- owners ---
 
@@ -398,6 +411,20 @@ class NetDevice:
                 self.owners.abandon()
                 return False
             return self.owners.prepare(self._rings())
+
+    def bind_prepared(self) -> bool:
+        """Bind what `prepare_vhost` configured; False if there is nothing, or it failed: indices are exact then.
+
+        The machine runs with `set_running`, which comes next, and tries vhost anew if this failed.
+        """
+        with self._lock:
+            return self.ready and self.owners.prepared is not None and self._hand_to(Owner.VHOST)
+
+    def mark_broken(self) -> None:
+        """Have the device say NEEDS_RESET, and no ring run: what came in with a migration can't be."""
+        with self._lock:
+            self._needs_reset()
+            self._update_owner()
 
     def abandon_vhost(self) -> None:
         """Take back what `prepare_vhost` gave."""

@@ -18,7 +18,7 @@ from .datapath import Paced, Scratch
 from .endpoints.base import Endpoint
 from .endpoints.mailbox import MailboxEndpoint
 from .errors import ConfigError, GuestError
-from .memory import GuestMemory, Words
+from .memory import GuestMemory, SharedBlock, Words
 from .notify import EventFd
 from .virtqueue import check_num, ring_len
 
@@ -27,6 +27,15 @@ _ACKNOWLEDGE, _DRIVER, _DRIVER_OK, _FEATURES_OK = 1, 2, 4, 8
 BUFFER_LEN = 2048 + 64
 _LONG_BUFFER_LEN = layout.FRAME_SLOT + 64
 _MARGIN = 1 << 16  # guest memory left alone at its start, and for rounding
+
+
+_INDICES = (
+    layout.DVQ_AVAIL_IDX,
+    layout.DVQ_PUBLISHED_IDX,
+    layout.DVQ_KICKED_IDX,
+    layout.DVQ_LAST_USED_IDX,
+    layout.DVQ_USED_IDX,
+)
 
 
 class Device(Protocol):
@@ -66,6 +75,12 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
     return GuestMemory.create([(0, -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE)])
 
 
+def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlock:
+    """Return memory for what a driver of so many queues knows of them, or that of *fd* (see `Driver`)."""
+    words = 2 * queue_pairs * (layout.DVQ_SLOTS + num * layout.DESC_STATE_SLOTS)
+    return SharedBlock(8 * words + layout.PAGE_SIZE, fd)
+
+
 class Driver:
     """Drives *queue_pairs* pairs of a device's queues, *num* descriptors each, from guest memory *memory*.
 
@@ -73,6 +88,11 @@ class Driver:
     and go to; None makes a mailbox (`send`, `receive`). frame_len: bytes of the longest frame that comes in; one that the
     endpoint gives has room in any case. buffer_len: bytes of each buffer, virtio_net_hdr included; 0 = what frames and
     features need. Nothing runs until `start` (a thread) or `step`.
+
+    block: where the driver keeps what it knows of its queues (`driver_block`), such as a part of guest memory; it becomes
+    the driver's. None = memory of its own. adopt: the rings are up, and *block* holds what a driver elsewhere knew of
+    them: go on from there. first_idx: where all indices of the rings begin (a guest's begin at 0; one that was migrated in
+    is anywhere).
     """
 
     def __init__(
@@ -87,6 +107,9 @@ class Driver:
         frame_len: int = 0,
         buffer_len: int = 0,
         start_at: int = _MARGIN,
+        block: SharedBlock | None = None,
+        adopt: bool = False,
+        first_idx: int = 0,
     ) -> None:
         check_num(num)
         if queue_pairs < 1:
@@ -101,8 +124,10 @@ class Driver:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the driver needs {queue_pairs}")
         self.endpoint = endpoint
-        self.dvqs: Words = np.zeros((2 * queue_pairs, layout.DVQ_SLOTS), np.int64)
-        self.states: Words = np.zeros((2 * queue_pairs, num, layout.DESC_STATE_SLOTS), np.int64)
+        self._block = block or driver_block(queue_pairs, num)
+        block = self._block
+        self.dvqs: Words = block.carve(np.int64, 2 * queue_pairs, layout.DVQ_SLOTS)
+        self.states: Words = block.carve(np.int64, 2 * queue_pairs, num, layout.DESC_STATE_SLOTS)
         self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
         self.bell = EventFd()
         self.features = 0
@@ -110,10 +135,13 @@ class Driver:
         self._frame_len = max(frame_len, endpoint.longest_frame)
         self._buffer_len = buffer_len
         self._start_at = start_at
+        self._first_idx = first_idx
         self._scratch = Scratch(queue_pairs, num)
         pairs = zip(device.kicks, device.calls, strict=True)
         self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
         self._thread: Paced | None = None
+        if adopt:
+            return
         try:
             self._bring_up()
         except Exception:
@@ -165,6 +193,10 @@ class Driver:
         row[layout.DVQ_BUF_OFFSET] = self.memory.translate(at, self.num * buffer_len)
         row[layout.DVQ_CALLS_ON] = 1
         split.reset_driver(row, state)
+        if self._first_idx:
+            for slot in _INDICES:
+                row[slot] = self._first_idx
+            self.memory.write(addresses[2] + layout.VIRTQ_RING_IDX, self._first_idx.to_bytes(2, "little"))
         if index % 2 == 0:
             kernels.post_receive(mem, row, state)
             split.publish_available(mem, row)
@@ -251,6 +283,20 @@ class Driver:
         if running is not None:
             self.start(running.poll_us)
 
+    def private_ranges(self) -> list[tuple[int, int]]:
+        """Return (guest address, bytes) of the pages that the driver writes and the device does not."""
+        ranges = []
+        window = self.memory.translate(self._start_at, 0) - self._start_at
+        for index, row in enumerate(self.dvqs):
+            lens = ring_len(self.num)
+            ranges += [
+                (int(row[slot]) - window, n)
+                for slot, n in zip((layout.DVQ_DESC, layout.DVQ_AVAIL), lens[:2], strict=True)
+            ]
+            if index % 2:
+                ranges.append((int(row[layout.DVQ_BUF_GPA]), self.num * int(row[layout.DVQ_BUF_LEN])))
+        return ranges
+
     # --- frames by hand ---
 
     def send(self, frame: bytes, queue: int = 0) -> bool:
@@ -284,6 +330,7 @@ class Driver:
     def close(self) -> None:
         """Stop, and give up what the driver made. The device and the endpoint are the caller's."""
         self.stop()
+        self._block.close()
         self.bell.close()
         if self.mailbox is not None:
             self.mailbox.close()

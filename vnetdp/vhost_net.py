@@ -48,6 +48,7 @@ class Prepared:
     features: int | None = None
     memory: tuple[int, int] | None = None  # which table, and which log
     vrings: dict[int, tuple[object, ...]] = field(default_factory=dict)  # by queue: all but its base
+    bases: dict[int, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -123,11 +124,12 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
             queue = rings.queues[n]
             if not queue.enabled:
                 continue
-            if prepared.vrings.get(n) == queue.setup:
-                backend.set_vring_base(index, queue.last_avail_idx)
-            else:
+            if prepared.vrings.get(n) != queue.setup:
                 start_vring(backend, rings, pair, index)
                 prepared.vrings[n] = queue.setup
+            elif prepared.bases[n] != queue.last_avail_idx:
+                backend.set_vring_base(index, queue.last_avail_idx)
+            prepared.bases[n] = queue.last_avail_idx
     prepared.mtu, prepared.features, prepared.memory = rings.mtu, rings.features, memory
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.by_hand import Ring, wait_for
 from vnetdp import features as f
 from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, Backend
-from vnetdp.backends.faulty import FaultyBackend
+from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.backends.worker import Worker
@@ -57,7 +57,7 @@ class Wrapped:
 
     def __init__(self, pairs: int) -> None:
         self._worker = Worker(pairs)
-        self.backends = [FaultyBackend(inner, pair, []) for pair, inner in enumerate(self._worker.backends)]
+        self.backends = [FaultyBackend(inner, pair, Faults()) for pair, inner in enumerate(self._worker.backends)]
 
     def close(self) -> None:
         self._worker.close()

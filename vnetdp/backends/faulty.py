@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,8 +12,12 @@ from typing import TypeVar
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError
 from ..memory import DirtyLog, GuestMemory
+from ..notifiers import Notifiers
 from ..notify import EventFd
 from .base import VERBS, Backend
+
+# What else can fail: unbinding (which the kernel's never does), and the notifiers.
+POINTS = (*VERBS, "unbind", "grab_ioeventfd", "set_host_notifier", "set_guest_notifiers", "unset_guest_notifiers")
 
 T = TypeVar("T")
 
@@ -22,8 +26,7 @@ T = TypeVar("T")
 class Fault:
     """Fail *verb* with *code*: on queue pair *pair* and vring *index* (None = any), *times* times (-1 = always).
 
-    Written `VERB[:PAIR[,VRING]][:once|always]`. Unbinding (`set_backend` to nothing) can't fail in the kernel, and does
-    not fail here.
+    Written `[PHASE.]VERB[:PAIR[,VRING]][:once|always]`; phase: only while the one who has the `Faults` is in it.
     """
 
     verb: str
@@ -31,18 +34,22 @@ class Fault:
     index: int | None = None
     times: int = 1
     code: int = errno.EIO
+    phase: str = ""
     hits: int = field(default=0, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        match = re.fullmatch(r"(\w+)(?::(\d+)(?:,(\d+))?)?(?::(once|always))?", text)
-        if not match or match[1] not in VERBS:
-            raise ConfigError(f"fault {text!r} is not VERB[:PAIR[,VRING]][:once|always]; verbs are {', '.join(VERBS)}")
+        match = re.fullmatch(r"(?:(\w+)\.)?(\w+)(?::(\d+)(?:,(\d+))?)?(?::(once|always))?", text)
+        if not match or match[2] not in POINTS:
+            raise ConfigError(
+                f"fault {text!r} is not [PHASE.]VERB[:PAIR[,VRING]][:once|always]; verbs are {', '.join(POINTS)}"
+            )
         return cls(
-            match[1],
-            int(match[2]) if match[2] else None,
+            match[2],
             int(match[3]) if match[3] else None,
-            -1 if match[4] == "always" else 1,
+            int(match[4]) if match[4] else None,
+            -1 if match[5] == "always" else 1,
+            phase=match[1] or "",
         )
 
     def strikes(self, verb: str, pair: int, index: int | None) -> bool:
@@ -56,18 +63,48 @@ class Fault:
         return True
 
 
+class Faults(list[Fault]):
+    """Faults, and the phase of whatever it is that they strike in."""
+
+    phase = ""
+
+    def strike(self, verb: str, pair: int, index: int | None) -> None:
+        """Raise BackendError if one of them says so."""
+        for fault in self:
+            if (not fault.phase or fault.phase == self.phase) and fault.strikes(verb, pair, index):
+                raise BackendError(verb, fault.code, index, "injected fault")
+
+
+class FaultyNotifiers(Notifiers):
+    """Notifiers that fail as *faults* say."""
+
+    def __init__(self, queue_pairs: int, faults: Faults) -> None:
+        super().__init__(queue_pairs)
+        self._faults = faults
+
+    def grab_ioeventfd(self, pair: int) -> None:
+        self._faults.strike("grab_ioeventfd", pair, None)
+        super().grab_ioeventfd(pair)
+
+    def set_host_notifier(self, queue: int) -> None:
+        self._faults.strike("set_host_notifier", *divmod(queue, 2))
+        super().set_host_notifier(queue)
+
+    def set_guest_notifiers(self, assign: bool) -> None:
+        self._faults.strike("set_guest_notifiers" if assign else "unset_guest_notifiers", 0, None)
+        super().set_guest_notifiers(assign)
+
+
 class FaultyBackend:
     """A backend whose verbs fail as *faults* say, before they reach the real one."""
 
-    def __init__(self, inner: Backend, pair: int, faults: Sequence[Fault]) -> None:
+    def __init__(self, inner: Backend, pair: int, faults: Faults) -> None:
         self.inner = inner
         self._pair = pair
         self._faults = faults
 
     def _do(self, verb: str, index: int | None, call: Callable[[], T]) -> T:
-        for fault in self._faults:
-            if fault.strikes(verb, self._pair, index):
-                raise BackendError(verb, fault.code, index, "injected fault")
+        self._faults.strike(verb, self._pair, index)
         return call()
 
     def set_mtu(self, mtu: int) -> None:
@@ -107,10 +144,8 @@ class FaultyBackend:
         self.inner.set_vring_inflight(index, area, journal)
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        if endpoint is None:
-            self.inner.set_backend(index, None)
-        else:
-            self._do("set_backend", index, lambda: self.inner.set_backend(index, endpoint))
+        verb = "unbind" if endpoint is None else "set_backend"
+        self._do(verb, index, lambda: self.inner.set_backend(index, endpoint))
 
     @property
     def site(self) -> object:

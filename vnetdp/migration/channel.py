@@ -1,0 +1,93 @@
+"""The sections of each policy, and a socket that carries them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Final, Self
+
+from .stream import Phase, Section, SectionType, StreamError, decode, encode
+
+PATIENCE_S = 30.0  # without a byte from the other side
+
+# Priorities as QEMU's: what has the lowest is loaded last.
+PRIORITY_LOW, PRIORITY_DEFAULT = 0, 1
+
+SETUP = SectionType("setup", Phase.SETUP, longest=256)
+RAM = SectionType("ram", Phase.ITERATE)
+EARLY = SectionType("virtio-net-early", Phase.EARLY, longest=1 << 18)
+DEVICE = SectionType("virtio-net", Phase.FINAL, version=11, minimum_version=11, longest=1 << 18)
+DELTA = SectionType("virtio-net-delta", Phase.FINAL, longest=1 << 18)
+INDICES = SectionType("virtio-delta", Phase.FINAL, longest=1 << 18)
+VHOST = SectionType("virtio-net-vhost", Phase.FINAL, priority=PRIORITY_LOW, longest=0)
+END = SectionType("end", Phase.FINAL, priority=PRIORITY_LOW - 1, longest=1 << 12)
+# What the two sides say to each other: the destination is READY, the source gives up (COMMIT), the destination RUNS.
+READY = SectionType("ready", Phase.CONTROL, longest=0)
+FAILED = SectionType("failed", Phase.CONTROL, longest=1 << 10)
+COMMIT = SectionType("commit", Phase.CONTROL, longest=0)
+RUNNING = SectionType("running", Phase.CONTROL, longest=1 << 16)
+
+
+def _by_name(*sections: SectionType) -> dict[str, SectionType]:
+    return {section.name: section for section in sections}
+
+
+POLICIES: Final[dict[str, dict[str, SectionType]]] = {
+    "none": _by_name(SETUP, RAM, DEVICE, END, COMMIT),
+    "seed": _by_name(SETUP, RAM, EARLY, DEVICE, INDICES, VHOST, END, COMMIT),
+    "delta": _by_name(SETUP, RAM, EARLY, DELTA, END, COMMIT),
+}
+ANSWERS: Final = _by_name(READY, FAILED, RUNNING)
+
+
+class Channel:
+    """A connected stream socket, which becomes the channel's. Every wait has an end; what fails is a StreamError."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sent = 0
+        sock.settimeout(PATIENCE_S)
+
+    def send(self, section: SectionType, payload: bytes = b"") -> int:
+        """Send a section; return its bytes on the wire."""
+        parts = [memoryview(part) for part in encode(section, payload) if part]
+        total = sum(len(part) for part in parts)
+        left = total
+        try:
+            while left:
+                n = self.sock.sendmsg(parts)
+                left -= n
+                while parts and n >= len(parts[0]):
+                    n -= len(parts.pop(0))
+                if n:
+                    parts[0] = parts[0][n:]
+        except OSError as e:
+            raise StreamError(f"the other side is gone: {e}") from e
+        self.sent += total
+        return total
+
+    def read(self, length: int) -> memoryview:
+        """Return exactly *length* bytes."""
+        data = memoryview(bytearray(length))
+        at = 0
+        try:
+            while at < length:
+                n = self.sock.recv_into(data[at:])
+                if n == 0:
+                    raise StreamError("the stream ends in the middle" if at else "the other side is gone")
+                at += n
+        except OSError as e:
+            raise StreamError(f"the other side is gone: {e}") from e
+        return data
+
+    def receive(self, known: Mapping[str, SectionType]) -> Section:
+        return decode(self.read, known)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

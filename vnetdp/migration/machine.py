@@ -1,0 +1,200 @@
+"""A machine that migrates: guest memory, a device in it, its driver, and traffic in numbered frames.
+
+All that the guest knows lies in guest memory: its rings and buffers, what its driver remembers of them, and its end of the
+ledger. So it moves with the pages. The other end of the traffic is a host elsewhere on the network: one endpoint,
+whose state both machines reach, and only one of them may poll at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from vnetdp_kernels import layout
+
+from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
+from ..backends.worker import Worker
+from ..device import NetDevice
+from ..driver import Driver, driver_block, memory_for
+from ..endpoints.loopback import GenerateEndpoint, Ledger
+from ..memory import GuestMemory, Region, SharedBlock
+from .ram import RamSource, pages_of
+
+TRAFFIC = ("idle", "tx", "rx", "both")
+_HEADROOM = 64 + layout.NET_HDR_LEN
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What two machines have to have in common, and whether this one has a vhost worker.
+
+    size: bytes of a frame. rate: frames a second, queue and direction; 0 = as many as pass. first_idx: where the rings'
+    indices begin. traffic: as the guest sees it.
+    """
+
+    queue_pairs: int = 1
+    num: int = 256
+    size: int = 64
+    rate: float = 0.0
+    traffic: str = "both"
+    first_idx: int = 0
+    vhost: bool = True
+    mtu: int = 1500
+
+
+def make_wire(config: MachineConfig) -> GenerateEndpoint:
+    """Return the far end of the traffic: frames to the guest, and the ledger of those it sends."""
+    return GenerateEndpoint(config.queue_pairs, config.size, config.rate, -1 if config.traffic in ("rx", "both") else 0)
+
+
+class Machine:
+    """One machine, stopped; `boot` or `adopt` it, then `run`. *wire_fd*: the block of `make_wire`; it stays the caller's."""
+
+    def __init__(self, config: MachineConfig, wire_fd: int, faults: Faults | None = None) -> None:
+        self.config = config
+        self.faults = Faults() if faults is None else faults
+        self.driver: Driver | None = None
+        self.ram: RamSource | None = None  # while it migrates
+        self._stack = ExitStack()
+        try:
+            self._build(wire_fd)
+        except Exception:
+            self.close()
+            raise
+
+    def _build(self, wire_fd: int) -> None:
+        config, enter = self.config, self._stack.enter_context
+        pairs = config.queue_pairs
+        count = -1 if config.traffic in ("tx", "both") else 0
+        self.guest: GenerateEndpoint = enter(GenerateEndpoint(pairs, config.size, config.rate, count))
+        self.wire: GenerateEndpoint = enter(GenerateEndpoint(pairs, config.size, config.rate, block_fd=os.dup(wire_fd)))
+        self._block: SharedBlock = driver_block(pairs, config.num)
+        self._stack.callback(self._block.close)
+        self.memory: GuestMemory = enter(self._guest_memory())
+        self.worker = Worker(pairs) if config.vhost else None
+        vhost = None
+        if self.worker is not None:
+            self._stack.callback(self.worker.close)
+            vhost = [FaultyBackend(backend, pair, self.faults) for pair, backend in enumerate(self.worker.backends)]
+        self.notifiers = FaultyNotifiers(pairs, self.faults)
+        self.device: NetDevice = enter(
+            NetDevice(
+                self.memory,
+                self.wire,
+                queue_pairs=pairs,
+                mtu=config.mtu,
+                vhost=vhost,
+                running=False,
+                max_num=max(1024, config.num),
+                notifiers=self.notifiers,
+            )
+        )
+
+    @property
+    def buffer_len(self) -> int:
+        return -(-(self.config.size + _HEADROOM) // 64) * 64 | 64
+
+    def _guest_memory(self) -> GuestMemory:
+        """Rings and buffers, twice (they may move), then the guest's end of the ledger, then its driver's memory."""
+        with memory_for(2 * self.config.queue_pairs, self.config.num, self.buffer_len) as rings:
+            regions = [*rings.regions]
+            for block in (self.guest.block, self._block):
+                regions.append(Region(regions[-1].gpa + regions[-1].length, block.length, block.fd))
+            return GuestMemory(regions)
+
+    # --- running ---
+
+    def boot(self) -> None:
+        """Bring the guest's driver up, as at a machine's start."""
+        self.driver = self._make_driver(adopt=False)
+        for queue in self.device.queues:
+            queue.last_avail_idx = self.config.first_idx
+
+    def adopt(self) -> None:
+        """Take the guest as it lies in guest memory, which was loaded."""
+        self.driver = self._make_driver(adopt=True)
+
+    def _make_driver(self, adopt: bool) -> Driver:
+        config = self.config
+        driver = Driver(
+            self.device,
+            self.memory,
+            self.guest,
+            queue_pairs=config.queue_pairs,
+            num=config.num,
+            buffer_len=self.buffer_len,
+            block=SharedBlock(self._block.length, os.dup(self._block.fd)),
+            adopt=adopt,
+            first_idx=config.first_idx,
+        )
+        self._stack.callback(driver.close)
+        return driver
+
+    def run(self) -> None:
+        """Let guest and device go on."""
+        assert self.driver is not None
+        self.device.set_running(True)
+        self.driver.start()
+
+    def stop(self) -> None:
+        """Stop the guest, then the device: nobody touches a ring afterwards, and indices are exact."""
+        if self.driver is not None:
+            self.driver.stop()
+        self.device.set_running(False)
+
+    def private_ranges(self) -> list[tuple[int, int]]:
+        """Return (guest address, bytes) of what the guest alone writes: desc, avail, what it sends, and its memory."""
+        assert self.driver is not None
+        ranges = [(region.gpa, region.length) for region in self.memory.regions[1:]]
+        return self.driver.private_ranges() + ranges
+
+    # --- what can be seen of it ---
+
+    def ledgers(self) -> tuple[Ledger, Ledger]:
+        """Return what became of the frames to the wire, and of those to the guest."""
+        return self.wire.ledger_against(self.guest), self.guest.ledger_against(self.wire)
+
+    def allow(self, traffic: bool) -> None:
+        """Let both ends make frames, as the traffic asked for says, or none after those made by now."""
+        if not traffic:
+            self.wire.stop()
+            self.guest.stop()
+            return
+        self.wire.rows[:, layout.EP_LIMIT] = -1 if self.config.traffic in ("rx", "both") else 0
+        self.guest.rows[:, layout.EP_LIMIT] = -1 if self.config.traffic in ("tx", "both") else 0
+
+    def drain(self, seconds: float = 10.0) -> bool:
+        """Make no more frames, and return whether all that were made arrive within so many seconds."""
+        self.allow(False)
+        until = time.monotonic() + seconds
+        while any(ledger.sent != ledger.delivered for ledger in self.ledgers()):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.0005)
+        return True
+
+    def memory_sums(self) -> list[int]:
+        """Return a checksum of each region of guest memory, while nobody writes to it."""
+        pages = pages_of(self.memory).reshape(-1)
+        at = 0
+        sums = []
+        for region in self.memory.regions:
+            sums.append(zlib.crc32(pages[at : at + region.length].data))
+            at += region.length
+        return sums
+
+    def close(self) -> None:
+        """Stop everything and give it up."""
+        if self.driver is not None:
+            self.driver.stop()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,116 @@
+"""Guest memory on its way: which pages to send, and their bytes (4 KiB each, numbered by guest address).
+
+What a device writes is known from its dirty log, and from nothing else: a write that is not logged does not arrive. What
+the guest itself writes a hypervisor learns from its page tables; here the guest's own pages are compared with what was
+sent of them last.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from vnetdp_kernels.layout import PAGE_SIZE, REGION_LEN, REGION_OFFSET
+
+from ..errors import ConfigError
+from ..memory import Bytes, DirtyLog, GuestMemory, Words
+from .stream import Cursor, StreamError
+
+CHUNK_PAGES = 128  # of one section
+_COUNT = struct.Struct("<I")
+_WORDS = PAGE_SIZE // 8
+
+
+def pages_of(memory: GuestMemory) -> Bytes:
+    """Return guest memory as uint8[pages, 4096], from guest address 0 on; it has to be one run of regions from there."""
+    if len(memory.table) != 1 or memory.regions[0].gpa != 0:
+        raise ConfigError("migration needs guest memory that begins at 0 and has no hole")
+    row = memory.table[0]
+    flat = memory.mem[int(row[REGION_OFFSET]) : int(row[REGION_OFFSET] + row[REGION_LEN])]
+    return flat.reshape(-1, PAGE_SIZE)
+
+
+class RamSource:
+    """Guest memory as its source sees it. private: (guest address, bytes) of what only the guest writes, whole pages."""
+
+    def __init__(self, memory: GuestMemory, private: Iterable[tuple[int, int]]) -> None:
+        self._memory = memory
+        self._pages = pages_of(memory)
+        n_pages = len(self._pages)
+        self._copy_of: Words = np.full(n_pages, -1, np.int64)  # a private page's place among the copies
+        self._spans: list[tuple[int, int]] = []
+        self.guest_wrote: set[int] = set()  # pages that the guest wrote though they are not private
+        n_copies = 0
+        for gpa, length in private:
+            first, end = gpa // PAGE_SIZE, -(-(gpa + length) // PAGE_SIZE)
+            self._spans.append((first, end))
+            self._copy_of[first:end] = np.arange(n_copies, n_copies + end - first)
+            n_copies += end - first
+        self._copies: Bytes = np.zeros((n_copies, PAGE_SIZE), np.uint8)
+        self.sent = 0  # pages
+
+    def all_in_use(self) -> Words:
+        """Return the numbers of the pages that hold anything: the others are zero on both sides."""
+        numbers = []
+        for region in self._memory.regions:
+            at, end = region.fd_offset, region.fd_offset + region.length
+            while at < end:
+                try:
+                    start = os.lseek(region.fd, at, os.SEEK_DATA)
+                except OSError:
+                    break  # ENXIO: nothing but hole from here on
+                at = min(os.lseek(region.fd, start, os.SEEK_HOLE), end)
+                into = region.gpa - region.fd_offset
+                numbers.append(np.arange((start + into) // PAGE_SIZE, -(-(at + into) // PAGE_SIZE)))
+        return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
+
+    def changed(self, log: DirtyLog | None) -> Words:
+        """Return the pages to send again: those in the log, taken out of it, and the guest's own that differ."""
+        logged = log.take() if log else []
+        guest = list(self.guest_wrote)
+        self.guest_wrote.clear()
+        numbers = [np.array([p for p in (*logged, *guest) if p < len(self._pages)], np.int64)]
+        for first, end in self._spans:
+            for at in range(first, end, 64):
+                to = min(at + 64, end)
+                now = self._pages[at:to].view(np.int64)
+                copy = int(self._copy_of[at])
+                numbers.append(
+                    at + np.flatnonzero((now != self._copies[copy : copy + to - at].view(np.int64)).any(axis=1))
+                )
+        return np.unique(np.concatenate(numbers))
+
+    def payloads(self, numbers: Words) -> Iterator[bytes]:
+        """Return *numbers*' pages as payloads of ram sections."""
+        for at in range(0, len(numbers), CHUNK_PAGES):
+            chunk = numbers[at : at + CHUNK_PAGES]
+            data = self._pages[chunk]  # a copy: what is sent is what is compared with later
+            places = self._copy_of[chunk]
+            self._copies[places[places >= 0]] = data[places >= 0]
+            self.sent += len(chunk)
+            yield b"".join((_COUNT.pack(len(chunk)), chunk.astype("<i8").tobytes(), data.tobytes()))
+
+
+class RamTarget:
+    """Guest memory as its destination sees it."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._pages = pages_of(memory)
+        self.loaded = 0
+
+    def load(self, payload: memoryview) -> None:
+        """Put a ram section's pages where they belong; StreamError, and nothing done, if one belongs nowhere."""
+        cursor = Cursor(payload, "a ram section")
+        (count,) = cursor.unpack(_COUNT)
+        if count > CHUNK_PAGES:
+            raise StreamError(f"a ram section of {count} pages")
+        numbers = np.frombuffer(cursor.take(8 * count), "<i8")
+        data = np.frombuffer(cursor.take(PAGE_SIZE * count), np.uint8).reshape(-1, PAGE_SIZE)
+        cursor.end()
+        if count and not 0 <= numbers.min() <= numbers.max() < len(self._pages):
+            raise StreamError(f"page {numbers.max()} is not inside guest memory of {len(self._pages)} pages")
+        self._pages[numbers] = data
+        self.loaded += count

@@ -1,0 +1,202 @@
+"""The source: sends the machine while it runs, stops it, sends the rest, and gives it up when the destination is ready.
+
+Whatever fails before the commit, on either side, lets the machine go on here as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendError
+from ..memory import DirtyLog
+from ..state import DeviceState
+from .channel import ANSWERS, COMMIT, DELTA, DEVICE, EARLY, END, INDICES, RAM, SETUP, VHOST, Channel
+from .machine import Machine
+from .ram import RamSource
+from .snapshot import delta_between, encode_delta, encode_early, encode_full
+from .spans import Spans
+from .stream import StreamError
+
+_log = logging.getLogger("vnetdp.migration")
+
+MAX_ROUNDS = 6
+MAX_EARLY = 8  # early states sent: a guest that changes its configuration for ever delays nothing
+_FEW_PAGES = 64
+
+
+@dataclass
+class Report:
+    """How a migration went, as one side saw it. outcome: `vhost` or `userspace` runs at the destination, or `source`."""
+
+    outcome: str = "source"
+    error: str = ""
+    spans: Spans = field(default_factory=Spans)
+    bytes: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    violations: list[str] = field(default_factory=list)
+    target: dict[str, Any] = field(default_factory=dict)
+
+
+class Source:
+    """Sends *machine*, which runs, over *channel*.
+
+    at: told each point that is reached (POINTS), in which it may raise to cancel; check: have the destination compare all
+    of guest memory, which takes time while nobody runs.
+    """
+
+    POINTS = ("logging", "early", "round", "stopping", "stopped", "saved", "ready", "committed")
+
+    def __init__(
+        self,
+        machine: Machine,
+        channel: Channel,
+        policy: str,
+        at: Callable[[str], None] = lambda _point: None,
+        check: bool = False,
+    ) -> None:
+        self.machine = machine
+        self.report = Report()
+        self._channel = channel
+        self._policy = policy
+        self._at = at
+        self._check = check
+        self._early: DeviceState | None = None
+        self._n_early = 0
+        self._count = dict.fromkeys(("early", "ram", "final"), 0)
+
+    def run(self) -> Report:
+        """Migrate; return how it went. The machine runs afterwards if the outcome is `source`, and is stopped if not."""
+        machine, report = self.machine, self.report
+        committed = False
+        log = DirtyLog(machine.memory.end)
+        try:
+            machine.device.set_log(log)
+            self._at("logging")
+            ram = machine.ram = RamSource(machine.memory, machine.private_ranges())
+            self._send_setup()
+            self._while_it_runs(ram, log)
+            self._stop()
+            self._send_final(ram, log)
+            answer = self._channel.receive(ANSWERS)
+            if answer.type.name != "ready":
+                raise StreamError(f"the destination failed: {bytes(answer.payload).decode(errors='replace')}")
+            self._at("ready")
+            committed = True
+            self._channel.send(COMMIT)
+            self._at("committed")
+            answer = self._channel.receive(ANSWERS)
+            if answer.type.name != "running":
+                raise StreamError(f"the destination failed: {bytes(answer.payload).decode(errors='replace')}")
+            report.target = json.loads(bytes(answer.payload))
+            report.outcome = report.target["outcome"]
+            machine.device.set_log(None)
+        except (StreamError, BackendError, Cancelled) as e:
+            report.error = str(e)
+            report.outcome = "lost" if committed else "source"
+            _log.warning("migration failed: %s%s", e, "" if committed else "; the source goes on")
+            if not committed:
+                self._go_on()
+        finally:
+            report.bytes = self._count
+            report.counts = {"early": self._n_early, "pages": machine.ram.sent if machine.ram else 0}
+            machine.ram = None
+            log.close()
+        return report
+
+    def _send(self, what: str, *args: Any) -> None:
+        self._count[what] += self._channel.send(*args)
+
+    def _send_setup(self) -> None:
+        config = self.machine.config
+        setup = {
+            "queue_pairs": config.queue_pairs,
+            "num": config.num,
+            "end": self.machine.memory.end,
+            "check": self._check,
+        }
+        self._send("early", SETUP, json.dumps(setup).encode())
+
+    def _while_it_runs(self, ram: RamSource, log: DirtyLog) -> None:
+        """Send the early state and all pages, then what has changed since, until little is left, or it does not shrink."""
+        self._send_early()
+        pages = ram.all_in_use()
+        for _ in range(MAX_ROUNDS):
+            for payload in ram.payloads(pages):
+                self._send("ram", RAM, payload)
+            self._at("round")
+            self._send_early()
+            before, pages = len(pages), ram.changed(log)
+            if len(pages) < _FEW_PAGES or len(pages) > 0.8 * before:
+                break
+        for payload in ram.payloads(pages):
+            self._send("ram", RAM, payload)
+
+    def _send_early(self) -> None:
+        """Send the early state, or send it again if it has changed; so often, and then no more."""
+        if self._policy == "none" or self._n_early >= (1 if self._policy == "seed" else MAX_EARLY):
+            return
+        state = self.machine.device.save_state()
+        if self._early is not None and delta_between(self._early, state).empty:
+            return
+        with self.report.spans.span("early_save"):
+            self._send("early", EARLY, encode_early(state))
+        self._early = state
+        self._n_early += 1
+        self._at("early")
+
+    def _stop(self) -> None:
+        self._at("stopping")
+        with self.report.spans.span("stop"):
+            self.machine.stop()
+        self._at("stopped")
+
+    def _send_final(self, ram: RamSource, log: DirtyLog) -> None:
+        """Send what pages are left, then the device's state, the section that starts vhost last."""
+        spans = self.report.spans
+        with spans.span("log_sync"):
+            pages = ram.changed(log)
+            for payload in ram.payloads(pages):
+                self._send("ram", RAM, payload)
+        state = self.machine.device.save_state()
+        if self._policy == "none":
+            with spans.span("save"):
+                self._send("final", DEVICE, encode_full(state))
+        else:
+            assert self._early is not None
+            with spans.span("delta_check"):
+                delta = delta_between(self._early, state)
+            with spans.span("save"):
+                if self._policy == "delta":
+                    self._send("final", DELTA, encode_delta(delta))
+                else:
+                    self._save_as_the_patch_does(state, delta.empty)
+        sums = self.machine.memory_sums() if self._check else []
+        self._send("final", END, np.array(sums, "<u4").tobytes())
+        self._at("saved")
+
+    def _save_as_the_patch_does(self, state: DeviceState, unchanged: bool) -> None:
+        """Full state if anything has changed; else indices, and `virtio-net-vhost` where there is vhost (`.needed`)."""
+        if not unchanged:
+            self._send("final", DEVICE, encode_full(state))
+            return
+        self._send("final", INDICES, encode_delta(delta_between(self._early or state, state)))
+        if self.machine.worker is not None:
+            self._send("final", VHOST)
+
+    def _go_on(self) -> None:
+        """Let the machine run here again."""
+        try:
+            self.machine.device.set_log(None)
+        except BackendError as e:
+            _log.warning("%s: logging is off with the next start", e)
+        self.machine.run()
+
+
+class Cancelled(Exception):  # noqa: N818 - it is no error
+    """Somebody asked for the end of the migration."""

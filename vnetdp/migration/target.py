@@ -1,0 +1,222 @@
+"""The destination: loads a machine, has vhost prepared long before it arrives, and lets it run once the source gave it up.
+
+Nothing leaves this side before the commit: vhost is configured early, based when the final indices are here, and bound last.
+Any failure of vhost, early or late, is non-fatal: the rings go to userspace with exact indices, after one retry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vnetdp_kernels.layout import VIRTQ_RING_IDX
+
+from ..errors import VnetdpError
+from .channel import COMMIT, END, FAILED, POLICIES, READY, RUNNING, Channel
+from .machine import Machine
+from .ram import RamTarget, pages_of
+from .snapshot import decode_delta, decode_early, decode_full
+from .source import Cancelled, Report
+from .stream import Phase, Section, StreamError
+
+_log = logging.getLogger("vnetdp.migration")
+
+
+class Target:
+    """Loads *machine*, which is stopped and fresh, from *channel*. at: as the source's, for the points of this side."""
+
+    POINTS = ("setup", "early", "prepared", "ram", "loading", "loaded", "ready", "bound")
+
+    def __init__(
+        self, machine: Machine, channel: Channel, policy: str, at: Callable[[str], None] = lambda _point: None
+    ) -> None:
+        self.machine = machine
+        self.report = Report()
+        self.device = machine.device
+        self._channel = channel
+        self._policy = policy
+        self._at = at
+        self._ram = RamTarget(machine.memory)
+        self._check = False
+        self._has_setup = False
+        self._has_early = False
+        self._seen: list[str] = []  # final sections
+        self._handlers: dict[str, Callable[[Section], None]] = {
+            "setup": self._load_setup,
+            "ram": self._load_ram,
+            "virtio-net-early": self._load_early,
+            "virtio-net": self._load_device,
+            "virtio-net-delta": self._load_delta,
+            "end": self._load_end,
+        }
+
+    def run(self) -> Report:
+        """Load, and run the machine if the source gives it up; return how it went."""
+        report = self.report
+        try:
+            while not self._seen or self._seen[-1] != END.name:
+                self.load(self._channel.receive(POLICIES[self._policy]))
+            self._at("loaded")
+            self._channel.send(READY)
+            self._at("ready")
+            section = self._channel.receive(POLICIES[self._policy])
+            if section.type is not COMMIT:
+                raise StreamError(f"section {section.type.name} where the commit has to be")
+        except (VnetdpError, Cancelled) as e:
+            report.error = str(e)
+            _log.warning("migration failed: %s; the source goes on", e)
+            self.device.abandon_vhost()
+            self._answer_failure(str(e))
+            return report
+        self.resume()
+        report.outcome = self.device.owner.value
+        try:
+            self._channel.send(RUNNING, json.dumps(self._summary()).encode())
+        except StreamError as e:
+            _log.warning("%s, after it gave the machine up: it runs here", e)
+        return report
+
+    def _answer_failure(self, text: str) -> None:
+        try:
+            self._channel.send(FAILED, text.encode()[: FAILED.longest])
+        except StreamError:
+            _log.debug("the source is gone, too")
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "outcome": self.report.outcome,
+            "spans": self.report.spans.spans,
+            "violations": self.report.violations,
+            "pages": self._ram.loaded,
+        }
+
+    # --- sections ---
+
+    def load(self, section: Section) -> None:
+        """Load one section; StreamError if it can't come now."""
+        kind = section.type
+        if not self._has_setup and kind.phase is not Phase.SETUP:
+            raise StreamError(f"section {kind.name} comes before the setup")
+        if kind.phase is Phase.FINAL:
+            if kind.name in self._seen:
+                raise StreamError(f"section {kind.name} comes twice")
+            if self._seen and kind.priority > POLICIES[self._policy][self._seen[-1]].priority:
+                raise StreamError(f"section {kind.name} comes after {self._seen[-1]}")
+            self._seen.append(kind.name)
+        elif kind.phase in (Phase.SETUP, Phase.EARLY) and self._seen:
+            raise StreamError(f"section {kind.name} comes after {self._seen[-1]}")
+        handler = self._handlers.get(kind.name)
+        if handler is None:
+            raise StreamError(f"section {kind.name} comes out of place")
+        if kind.phase is Phase.FINAL and len(self._seen) == 1:
+            self.machine.faults.phase = "final"
+            self._at("loading")
+        handler(section)
+
+    def _load_setup(self, section: Section) -> None:
+        if self._has_setup:
+            raise StreamError("the setup comes twice")
+        config = self.machine.config
+        ours = {"queue_pairs": config.queue_pairs, "num": config.num, "end": self.machine.memory.end}
+        try:
+            theirs = json.loads(bytes(section.payload))
+            self._check = bool(theirs.pop("check"))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+            raise StreamError(f"the setup cannot be read: {e}") from e
+        if theirs != ours:
+            raise StreamError(f"the source's machine is another: {theirs} where this one is {ours}")
+        self._has_setup = True
+        self.machine.faults.phase = "early"
+        self.machine.adopt()
+        self._at("setup")
+
+    def _load_ram(self, section: Section) -> None:
+        self._ram.load(section.payload)
+        self._at("ram")
+
+    def _load_early(self, section: Section) -> None:
+        """Load the state for the time being, and prepare vhost for it; again, if the source sends it again."""
+        with self.report.spans.span("early_load"):
+            self.device.load_state(decode_early(section.payload))
+        self._has_early = True
+        self._at("early")
+        with self.report.spans.span("early_vhost_start"):
+            self.device.prepare_vhost()
+        self._at("prepared")
+
+    def _load_device(self, section: Section) -> None:
+        with self.report.spans.span("load_full"):
+            self.device.load_state(decode_full(section.payload))
+
+    def _load_delta(self, section: Section) -> None:
+        """Load what has changed, and every index; vhost is told of it, and of no more."""
+        if not self._has_early:
+            raise StreamError("a delta comes without an early state")
+        with self.report.spans.span("load_delta"):
+            self.device.load_delta(decode_delta(section.payload, len(self.device.queues)))
+        with self.report.spans.span("index_check"):
+            self.check_indices()
+        with self.report.spans.span("set_bases"):
+            if self.device.owners.prepared is not None or not self.device.ready:
+                self.device.prepare_vhost()
+
+    def check_indices(self) -> None:
+        """Hold each index against final guest memory, as virtio_load does: one that can't be fails the migration."""
+        enabled = [(n, queue) for n, queue in enumerate(self.device.queues) if queue.enabled]
+        flat = pages_of(self.machine.memory).reshape(-1)
+        for _, queue in enabled:
+            for gpa in (queue.avail, queue.used):
+                self.machine.memory.translate(gpa, VIRTQ_RING_IDX + 2)
+        if not enabled:
+            return
+        table = np.array([(q.num, q.avail, q.used, q.last_avail_idx) for _, q in enabled], np.int64)
+        num, last = table[:, 0], table[:, 3]
+        avail_idx, used_idx = (
+            flat[table[:, k] + VIRTQ_RING_IDX].astype(np.int64)
+            | flat[table[:, k] + VIRTQ_RING_IDX + 1].astype(np.int64) << 8
+            for k in (1, 2)
+        )
+        in_use = (last - used_idx) & 0xFFFF
+        if (in_use > num).any():
+            n = enabled[int(np.argmax(in_use > num))][0]
+            raise StreamError(f"queue {n}: last_avail_idx and used.idx are further apart than the queue is long")
+        if (((avail_idx - last) & 0xFFFF) > num).any():
+            _log.warning("the guest moved avail.idx by more than a queue's size: the device needs a reset")
+            self.device.mark_broken()
+
+    def _load_end(self, section: Section) -> None:
+        if len(self._seen) == 1:
+            raise StreamError("the stream ends without the device's state")
+        if "virtio-net" in self._seen:
+            self.check_indices()
+        if self._check and len(section.payload):
+            sums = np.frombuffer(section.payload, "<u4").tolist() if len(section.payload) % 4 == 0 else []
+            ours = self.machine.memory_sums()
+            if sums != ours:
+                regions = [n for n, (a, b) in enumerate(zip(sums, ours, strict=False)) if a != b]
+                self.report.violations.append(
+                    f"I8: guest memory differs in region {regions}: a write was not sent again"
+                )
+
+    # --- the end ---
+
+    def resume(self) -> None:
+        """Bind and run. If binding fails, vhost is started anew, once; if that fails too, userspace has the rings."""
+        device, spans = self.device, self.report.spans
+        prepared = device.owners.prepared is not None
+        bound = False
+        if prepared:
+            with spans.span("bind_backends"):
+                bound = device.bind_prepared()
+        self.machine.faults.phase = "final" if not prepared and self._policy == "none" else "retry"
+        with spans.span("set_running" if bound else "retry" if self._has_early else "start_vhost"):
+            device.set_running(True)
+        assert self.machine.driver is not None
+        with spans.span("resume"):
+            self.machine.driver.start()
+        spans.mark("running")
+        self._at("bound")
