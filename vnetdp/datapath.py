@@ -239,6 +239,15 @@ class Paced:
             self._resume.set()
         self._lock.release()
 
+    def park(self, parked: bool) -> None:
+        """Have the thread stand still until it is told otherwise, by whichever thread; each True needs a False."""
+        if parked:
+            with self.paused():
+                self._depth += 1
+        else:
+            self._lock.acquire()
+            self._go_on()
+
     def signal_later(self, event: EventFd) -> None:
         """Have the thread signal *event*, a peer's, when it goes on; only while it stands still."""
         self._to_signal.append(event)

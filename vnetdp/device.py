@@ -196,7 +196,7 @@ class NetDevice:
                 pair, vring = divmod(index, VRINGS)
                 try:
                     with backends[pair].hold():
-                        vhost_net.start_vring(backends[pair], self._rings(), pair, vring)
+                        vhost_net.start_vring(backends[pair], self.rings(), pair, vring)
                         backends[pair].set_backend(vring, self.endpoint)
                 except BackendError as e:
                     # The backend was not told this queue's index: what it would give back is of another time.
@@ -212,7 +212,7 @@ class NetDevice:
             backends = self._backends()
             if queue.enabled and backends is not None:
                 pair, vring = divmod(index, VRINGS)
-                vhost_net.stop_vring(backends[pair], self._rings(), pair, vring)
+                vhost_net.stop_vring(backends[pair], self.rings(), pair, vring)
             self.queues[index] = Virtqueue(num=min(256, self.max_num))
 
     def read_config(self, offset: int, length: int) -> bytes:
@@ -296,7 +296,7 @@ class NetDevice:
         backends = self._backends()
         if backends is None:
             return
-        rings = self._rings()
+        rings = self.rings()
         with vhost_net.standing_still(backends):
             for pair, backend in enumerate(backends):
                 backend.set_log(self.log)
@@ -326,7 +326,8 @@ class NetDevice:
         """Times that vhost could not be started."""
         return self.owners.fallbacks
 
-    def _rings(self) -> vhost_net.Rings:
+    def rings(self) -> vhost_net.Rings:
+        """Return what an owner of the rings has to know."""
         features = self._driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
         mtu = self.control.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
         return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu)
@@ -350,7 +351,7 @@ class NetDevice:
             self._needs_reset()
 
     def _hand_to(self, owner: Owner) -> bool:
-        done = self.owners.hand_to(owner, self._rings())
+        done = self.owners.hand_to(owner, self.rings())
         if not done:
             self.last_error = self.owners.last_error
         return done
@@ -410,7 +411,7 @@ class NetDevice:
             if not self.ready:
                 self.owners.abandon()
                 return False
-            return self.owners.prepare(self._rings())
+            return self.owners.prepare(self.rings())
 
     def bind_prepared(self) -> bool:
         """Bind what `prepare_vhost` configured; False if there is nothing, or it failed: indices are exact then.

@@ -56,7 +56,8 @@ class Owners:
         if owner is self.owner:
             return True
         began = time.perf_counter_ns()
-        with vhost_net.standing_still([*self.userspace, *(self.vhost or ())]):
+        wanted = {Owner.NOBODY: (), Owner.USERSPACE: self.userspace, Owner.VHOST: self.vhost or ()}[owner]
+        with vhost_net.standing_still([*(self.backends or ()), *wanted]):
             if self.backends is not None:
                 vhost_net.stop(self.backends, rings)
             was, self.owner = self.owner, Owner.NOBODY
@@ -90,14 +91,22 @@ class Owners:
     def _start_vhost(self, rings: vhost_net.Rings) -> None:
         """Configure what is not, and bind; on BackendError nothing is left of it."""
         assert self.vhost is not None
-        prepared, self.prepared = self.prepared, None
-        if prepared is None:
+        if self.prepared is None:
             self.notifiers.assign()
+            self._park()
         try:
-            vhost_net.start(self.vhost, rings, prepared)
+            vhost_net.start(self.vhost, rings, self.prepared)
         except BackendError:
-            self.notifiers.release()
+            self.abandon()
             raise
+        self.prepared = None
+        vhost_net.park(self.vhost, False)
+
+    def _park(self) -> None:
+        """Begin to prepare: the worker stands still until its rings are bound, or all is given up."""
+        assert self.vhost is not None
+        self.prepared = vhost_net.Prepared()
+        vhost_net.park(self.vhost, True)
 
     def prepare(self, rings: vhost_net.Rings) -> bool:
         """Do all of vhost's start but the binding; False, and nothing is left of it, if that fails.
@@ -108,9 +117,9 @@ class Owners:
         try:
             if self.prepared is None:
                 self.notifiers.assign()
-                self.prepared = vhost_net.Prepared()
-            with vhost_net.standing_still(self.vhost):
-                vhost_net.configure(self.vhost, rings, self.prepared)
+                self._park()
+            assert self.prepared is not None
+            vhost_net.configure(self.vhost, rings, self.prepared)
         except BackendError as e:
             self.last_error = e
             self.fallbacks += 1
@@ -119,8 +128,16 @@ class Owners:
             return False
         return True
 
+    def take_as_bound(self) -> None:
+        """Count vhost as the owner of what was prepared: somebody else has bound it, or should have."""
+        self.owner = Owner.VHOST
+        if self.prepared is not None and self.vhost is not None:
+            self.prepared = None
+            vhost_net.park(self.vhost, False)
+
     def abandon(self) -> None:
         """Forget what was prepared."""
-        if self.prepared is not None:
+        if self.prepared is not None and self.vhost is not None:
             self.prepared = None
             self.notifiers.release()
+            vhost_net.park(self.vhost, False)

@@ -51,13 +51,23 @@ class Prepared:
     bases: dict[int, int] = field(default_factory=dict)
 
 
+def _one_a_site(backends: Sequence[Backend]) -> list[Backend]:
+    return list({id(backend.site): backend for backend in backends}.values())
+
+
 @contextmanager
 def standing_still(backends: Sequence[Backend]) -> Iterator[None]:
     """Hold every backend for the length of the block; those that one thread runs, once."""
     with ExitStack() as stack:
-        for backend in {id(backend.site): backend for backend in backends}.values():
+        for backend in _one_a_site(backends):
             stack.enter_context(backend.hold())
         yield
+
+
+def park(backends: Sequence[Backend], parked: bool) -> None:
+    """Have all *backends* stand still, or go on: to stop a thread costs more than all that is told to it meanwhile."""
+    for backend in _one_a_site(backends):
+        backend.park(parked)
 
 
 def enabled_queues(rings: Rings) -> list[tuple[int, int, int]]:

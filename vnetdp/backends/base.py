@@ -88,6 +88,9 @@ class Backend(Protocol):
     def hold(self) -> AbstractContextManager[None]:
         """Stand still for several verbs in one go; each verb by itself is safe without."""
 
+    def park(self, parked: bool) -> None:
+        """Stand still from now until told otherwise, with everything that shares the site; each True needs a False."""
+
     def status(self, index: int) -> int:
         """Return 0, or the layout.E_* that broke the ring."""
 

@@ -154,6 +154,9 @@ class FaultyBackend:
     def hold(self) -> AbstractContextManager[None]:
         return self.inner.hold()
 
+    def park(self, parked: bool) -> None:
+        self.inner.park(parked)
+
     def status(self, index: int) -> int:
         return self.inner.status(index)
 

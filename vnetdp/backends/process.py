@@ -284,6 +284,10 @@ class ProcessBackend:
             with suppress(BackendError):
                 self._worker.call(self._pair, _RELEASE)
 
+    def park(self, parked: bool) -> None:
+        with suppress(BackendError):
+            self._worker.call(self._pair, _HOLD if parked else _RELEASE)
+
     def status(self, index: int) -> int:
         return int(self._rows[index, layout.VQ_STATUS])
 

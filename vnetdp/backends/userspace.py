@@ -193,6 +193,9 @@ class UserspaceBackend:
     def hold(self) -> Iterator[None]:
         yield
 
+    def park(self, parked: bool) -> None:
+        """Nothing runs but in the caller's thread."""
+
     def status(self, index: int) -> int:
         return int(self._rows[index, layout.VQ_STATUS])
 

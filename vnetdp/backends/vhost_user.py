@@ -395,6 +395,9 @@ class VhostUserBackend:
     def hold(self) -> Iterator[None]:
         yield
 
+    def park(self, parked: bool) -> None:
+        """A back end elsewhere does nothing with rings that are not enabled."""
+
     def status(self, index: int) -> int:
         """0: a remote ring that broke stays silent."""
         return 0

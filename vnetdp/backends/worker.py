@@ -116,6 +116,9 @@ class WorkerBackend:
     def hold(self) -> AbstractContextManager[None]:
         return self._paced.paused()
 
+    def park(self, parked: bool) -> None:
+        self._paced.park(parked)
+
     def status(self, index: int) -> int:
         return self._inner.status(index)
 

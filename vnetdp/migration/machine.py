@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
@@ -186,6 +187,10 @@ class Machine:
             sums.append(zlib.crc32(pages[at : at + region.length].data))
             at += region.length
         return sums
+
+    def on_close(self, call: Callable[[], None]) -> None:
+        """Have *call* called before anything is given up."""
+        self._stack.callback(call)
 
     def close(self) -> None:
         """Stop everything and give it up."""

@@ -45,7 +45,7 @@ class Target:
         self._has_setup = False
         self._has_early = False
         self._seen: list[str] = []  # final sections
-        self._handlers: dict[str, Callable[[Section], None]] = {
+        self.handlers: dict[str, Callable[[Section], None]] = {
             "setup": self._load_setup,
             "ram": self._load_ram,
             "virtio-net-early": self._load_early,
@@ -69,7 +69,7 @@ class Target:
         except (VnetdpError, Cancelled) as e:
             report.error = str(e)
             _log.warning("migration failed: %s; the source goes on", e)
-            self.device.abandon_vhost()
+            self.give_up()
             self._answer_failure(str(e))
             return report
         self.resume()
@@ -79,6 +79,10 @@ class Target:
         except StreamError as e:
             _log.warning("%s, after it gave the machine up: it runs here", e)
         return report
+
+    def give_up(self) -> None:
+        """Undo what was prepared: nothing of it can be seen from outside."""
+        self.device.abandon_vhost()
 
     def _answer_failure(self, text: str) -> None:
         try:
@@ -109,7 +113,7 @@ class Target:
             self._seen.append(kind.name)
         elif kind.phase in (Phase.SETUP, Phase.EARLY) and self._seen:
             raise StreamError(f"section {kind.name} comes after {self._seen[-1]}")
-        handler = self._handlers.get(kind.name)
+        handler = self.handlers.get(kind.name)
         if handler is None:
             raise StreamError(f"section {kind.name} comes out of place")
         if kind.phase is Phase.FINAL and len(self._seen) == 1:
@@ -145,8 +149,12 @@ class Target:
         self._has_early = True
         self._at("early")
         with self.report.spans.span("early_vhost_start"):
-            self.device.prepare_vhost()
+            self.prepare_early()
         self._at("prepared")
+
+    def prepare_early(self) -> None:
+        """Start vhost as far as it goes without binding."""
+        self.device.prepare_vhost()
 
     def _load_device(self, section: Section) -> None:
         with self.report.spans.span("load_full"):
@@ -215,8 +223,12 @@ class Target:
         self.machine.faults.phase = "final" if not prepared and self._policy == "none" else "retry"
         with spans.span("set_running" if bound else "retry" if self._has_early else "start_vhost"):
             device.set_running(True)
+        self.start_guest()
+
+    def start_guest(self) -> None:
+        """Let the guest go on."""
         assert self.machine.driver is not None
-        with spans.span("resume"):
+        with self.report.spans.span("resume"):
             self.machine.driver.start()
-        spans.mark("running")
+        self.report.spans.mark("running")
         self._at("bound")
