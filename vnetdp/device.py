@@ -25,7 +25,7 @@ from .backends.worker import Worker
 from .datapath import Datapath
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, GuestError
-from .memory import DirtyLog, GuestMemory
+from .memory import DirtyLog, GuestMemory, Words
 from .notifiers import Notifiers
 from .notify import EventFd
 from .owners import Owner, Owners
@@ -493,6 +493,13 @@ class NetDevice:
         if self._stepped is None:
             raise ConfigError("the device has a thread: make it with threaded=False to step it")
         return self._stepped
+
+    @property
+    def userspace_rows(self) -> Words:
+        """The queue rows of the userspace datapath: int64[2 * queue_pairs, VQ_SLOTS]."""
+        if self._userspace_worker is not None:
+            return self._userspace_worker.datapath.vqs
+        return self.stepped.vqs
 
     @property
     def native_id(self) -> int:

@@ -165,11 +165,14 @@ class Driver:
         self.endpoint.set_offloads(f.host_offload_mask(self.features))
         at = self._start_at
         for index in range(2 * self.queue_pairs):
-            at = self._lay_out(index, at)
+            at = self.lay_out(index, at, self._first_idx)
         device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
 
-    def _lay_out(self, index: int, at: int) -> int:
-        """Place a queue's rings and buffers in guest memory from *at* on; return the address behind them."""
+    def lay_out(self, index: int, at: int, first_idx: int = 0) -> int:
+        """Place a queue's rings and buffers in guest memory from *at* on, and enable it; return the address behind them.
+
+        For a queue that the device has not enabled: at the start, or after a reset of it that lost nothing.
+        """
         mem, row, state = self.memory.mem, self.dvqs[index], self.states[index]
         lens = ring_len(self.num)
         addresses = []
@@ -193,10 +196,10 @@ class Driver:
         row[layout.DVQ_BUF_OFFSET] = self.memory.translate(at, self.num * buffer_len)
         row[layout.DVQ_CALLS_ON] = 1
         split.reset_driver(row, state)
-        if self._first_idx:
+        if first_idx:
             for slot in _INDICES:
-                row[slot] = self._first_idx
-            self.memory.write(addresses[2] + layout.VIRTQ_RING_IDX, self._first_idx.to_bytes(2, "little"))
+                row[slot] = first_idx
+            self.memory.write(addresses[2] + layout.VIRTQ_RING_IDX, first_idx.to_bytes(2, "little"))
         if index % 2 == 0:
             kernels.post_receive(mem, row, state)
             split.publish_available(mem, row)
@@ -275,17 +278,26 @@ class Driver:
             self._thread = None
             self.ctl[layout.CTL_DOORBELL] = 0
 
-    def reset(self) -> None:
-        """Reset the device and start anew with it; what was in flight is gone."""
+    def reset(self, wanted: int | None = None) -> None:
+        """Reset the device and start anew with it, with features *wanted* if given; what was in flight is gone."""
+        if wanted is not None:
+            self._wanted = wanted
         running = self._thread
         self.stop()
         self._bring_up()
         if running is not None:
             self.start(running.poll_us)
 
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Return the guest address of a queue's first part, and the bytes from there to the end of its buffers."""
+        window = self.memory.translate(self._start_at, 0) - self._start_at
+        row = self.dvqs[index]
+        first = int(row[layout.DVQ_DESC]) - window
+        return first, int(row[layout.DVQ_BUF_GPA]) + self.num * int(row[layout.DVQ_BUF_LEN]) - first
+
     def private_ranges(self) -> list[tuple[int, int]]:
         """Return (guest address, bytes) of the pages that the driver writes and the device does not."""
-        ranges = []
+        ranges: list[tuple[int, int]] = []
         window = self.memory.translate(self._start_at, 0) - self._start_at
         for index, row in enumerate(self.dvqs):
             lens = ring_len(self.num)

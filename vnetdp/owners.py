@@ -79,11 +79,11 @@ class Owners:
                     _log.error("unable to start the userspace datapath: %s", e)
                 return False
             self.owner = owner
-        if owner is not Owner.NOBODY:
-            # Whoever held the rings before may have left a decision open: calls may be spurious, but not lost.
-            for queue, call in zip(rings.queues, rings.calls, strict=True):
-                if queue.enabled:
-                    call.signal()
+            if owner is not Owner.NOBODY:
+                # Whoever held the rings before may have left a decision open: calls may be spurious, but not lost.
+                for queue, call in zip(rings.queues, rings.calls, strict=True):
+                    if queue.enabled:
+                        call.signal()
         self.handovers += 1
         self.handovers_ns.append(time.perf_counter_ns() - began)
         return True

@@ -43,14 +43,23 @@ class RamSource:
         self._copy_of: Words = np.full(n_pages, -1, np.int64)  # a private page's place among the copies
         self._spans: list[tuple[int, int]] = []
         self.guest_wrote: set[int] = set()  # pages that the guest wrote though they are not private
-        n_copies = 0
+        self._copies: Bytes = np.zeros((0, PAGE_SIZE), np.uint8)
+        self.add_private(private)
+        self.sent = 0  # pages
+
+    def add_private(self, private: Iterable[tuple[int, int]]) -> None:
+        """Compare these from now on, too: a queue has moved. Nothing of them counts as sent."""
+        n_copies = len(self._copies)
         for gpa, length in private:
             first, end = gpa // PAGE_SIZE, -(-(gpa + length) // PAGE_SIZE)
+            if (self._copy_of[first:end] >= 0).all():
+                continue
             self._spans.append((first, end))
             self._copy_of[first:end] = np.arange(n_copies, n_copies + end - first)
             n_copies += end - first
-        self._copies: Bytes = np.zeros((n_copies, PAGE_SIZE), np.uint8)
-        self.sent = 0  # pages
+        copies: Bytes = np.zeros((n_copies, PAGE_SIZE), np.uint8)
+        copies[: len(self._copies)] = self._copies
+        self._copies = copies
 
     def all_in_use(self) -> Words:
         """Return the numbers of the pages that hold anything: the others are zero on both sides."""

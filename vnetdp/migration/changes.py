@@ -1,0 +1,169 @@
+"""What a guest, or its host, changes while a migration is under way, by name: each has to arrive, and to lose nothing.
+
+A change that takes a queue down waits first until nothing is in flight on it, as a driver does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from vnetdp_kernels import layout
+from vnetdp_kernels.layout import PAGE_SIZE
+
+from .. import features as f
+from ..errors import VnetdpError
+from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES
+from ..virtqueue import ring_len
+from .machine import Machine
+
+_WAIT_S = 10.0
+
+
+def _mac(machine: Machine, n: int) -> None:
+    machine.device.set_control(mac=bytes((0x52, 0x54, 0, 1, n >> 8 & 0xFF, n & 0xFF)))
+
+
+def _mac_table(machine: Machine, n: int) -> None:
+    table = tuple(bytes((0x02, 0, 0, 0, n & 0xFF, k)) for k in range(1 + n % 63))
+    machine.device.set_control(mac_table=table, mac_first_multi=len(table) // 2, mac_overflow=n & 3)
+
+
+def _vlans(machine: Machine, n: int) -> None:
+    vlans = bytearray(VLAN_BYTES)
+    vlans[n % VLAN_BYTES] = 1 << n % 8
+    machine.device.set_control(vlans=bytes(vlans))
+
+
+def _rx_mode(machine: Machine, n: int) -> None:
+    machine.device.set_control(rx_mode=(machine.device.control.rx_mode + 1 + n) & 0x3F)
+
+
+def _queue_pairs(machine: Machine, n: int) -> None:
+    machine.device.set_control(curr_queue_pairs=1 + n % machine.config.queue_pairs)
+
+
+def _mtu(machine: Machine, n: int) -> None:
+    machine.device.set_control(mtu=1400 + n % 100)
+
+
+def _offloads(machine: Machine, n: int) -> None:
+    machine.device.set_control(guest_offloads=machine.device.control.guest_offloads ^ (1 + n % 15))
+
+
+def _rss(machine: Machine, n: int) -> None:
+    pairs = machine.config.queue_pairs
+    table = tuple((n + k) % pairs for k in range(128))
+    machine.device.set_control(rss_enabled=True, rss_hash_types=0x3F, rss_table=table, rss_key=bytes([n & 0xFF]) * 40)
+
+
+def _announce(machine: Machine, _n: int) -> None:
+    machine.device.set_control(net_status=machine.device.control.net_status ^ VIRTIO_NET_S_ANNOUNCE)
+
+
+def _link(machine: Machine, _n: int) -> None:
+    machine.device.set_link(not machine.device.control.link_up)
+
+
+def _queue_reset(machine: Machine, n: int) -> None:
+    """Reset a queue, and enable it again where it was: the same addresses, but its index begins at 0."""
+    index = n % len(machine.device.queues)
+    driver = machine.driver
+    assert driver is not None
+    _set_up_again(machine, index, driver.place_of(index)[0])
+
+
+def _ring_setup(machine: Machine, n: int) -> None:
+    """Reset a queue, and enable it again at addresses of its own."""
+    index = n % len(machine.device.queues)
+    driver = machine.driver
+    assert driver is not None
+    end = max(at + length for at, length in map(driver.place_of, range(len(machine.device.queues))))
+    _set_up_again(machine, index, -(-end // PAGE_SIZE) * PAGE_SIZE)
+
+
+def _features(machine: Machine, _n: int) -> None:
+    """Reset the device, and bring it up with other features."""
+    driver = machine.driver
+    assert driver is not None
+    if not machine.drain():
+        raise VnetdpError("frames are still in flight: the device is not reset")
+    driver.reset(driver.features ^ f.VIRTIO_RING_F_EVENT_IDX | f.VIRTIO_F_VERSION_1)
+    for index in range(len(machine.device.queues)):
+        _guest_wrote(machine, index)
+    machine.allow(True)
+
+
+CHANGES: Final[dict[str, Callable[[Machine, int], None]]] = {
+    "mac": _mac,
+    "mac_table": _mac_table,
+    "vlans": _vlans,
+    "rx_mode": _rx_mode,
+    "queue_pairs": _queue_pairs,
+    "mtu": _mtu,
+    "offloads": _offloads,
+    "rss": _rss,
+    "announce": _announce,
+    "link": _link,
+    "queue_reset": _queue_reset,
+    "ring_setup": _ring_setup,
+    "features": _features,
+}
+
+
+def _set_up_again(machine: Machine, index: int, at: int) -> None:
+    driver = machine.driver
+    assert driver is not None
+    pair = index // 2
+    limit = int(machine.guest.rows[pair, layout.EP_LIMIT])
+    if index % 2:
+        machine.guest.rows[pair, layout.EP_LIMIT] = machine.guest.rows[pair, layout.EP_SEQ]
+        _wait(lambda: int(driver.dvqs[index, layout.DVQ_IN_FLIGHT]) == 0 or not machine.device.ready)
+    driver.stop()
+    machine.device.reset_queue(index)
+    driver.run(-1, 0, 0)  # takes what was used before the reset
+    driver.lay_out(index, at)
+    machine.guest.rows[pair, layout.EP_LIMIT] = limit
+    _guest_wrote(machine, index)
+    driver.start()
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + _WAIT_S
+    while not done():
+        if time.monotonic() > until:
+            raise VnetdpError("frames are still in flight: the queue is not reset")
+        time.sleep(0.0002)
+
+
+def _guest_wrote(machine: Machine, index: int) -> None:
+    """Tell the migration, if there is one, that the guest itself wrote a queue's rings."""
+    if machine.ram is None or machine.driver is None:
+        return
+    machine.ram.add_private(machine.driver.private_ranges())
+    at, _ = machine.driver.place_of(index)
+    length = sum(-(-part // PAGE_SIZE) for part in ring_len(machine.config.num))
+    machine.ram.guest_wrote.update(range(at // PAGE_SIZE, at // PAGE_SIZE + length))
+
+
+@contextmanager
+def churning(machine: Machine, name: str, every_s: float) -> Iterator[None]:
+    """Make a change again and again, from a thread, for the length of the block."""
+    end = threading.Event()
+
+    def churn() -> None:
+        n = 0
+        while not end.wait(every_s):
+            CHANGES[name](machine, n)
+            n += 1
+
+    thread = threading.Thread(target=churn, name="churn", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()

@@ -1,0 +1,260 @@
+"""A host: a process that has one machine at a time, and does what it is told over a socket (`HostProcess`).
+
+Requests and answers are pickled; only the parent that started the process speaks to it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Self
+
+from ..backends.faulty import Fault, Faults
+from ..errors import VnetdpError
+from ..warmup import warm_up
+from .changes import CHANGES, churning
+from .channel import Channel
+from .invariants import resources, violations
+from .machine import Machine, MachineConfig
+from .seed import SeedTarget
+from .source import Cancelled, Report, Source
+from .target import Target
+
+_MAX_MESSAGE = 1 << 17
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What is to happen in a migration, as one side knows it. Each point is one of that side's POINTS.
+
+    changes: (name, point), made when the point is first reached; churn: a change made 1,000 times a second until the
+    machine stops; cancel_at, die_at: points; cut_after: bytes of the stream; check: compare all of guest memory.
+    """
+
+    policy: str = "delta"
+    check: bool = True
+    faults: tuple[str, ...] = ()
+    changes: tuple[tuple[str, str], ...] = ()
+    churn: str = ""
+    cancel_at: str = ""
+    die_at: str = ""
+
+
+class _Points:
+    """Does at each point what the orders say."""
+
+    def __init__(self, machine: Machine, orders: Orders) -> None:
+        self._machine = machine
+        self._orders = orders
+        self._done: set[tuple[str, str]] = set()
+        self._churning = ExitStack()
+
+    def __call__(self, point: str) -> None:
+        orders = self._orders
+        if orders.die_at == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if orders.cancel_at == point:
+            raise Cancelled(f"cancelled at {point}")
+        if orders.churn and point == "logging":
+            self._churning.enter_context(churning(self._machine, orders.churn, 0.001))
+        if point == "stopping":
+            self.end()
+        for n, change in enumerate(orders.changes):
+            if change[1] == point and change not in self._done:
+                self._done.add(change)
+                CHANGES[change[0]](self._machine, n + 1)
+
+    def end(self) -> None:
+        self._churning.close()
+
+
+class Host:
+    """What the process has, and each thing that it can be told, as a method."""
+
+    def __init__(self) -> None:
+        self.machine: Machine | None = None
+        self._resources = resources()
+
+    @property
+    def _one(self) -> Machine:
+        if self.machine is None:
+            raise VnetdpError("the host has no machine")
+        return self.machine
+
+    def warm_up(self) -> None:
+        """Load the kernels, and note what the process holds without a machine."""
+        warm_up()
+        self._resources = resources()
+
+    def make(self, config: MachineConfig, faults: tuple[str, ...], wire_fd: int) -> None:
+        """Make a machine, stopped and empty; the one before is given up."""
+        self.drop()
+        self.machine = Machine(config, wire_fd, Faults(Fault.parse(fault) for fault in faults))
+        os.close(wire_fd)
+
+    def boot(self) -> None:
+        self._one.boot()
+        self._one.run()
+
+    def send(self, orders: Orders, fd: int) -> Report:
+        """Migrate the machine out, over the socket *fd*."""
+        points = _Points(self._one, orders)
+        self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
+        with Channel(socket.socket(fileno=fd)) as channel:
+            source = Source(self._one, channel, orders.policy, points, orders.check)
+            try:
+                report = _uninterrupted(source.run)
+            finally:
+                points.end()
+        return self._checked(report)
+
+    def receive(self, orders: Orders, fd: int) -> Report:
+        """Take a machine in, over the socket *fd*."""
+        kind = SeedTarget if orders.policy == "seed" else Target
+        self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
+        with Channel(socket.socket(fileno=fd)) as channel:
+            report = _uninterrupted(kind(self._one, channel, orders.policy, _Points(self._one, orders)).run)
+        return self._checked(report)
+
+    def _checked(self, report: Report) -> Report:
+        report.violations = [*report.violations, *violations(self._one)]
+        return report
+
+    def set_status_again(self) -> str:
+        """Write the status as it is, which is when vhost is tried again; return the owner."""
+        device = self._one.device
+        device.set_status(device.status)
+        return device.owner.value
+
+    def change(self, name: str, n: int = 1) -> None:
+        CHANGES[name](self._one, n)
+
+    def drain(self) -> bool:
+        return self._one.drain()
+
+    def allow(self, traffic: bool) -> None:
+        self._one.allow(traffic)
+
+    def look(self) -> dict[str, Any]:
+        """Return the owner, what does not hold, the two ledgers, and what the guest set."""
+        machine = self._one
+        return {
+            "owner": machine.device.owner.value,
+            "violations": violations(machine),
+            "ledgers": machine.ledgers(),
+            "control": machine.device.control,
+            "features": machine.device.driver_features,
+        }
+
+    def drop(self) -> dict[str, int]:
+        """Give the machine up; return what is left of it: descriptors, mappings and threads that were not there before."""
+        if self.machine is not None:
+            self.machine.close()
+            self.machine = None
+        gc.collect()
+        now = resources()
+        return {what: count - self._resources[what] for what, count in now.items() if count != self._resources[what]}
+
+
+def _uninterrupted(run: Callable[[], Report]) -> Report:
+    """Run without garbage collection: it would stop the machine's threads in the worst moment."""
+    gc.collect()
+    gc.disable()
+    try:
+        return run()
+    finally:
+        gc.enable()
+
+
+class HostProcess:
+    """A `Host` in a process of its own. `call` waits for the answer; `begin` gives a function that does."""
+
+    def __init__(self) -> None:
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            path = os.pathsep.join(filter(None, sys.path))
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", f"from vnetdp.migration.host import main; main({theirs.fileno()})"],
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._child.poll() is None
+
+    def begin(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Callable[[], Any]:
+        """Ask for *what*; its last arguments are *fds*, as the host will have them. Return what waits for the answer."""
+        self._lock.acquire()
+        try:
+            socket.send_fds(self._sock, [pickle.dumps((what, args))], fds)
+        except OSError as e:
+            self._lock.release()
+            raise VnetdpError(f"the host of process {self.pid} is gone") from e
+
+        def answer() -> Any:
+            try:
+                data = self._sock.recv(_MAX_MESSAGE)
+            except OSError:
+                data = b""
+            finally:
+                self._lock.release()
+            if not data:
+                self._child.wait()
+                raise VnetdpError(f"the host of process {self.pid} is gone")
+            done, result = pickle.loads(data)
+            if not done:
+                raise VnetdpError(result)
+            return result
+
+        return answer
+
+    def call(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Any:
+        return self.begin(what, *args, fds=fds)()
+
+    def close(self) -> None:
+        """End the process."""
+        self._sock.close()
+        try:
+            self._child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def main(fd: int) -> None:
+    """Serve one parent until it closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    host = Host()
+    with socket.socket(fileno=fd) as sock:
+        while True:
+            data, fds, _, _ = socket.recv_fds(sock, _MAX_MESSAGE, 4)
+            if not data:
+                break
+            what, args = pickle.loads(data)
+            try:
+                answer = (True, getattr(host, what)(*args, *fds))
+            except Exception as e:  # noqa: BLE001 - it is the parent's to judge
+                answer = (False, f"{type(e).__name__}: {e}")
+            sock.send(pickle.dumps(answer))
+    host.drop()

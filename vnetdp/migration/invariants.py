@@ -1,0 +1,66 @@
+"""What has to hold of a machine whenever its rings have changed hands. Each violation begins with the invariant's name.
+
+I1, I4 and I10 (each frame once, in order) are what the ledger checks, I8 (every page sent again) the comparison of guest
+memory at the stream's end; the rest can be seen on the machine itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from vnetdp_kernels import layout
+
+from .. import vhost_net
+from ..owners import Owner
+from .machine import Machine
+
+
+def violations(machine: Machine) -> list[str]:
+    """Return what does not hold of *machine*, running or stopped."""
+    device = machine.device
+    owner = device.owner
+    found: list[str] = []
+    if owner is Owner.NOBODY:
+        for n, queue in enumerate(device.queues):
+            if not queue.enabled:
+                continue
+            used = vhost_net.used_idx(machine.memory, queue)
+            if (queue.last_avail_idx - used) & 0xFFFF > queue.num:
+                found.append(f"I2: queue {n} goes on at {queue.last_avail_idx}, and used.idx is {used}")
+    bound = {
+        Owner.USERSPACE: device.userspace_rows[:, layout.VQ_BOUND] != 0,
+        Owner.VHOST: machine.worker.datapath.vqs[:, layout.VQ_BOUND] != 0 if machine.worker else None,
+    }
+    for who, rows in bound.items():
+        if rows is None:
+            continue
+        for n, queue in enumerate(device.queues):
+            if who is not owner and rows[n]:
+                found.append(f"I5: {who.value} has queue {n}, which belongs to {owner.value}")
+            if who is owner and queue.enabled and not rows[n]:
+                found.append(f"I4: queue {n} is enabled, and {who.value}, which has the rings, does not serve it")
+    endpoint = device.endpoint
+    pollers = (
+        len({n // 2 for n, queue in enumerate(device.queues) if queue.enabled}) if owner is not Owner.NOBODY else 0
+    )
+    if len(endpoint.polled_by) != pollers:
+        found.append(f"I6: {len(endpoint.polled_by)} queues of the endpoint are polled, not {pollers}")
+    if endpoint.polls_started - endpoint.polls_stopped != len(endpoint.polled_by):
+        found.append("I7: polling was started and stopped unequally often")
+    notifiers = machine.notifiers
+    expected = owner is Owner.VHOST or device.owners.prepared is not None
+    if not notifiers.balanced or notifiers.with_vhost != expected:
+        counts = (notifiers.grabs, notifiers.host, notifiers.guest)
+        found.append(f"I7: notifiers (grabs, host, guest) {counts} while {owner.value} has the rings")
+    found += [f"I2: {error}" for error in device.ring_errors()]
+    return found
+
+
+def resources() -> dict[str, int]:
+    """Return the descriptors, mappings and threads of this process: a migration leaves as many as it found."""
+    return {
+        "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()) - 1,
+        "mappings": sum("vnetdp" in line for line in Path("/proc/self/maps").read_text().splitlines()),
+        "threads": threading.active_count(),
+    }

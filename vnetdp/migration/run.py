@@ -1,0 +1,254 @@
+"""One migration between two processes, watched from outside: what `vnetdp migrate` does, and all that repeats it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+
+from vnetdp_kernels import layout
+
+from ..endpoints.loopback import GenerateEndpoint, Ledger
+from ..errors import VnetdpError
+from ..memory import Words
+from .channel import POLICIES
+from .host import HostProcess, Orders
+from .machine import MachineConfig, make_wire
+from .source import Report
+
+_SAMPLE_S = 0.0001
+# What the destination does between the source's stop and its own first packet.
+DESTINATION_WORK = (
+    "load_full",
+    "load_delta",
+    "index_check",
+    "set_bases",
+    "bind_backends",
+    "unwind",
+    "retry",
+    "start_vhost",
+    "set_running",
+)
+
+
+class Watch:
+    """Looks at the far end of the traffic some thousand times a second: frames each way, and when."""
+
+    def __init__(self, wire: GenerateEndpoint) -> None:
+        self._rows = wire.rows
+        self._samples: list[tuple[int, int, int]] = []
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        to_wire, from_wire = self._rows[:, layout.EP_TO_WIRE], self._rows[:, layout.EP_FROM_WIRE]
+        while not self._end.is_set():
+            self._samples.append((time.monotonic_ns(), int(to_wire.sum()), int(from_wire.sum())))
+            time.sleep(_SAMPLE_S)
+
+    def stop(self) -> Words:
+        """Stop looking; return int64[n, 3]: time in ns, frames to the wire, frames from the wire."""
+        self._end.set()
+        self._thread.join()
+        return np.array(self._samples, np.int64).reshape(-1, 3)
+
+
+def blackout_us(samples: Words) -> float:
+    """Return the longest time without a frame either way, between two that moved, in µs; 0 if fewer did."""
+    if len(samples) < 2:
+        return 0.0
+    moved = np.flatnonzero(np.diff(samples[:, 1] + samples[:, 2]) > 0)
+    if len(moved) < 2:
+        return 0.0
+    return float(np.diff(samples[moved + 1, 0]).max()) / 1e3
+
+
+@dataclass
+class Result:
+    """What became of a migration. spans: (side, name, began, ended) in ns of CLOCK_MONOTONIC; samples as `Watch.stop`."""
+
+    policy: str
+    outcome: str
+    error: str
+    ledger: Ledger
+    violations: list[str]
+    spans: list[tuple[str, str, int, int]]
+    samples: Words
+    bytes: dict[str, int]
+    counts: dict[str, int]
+    left_over: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def spans_us(self) -> dict[str, float]:
+        """µs by name, both sides."""
+        totals: dict[str, float] = {}
+        for _, name, began, ended in self.spans:
+            if ended > began:
+                totals[name] = totals.get(name, 0.0) + (ended - began) / 1e3
+        stopped = [ended for side, name, _, ended in self.spans if (side, name) == ("source", "stop")]
+        for column, name in ((1, "first_tx"), (2, "first_rx")):
+            if stopped and len(self.samples):
+                later = self.samples[self.samples[:, 0] > stopped[0]]
+                moved = np.flatnonzero(np.diff(later[:, column]) > 0)
+                if len(moved):
+                    totals[name] = float(later[moved[0] + 1, 0] - stopped[0]) / 1e3
+        return totals
+
+    @property
+    def destination_us(self) -> float:
+        """µs of work at the destination while nobody runs."""
+        return sum(us for name, us in self.spans_us.items() if name in DESTINATION_WORK)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report that `vnetdp migrate --json` writes."""
+        return {
+            "policy": self.policy,
+            "outcome": self.outcome,
+            "error": self.error,
+            "ledger": self.ledger.as_dict(),
+            "violations": self.violations,
+            "spans_us": {name: round(us, 1) for name, us in self.spans_us.items()},
+            "destination_us": round(self.destination_us, 1),
+            "blackout_us": round(blackout_us(self.samples), 1),
+            "bytes": self.bytes,
+            "counts": self.counts,
+        }
+
+
+def socket_pair(tcp: bool = False) -> tuple[socket.socket, socket.socket]:
+    """Return two connected stream sockets, over loopback TCP or a Unix socket."""
+    if not tcp:
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+    for sock in (one, other):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return one, other
+
+
+class Couple:
+    """Two hosts, and a machine that lives on one of them. `start` it, then `migrate` it as often as you like."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self.source = self._stack.enter_context(HostProcess())
+        self.target = self._stack.enter_context(HostProcess())
+        self.config = MachineConfig()
+        self.wire: GenerateEndpoint | None = None
+        for wait in [host.begin("warm_up") for host in (self.source, self.target)]:
+            wait()
+
+    def start(self, config: MachineConfig) -> None:
+        """Boot a machine at the source. The one before is gone, wherever it was."""
+        self.drop()
+        self.config = config
+        self.wire = make_wire(config)
+        self._make(self.source, config)
+        self.source.call("boot")
+
+    def _make(self, host: HostProcess, config: MachineConfig) -> None:
+        assert self.wire is not None
+        host.call("make", config, (), fds=(self.wire.block.fd,))
+
+    def migrate(
+        self,
+        policy: str = "delta",
+        *,
+        source: Orders | None = None,
+        target: Orders | None = None,
+        target_policy: str = "",
+        target_vhost: bool | None = None,
+        tcp: bool = False,
+    ) -> Result:
+        """Migrate, and let it run on; the two hosts change names if the machine moved. `settle` tells what became of it."""
+        if policy not in POLICIES:
+            raise VnetdpError(f"unknown policy {policy!r}: one of {', '.join(POLICIES)}")
+        assert self.wire is not None
+        vhost = self.config.vhost if target_vhost is None else target_vhost
+        self._make(self.target, replace(self.config, vhost=vhost))
+        watch = Watch(self.wire)
+        ours, theirs = socket_pair(tcp)
+        with ours, theirs:
+            receive = self.target.begin(
+                "receive", replace(target or Orders(), policy=target_policy or policy), fds=(theirs.fileno(),)
+            )
+            send = self.source.begin("send", replace(source or Orders(), policy=policy), fds=(ours.fileno(),))
+        reports = [_answer(send), _answer(receive)]
+        if self.config.traffic != "idle":
+            time.sleep(0.02)  # so that the first frames at the destination are seen
+        samples = watch.stop()
+        sent, received = reports
+        outcome = sent.outcome
+        if outcome in ("lost", "source") and received.outcome in ("vhost", "userspace"):
+            outcome = received.outcome  # the destination runs, though the source could not be told
+        spans = [("source", *span) for span in sent.spans.spans] + [("target", *span) for span in received.spans.spans]
+        result = Result(
+            policy,
+            outcome,
+            sent.error or received.error,
+            Ledger(),
+            [
+                f"{side}: {text}"
+                for side, report in (("source", sent), ("target", received))
+                for text in report.violations
+            ],
+            spans,
+            samples,
+            sent.bytes,
+            sent.counts,
+        )
+        if outcome in ("vhost", "userspace"):
+            self.source, self.target = self.target, self.source
+        return result
+
+    def settle(self, result: Result) -> Result:
+        """Make no more frames, wait for those on their way, and enter into *result* what the ledgers and the machine say."""
+        self.source.call("drain")
+        seen = self.source.call("look")
+        to_wire, to_guest = seen["ledgers"]
+        result.ledger = to_wire + to_guest
+        result.violations += [f"afterwards: {text}" for text in seen["violations"]]
+        for name, ledger in (("to the wire", to_wire), ("to the guest", to_guest)):
+            for what, invariant in (("lost", "I4"), ("duplicated", "I1"), ("reordered", "I10"), ("corrupted", "I8")):
+                count = getattr(ledger, what)
+                if count:
+                    result.violations.append(f"{invariant}: {count} frames {name} {what}")
+        return result
+
+    def drop(self) -> dict[str, int]:
+        """Give the machine up on both sides; return what either host holds more than before it had one."""
+        left: dict[str, int] = {}
+        for host in (self.source, self.target):
+            if host.alive:
+                for what, count in host.call("drop").items():
+                    left[what] = left.get(what, 0) + count
+        if self.wire is not None:
+            self.wire.close()
+            self.wire = None
+        return left
+
+    def close(self) -> None:
+        if self.wire is not None:
+            self.wire.close()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _answer(wait: Any) -> Report:
+    try:
+        report: Report = wait()
+    except VnetdpError as e:
+        return Report("lost", str(e))
+    return report
