@@ -199,7 +199,8 @@ class Driver:
         if first_idx:
             for slot in _INDICES:
                 row[slot] = first_idx
-            self.memory.write(addresses[2] + layout.VIRTQ_RING_IDX, first_idx.to_bytes(2, "little"))
+            for ring in addresses[1:]:
+                self.memory.write(ring + layout.VIRTQ_RING_IDX, first_idx.to_bytes(2, "little"))
         if index % 2 == 0:
             kernels.post_receive(mem, row, state)
             split.publish_available(mem, row)

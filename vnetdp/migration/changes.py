@@ -15,6 +15,7 @@ from vnetdp_kernels import layout
 from vnetdp_kernels.layout import PAGE_SIZE
 
 from .. import features as f
+from .. import vhost_net
 from ..errors import VnetdpError
 from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES
 from ..virtqueue import ring_len
@@ -121,7 +122,7 @@ def _set_up_again(machine: Machine, index: int, at: int) -> None:
     limit = int(machine.guest.rows[pair, layout.EP_LIMIT])
     if index % 2:
         machine.guest.rows[pair, layout.EP_LIMIT] = machine.guest.rows[pair, layout.EP_SEQ]
-        _wait(lambda: int(driver.dvqs[index, layout.DVQ_IN_FLIGHT]) == 0 or not machine.device.ready)
+        _wait(lambda: _all_used(machine, index))
     driver.stop()
     machine.device.reset_queue(index)
     driver.run(-1, 0, 0)  # takes what was used before the reset
@@ -129,6 +130,15 @@ def _set_up_again(machine: Machine, index: int, at: int) -> None:
     machine.guest.rows[pair, layout.EP_LIMIT] = limit
     _guest_wrote(machine, index)
     driver.start()
+
+
+def _all_used(machine: Machine, index: int) -> bool:
+    """Return whether the device has used all that the driver made available, and the driver makes nothing more."""
+    assert machine.driver is not None
+    row = machine.driver.dvqs[index]
+    before = int(row[layout.DVQ_AVAIL_IDX])
+    used = vhost_net.used_idx(machine.memory, machine.device.queues[index])
+    return used == before == int(row[layout.DVQ_AVAIL_IDX]) == int(row[layout.DVQ_PUBLISHED_IDX])
 
 
 def _wait(done: Callable[[], bool]) -> None:

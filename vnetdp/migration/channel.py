@@ -16,11 +16,12 @@ PRIORITY_LOW, PRIORITY_DEFAULT = 0, 1
 SETUP = SectionType("setup", Phase.SETUP, longest=256)
 RAM = SectionType("ram", Phase.ITERATE)
 EARLY = SectionType("virtio-net-early", Phase.EARLY, longest=1 << 18)
+CHECK = SectionType("check", Phase.FINAL, priority=PRIORITY_DEFAULT + 1, longest=1 << 12)  # CRC-32 of each region
 DEVICE = SectionType("virtio-net", Phase.FINAL, version=11, minimum_version=11, longest=1 << 18)
 DELTA = SectionType("virtio-net-delta", Phase.FINAL, longest=1 << 18)
 INDICES = SectionType("virtio-delta", Phase.FINAL, longest=1 << 18)
 VHOST = SectionType("virtio-net-vhost", Phase.FINAL, priority=PRIORITY_LOW, longest=0)
-END = SectionType("end", Phase.FINAL, priority=PRIORITY_LOW - 1, longest=1 << 12)
+END = SectionType("end", Phase.FINAL, priority=PRIORITY_LOW - 1, longest=0)
 # What the two sides say to each other: the destination is READY, the source gives up (COMMIT), the destination RUNS.
 READY = SectionType("ready", Phase.CONTROL, longest=0)
 FAILED = SectionType("failed", Phase.CONTROL, longest=1 << 10)
@@ -33,9 +34,9 @@ def _by_name(*sections: SectionType) -> dict[str, SectionType]:
 
 
 POLICIES: Final[dict[str, dict[str, SectionType]]] = {
-    "none": _by_name(SETUP, RAM, DEVICE, END, COMMIT),
-    "seed": _by_name(SETUP, RAM, EARLY, DEVICE, INDICES, VHOST, END, COMMIT),
-    "delta": _by_name(SETUP, RAM, EARLY, DELTA, END, COMMIT),
+    "none": _by_name(SETUP, RAM, CHECK, DEVICE, END, COMMIT),
+    "seed": _by_name(SETUP, RAM, EARLY, CHECK, DEVICE, INDICES, VHOST, END, COMMIT),
+    "delta": _by_name(SETUP, RAM, EARLY, CHECK, DELTA, END, COMMIT),
 }
 ANSWERS: Final = _by_name(READY, FAILED, RUNNING)
 

@@ -37,7 +37,8 @@ class Orders:
     """What is to happen in a migration, as one side knows it. Each point is one of that side's POINTS.
 
     changes: (name, point), made when the point is first reached; churn: a change made 1,000 times a second until the
-    machine stops; cancel_at, die_at: points; cut_after: bytes of the stream; check: compare all of guest memory.
+    machine stops; cancel_at, die_at: points; check: compare all of guest memory; forget_log: send nothing again that the
+    device wrote, to see that this is found out.
     """
 
     policy: str = "delta"
@@ -47,6 +48,7 @@ class Orders:
     churn: str = ""
     cancel_at: str = ""
     die_at: str = ""
+    forget_log: bool = False
 
 
 class _Points:
@@ -111,11 +113,13 @@ class Host:
         self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
         with Channel(socket.socket(fileno=fd)) as channel:
             source = Source(self._one, channel, orders.policy, points, orders.check)
+            source.forget_log = orders.forget_log
             try:
                 report = _uninterrupted(source.run)
             finally:
                 points.end()
-        return self._checked(report)
+        report.violations += violations(self._one)
+        return report
 
     def receive(self, orders: Orders, fd: int) -> Report:
         """Take a machine in, over the socket *fd*."""
@@ -123,10 +127,8 @@ class Host:
         self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
         with Channel(socket.socket(fileno=fd)) as channel:
             report = _uninterrupted(kind(self._one, channel, orders.policy, _Points(self._one, orders)).run)
-        return self._checked(report)
-
-    def _checked(self, report: Report) -> Report:
-        report.violations = [*report.violations, *violations(self._one)]
+        report.violations += violations(self._one, final=report.outcome != "source")
+        report.counts["hits"] = sum(fault.hits for fault in self._one.faults)
         return report
 
     def set_status_again(self) -> str:

@@ -16,12 +16,12 @@ from ..owners import Owner
 from .machine import Machine
 
 
-def violations(machine: Machine) -> list[str]:
-    """Return what does not hold of *machine*, running or stopped."""
+def violations(machine: Machine, final: bool = True) -> list[str]:
+    """Return what does not hold of *machine*, running or stopped. final: False if it has but an early state."""
     device = machine.device
     owner = device.owner
     found: list[str] = []
-    if owner is Owner.NOBODY:
+    if owner is Owner.NOBODY and final:
         for n, queue in enumerate(device.queues):
             if not queue.enabled:
                 continue

@@ -137,8 +137,13 @@ class Machine:
 
     def run(self) -> None:
         """Let guest and device go on."""
-        assert self.driver is not None
         self.device.set_running(True)
+        self.start_guest()
+
+    def start_guest(self) -> None:
+        """Let the guest go on."""
+        assert self.driver is not None
+        self.driver.features = self.device.driver_features  # one that was adopted did not negotiate them
         self.driver.start()
 
     def stop(self) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError
-from ..memory import DirtyLog
+from ..errors import BackendError, VnetdpError
+from ..memory import DirtyLog, Words
 from ..state import DeviceState
-from .channel import ANSWERS, COMMIT, DELTA, DEVICE, EARLY, END, INDICES, RAM, SETUP, VHOST, Channel
+from .channel import ANSWERS, CHECK, COMMIT, DELTA, DEVICE, EARLY, END, INDICES, RAM, SETUP, VHOST, Channel
 from .machine import Machine
 from .ram import RamSource
 from .snapshot import delta_between, encode_delta, encode_early, encode_full
@@ -66,6 +66,7 @@ class Source:
         self._policy = policy
         self._at = at
         self._check = check
+        self.forget_log = False  # what a back end without a dirty log is like: tests have to find it out
         self._early: DeviceState | None = None
         self._n_early = 0
         self._count = dict.fromkeys(("early", "ram", "final"), 0)
@@ -96,7 +97,7 @@ class Source:
             report.target = json.loads(bytes(answer.payload))
             report.outcome = report.target["outcome"]
             machine.device.set_log(None)
-        except (StreamError, BackendError, Cancelled) as e:
+        except VnetdpError as e:
             report.error = str(e)
             report.outcome = "lost" if committed else "source"
             _log.warning("migration failed: %s%s", e, "" if committed else "; the source goes on")
@@ -118,7 +119,6 @@ class Source:
             "queue_pairs": config.queue_pairs,
             "num": config.num,
             "end": self.machine.memory.end,
-            "check": self._check,
         }
         self._send("early", SETUP, json.dumps(setup).encode())
 
@@ -131,11 +131,14 @@ class Source:
                 self._send("ram", RAM, payload)
             self._at("round")
             self._send_early()
-            before, pages = len(pages), ram.changed(log)
+            before, pages = len(pages), self._changed(ram, log)
             if len(pages) < _FEW_PAGES or len(pages) > 0.8 * before:
                 break
         for payload in ram.payloads(pages):
             self._send("ram", RAM, payload)
+
+    def _changed(self, ram: RamSource, log: DirtyLog) -> Words:
+        return ram.changed(None if self.forget_log else log)
 
     def _send_early(self) -> None:
         """Send the early state, or send it again if it has changed; so often, and then no more."""
@@ -160,9 +163,11 @@ class Source:
         """Send what pages are left, then the device's state, the section that starts vhost last."""
         spans = self.report.spans
         with spans.span("log_sync"):
-            pages = ram.changed(log)
+            pages = self._changed(ram, log)
             for payload in ram.payloads(pages):
                 self._send("ram", RAM, payload)
+        if self._check:
+            self._send("final", CHECK, np.array(self.machine.memory_sums(), "<u4").tobytes())
         state = self.machine.device.save_state()
         if self._policy == "none":
             with spans.span("save"):
@@ -176,8 +181,7 @@ class Source:
                     self._send("final", DELTA, encode_delta(delta))
                 else:
                     self._save_as_the_patch_does(state, delta.empty)
-        sums = self.machine.memory_sums() if self._check else []
-        self._send("final", END, np.array(sums, "<u4").tobytes())
+        self._send("final", END)
         self._at("saved")
 
     def _save_as_the_patch_does(self, state: DeviceState, unchanged: bool) -> None:
@@ -198,5 +202,5 @@ class Source:
         self.machine.run()
 
 
-class Cancelled(Exception):  # noqa: N818 - it is no error
+class Cancelled(VnetdpError):  # noqa: N818 - it is no error
     """Somebody asked for the end of the migration."""
