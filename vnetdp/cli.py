@@ -1,22 +1,16 @@
-"""The command line. Numba and the rest are imported only by the command that needs them."""
+"""The command line: what can be asked for, and what is wrong with how it was asked."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 import math
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
+from . import commands
 from ._version import __version__
 from .errors import ConfigError, VnetdpError
 
@@ -34,266 +28,6 @@ endpoints:
                               any other, with faults
   vhost-user:SOCKET           in link, on both sides: two guests, copied once from ring to ring
 """
-
-
-_VHOST_USER = "vhost-user:"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _human(args: argparse.Namespace) -> Callable[[str], None]:
-    """Return what prints a report for people: standard output, unless that is asked to hold JSON alone."""
-    return _say if args.json == "-" else print
-
-
-def _write_json(path: str, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-    else:
-        try:
-            Path(path).write_text(text)
-        except OSError as e:
-            raise ConfigError(f"cannot write {path}: {e.strerror}") from e
-
-
-@contextmanager
-def _until_signal() -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set, for the length of the block."""
-    event = threading.Event()
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        event.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _woken_by_signals() -> Iterator[int]:
-    """Give a descriptor that any signal makes readable, for the length of the block."""
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(reader)
-        os.close(writer)
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from .demo import run
-
-    report = run(seconds=args.seconds, say=_say)
-    if args.json:
-        _write_json(args.json, report)
-    return 0 if report["ok"] else 1
-
-
-def _bridge(args: argparse.Namespace) -> int:
-    from .bridge import Bridge
-
-    left, right = (text.removeprefix(_VHOST_USER) for text in (args.left, args.right))
-    if not args.left.startswith(_VHOST_USER) or not args.right.startswith(_VHOST_USER):
-        raise ConfigError(
-            "vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET"
-        )
-    poll_us = -1 if args.poll else args.poll_us
-    with _until_signal() as stop, Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge:
-        _say(f"joining the guests on {left} and {right}; ^C or SIGTERM ends it")
-        bridge.serve(stop.is_set)
-        report = bridge.report()
-    for name in ("left_to_right", "right_to_left"):
-        _human(args)(f"{name.replace('_', ' ')}: {report[name]['packets']:,} packets")
-    if args.json:
-        _write_json(args.json, report)
-    return 0
-
-
-def _link(args: argparse.Namespace) -> int:
-    if _VHOST_USER in (args.left[: len(_VHOST_USER)], args.right[: len(_VHOST_USER)]):
-        return _bridge(args)
-    from .endpoints.spec import parse_endpoint
-    from .link import Link
-    from .warmup import warm_up
-
-    with _until_signal() as stop, ExitStack() as stack:
-        left = stack.enter_context(parse_endpoint(args.left, args.queue_pairs))
-        right = stack.enter_context(parse_endpoint(args.right, args.queue_pairs))
-        warm_up(_say)
-        link = stack.enter_context(
-            Link(
-                left,
-                right,
-                args.datapath,
-                queue_pairs=args.queue_pairs,
-                num=args.ring,
-                poll_us=-1 if args.poll else args.poll_us,
-                mtu=args.mtu,
-                switchable=args.switch_ms is not None,
-            )
-        )
-        _say(f"linked {args.left} and {args.right} through {link.device.owner.value}; ^C or SIGTERM ends it")
-        _run_link(link, stop, args)
-        link.drain()
-        report = link.report()
-    _print_link(report, _human(args))
-    if args.json:
-        _write_json(args.json, report)
-    ledger = report.get("ledger")
-    clean = ledger is None or not any(ledger[key] for key in ("lost", "duplicated", "reordered", "corrupted"))
-    return 0 if clean and not report["errors"] else 1
-
-
-def _run_link(link: Any, stop: threading.Event, args: argparse.Namespace) -> None:
-    """Wait for a signal, the time asked for, or the end of what the endpoints have to give; switch on the way."""
-    import time
-
-    until = time.monotonic() + args.seconds if args.seconds else None
-    tick = args.switch_ms / 1000 if args.switch_ms is not None else 0.2
-    while not stop.wait(tick):
-        if args.switch_ms is not None and (not args.switches or link.device.handovers <= args.switches):
-            link.switch()
-        if until is not None and time.monotonic() >= until:
-            return
-        ends = (link.left, link.right)
-        if any(end.finished for end in ends) and all(end.finished or not end.gives for end in ends):
-            return
-
-
-def _serve(args: argparse.Namespace) -> int:
-    from .endpoints.spec import parse_endpoint
-    from .features import parse
-    from .server import Server
-    from .vhost_user.message import ProtocolFeature
-    from .warmup import warm_up
-
-    features = None if args.features is None else parse(args.features, (1 << 64) - 1)
-    protocol_features = None
-    if args.protocol_features is not None:
-        known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
-        protocol_features = parse(args.protocol_features, (1 << 64) - 1, known)
-    with _until_signal() as stop, ExitStack() as stack:
-        endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
-        warm_up(_say)
-        server = stack.enter_context(
-            Server(
-                endpoint,
-                args.socket,
-                connect=args.connect,
-                queue_pairs=args.queue_pairs,
-                features=features,
-                protocol_features=protocol_features,
-                mtu=args.mtu,
-                poll_us=-1 if args.poll else args.poll_us,
-                inband=args.inband,
-            )
-        )
-        wake = stack.enter_context(_woken_by_signals())
-        _say(f"serving {args.endpoint} {'to' if args.connect else 'on'} {args.socket}; ^C or SIGTERM ends it")
-        server.run(stop.is_set, wake)
-        counters = endpoint.counters()
-        report = {"served": server.served, "refused": server.refused, "endpoint": counters}
-    _human(args)(f"served {report['served']} front ends, {counters['to_wire']:,} frames to the endpoint, "
-          f"{counters['from_wire']:,} from it")  # fmt: skip
-    if args.json:
-        _write_json(args.json, report)
-    return 0
-
-
-def _drive(args: argparse.Namespace) -> int:
-    from .drive import drive
-    from .endpoints.spec import parse_endpoint
-    from .features import parse
-    from .warmup import warm_up
-
-    spec = args.endpoint
-    if args.count is not None:
-        kind, _, options = spec.partition(":")
-        if kind != "generate":
-            raise ConfigError("--count goes with the endpoint generate")
-        spec = f"{kind}:{options + ',' if options else ''}count={args.count}"
-    with _until_signal() as stop, parse_endpoint(spec, args.queue_pairs) as endpoint:
-        warm_up(_say)
-        report = drive(
-            endpoint,
-            args.socket,
-            stop.is_set,
-            _say,
-            listen=args.listen,
-            queue_pairs=args.queue_pairs,
-            num=args.ring,
-            features=None if args.features is None else parse(args.features, (1 << 64) - 1),
-            mtu=args.mtu,
-            wait_s=args.wait,
-            seconds=args.seconds,
-            poll_us=-1 if args.poll else args.poll_us,
-        )
-    _human(args)(f"sent {report['tx_packets']:,}, received {report['rx_packets']:,} ({report['mpps']:.3f} Mpps), "
-          f"bad {report['bad_packets']:,}")  # fmt: skip
-    if args.json:
-        _write_json(args.json, report)
-    return 1 if report["bad_packets"] else 0
-
-
-def _print_link(report: dict[str, Any], say: Callable[[str], None]) -> None:
-    seconds = report["seconds"]
-    for side, other in (("left", "right"), ("right", "left")):
-        counters = report[side]
-        frames, size = counters["from_wire"], counters["bytes_from_wire"]
-        say(
-            f"{side} to {other}: {frames:,} frames, {frames / seconds / 1e6:.3f} Mpps, {size * 8 / seconds / 1e9:.3f} Gbit/s"
-        )
-    dropped = {
-        f"{side} {key.removeprefix('dropped_')}": report[side][key]
-        for side in ("left", "right")
-        for key in report[side]
-        if key.startswith("dropped_") and report[side][key]
-    }
-    if dropped:
-        say("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
-    say(f"owner {report['owner']}, {report['handovers']} hand-overs, {report['fallbacks']} fallbacks")
-    if "ledger" in report:
-        say("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
-    for error in report["errors"]:
-        say(f"error: {error}")
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from .bench.report import finish
-
-    if args.what == "ring":
-        from .bench.ring import run as run_ring
-
-        results = run_ring(rounds=args.rounds, seconds=args.seconds, say=_say)
-    elif args.what == "peers":
-        from .bench.peers import run as run_peers
-
-        results = run_peers(args.rounds, args.seconds, _say)
-    else:
-        from .bench.link import run as run_link
-
-        results = run_link(args.seconds, args.rounds, None, _say)
-    report = finish(args.what, results, args.plot, _human(args))
-    if args.json:
-        _write_json(args.json, report)
-    return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import run
-
-    report = run(_human(args))
-    if args.json:
-        _write_json(args.json, report)
-    return 0 if report["ok"] else 1
 
 
 def _number(low: int, high: int, what: str) -> Callable[[str], int]:
@@ -352,6 +86,47 @@ def _polling(command: argparse.ArgumentParser) -> None:
                          help="busy-poll so long before sleeping")  # fmt: skip
 
 
+def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
+    from .migration.names import CHANGES, POLICIES, TRAFFIC
+
+    migrate = command("migrate", commands.migrate, "Migrate a machine under traffic from one process to another.")
+    migrate.add_argument("--policy", choices=POLICIES, default="delta", help="how much is done early (default delta)")
+    migrate.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
+    migrate.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
+    migrate.add_argument("--traffic", choices=TRAFFIC, default="both", help="as the guest sees it (default both)")
+    migrate.add_argument("--size", type=_number(64, 9000, "a frame's size"), default=64, metavar="N")
+    migrate.add_argument("--rate", type=_rate, metavar="N",
+                         help="frames a second, queue and direction; 0 = all that pass (default 100,000 in all)")  # fmt: skip
+    migrate.add_argument("--first-idx", type=_number(0, 65535, "an index"), default=0, metavar="N",
+                         help="where the rings' indices begin (default 0)")  # fmt: skip
+    migrate.add_argument("--change", action="append", default=[], choices=CHANGES, metavar="FIELD",
+                         help=f"change it between the early state and the stop: {', '.join(CHANGES)}")  # fmt: skip
+    migrate.add_argument("--churn", choices=CHANGES, metavar="FIELD", help="change it 1,000 times a second")
+    migrate.add_argument("--fault", action="append", default=[], metavar="POINT[:I[,J]][:once|always]",
+                         help="a verb that fails there: [early.|final.|retry.]VERB; source:VERB fails here")  # fmt: skip
+    migrate.add_argument("--source-userspace", action="store_true", help="no vhost at the source")
+    migrate.add_argument("--target-userspace", action="store_true", help="no vhost at the destination")
+    migrate.add_argument("--repeat", type=_number(1, 1_000_000, "a count"), default=1, metavar="N",
+                         help="back and forth, N migrations")  # fmt: skip
+    migrate.add_argument("--tcp", action="store_true", help="over TCP on loopback, not a Unix socket")
+    migrate.add_argument("--no-check", action="store_true", help="don't compare all of guest memory while nobody runs")
+    migrate.add_argument("--plot", type=_picture, metavar="FILE", help="draw the timeline (needs the plot extra)")
+
+    faults = command("faults", commands.faults, "Run the fault matrix: each thing that can go wrong in a migration.")
+    faults.add_argument("--policy", choices=POLICIES, default="delta")
+    faults.add_argument("--only", default="", metavar="ID", help="rows whose id begins so, such as D1 or A6/mac")
+    faults.add_argument("--queue-pairs", type=_number(1, 64, "the number of queue pairs"), action="append", metavar="N",
+                        help="may be given more than once (default 1 and 4)")  # fmt: skip
+    faults.add_argument("--traffic", choices=TRAFFIC, help="(default: idle, then both)")
+    faults.add_argument(
+        "--all", dest="verbose_rows", action="store_true", help="show rows that are as they have to be, too"
+    )
+
+
+def _rate(text: str) -> float:
+    return 0.0 if text == "0" else _positive(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vnetdp",
@@ -360,22 +135,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vnetdp {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, **kw)
+        sub: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, **kw)
         sub.add_argument(
             "--json", type=_file, metavar="PATH", help="write the report as JSON to PATH; - is standard output"
         )
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", _demo, "Show traffic move from userspace to vhost, through a failure, and back.")
+    demo = command("demo", commands.demo, "Show traffic move from userspace to vhost, through a failure, and back.")
     demo.add_argument("--seconds", type=_positive, default=1.0, help="of each phase (default 1)")
 
     link = command(
         "link",
-        _link,
+        commands.link,
         "Join two endpoints through an emulated device and driver: LEFT is the device's, RIGHT the guest's.",
         epilog=_ENDPOINTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -394,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = command(
         "serve",
-        _serve,
+        commands.serve,
         "Be a vhost-user back end: QEMU, User Mode Linux and DPDK attach to SOCKET.",
         epilog=_ENDPOINTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -413,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
     drive = command(
         "drive",
-        _drive,
+        commands.drive,
         "Be a vhost-user front end: a guest's driver against any back end.",
         epilog=_ENDPOINTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -433,13 +208,14 @@ def _parser() -> argparse.ArgumentParser:
     drive.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
     _polling(drive)
 
-    bench = command("bench", _bench, "Measure, and compare with peers in the same run.")
-    bench.add_argument("what", choices=("ring", "link", "peers"))
+    bench = command("bench", commands.bench, "Measure, and compare with peers in the same run.")
+    bench.add_argument("what", choices=("ring", "link", "peers", "migration"))
     bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), default=5, metavar="N")
     bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
     bench.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results (needs the plot extra)")
 
-    command("doctor", _doctor, "Say what this machine can run, and what to do about the rest.")
+    _migration(command)
+    command("doctor", commands.doctor, "Say what this machine can run, and what to do about the rest.")
     return parser
 
 
@@ -451,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except VnetdpError as e:
-        _say(f"vnetdp: {e}")
+        commands.say(f"vnetdp: {e}")
         return 2
     except KeyboardInterrupt:
         return 130

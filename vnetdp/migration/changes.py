@@ -86,6 +86,22 @@ def _ring_setup(machine: Machine, n: int) -> None:
     _set_up_again(machine, index, -(-end // PAGE_SIZE) * PAGE_SIZE)
 
 
+def _queue_off(machine: Machine, _n: int) -> None:
+    """Reset the first transmitq, and leave it so."""
+    _set_up_again(machine, 1, None)
+
+
+def _queue_on(machine: Machine, _n: int) -> None:
+    """Enable again what `queue_off` left."""
+    index = 1
+    assert machine.driver is not None
+    machine.driver.stop()
+    machine.driver.lay_out(index, machine.driver.place_of(index)[0])
+    _guest_wrote(machine, index)
+    machine.allow(True)
+    machine.driver.start()
+
+
 def _features(machine: Machine, _n: int) -> None:
     """Reset the device, and bring it up with other features."""
     driver = machine.driver
@@ -113,9 +129,11 @@ CHANGES: Final[dict[str, Callable[[Machine, int], None]]] = {
     "ring_setup": _ring_setup,
     "features": _features,
 }
+# Halves of a change: between them the guest has a queue less.
+HALVES: Final[dict[str, Callable[[Machine, int], None]]] = {"queue_off": _queue_off, "queue_on": _queue_on}
 
 
-def _set_up_again(machine: Machine, index: int, at: int) -> None:
+def _set_up_again(machine: Machine, index: int, at: int | None) -> None:
     driver = machine.driver
     assert driver is not None
     pair = index // 2
@@ -126,9 +144,10 @@ def _set_up_again(machine: Machine, index: int, at: int) -> None:
     driver.stop()
     machine.device.reset_queue(index)
     driver.run(-1, 0, 0)  # takes what was used before the reset
-    driver.lay_out(index, at)
-    machine.guest.rows[pair, layout.EP_LIMIT] = limit
-    _guest_wrote(machine, index)
+    if at is not None:
+        driver.lay_out(index, at)
+        machine.guest.rows[pair, layout.EP_LIMIT] = limit
+        _guest_wrote(machine, index)
     driver.start()
 
 

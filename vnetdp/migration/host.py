@@ -21,7 +21,7 @@ from typing import Any, Self
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError
 from ..warmup import warm_up
-from .changes import CHANGES, churning
+from .changes import CHANGES, HALVES, churning
 from .channel import Channel
 from .invariants import resources, violations
 from .machine import Machine, MachineConfig
@@ -73,7 +73,7 @@ class _Points:
         for n, change in enumerate(orders.changes):
             if change[1] == point and change not in self._done:
                 self._done.add(change)
-                CHANGES[change[0]](self._machine, n + 1)
+                (CHANGES | HALVES)[change[0]](self._machine, n + 1)
 
     def end(self) -> None:
         self._churning.close()
@@ -95,6 +95,8 @@ class Host:
     def warm_up(self) -> None:
         """Load the kernels, and note what the process holds without a machine."""
         warm_up()
+        gc.collect()
+        gc.freeze()  # what the compiler left behind is never looked at again: to collect garbage takes ms, not 100 ms
         self._resources = resources()
 
     def make(self, config: MachineConfig, faults: tuple[str, ...], wire_fd: int) -> None:

@@ -25,7 +25,6 @@ from ..endpoints.loopback import GenerateEndpoint, Ledger
 from ..memory import GuestMemory, Region, SharedBlock
 from .ram import RamSource, pages_of
 
-TRAFFIC = ("idle", "tx", "rx", "both")
 _HEADROOM = 64 + layout.NET_HDR_LEN
 
 

@@ -202,7 +202,7 @@ class Couple:
             spans,
             samples,
             sent.bytes,
-            sent.counts,
+            {**received.counts, **sent.counts},
         )
         if outcome in ("vhost", "userspace"):
             self.source, self.target = self.target, self.source

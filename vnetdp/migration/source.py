@@ -88,8 +88,8 @@ class Source:
             if answer.type.name != "ready":
                 raise StreamError(f"the destination failed: {bytes(answer.payload).decode(errors='replace')}")
             self._at("ready")
-            committed = True
             self._channel.send(COMMIT)
+            committed = True  # whatever happens from here on, it may have arrived
             self._at("committed")
             answer = self._channel.receive(ANSWERS)
             if answer.type.name != "running":

@@ -1,0 +1,388 @@
+"""What each command does. Numba and the rest are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .errors import ConfigError
+
+_VHOST_USER = "vhost-user:"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def human(args: argparse.Namespace) -> Callable[[str], None]:
+    """Return what prints a report for people: standard output, unless that is asked to hold JSON alone."""
+    return say if args.json == "-" else print
+
+
+def write_json(path: str, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        try:
+            Path(path).write_text(text)
+        except OSError as e:
+            raise ConfigError(f"cannot write {path}: {e.strerror}") from e
+
+
+@contextmanager
+def _until_signal() -> Iterator[threading.Event]:
+    """Give an event that SIGINT and SIGTERM set, for the length of the block."""
+    event = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        event.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _woken_by_signals() -> Iterator[int]:
+    """Give a descriptor that any signal makes readable, for the length of the block."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+
+
+def demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    report = run(seconds=args.seconds, say=say)
+    if args.json:
+        write_json(args.json, report)
+    return 0 if report["ok"] else 1
+
+
+def _bridge(args: argparse.Namespace) -> int:
+    from .bridge import Bridge
+
+    left, right = (text.removeprefix(_VHOST_USER) for text in (args.left, args.right))
+    if not args.left.startswith(_VHOST_USER) or not args.right.startswith(_VHOST_USER):
+        raise ConfigError(
+            "vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET"
+        )
+    poll_us = -1 if args.poll else args.poll_us
+    with _until_signal() as stop, Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge:
+        say(f"joining the guests on {left} and {right}; ^C or SIGTERM ends it")
+        bridge.serve(stop.is_set)
+        report = bridge.report()
+    for name in ("left_to_right", "right_to_left"):
+        human(args)(f"{name.replace('_', ' ')}: {report[name]['packets']:,} packets")
+    if args.json:
+        write_json(args.json, report)
+    return 0
+
+
+def link(args: argparse.Namespace) -> int:
+    if _VHOST_USER in (args.left[: len(_VHOST_USER)], args.right[: len(_VHOST_USER)]):
+        return _bridge(args)
+    from .endpoints.spec import parse_endpoint
+    from .link import Link
+    from .warmup import warm_up
+
+    with _until_signal() as stop, ExitStack() as stack:
+        left = stack.enter_context(parse_endpoint(args.left, args.queue_pairs))
+        right = stack.enter_context(parse_endpoint(args.right, args.queue_pairs))
+        warm_up(say)
+        link = stack.enter_context(
+            Link(
+                left,
+                right,
+                args.datapath,
+                queue_pairs=args.queue_pairs,
+                num=args.ring,
+                poll_us=-1 if args.poll else args.poll_us,
+                mtu=args.mtu,
+                switchable=args.switch_ms is not None,
+            )
+        )
+        say(f"linked {args.left} and {args.right} through {link.device.owner.value}; ^C or SIGTERM ends it")
+        _run_link(link, stop, args)
+        link.drain()
+        report = link.report()
+    _print_link(report, human(args))
+    if args.json:
+        write_json(args.json, report)
+    ledger = report.get("ledger")
+    clean = ledger is None or not any(ledger[key] for key in ("lost", "duplicated", "reordered", "corrupted"))
+    return 0 if clean and not report["errors"] else 1
+
+
+def _run_link(link: Any, stop: threading.Event, args: argparse.Namespace) -> None:
+    """Wait for a signal, the time asked for, or the end of what the endpoints have to give; switch on the way."""
+    until = time.monotonic() + args.seconds if args.seconds else None
+    tick = args.switch_ms / 1000 if args.switch_ms is not None else 0.2
+    while not stop.wait(tick):
+        if args.switch_ms is not None and (not args.switches or link.device.handovers <= args.switches):
+            link.switch()
+        if until is not None and time.monotonic() >= until:
+            return
+        ends = (link.left, link.right)
+        if any(end.finished for end in ends) and all(end.finished or not end.gives for end in ends):
+            return
+
+
+def serve(args: argparse.Namespace) -> int:
+    from .endpoints.spec import parse_endpoint
+    from .features import parse
+    from .server import Server
+    from .vhost_user.message import ProtocolFeature
+    from .warmup import warm_up
+
+    features = None if args.features is None else parse(args.features, (1 << 64) - 1)
+    protocol_features = None
+    if args.protocol_features is not None:
+        known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
+        protocol_features = parse(args.protocol_features, (1 << 64) - 1, known)
+    with _until_signal() as stop, ExitStack() as stack:
+        endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
+        warm_up(say)
+        server = stack.enter_context(
+            Server(
+                endpoint,
+                args.socket,
+                connect=args.connect,
+                queue_pairs=args.queue_pairs,
+                features=features,
+                protocol_features=protocol_features,
+                mtu=args.mtu,
+                poll_us=-1 if args.poll else args.poll_us,
+                inband=args.inband,
+            )
+        )
+        wake = stack.enter_context(_woken_by_signals())
+        say(f"serving {args.endpoint} {'to' if args.connect else 'on'} {args.socket}; ^C or SIGTERM ends it")
+        server.run(stop.is_set, wake)
+        counters = endpoint.counters()
+        report = {"served": server.served, "refused": server.refused, "endpoint": counters}
+    human(args)(f"served {report['served']} front ends, {counters['to_wire']:,} frames to the endpoint, "
+          f"{counters['from_wire']:,} from it")  # fmt: skip
+    if args.json:
+        write_json(args.json, report)
+    return 0
+
+
+def drive(args: argparse.Namespace) -> int:
+    from .drive import drive
+    from .endpoints.spec import parse_endpoint
+    from .features import parse
+    from .warmup import warm_up
+
+    spec = args.endpoint
+    if args.count is not None:
+        kind, _, options = spec.partition(":")
+        if kind != "generate":
+            raise ConfigError("--count goes with the endpoint generate")
+        spec = f"{kind}:{options + ',' if options else ''}count={args.count}"
+    with _until_signal() as stop, parse_endpoint(spec, args.queue_pairs) as endpoint:
+        warm_up(say)
+        report = drive(
+            endpoint,
+            args.socket,
+            stop.is_set,
+            say,
+            listen=args.listen,
+            queue_pairs=args.queue_pairs,
+            num=args.ring,
+            features=None if args.features is None else parse(args.features, (1 << 64) - 1),
+            mtu=args.mtu,
+            wait_s=args.wait,
+            seconds=args.seconds,
+            poll_us=-1 if args.poll else args.poll_us,
+        )
+    human(args)(f"sent {report['tx_packets']:,}, received {report['rx_packets']:,} ({report['mpps']:.3f} Mpps), "
+          f"bad {report['bad_packets']:,}")  # fmt: skip
+    if args.json:
+        write_json(args.json, report)
+    return 1 if report["bad_packets"] else 0
+
+
+def _print_link(report: dict[str, Any], tell: Callable[[str], None]) -> None:
+    seconds = report["seconds"]
+    for side, other in (("left", "right"), ("right", "left")):
+        counters = report[side]
+        frames, size = counters["from_wire"], counters["bytes_from_wire"]
+        tell(
+            f"{side} to {other}: {frames:,} frames, {frames / seconds / 1e6:.3f} Mpps, {size * 8 / seconds / 1e9:.3f} Gbit/s"
+        )
+    dropped = {
+        f"{side} {key.removeprefix('dropped_')}": report[side][key]
+        for side in ("left", "right")
+        for key in report[side]
+        if key.startswith("dropped_") and report[side][key]
+    }
+    if dropped:
+        tell("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    tell(f"owner {report['owner']}, {report['handovers']} hand-overs, {report['fallbacks']} fallbacks")
+    if "ledger" in report:
+        tell("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
+    for error in report["errors"]:
+        tell(f"error: {error}")
+
+
+def bench(args: argparse.Namespace) -> int:
+    from .bench.report import finish
+
+    if args.what == "ring":
+        from .bench.ring import run as run_ring
+
+        results = run_ring(rounds=args.rounds, seconds=args.seconds, say=say)
+    elif args.what == "peers":
+        from .bench.peers import run as run_peers
+
+        results = run_peers(args.rounds, args.seconds, say)
+    elif args.what == "migration":
+        from .bench.migration import run as run_migration
+
+        results = run_migration(max(args.rounds, 20), say)
+    else:
+        from .bench.link import run as run_link
+
+        results = run_link(args.seconds, args.rounds, None, say)
+    report = finish(args.what, results, args.plot, human(args))
+    if args.json:
+        write_json(args.json, report)
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from .doctor import run
+
+    report = run(human(args))
+    if args.json:
+        write_json(args.json, report)
+    return 0 if report["ok"] else 1
+
+
+def migrate(args: argparse.Namespace) -> int:
+    from .migration.host import Orders
+    from .migration.machine import MachineConfig
+    from .migration.run import Couple, Result
+
+    config = MachineConfig(
+        queue_pairs=args.queue_pairs,
+        num=args.ring,
+        size=args.size,
+        rate=100_000 / args.queue_pairs if args.rate is None else args.rate,
+        traffic=args.traffic,
+        first_idx=args.first_idx,
+        vhost=not args.source_userspace,
+    )
+    prefix = "source:"
+    here = tuple(fault.removeprefix(prefix) for fault in args.fault if fault.startswith(prefix))
+    there = tuple(fault for fault in args.fault if not fault.startswith(prefix))
+    for fault in (*here, *there):
+        _check_fault(fault)
+    changes = tuple((name, "stopping") for name in args.change)
+    source = Orders(faults=here, changes=changes, churn=args.churn or "", check=not args.no_check)
+    results: list[Result] = []
+    with Couple() as couple:
+        couple.start(config)
+        for n in range(args.repeat):
+            time.sleep(0.05)
+            result = couple.migrate(
+                args.policy,
+                source=source,
+                target=Orders(faults=there),
+                target_vhost=not args.target_userspace,
+                tcp=args.tcp,
+            )
+            results.append(result)
+            if n % 50 == 49:
+                say(f"{n + 1} migrations")
+            if result.outcome not in ("vhost", "userspace"):
+                break
+        if result.outcome != "lost":
+            couple.settle(result)
+    if args.plot:
+        from .migration.plot import draw
+
+        draw(result, args.plot)
+    report = result.as_dict()
+    report["violations"] = [text for each in results for text in each.violations]
+    report["migrations"] = len(results)
+    _print_migration(report, human(args))
+    if args.json:
+        write_json(args.json, report)
+    wanted = ("vhost", "userspace") if there or args.target_userspace or "link" in args.change else ("vhost",)
+    return 0 if all(each.outcome in wanted for each in results) and not report["violations"] else 1
+
+
+def _check_fault(text: str) -> None:
+    from .backends.faulty import Fault
+
+    fault = Fault.parse(text)
+    if fault.phase not in ("", "early", "final", "retry"):
+        raise ConfigError(f"fault {text!r}: a phase is early, final or retry")
+
+
+def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> None:
+    times = f"{report['migrations']} migrations, the last: " if report["migrations"] > 1 else ""
+    tell(f"{times}policy {report['policy']}, outcome {report['outcome']}")
+    if report["error"]:
+        tell(f"error: {report['error']}")
+    for name, us in report["spans_us"].items():
+        tell(f"  {name:<20} {us:>10,.0f} µs")
+    tell(f"work at the destination while nobody ran: {report['destination_us']:,.0f} µs; "
+         f"longest time without a packet: {report['blackout_us']:,.0f} µs")  # fmt: skip
+    tell("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
+    for text in report["violations"]:
+        tell(f"violation: {text}")
+
+
+def faults(args: argparse.Namespace) -> int:
+    from .migration.machine import MachineConfig
+    from .migration.matrix import Row, run_all
+
+    logging.getLogger("vnetdp").setLevel(logging.CRITICAL)  # what fails here is meant to
+    tell = human(args)
+    began = time.monotonic()
+
+    def one(row: Row, config: MachineConfig) -> None:
+        if not row.ok or args.verbose_rows:
+            tell(f"{row.case.id} ({config.traffic}, {config.queue_pairs} pairs): {row.case.says}: {row.outcome}"
+                 + "".join(f"\n    {text}" for text in row.violations))  # fmt: skip
+
+    traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
+    rows = run_all(args.policy, args.queue_pairs or (1, 4), traffics, args.only, one)
+    if not rows:
+        raise ConfigError(f"no row of the matrix begins with {args.only!r}")
+    ok = all(row.ok for _, row in rows)
+    tell(f"{len(rows)} rows, {sum(not row.ok for _, row in rows)} not as they have to be, "
+         f"{time.monotonic() - began:.0f} s")  # fmt: skip
+    report = {
+        "policy": args.policy,
+        "ok": ok,
+        "rows": [
+            {**row.as_dict(), "traffic": config.traffic, "queue_pairs": config.queue_pairs} for config, row in rows
+        ],
+    }
+    if args.json:
+        write_json(args.json, report)
+    return 0 if ok else 1

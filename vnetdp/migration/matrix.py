@@ -1,0 +1,350 @@
+"""The fault matrix: every point where a migration can fail, and what has to be true afterwards (docs/migration.md).
+
+A case is one migration (some are two) of a fresh machine, with what goes wrong in it, and the outcomes that are allowed.
+Its id begins with the row of the matrix that it belongs to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from ..backends.base import RECEIVEQ, TRANSMITQ
+from ..errors import VnetdpError
+from .changes import CHANGES
+from .host import Orders
+from .machine import MachineConfig
+from .run import Couple, Result
+from .source import Source
+from .target import Target
+
+VHOST, USERSPACE, SOURCE, GONE = "vhost", "userspace", "source", "lost"
+RATE = 2000.0  # frames a second, queue and direction: enough to notice, and nobody waits for it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case. expected: outcomes allowed; after: what else is done, and looked at, once it has moved or stayed.
+
+    detects: a violation that has to be found, since the case breaks something on purpose.
+    """
+
+    id: str
+    says: str
+    expected: tuple[str, ...] = (VHOST,)
+    source: Orders = field(default_factory=Orders)
+    target: Orders = field(default_factory=Orders)
+    target_policy: str = ""
+    source_vhost: bool = True
+    target_vhost: bool = True
+    after: str = ""
+    detects: str = ""
+    unless_hit: bool = False  # if no fault was met, vhost is expected
+
+
+def cases(pairs: int) -> Iterator[Case]:
+    """Return every case for machines of so many queue pairs."""
+    yield from _starts(pairs)
+    yield from _ends(pairs)
+    yield from _others(pairs)
+    yield from _changes()
+    yield from _deaths()
+
+
+def _both(row: str, point: str, says: str, phase: str) -> Iterator[Case]:
+    """The fault once in *phase*, which one retry mends, and always, which leaves userspace."""
+    target = Orders(faults=(f"{phase}.{point}:once",))
+    yield Case(f"{row}/{point}/once", says, target=target)
+    always = Orders(faults=(f"{point}:always",))
+    yield Case(f"{row}/{point}/always", says, (USERSPACE,), target=always, after="status")
+
+
+def _per_ring(pairs: int) -> Iterator[str]:
+    for pair, ring in itertools.product(range(pairs), (RECEIVEQ, TRANSMITQ)):
+        yield f"{pair},{ring}"
+
+
+def _starts(pairs: int) -> Iterator[Case]:
+    """B: the early start fails."""
+    yield Case("B1", "the destination has no vhost", (USERSPACE,), target_vhost=False)
+    each_pair = {
+        "B2": ("set_mtu", "SET_MTU"),
+        "B4": ("grab_ioeventfd", "an ioeventfd cannot be grabbed"),
+        "B9": ("set_features", "SET_FEATURES"),
+        "B10": ("set_memory", "SET_MEM_TABLE"),
+        "B12": ("set_log", "SET_LOG_BASE"),
+    }
+    for row, (point, says) in each_pair.items():
+        for pair in range(pairs):
+            yield from _both(row, f"{point}:{pair}", f"{says}, vhost {pair}", "early")
+    yield from _both("B3", "set_guest_notifiers", "there are no guest notifiers", "early")
+    each_ring = {
+        "B5": ("set_host_notifier", "a host notifier"),
+        "B11a": ("set_vring_num", "SET_VRING_NUM"),
+        "B11b": ("set_vring_base", "SET_VRING_BASE, early"),
+        "B11g": ("set_vring_addr", "SET_VRING_ADDR, or mapping a part of the ring"),
+        "B11h": ("set_vring_kick", "SET_VRING_KICK"),
+        "B11i": ("set_vring_call", "SET_VRING_CALL"),
+    }
+    for row, (point, says) in each_ring.items():
+        for ring in _per_ring(pairs):
+            yield from _both(row, f"{point}:{ring}", f"{says}, ring {ring}", "early")
+    changed = Orders(changes=(("mac", "early"), ("rx_mode", "round")))
+    yield Case("B13", "the early state comes again while vhost is prepared", source=changed)
+    yield Case("B14", "the stream ends after the early start", (SOURCE,), source=Orders(cancel_at="round"))
+    off = Orders(changes=(("queue_off", "logging"), ("queue_on", "stopping")))
+    yield Case("B15", "a queue has no addresses in the early state", source=off)
+
+
+def _ends(pairs: int) -> Iterator[Case]:
+    """C, D, E1 and E2: the end fails."""
+    mac = Orders(changes=(("mac", "stopping"),))
+    for ring in _per_ring(pairs):
+        fault = Orders(faults=(f"get_vring_base:{ring}:always",))
+        yield Case(f"C1/{ring}", "a delta, and GET_VRING_BASE fails", source=mac, target=fault)
+        yield from _final("D1", "set_vring_base", ring, "the final SET_VRING_BASE")
+        yield from _final("D2", "set_backend", ring, "SET_BACKEND")
+        faults = (f"final.set_backend:{ring}:once", "unbind:always")
+        yield Case(f"D3/{ring}", "and unbinding fails while that is undone", target=Orders(faults=faults))
+    faults = ("early.set_features:once", "unset_guest_notifiers:always")
+    yield Case("C2", "guest notifiers cannot be given back", source=mac, target=Orders(faults=faults))
+    yield Case("C3", "the state cannot be loaded", (SOURCE,), source=mac, target=Orders(cancel_at="loading"))
+    fault = Orders(faults=("final.set_backend:0,0:once", "retry.set_features:always"))
+    yield Case("C4", "the start when the machine runs fails", (USERSPACE,), target=fault)
+    faults = ("final.set_backend:0,0:once", "unset_guest_notifiers:always")
+    yield Case("D4", "guest notifiers cannot be given back in the unwind", target=Orders(faults=faults))
+    fault = Orders(faults=("final.set_backend:always", "retry.set_backend:always"))
+    yield Case("D6", "a kick comes while the end is undone", (USERSPACE,), target=fault)
+
+
+def _final(row: str, verb: str, ring: str, says: str) -> Iterator[Case]:
+    once = Orders(faults=(f"final.{verb}:{ring}:once",))
+    yield Case(f"{row}/{ring}/once", f"{says}, ring {ring}; E1: the retry succeeds", target=once)
+    always = Orders(faults=(f"final.{verb}:{ring}:always", f"retry.{verb}:{ring}:always"))
+    says = f"{says}, ring {ring}; E2: the retry fails"
+    yield Case(f"{row}/{ring}/always", says, (USERSPACE,), target=always, after="status", unless_hit=True)
+
+
+def _others(pairs: int) -> Iterator[Case]:
+    """E3 to E9, and A: what is not a verb."""
+    down = Orders(changes=(("link", "stopping"),))
+    yield Case("E3", "the link goes down before the machine stops", (USERSPACE,), source=down, after="link")
+    yield Case("E4", "the source has no vhost, the destination has", source_vhost=False)
+    yield Case("E5", "the source has vhost, the destination has not", (USERSPACE,), target_vhost=False)
+    yield Case("E6", "the two sides have different policies", (SOURCE,), target_policy="none")
+    down = Orders(changes=(("link", "logging"),))
+    yield Case("E8", "the link is down when the early state is saved", (USERSPACE,), source=down, after="link")
+    yield Case("E9", "cancelled when all is loaded", (SOURCE,), target=Orders(cancel_at="loaded"))
+    torn = Orders(churn="mac_table")
+    yield Case("A1", "the guest changes its MAC table while it is saved", source=torn, after="whole")
+    for point in Source.POINTS:
+        if point not in ("ready", "committed"):
+            cancelled = Orders(cancel_at=point)
+            yield Case(
+                f"A2/{point}", f"cancelled at {point}, and migrated again", (SOURCE,), source=cancelled, after="again"
+            )
+    for ring in _per_ring(pairs):
+        fault = Orders(faults=(f"get_vring_base:{ring}:always",))
+        yield Case(f"A3/{ring}", "GET_VRING_BASE fails when the source stops", source=fault)
+    for verb in ("set_log", "set_features", "set_vring_addr"):
+        fault = Orders(faults=(f"{verb}:once",))
+        yield Case(f"A4/{verb}", f"logging cannot be started: {verb}", (SOURCE,), source=fault, after="unlogged")
+    mutant = Orders(forget_log=True)
+    yield Case("A5", "a back end that logs nothing is found out", source=mutant, detects="I8")
+    yield Case("A7", "back and forth", after="ping-pong")
+
+
+def _changes() -> Iterator[Case]:
+    """A6: the guest, or its host, changes something while the migration is under way."""
+    for name in CHANGES:
+        expected, after = ((USERSPACE,), "link") if name == "link" else ((VHOST,), "")
+        for point in ("round", "stopping"):
+            orders = Orders(changes=((name, point),))
+            yield Case(f"A6/{name}/{point}", f"{name} changes", expected, source=orders, after=after)
+        if name not in ("link", "features"):
+            there_and_back = Orders(changes=((name, "early"), (name, "stopping")))
+            yield Case(f"A6/{name}/back", f"{name} changes twice", source=there_and_back)
+    for one, other in itertools.combinations([name for name in CHANGES if name != "link"], 2):
+        orders = Orders(changes=((one, "stopping"), (other, "stopping")))
+        yield Case(f"A6/{one}+{other}", f"{one} and {other} change", source=orders)
+    for name in ("mac", "vlans", "rx_mode", "mac_table", "rss"):
+        yield Case(f"A6/{name}/1000", f"{name} changes 1,000 times a second", source=Orders(churn=name))
+
+
+def _deaths() -> Iterator[Case]:
+    """K: one of the two is killed."""
+    for point in Source.POINTS:
+        expected = (VHOST,) if point == "committed" else (GONE,)
+        yield Case(f"K/source/{point}", f"the source is killed at {point}", expected, source=Orders(die_at=point))
+    for point in Target.POINTS:
+        # Killed between its answer and the commit, it is gone before the source can know, or just after.
+        allowed = {"bound": (GONE,), "ready": (SOURCE, GONE)}.get(point, (SOURCE,))
+        yield Case(f"K/target/{point}", f"the destination is killed at {point}", allowed, target=Orders(die_at=point))
+
+
+# --- running them ---
+
+
+@dataclass
+class Row:
+    """What became of a case."""
+
+    case: Case
+    outcome: str
+    violations: list[str]
+    ok: bool
+    error: str = ""
+    lost: int = 0
+    duplicated: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.case.id,
+            "says": self.case.says,
+            "outcome": self.outcome,
+            "expected": list(self.case.expected),
+            "violations": self.violations,
+            "lost": self.lost,
+            "duplicated": self.duplicated,
+            "error": self.error,
+            "ok": self.ok,
+        }
+
+
+class Matrix:
+    """Runs cases, one after the other, on two hosts; new ones take the place of those that a case killed."""
+
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+        self._couple: Couple | None = None
+
+    def run(self, case: Case, config: MachineConfig) -> Row:
+        """Run a case on a fresh machine, and give everything up again."""
+        if self._couple is None:
+            self._couple = Couple()
+        couple = self._couple
+        killed = bool(case.source.die_at or case.target.die_at)
+        try:
+            couple.start(replace(config, vhost=case.source_vhost))
+            result = couple.migrate(
+                self._policy,
+                source=case.source,
+                target=case.target,
+                target_policy=case.target_policy,
+                target_vhost=case.target_vhost,
+            )
+            if result.outcome != GONE:
+                self._afterwards(case, couple, result)
+                couple.settle(result)
+            left = couple.drop()
+        except VnetdpError as e:
+            self.close()
+            return Row(case, GONE, [f"I6: {e}"], ok=False)
+        if killed:
+            self.close()
+        violations = result.violations + [f"leak: {count} {what}" for what, count in left.items()]
+        return self._judge(case, result, violations)
+
+    def _judge(self, case: Case, result: Result, violations: list[str]) -> Row:
+        expected = case.expected
+        if case.unless_hit and not result.counts.get("hits"):
+            expected = (VHOST,)
+        found = [text for text in violations if case.detects and text.split(": ", 1)[-1].startswith(case.detects)]
+        clean = bool(found) if case.detects else not violations
+        ledger = result.ledger
+        ok = clean and result.outcome in expected
+        return Row(case, result.outcome, violations, ok, result.error, ledger.lost, ledger.duplicated)
+
+    def _afterwards(self, case: Case, couple: Couple, result: Result) -> None:
+        """Do what comes after the migration, and enter what is wrong with it."""
+        steps: dict[str, Callable[[Couple, Result], None]] = {
+            "status": _still_userspace,
+            "link": _link_up,
+            "again": _again,
+            "whole": _whole,
+            "unlogged": _again,
+            "ping-pong": _ping_pong,
+        }
+        if case.after:
+            steps[case.after](couple, result)
+
+    def close(self) -> None:
+        if self._couple is not None:
+            self._couple.close()
+            self._couple = None
+
+
+def _expect(result: Result, is_so: bool, text: str) -> None:
+    if not is_so:
+        result.violations.append(text)
+
+
+def _still_userspace(couple: Couple, result: Result) -> None:
+    """A fault that stays leaves the rings with userspace, also at the next status set."""
+    if result.outcome == USERSPACE:
+        owner = couple.source.call("set_status_again")
+        _expect(result, owner == USERSPACE, f"E2: the next status set gives the rings to {owner}")
+
+
+def _link_up(couple: Couple, result: Result) -> None:
+    owner = couple.source.call("look")["owner"]
+    _expect(result, owner == "nobody", f"E8: {owner} has the rings while the link is down")
+    couple.source.call("change", "link")
+    owner = couple.source.call("look")["owner"]
+    _expect(result, owner == VHOST, f"E8: {owner} has the rings when the link is up again")
+
+
+def _again(couple: Couple, result: Result) -> None:
+    second = couple.migrate(result.policy)
+    result.violations += second.violations
+    _expect(result, second.outcome == VHOST, f"A2: the second migration ends with {second.outcome}: {second.error}")
+
+
+def _whole(couple: Couple, result: Result) -> None:
+    control = couple.source.call("look")["control"]
+    parts = {mac[4] for mac in control.mac_table}
+    whole = len(parts) == 1 and control.mac_first_multi == len(control.mac_table) // 2
+    _expect(result, whole, f"A1: the MAC table is torn: {control.mac_table}")
+
+
+def _ping_pong(couple: Couple, result: Result) -> None:
+    for _ in range(5):
+        again = couple.migrate(result.policy)
+        result.violations += again.violations
+        _expect(result, again.outcome == VHOST, f"A7: back again, and {again.outcome}: {again.error}")
+
+
+DEFECTS: Final[dict[str, str]] = {
+    "D1": "vhosts above the one that failed stay started and unpolled; the early index takes the final one's place",
+    "D2": "the same where binding failed",
+    "D6": "kicks that came before userspace took over are swallowed",
+    "E4": "vhost counts as started though nothing was bound",
+    "E9": "the destination moves packets before the source gave up",
+    "E8": "the link is not looked at before the start",
+    "B13": "a second early start on top of the first",
+}
+
+
+def run_all(
+    policy: str,
+    pairs: Iterable[int],
+    traffics: Iterable[str],
+    only: str,
+    tell: Callable[[Row, MachineConfig], None],
+) -> list[tuple[MachineConfig, Row]]:
+    """Run every case whose id begins with *only*, for each traffic and number of pairs; *tell* is told each row."""
+    rows = []
+    matrix = Matrix(policy)
+    try:
+        for n_pairs, traffic in itertools.product(pairs, traffics):
+            config = MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE)
+            for case in cases(n_pairs):
+                if case.id.startswith(only):
+                    row = matrix.run(case, config)
+                    rows.append((config, row))
+                    tell(row, config)
+    finally:
+        matrix.close()
+    return rows

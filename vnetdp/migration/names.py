@@ -1,0 +1,23 @@
+"""What a command line can name, without the weight of what the names stand for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+POLICIES: Final = ("none", "seed", "delta")
+TRAFFIC: Final = ("idle", "tx", "rx", "both")  # as the guest sees it
+CHANGES: Final = (
+    "mac",
+    "mac_table",
+    "vlans",
+    "rx_mode",
+    "queue_pairs",
+    "mtu",
+    "offloads",
+    "rss",
+    "announce",
+    "link",
+    "queue_reset",
+    "ring_setup",
+    "features",
+)
