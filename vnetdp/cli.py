@@ -96,7 +96,7 @@ def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
     migrate.add_argument("--traffic", choices=TRAFFIC, default="both", help="as the guest sees it (default both)")
     migrate.add_argument("--size", type=_number(64, 9000, "a frame's size"), default=64, metavar="N")
     migrate.add_argument("--rate", type=_rate, metavar="N",
-                         help="frames a second, queue and direction; 0 = all that pass (default 100,000 in all)")  # fmt: skip
+                         help="frames a second, queue and way; 0 = all that pass (default 100,000 in all)")  # fmt: skip
     migrate.add_argument("--first-idx", type=_number(0, 65535, "an index"), default=0, metavar="N",
                          help="where the rings' indices begin (default 0)")  # fmt: skip
     migrate.add_argument("--change", action="append", default=[], choices=CHANGES, metavar="FIELD",

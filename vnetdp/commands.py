@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
@@ -360,7 +359,6 @@ def faults(args: argparse.Namespace) -> int:
     from .migration.machine import MachineConfig
     from .migration.matrix import Row, run_all
 
-    logging.getLogger("vnetdp").setLevel(logging.CRITICAL)  # what fails here is meant to
     tell = human(args)
     began = time.monotonic()
 

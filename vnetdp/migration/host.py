@@ -6,6 +6,7 @@ Requests and answers are pickled; only the parent that started the process speak
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import pickle
 import signal
@@ -182,12 +183,13 @@ def _uninterrupted(run: Callable[[], Report]) -> Report:
 class HostProcess:
     """A `Host` in a process of its own. `call` waits for the answer; `begin` gives a function that does."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        """*quiet*: it logs nothing, since what fails in it is meant to."""
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             path = os.pathsep.join(filter(None, sys.path))
             self._child = subprocess.Popen(
-                [sys.executable, "-c", f"from vnetdp.migration.host import main; main({theirs.fileno()})"],
+                [sys.executable, "-c", f"from vnetdp.migration.host import main; main({theirs.fileno()}, {quiet})"],
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path},
             )
@@ -246,8 +248,10 @@ class HostProcess:
         self.close()
 
 
-def main(fd: int) -> None:
+def main(fd: int, quiet: bool) -> None:
     """Serve one parent until it closes its end."""
+    if quiet:
+        logging.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     host = Host()
     with socket.socket(fileno=fd) as sock:

@@ -223,7 +223,7 @@ class Matrix:
     def run(self, case: Case, config: MachineConfig) -> Row:
         """Run a case on a fresh machine, and give everything up again."""
         if self._couple is None:
-            self._couple = Couple()
+            self._couple = Couple(quiet=True)
         couple = self._couple
         killed = bool(case.source.die_at or case.target.die_at)
         try:

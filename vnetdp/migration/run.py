@@ -136,10 +136,10 @@ def socket_pair(tcp: bool = False) -> tuple[socket.socket, socket.socket]:
 class Couple:
     """Two hosts, and a machine that lives on one of them. `start` it, then `migrate` it as often as you like."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self._stack = ExitStack()
-        self.source = self._stack.enter_context(HostProcess())
-        self.target = self._stack.enter_context(HostProcess())
+        self.source = self._stack.enter_context(HostProcess(quiet))
+        self.target = self._stack.enter_context(HostProcess(quiet))
         self.config = MachineConfig()
         self.wire: GenerateEndpoint | None = None
         for wait in [host.begin("warm_up") for host in (self.source, self.target)]:
