@@ -254,8 +254,8 @@ class Session:
         self._change_memory([m for m in self._regions if m is not gone[0]])
         os.close(gone[0].fd)
 
-    def _change_memory(self, mapped: list[_Mapped]) -> None:
-        """Map a new table, and move the rings over to it under their owner's feet."""
+    def _change_memory(self, mapped: list[_Mapped], inflight: InflightArea | None = None) -> None:
+        """Map a new table, or another inflight area beside it, and move the rings over to it under their owner's feet."""
         uvas = sorted((m.region.uva, m.region.size) for m in mapped)
         for (uva, size), (following, _) in itertools.pairwise(uvas):
             if uva + size > following:
@@ -263,7 +263,9 @@ class Session:
         if any(uva + size > 1 << 64 for uva, size in uvas):
             raise RequestRefused("a region wraps around the user address space")
         regions = [Region(m.region.gpa, m.region.size, m.fd, m.region.mmap_offset) for m in mapped]
-        beside = self._inflight.region() if self._inflight else None
+        before_inflight = self._inflight
+        inflight = inflight or before_inflight
+        beside = inflight.region() if inflight else None
         try:
             memory = GuestMemory(regions, foreign=True, beside=beside) if regions else None
         except OSError as e:
@@ -274,7 +276,7 @@ class Session:
             bound = [index for index, ring in enumerate(self._rings) if ring.bound]
             for index in bound:
                 self._stop_ring(index)
-            self._regions = mapped
+            self._regions, self._inflight = mapped, inflight
             try:
                 if memory is not None:
                     for backend in self._worker.backends:
@@ -282,17 +284,18 @@ class Session:
                 for index in bound:
                     self._start_ring(index)
             except Exception:
-                self._regions = kept
-                self._memory = before
-                for index in bound:
-                    self._stop_ring(index)
-                if before is not None:
-                    for backend in self._worker.backends:
-                        backend.set_memory(before)
-                for index in bound:
-                    self._start_ring(index)
-                if memory is not None:
-                    memory.close()
+                self._regions, self._memory, self._inflight = kept, before, before_inflight
+                try:
+                    for index in bound:
+                        self._stop_ring(index)
+                    if before is not None:
+                        for backend in self._worker.backends:
+                            backend.set_memory(before)
+                    for index in bound:
+                        self._start_ring(index)
+                finally:
+                    if memory is not None:
+                        memory.close()
                 raise
             if memory is None:
                 self._worker.datapath.memory = None
@@ -611,14 +614,14 @@ class Session:
         self._take_inflight(area)
 
     def _take_inflight(self, area: InflightArea) -> None:
-        before, self._inflight = self._inflight, area
+        before = self._inflight
         try:
             if self._regions:
-                self._change_memory(self._regions)
+                self._change_memory(self._regions, area)
         except Exception:
-            self._inflight = before
             area.close()
             raise
+        self._inflight = area
         if before is not None:
             before.close()
 

@@ -299,9 +299,12 @@ AREAS = {
 }
 
 
+@pytest.mark.parametrize("another", [False, True], ids=["the first", "a second"])
 @pytest.mark.parametrize("said", AREAS.values(), ids=AREAS)
-def test_an_inflight_area_that_cannot_be(back_end: BackEnd, said: tuple[int, int, int, int]) -> None:
+def test_an_inflight_area_that_cannot_be(back_end: BackEnd, said: tuple[int, int, int, int], another: bool) -> None:
     with costs_nothing(back_end, 2), memfd(1 << 20) as fd, running(back_end) as guest:
+        if another:
+            guest.end.ask(R.GET_INFLIGHT_FD, inflight(0, 0, 4, NUM))
         assert not guest.end.tell(R.SET_INFLIGHT_FD, inflight(*said), [fd])
         guest.echo(1)
         guest.echo(2, pair=1)
