@@ -145,7 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", commands.demo, "Show traffic move from userspace to vhost, through a failure, and back.")
+    demo = command(
+        "demo",
+        commands.demo,
+        "Show traffic move from userspace to vhost, through a failure, back, and to another process.",
+    )
     demo.add_argument("--seconds", type=_positive, default=1.0, help="of each phase (default 1)")
 
     link = command(

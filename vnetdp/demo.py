@@ -1,4 +1,4 @@
-"""The demo: numbered packets both ways, while the rings go from owner to owner and a vhost fails."""
+"""The demo: numbered packets both ways, while the rings go from owner to owner, a vhost fails, and a machine migrates."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .backends.worker import Worker
 from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.loopback import GenerateEndpoint
+from .migration.machine import MachineConfig
+from .migration.run import Couple, Result
 from .warmup import warm_up
 
 _FRAME_LEN = 64
@@ -64,17 +66,53 @@ def run(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
         ledger = wire.ledger_against(guest) + guest.ledger_against(wire)
         handovers_us = sorted(ns / 1e3 for ns in device.handovers_ns)
     owners = [p["owner"] for p in phases]
+    migrated = _migrate(seconds, phases, say)
+    ledger += migrated.ledger
     ok = (
         driver_done
         and fell_back
         and ledger.clean
         and owners == ["userspace", "vhost", "userspace", "vhost", "userspace"]
+        and migrated.outcome == "vhost"
+        and not migrated.violations
         and all(p["packets"] for p in phases)
     )
     say("ledger: " + ", ".join(f"{value:,} {key}" for key, value in ledger.as_dict().items()))
     median = handovers_us[len(handovers_us) // 2]
-    say(f"{len(handovers_us)} changes of owner, median {median:.0f} µs: " + ("no packet noticed" if ok else "NOT OK"))
-    return {"ok": ok, "phases": phases, "ledger": ledger.as_dict(), "handover_us": handovers_us}
+    migration = migrated.as_dict()
+    say(f"{len(handovers_us)} changes of owner, median {median:.0f} µs, and a migration to another process, "
+        f"{migration['blackout_us'] / 1000:.1f} ms without a packet: " + ("none was lost" if ok else "NOT OK"))  # fmt: skip
+    for text in migrated.violations:
+        say(f"violation: {text}")
+    return {
+        "ok": ok,
+        "phases": phases,
+        "ledger": ledger.as_dict(),
+        "handover_us": handovers_us,
+        "migration": {key: migration[key] for key in ("policy", "outcome", "spans_us", "blackout_us", "violations")},
+    }
+
+
+def _migrate(seconds: float, phases: list[dict[str, Any]], say: Callable[[str], None]) -> Result:
+    """Migrate a machine of the same kind, under the same traffic, from one process to another; add its two phases."""
+    with Couple() as couple:
+        couple.start(MachineConfig(size=_FRAME_LEN))
+
+        def phase(name: str) -> None:
+            assert couple.wire is not None
+            rows = couple.wire.rows
+            before, began = rows.sum(axis=0), time.perf_counter()
+            time.sleep(seconds)
+            took, moved = time.perf_counter() - began, rows.sum(axis=0) - before
+            packets = int(moved[layout.EP_TO_WIRE] + moved[layout.EP_FROM_WIRE])
+            owner = couple.source.call("look")["owner"]
+            phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
+            say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")
+
+        phase("vhost, in a process of its own")
+        result = couple.migrate("delta")
+        phase("migrated to a second process")
+        return couple.settle(result)
 
 
 def _received(device: NetDevice) -> int:

@@ -36,10 +36,11 @@ from tests.vhost_user.rig import (
     u64,
 )
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.device import NetDevice, Owner
+from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.memory import GuestMemory
+from vnetdp.owners import Owner
 from vnetdp.vhost_user.message import Request
 
 R = Request

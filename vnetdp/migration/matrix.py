@@ -42,6 +42,7 @@ class Case:
     after: str = ""
     detects: str = ""
     unless_hit: bool = False  # if no fault was met, vhost is expected
+    busy: bool = False  # says nothing of a machine without traffic
 
 
 def cases(pairs: int) -> Iterator[Case]:
@@ -152,7 +153,7 @@ def _others(pairs: int) -> Iterator[Case]:
         fault = Orders(faults=(f"{verb}:once",))
         yield Case(f"A4/{verb}", f"logging cannot be started: {verb}", (SOURCE,), source=fault, after="unlogged")
     mutant = Orders(forget_log=True)
-    yield Case("A5", "a back end that logs nothing is found out", source=mutant, detects="I8")
+    yield Case("A5", "a back end that logs nothing is found out", source=mutant, detects="I8", busy=True)
     yield Case("A7", "back and forth", after="ping-pong")
 
 
@@ -305,7 +306,7 @@ def _again(couple: Couple, result: Result) -> None:
 def _whole(couple: Couple, result: Result) -> None:
     control = couple.source.call("look")["control"]
     parts = {mac[4] for mac in control.mac_table}
-    whole = len(parts) == 1 and control.mac_first_multi == len(control.mac_table) // 2
+    whole = len(parts) <= 1 and control.mac_first_multi == len(control.mac_table) // 2
     _expect(result, whole, f"A1: the MAC table is torn: {control.mac_table}")
 
 
@@ -341,7 +342,7 @@ def run_all(
         for n_pairs, traffic in itertools.product(pairs, traffics):
             config = MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE)
             for case in cases(n_pairs):
-                if case.id.startswith(only):
+                if case.id.startswith(only) and not (case.busy and traffic == "idle"):
                     row = matrix.run(case, config)
                     rows.append((config, row))
                     tell(row, config)
