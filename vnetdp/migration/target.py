@@ -113,7 +113,7 @@ class Target:
             if self._seen and kind.priority > POLICIES[self._policy][self._seen[-1]].priority:
                 raise StreamError(f"section {kind.name} comes after {self._seen[-1]}")
             self._seen.append(kind.name)
-        elif kind.phase in (Phase.SETUP, Phase.EARLY) and self._seen:
+        elif kind.phase is not Phase.CONTROL and self._seen:
             raise StreamError(f"section {kind.name} comes after {self._seen[-1]}")
         handler = self.handlers.get(kind.name)
         if handler is None:
@@ -181,7 +181,7 @@ class Target:
             return
         flat = pages_of(self.machine.memory).reshape(-1)
         table = np.array([(q.num, q.avail, q.used, q.last_avail_idx) for q in queues], np.int64)
-        if (table[:, 1:3] + VIRTQ_RING_IDX + 2 > len(flat)).any():
+        if (table[:, 1:3] > len(flat) - VIRTQ_RING_IDX - 2).any():  # not a sum: it could overflow
             raise StreamError("a ring lies outside guest memory")
         num, last = table[:, 0], table[:, 3]
         avail_idx, used_idx = (
