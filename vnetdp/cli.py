@@ -104,6 +104,9 @@ def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
     migrate.add_argument("--churn", choices=CHANGES, metavar="FIELD", help="change it 1,000 times a second")
     migrate.add_argument("--fault", action="append", default=[], metavar="POINT[:I[,J]][:once|always]",
                          help="a verb that fails there: [early.|final.|retry.]VERB; source:VERB fails here")  # fmt: skip
+    migrate.add_argument("--endpoint", default="generate", metavar="ENDPOINT",
+                         help="of the device: generate (default), echo, tap:NAME")  # fmt: skip
+    migrate.add_argument("--target-endpoint", metavar="ENDPOINT", help="the destination's, such as a second TAP")
     migrate.add_argument("--source-userspace", action="store_true", help="no vhost at the source")
     migrate.add_argument("--target-userspace", action="store_true", help="no vhost at the destination")
     migrate.add_argument("--repeat", type=_number(1, 1_000_000, "a count"), default=1, metavar="N",

@@ -292,6 +292,7 @@ def migrate(args: argparse.Namespace) -> int:
         traffic=args.traffic,
         first_idx=args.first_idx,
         vhost=not args.source_userspace,
+        endpoint=args.endpoint,
     )
     prefix = "source:"
     here = tuple(fault.removeprefix(prefix) for fault in args.fault if fault.startswith(prefix))
@@ -303,6 +304,7 @@ def migrate(args: argparse.Namespace) -> int:
     results: list[Result] = []
     with Couple() as couple:
         couple.start(config)
+        there_endpoint = args.target_endpoint or args.endpoint
         for n in range(args.repeat):
             time.sleep(0.05)
             result = couple.migrate(
@@ -310,6 +312,7 @@ def migrate(args: argparse.Namespace) -> int:
                 source=source,
                 target=Orders(faults=there),
                 target_vhost=not args.target_userspace,
+                target_endpoint=args.endpoint if n % 2 else there_endpoint,
                 tcp=args.tcp,
             )
             results.append(result)

@@ -17,11 +17,14 @@ from typing import Self
 
 from vnetdp_kernels import layout
 
+from ..announce import Announcer
 from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
 from ..backends.worker import Worker
 from ..device import NetDevice
 from ..driver import Driver, driver_block, memory_for
-from ..endpoints.loopback import GenerateEndpoint, Ledger
+from ..endpoints.base import Endpoint
+from ..endpoints.loopback import EchoEndpoint, GenerateEndpoint, Ledger
+from ..endpoints.spec import parse_endpoint
 from ..memory import GuestMemory, Region, SharedBlock
 from .ram import RamSource, pages_of
 
@@ -33,7 +36,8 @@ class MachineConfig:
     """What two machines have to have in common, and whether this one has a vhost worker.
 
     size: bytes of a frame. rate: frames a second, queue and direction; 0 = as many as pass. first_idx: where the rings'
-    indices begin. traffic: as the guest sees it.
+    indices begin. traffic: as the guest sees it. endpoint: where the device's frames go: to `generate`, numbered frames
+    both ways; `echo`, which sends the guest's back; or any other, such as tap:NAME, which is each machine's own.
     """
 
     queue_pairs: int = 1
@@ -44,11 +48,24 @@ class MachineConfig:
     first_idx: int = 0
     vhost: bool = True
     mtu: int = 1500
+    endpoint: str = "generate"
+
+    @property
+    def to_guest(self) -> int:
+        """The limit of frames a queue that the far end makes: -1 = no end."""
+        return -1 if self.traffic in ("rx", "both") else 0
+
+    @property
+    def to_wire(self) -> int:
+        """The same of the guest."""
+        return -1 if self.traffic in ("tx", "both") else 0
 
 
-def make_wire(config: MachineConfig) -> GenerateEndpoint:
-    """Return the far end of the traffic: frames to the guest, and the ledger of those it sends."""
-    return GenerateEndpoint(config.queue_pairs, config.size, config.rate, -1 if config.traffic in ("rx", "both") else 0)
+def make_wire(config: MachineConfig) -> Endpoint:
+    """Return the far end of the traffic, where both machines can reach it: only one may poll it at a time."""
+    if config.endpoint == "echo":
+        return EchoEndpoint(config.queue_pairs)
+    return GenerateEndpoint(config.queue_pairs, config.size, config.rate, config.to_guest)
 
 
 class Machine:
@@ -59,6 +76,7 @@ class Machine:
         self.faults = Faults() if faults is None else faults
         self.driver: Driver | None = None
         self.ram: RamSource | None = None  # while it migrates
+        self.announcer: Announcer | None = None
         self._stack = ExitStack()
         try:
             self._build(wire_fd)
@@ -69,9 +87,8 @@ class Machine:
     def _build(self, wire_fd: int) -> None:
         config, enter = self.config, self._stack.enter_context
         pairs = config.queue_pairs
-        count = -1 if config.traffic in ("tx", "both") else 0
-        self.guest: GenerateEndpoint = enter(GenerateEndpoint(pairs, config.size, config.rate, count))
-        self.wire: GenerateEndpoint = enter(GenerateEndpoint(pairs, config.size, config.rate, block_fd=os.dup(wire_fd)))
+        self.guest: GenerateEndpoint = enter(GenerateEndpoint(pairs, config.size, config.rate, config.to_wire))
+        self.wire: Endpoint = enter(self._open_wire(wire_fd))
         self._block: SharedBlock = driver_block(pairs, config.num)
         self._stack.callback(self._block.close)
         self.memory: GuestMemory = enter(self._guest_memory())
@@ -93,6 +110,14 @@ class Machine:
                 notifiers=self.notifiers,
             )
         )
+
+    def _open_wire(self, wire_fd: int) -> Endpoint:
+        config = self.config
+        if config.endpoint == "generate":
+            return GenerateEndpoint(config.queue_pairs, config.size, config.rate, block_fd=os.dup(wire_fd))
+        if config.endpoint == "echo":
+            return EchoEndpoint(config.queue_pairs, os.dup(wire_fd))
+        return parse_endpoint(config.endpoint, config.queue_pairs)
 
     @property
     def buffer_len(self) -> int:
@@ -145,6 +170,15 @@ class Machine:
         self.driver.features = self.device.driver_features  # one that was adopted did not negotiate them
         self.driver.start()
 
+    def announce(self) -> None:
+        """Tell the network where the guest is now; takes 0.8 s, beside everything else."""
+        self.announcer = Announcer(self.device.endpoint.send_to_wire, lambda: self.device.control.mac)
+
+    def end_announcing(self) -> None:
+        if self.announcer is not None:
+            self.announcer.close()
+            self.announcer = None
+
     def stop(self) -> None:
         """Stop the guest, then the device: nobody touches a ring afterwards, and indices are exact."""
         if self.driver is not None:
@@ -160,17 +194,18 @@ class Machine:
     # --- what can be seen of it ---
 
     def ledgers(self) -> tuple[Ledger, Ledger]:
-        """Return what became of the frames to the wire, and of those to the guest."""
-        return self.wire.ledger_against(self.guest), self.guest.ledger_against(self.wire)
+        """Return what became of the frames to the wire, and of those to the guest; nothing is known of a TAP's."""
+        if isinstance(self.wire, GenerateEndpoint):
+            return self.wire.ledger_against(self.guest), self.guest.ledger_against(self.wire)
+        if isinstance(self.wire, EchoEndpoint):
+            return Ledger(), self.guest.ledger_against(self.guest)
+        return Ledger(), Ledger()
 
     def allow(self, traffic: bool) -> None:
         """Let both ends make frames, as the traffic asked for says, or none after those made by now."""
-        if not traffic:
-            self.wire.stop()
-            self.guest.stop()
-            return
-        self.wire.rows[:, layout.EP_LIMIT] = -1 if self.config.traffic in ("rx", "both") else 0
-        self.guest.rows[:, layout.EP_LIMIT] = -1 if self.config.traffic in ("tx", "both") else 0
+        for end, limit in ((self.wire, self.config.to_guest), (self.guest, self.config.to_wire)):
+            if isinstance(end, GenerateEndpoint):
+                end.rows[:, layout.EP_LIMIT] = limit if traffic else end.rows[:, layout.EP_SEQ]
 
     def drain(self, seconds: float = 10.0) -> bool:
         """Make no more frames, and return whether all that were made arrive within so many seconds."""
@@ -200,6 +235,7 @@ class Machine:
         """Stop everything and give it up."""
         if self.driver is not None:
             self.driver.stop()
+        self.end_announcing()
         self._stack.close()
 
     def __enter__(self) -> Self:

@@ -13,7 +13,8 @@ import numpy as np
 
 from vnetdp_kernels import layout
 
-from ..endpoints.loopback import GenerateEndpoint, Ledger
+from ..endpoints.base import Endpoint
+from ..endpoints.loopback import Ledger
 from ..errors import VnetdpError
 from ..memory import Words
 from .channel import POLICIES
@@ -39,7 +40,7 @@ DESTINATION_WORK = (
 class Watch:
     """Looks at the far end of the traffic some thousand times a second: frames each way, and when."""
 
-    def __init__(self, wire: GenerateEndpoint) -> None:
+    def __init__(self, wire: Endpoint) -> None:
         self._rows = wire.rows
         self._samples: list[tuple[int, int, int]] = []
         self._end = threading.Event()
@@ -141,7 +142,7 @@ class Couple:
         self.source = self._stack.enter_context(HostProcess(quiet))
         self.target = self._stack.enter_context(HostProcess(quiet))
         self.config = MachineConfig()
-        self.wire: GenerateEndpoint | None = None
+        self.wire: Endpoint | None = None
         for wait in [host.begin("warm_up") for host in (self.source, self.target)]:
             wait()
 
@@ -165,6 +166,7 @@ class Couple:
         target: Orders | None = None,
         target_policy: str = "",
         target_vhost: bool | None = None,
+        target_endpoint: str = "",
         tcp: bool = False,
     ) -> Result:
         """Migrate, and let it run on; the two hosts change names if the machine moved. `settle` tells what became of it."""
@@ -172,7 +174,8 @@ class Couple:
             raise VnetdpError(f"unknown policy {policy!r}: one of {', '.join(POLICIES)}")
         assert self.wire is not None
         vhost = self.config.vhost if target_vhost is None else target_vhost
-        self._make(self.target, replace(self.config, vhost=vhost))
+        config = replace(self.config, vhost=vhost, endpoint=target_endpoint or self.config.endpoint)
+        self._make(self.target, config)
         watch = Watch(self.wire)
         ours, theirs = socket_pair(tcp)
         with ours, theirs:
@@ -206,6 +209,7 @@ class Couple:
         )
         if outcome in ("vhost", "userspace"):
             self.source, self.target = self.target, self.source
+            self.config = replace(self.config, endpoint=config.endpoint)
         return result
 
     def settle(self, result: Result) -> Result:

@@ -74,6 +74,7 @@ class Source:
     def run(self) -> Report:
         """Migrate; return how it went. The machine runs afterwards if the outcome is `source`, and is stopped if not."""
         machine, report = self.machine, self.report
+        machine.end_announcing()
         committed = False
         log = DirtyLog(machine.memory.end)
         try:

@@ -233,4 +233,5 @@ class Target:
         with self.report.spans.span("resume"):
             self.machine.start_guest()
         self.report.spans.mark("running")
+        self.machine.announce()
         self._at("bound")
