@@ -97,7 +97,8 @@ def test_verbs_come_in_order_and_each_ring_is_bound_last(bed: Bed) -> None:
     bed.trace.calls.clear()
     vhost_net.stop(bed.backends, bed.rings)
     assert bed.bound == [0] * 2 * PAIRS
-    assert bed.trace.calls == [("get_vring_base", pair, index) for pair in range(PAIRS) for index in range(2)]
+    rings = [(pair, index) for pair in range(PAIRS) for index in range(2)]
+    assert bed.trace.calls == [(verb, *ring) for ring in rings for verb in ("unbind", "get_vring_base")]
     assert [queue.last_avail_idx for queue in bed.rings.queues] == [BASE] * 2 * PAIRS
 
 

@@ -81,8 +81,8 @@ class Bed:
             parts.insert(-1, (VHOST.name.encode(), VHOST.phase, VHOST.version, b""))
         return parts
 
-    def _moved(self) -> tuple[int, bytes]:
-        return self.wire.sent, self.wire.ledger.tobytes()
+    def _moved(self) -> tuple[bytes, bytes]:
+        return self.wire.rows.tobytes(), self.wire.ledger.tobytes()
 
     def feed(self, data: bytes) -> str:
         """Have the machine take a stream, which ends without a commit; return why it failed, and begin anew."""

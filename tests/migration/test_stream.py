@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.migration.rig import SMALL, Meddle, Tape, migrate, record, section_bytes, wire_bytes
-from vnetdp.endpoints.loopback import GenerateEndpoint
+from vnetdp.endpoints.base import Endpoint
 from vnetdp.migration.channel import (
     CHECK,
     COMMIT,
@@ -121,13 +121,13 @@ Make = Callable[[bytes], bytes | None]
 
 
 @pytest.fixture(scope="module")
-def wire() -> Iterator[GenerateEndpoint]:
+def wire() -> Iterator[Endpoint]:
     with make_wire(SMALL) as wire:
         yield wire
 
 
 @pytest.fixture(scope="module")
-def source(wire: GenerateEndpoint) -> Iterator[Machine]:
+def source(wire: Endpoint) -> Iterator[Machine]:
     """A machine that runs all the time."""
     with Machine(SMALL, wire.block.fd) as machine:
         machine.boot()
@@ -136,7 +136,7 @@ def source(wire: GenerateEndpoint) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def target(wire: GenerateEndpoint) -> Iterator[Machine]:
+def target(wire: Endpoint) -> Iterator[Machine]:
     with no_descriptor_leaks(), Machine(SMALL, wire.block.fd) as machine:
         yield machine
 
@@ -236,8 +236,8 @@ def test_the_patch_takes_a_source_without_it() -> None:
         assert all(ledger.clean for ledger in there.ledgers())
 
 
-def test_a_stream_cut_off_anywhere(source: Machine, wire: GenerateEndpoint) -> None:
-    """At each byte of each section but the pages', and in the middle of those."""
+def test_a_stream_cut_off_anywhere(source: Machine, wire: Endpoint) -> None:
+    """All along each section, but the pages', and in the middle of those."""
     sections = record(source, "delta")
     with Machine(SMALL, wire.block.fd) as target:
         target.adopt()
