@@ -132,6 +132,8 @@ def source(wire: Endpoint) -> Iterator[Machine]:
     with Machine(SMALL, wire.block.fd) as machine:
         machine.boot()
         machine.run()
+        # Not before its threads have loaded their kernels: that opens files, which would count as leaked.
+        wait_for(lambda: all(ledger.delivered for ledger in machine.ledgers()), "frames both ways")
         yield machine
 
 
