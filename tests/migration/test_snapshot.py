@@ -317,6 +317,15 @@ def test_queues_that_the_device_has_not() -> None:
                 decode(memoryview(data))
 
 
+def test_a_full_state_with_fewer_slots_than_queues() -> None:
+    whole = encode_full(of_four_pairs())
+    rings = len(whole) - 31 * QEMU_SLOTS
+    extras = rings + 14 * QEMU_SLOTS
+    four = whole[:2] + bytes((4, 0)) + whole[4:rings] + whole[rings : rings + 4 * 14] + whole[extras : extras + 4 * 17]
+    with pytest.raises(StreamError, match="8 queues in 4 slots"):
+        decode_full(memoryview(four))
+
+
 def test_a_field_that_is_not_known() -> None:
     with pytest.raises(StreamError, match="changes field 19, which is not known"):
         decode_delta(memoryview(bytes([1, len(FIELDS), 0, 0, 0, 0])), 8)
