@@ -154,7 +154,7 @@ def test_commands_are_ones_that_exist() -> None:
         for block in blocks(page):
             if block.language != "sh":
                 continue
-            for line in block.text.splitlines():
+            for line in block.text.replace("\\\n", " ").splitlines():
                 words = [word for word in shlex.split(line, comments=True) if word not in ("sudo", "&")]
                 if words[:1] == ["vnetdp"]:
                     cli._parser().parse_args(words[1:])

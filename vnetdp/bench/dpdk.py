@@ -59,31 +59,39 @@ class Dpdk:
             *(f"--vdev={vdev}" for vdev in vdevs),
             *("--", "--interactive", f"--nb-cores={len(cpus)}", "--total-num-mbufs=8192"),
             *("--no-lsc-interrupt", "--no-flush-rx"),  # flushing would throw a capture away
+            *("--mask-event", "all"),  # what another thread prints may fall into the middle of a prompt
             *args,
         ]
-        self.log = ""  # all that it printed
+        self._said = ""  # all that it printed
         self._seen = 0  # how much of that was looked at
-        self._process = subprocess.Popen(
-            argv,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "RUNTIME_DIRECTORY": str(scratch)},  # --no-huge leaves files behind
-        )
+        self._log = scratch / f"testpmd-{id(self):x}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                argv,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,  # not among the prompts
+                env={**os.environ, "RUNTIME_DIRECTORY": str(scratch)},  # --no-huge leaves files behind
+            )
+
+    @property
+    def log(self) -> str:
+        """What DPDK logged."""
+        return self._log.read_text(errors="replace")
 
     def wait(self, seconds: float = 60.0) -> str:
         """Wait for its prompt, and return what it printed before that."""
         assert self._process.stdout is not None
         until = time.monotonic() + seconds
-        while (found := self.log.find(_PROMPT, self._seen)) < 0:
+        while (found := self._said.find(_PROMPT, self._seen)) < 0:
             ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))
             data = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
             if not data:
                 what = "ended" if ready else f"has not answered for {seconds:g} s"
-                raise DpdkError(f"testpmd {what}; it printed: {self.log[-4000:]}")
-            self.log += data.decode(errors="replace")
-        text = self.log[self._seen : found]
+                raise DpdkError(f"testpmd {what}; it printed: {self._said[-4000:]}{self.log[-4000:]}")
+            self._said += data.decode(errors="replace")
+        text = self._said[self._seen : found]
         self._seen = found + len(_PROMPT)
         return text
 
@@ -109,8 +117,7 @@ class Dpdk:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(b"quit\n")
-            out, _ = self._process.communicate(timeout=20)
-            self.log += out.decode(errors="replace")
+            self._process.communicate(timeout=20)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.communicate()
