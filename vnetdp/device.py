@@ -386,6 +386,8 @@ class NetDevice:
             for index, queue in delta.queues.items():
                 self._queue(index)
                 queue.validate()
+                if queue.enabled and queue.num > self.max_num:
+                    raise ConfigError(f"queue {index}: size {queue.num} is larger than {self.max_num}")
             for index, _ in delta.bases:
                 if not self.queues[index].enabled:
                     raise ConfigError(f"an index for queue {index}, which is not enabled")

@@ -58,6 +58,12 @@ class Tape(Channel):
         assert 0 <= length <= MAX_PAYLOAD
         return self._take(length)
 
+    def has_more(self) -> bool:
+        return False
+
+    def drain(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

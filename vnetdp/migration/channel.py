@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Mapping
 from typing import Final, Self
 
 from .stream import Phase, Section, SectionType, StreamError, decode, encode
 
+_DRAIN_S = 5.0
 PATIENCE_S = 30.0  # without a byte from the other side
 
 # Priorities as QEMU's: what has the lowest is loaded last.
@@ -80,6 +82,20 @@ class Channel:
         except OSError as e:
             raise StreamError(f"the other side is gone: {e}") from e
         return data
+
+    def has_more(self) -> bool:
+        """Return whether the other side has said something, or hung up."""
+        return bool(select.select([self.sock], [], [], 0)[0])
+
+    def drain(self) -> None:
+        """Say no more, and read what the other side still sends, so that it gets to hear what was said last."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.settimeout(_DRAIN_S)
+            while self.sock.recv(1 << 20):
+                pass
+        except OSError:
+            return
 
     def receive(self, known: Mapping[str, SectionType]) -> Section:
         return decode(self.read, known)

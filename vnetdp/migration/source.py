@@ -16,12 +16,28 @@ import numpy as np
 from ..errors import BackendError, VnetdpError
 from ..memory import DirtyLog, Words
 from ..state import DeviceState
-from .channel import ANSWERS, CHECK, COMMIT, DELTA, DEVICE, EARLY, END, INDICES, RAM, SETUP, VHOST, Channel
+from .channel import (
+    ANSWERS,
+    CHECK,
+    COMMIT,
+    DELTA,
+    DEVICE,
+    EARLY,
+    END,
+    FAILED,
+    INDICES,
+    RAM,
+    READY,
+    RUNNING,
+    SETUP,
+    VHOST,
+    Channel,
+)
 from .machine import Machine
 from .ram import RamSource
 from .snapshot import delta_between, encode_delta, encode_early, encode_full
 from .spans import Spans
-from .stream import StreamError
+from .stream import Section, SectionType, StreamError
 
 _log = logging.getLogger("vnetdp.migration")
 
@@ -85,31 +101,44 @@ class Source:
             self._while_it_runs(ram, log)
             self._stop()
             self._send_final(ram, log)
-            answer = self._channel.receive(ANSWERS)
-            if answer.type.name != "ready":
-                raise StreamError(f"the destination failed: {bytes(answer.payload).decode(errors='replace')}")
+            self._hear(READY)
             self._at("ready")
             self._channel.send(COMMIT)
             committed = True  # whatever happens from here on, it may have arrived
             self._at("committed")
             answer = self._channel.receive(ANSWERS)
-            if answer.type.name != "running":
-                raise StreamError(f"the destination failed: {bytes(answer.payload).decode(errors='replace')}")
-            report.target = json.loads(bytes(answer.payload))
+            committed = answer.type is not FAILED  # it gave up before it ran anything
+            self._expect(RUNNING, answer)
+            report.target = _running(bytes(answer.payload))
             report.outcome = report.target["outcome"]
-            machine.device.set_log(None)
         except VnetdpError as e:
             report.error = str(e)
             report.outcome = "lost" if committed else "source"
             _log.warning("migration failed: %s%s", e, "" if committed else "; the source goes on")
             if not committed:
                 self._go_on()
+                return report
         finally:
             report.bytes = self._count
             report.counts = {"early": self._n_early, "pages": machine.ram.sent if machine.ram else 0}
             machine.ram = None
             log.close()
+        machine.device.set_log(None)
         return report
+
+    def _hear(self, wanted: SectionType) -> None:
+        self._expect(wanted, self._channel.receive(ANSWERS))
+
+    def _expect(self, wanted: SectionType, answer: Section) -> None:
+        if answer.type is not wanted:
+            reason = bytes(answer.payload).decode(errors="replace") or f"it says {answer.type.name}"
+            raise StreamError(f"the destination failed: {reason}")
+
+    def _listen(self) -> None:
+        """Learn of a destination that has failed before the machine is stopped for it."""
+        if self._channel.has_more():
+            self._hear(READY)
+            raise StreamError("the destination is ready before the end")
 
     def _send(self, what: str, *args: Any) -> None:
         self._count[what] += self._channel.send(*args)
@@ -131,6 +160,7 @@ class Source:
             for payload in ram.payloads(pages):
                 self._send("ram", RAM, payload)
             self._at("round")
+            self._listen()
             self._send_early()
             before, pages = len(pages), self._changed(ram, log)
             if len(pages) < _FEW_PAGES or len(pages) > 0.8 * before:
@@ -156,6 +186,7 @@ class Source:
 
     def _stop(self) -> None:
         self._at("stopping")
+        self._listen()
         with self.report.spans.span("stop"):
             self.machine.stop()
         self._at("stopped")
@@ -201,6 +232,16 @@ class Source:
         except BackendError as e:
             _log.warning("%s: logging is off with the next start", e)
         self.machine.run()
+
+
+def _running(payload: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(payload)
+        if said["outcome"] in ("vhost", "userspace"):
+            return dict(said)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise StreamError("the destination runs, and does not say how")
 
 
 class Cancelled(VnetdpError):  # noqa: N818 - it is no error

@@ -89,6 +89,7 @@ class Target:
     def _answer_failure(self, text: str) -> None:
         try:
             self._channel.send(FAILED, text.encode()[: FAILED.longest])
+            self._channel.drain()
         except StreamError:
             _log.debug("the source is gone, too")
 
