@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -113,14 +114,14 @@ def test_queues_that_are_not_enabled_are_left_out(bed: Bed) -> None:
 
 @pytest.mark.parametrize("mtu", [None, 9000])
 def test_the_mtu_is_told_only_if_there_is_one(bed: Bed, mtu: int | None) -> None:
-    rings = vhost_net.Rings(**{**vars(bed.rings), "mtu": mtu})
+    rings = replace(bed.rings, mtu=mtu)
     vhost_net.start(bed.backends, rings)
     assert (("set_mtu", 0, None) in bed.trace.calls) == (mtu is not None)
     vhost_net.stop(bed.backends, rings)
 
 
 def test_used_rings_are_logged_under_their_own_address(bed: Bed) -> None:
-    rings = vhost_net.Rings(**{**vars(bed.rings), "log": bed.log, "features": bed.rings.features | f.VHOST_F_LOG_ALL})
+    rings = replace(bed.rings, log=bed.log, features=bed.rings.features | f.VHOST_F_LOG_ALL)
     vhost_net.start(bed.backends, rings)
     assert bed.datapath.vqs[:, lay.VQ_LOG_USED].tolist() == [queue.used for queue in rings.queues]
     vhost_net.stop(bed.backends, rings)

@@ -293,6 +293,7 @@ def migrate(args: argparse.Namespace) -> int:
         first_idx=args.first_idx,
         vhost=not args.source_userspace,
         endpoint=args.endpoint,
+        faulty=bool(args.fault),
     )
     prefix = "source:"
     here = tuple(fault.removeprefix(prefix) for fault in args.fault if fault.startswith(prefix))

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -70,6 +71,7 @@ class Datapath:
         self.memory: GuestMemory | None = None
         self.log: DirtyLog | None = None
         self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
+        self.translated: list[GuestMemory | None] = [None] * (2 * pairs)  # by which table a ring's offsets are
         self.endpoint: Endpoint = Endpoint(pairs)
         self.notify: Words = np.full((2 * pairs, 2), -1, np.int64)
         self.bell = EventFd()
@@ -79,6 +81,16 @@ class Datapath:
             for slot in _UNSET:
                 self.vqs[:, slot] = -1
             self.vqs[:, layout.VQ_ENABLED] = 1
+
+    @property
+    def bound(self) -> bool:
+        """True if a ring is bound; then `endpoint` is what it is bound to."""
+        return self.endpoint is not self._own_endpoint
+
+    @property
+    def dirty_bits(self) -> Bytes:
+        """The dirty log, if what is written is logged."""
+        return self.log.log if self.log and self.logging else NO_LOG
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Serve the bound queues; return (layout.LOOP_*, frames moved).
@@ -93,7 +105,7 @@ class Datapath:
             reason, n = loops.serve(
                 memory.mem if memory else NO_MEMORY,
                 memory.table if memory else NO_TABLE,
-                self.log.log if self.log and self.logging else NO_LOG,
+                self.dirty_bits,
                 self.vqs,
                 endpoint.rows[: self.pairs],  # an endpoint may have more queues than we have pairs
                 endpoint.fds,
@@ -174,8 +186,9 @@ class Paced:
         self._lock = threading.RLock()
         self._pause = _Pause(self._halt, self._go_on)
         self._depth = 0
-        self._parked = threading.Event()
-        self._resume = threading.Event()
+        # Queues, not events: to wake a thread by one costs a tenth.
+        self._parked: SimpleQueue[None] = SimpleQueue()
+        self._resume: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
         self._ended = False
         self._to_signal: list[EventFd] = []
@@ -192,9 +205,8 @@ class Paced:
                 if reason == layout.LOOP_BROKEN and self.on_broken:
                     self.on_broken()
                 if ctl[layout.CTL_DOORBELL]:
-                    self._parked.set()
-                    self._resume.wait()
-                    self._resume.clear()
+                    self._parked.put(None)
+                    self._resume.get()
                     while self._to_signal:
                         with suppress(OSError):
                             self._to_signal.pop().signal()
@@ -205,7 +217,7 @@ class Paced:
             raise
         finally:
             self._ended = True
-            self._parked.set()
+            self._parked.put(None)
 
     @property
     def native_id(self) -> int:
@@ -223,20 +235,26 @@ class Paced:
             try:
                 self._target.ctl[layout.CTL_DOORBELL] = 1
                 self._target.bell.signal()
-                while not self._parked.wait(_STUCK_S):
-                    interrupt.interrupt(self._thread.ident or 0)
-                self._parked.clear()
+                self._wait_until_parked()
             except BaseException:
                 self._lock.release()
                 raise
         self._depth += 1
+
+    def _wait_until_parked(self) -> None:
+        while True:
+            try:
+                self._parked.get(timeout=_STUCK_S)
+                return
+            except Empty:
+                interrupt.interrupt(self._thread.ident or 0)
 
     def _go_on(self) -> None:
         self._depth -= 1
         if self._depth == 0 and not self._ended:
             self._target.bell.clear()
             self._target.ctl[layout.CTL_DOORBELL] = 0
-            self._resume.set()
+            self._resume.put(None)
         self._lock.release()
 
     def park(self, parked: bool) -> None:

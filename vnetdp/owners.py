@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from . import vhost_net
 from .backends.base import Backend
@@ -36,6 +37,7 @@ class Owners:
     def __init__(self, userspace: Sequence[Backend], vhost: Sequence[Backend] | None, notifiers: Notifiers) -> None:
         self.userspace = userspace
         self.vhost = vhost
+        self._sites = vhost_net.one_a_site(vhost or ())
         self.notifiers = notifiers
         self.owner = Owner.NOBODY
         self.prepared: vhost_net.Prepared | None = None
@@ -56,8 +58,11 @@ class Owners:
         if owner is self.owner:
             return True
         began = time.perf_counter_ns()
-        wanted = {Owner.NOBODY: (), Owner.USERSPACE: self.userspace, Owner.VHOST: self.vhost or ()}[owner]
-        with vhost_net.standing_still([*(self.backends or ()), *wanted]):
+        wanted = self.userspace if owner is Owner.USERSPACE else (self.vhost or ()) if owner is Owner.VHOST else ()
+        if self.prepared is not None and owner is Owner.VHOST:
+            wanted = ()  # parked already
+        held = [*(self.backends or ()), *wanted]
+        with vhost_net.standing_still(held) if held else nullcontext():
             if self.backends is not None:
                 vhost_net.stop(self.backends, rings)
             was, self.owner = self.owner, Owner.NOBODY
@@ -79,34 +84,32 @@ class Owners:
                     _log.error("unable to start the userspace datapath: %s", e)
                 return False
             self.owner = owner
-            if owner is not Owner.NOBODY:
-                # Whoever held the rings before may have left a decision open: calls may be spurious, but not lost.
-                for queue, call in zip(rings.queues, rings.calls, strict=True):
-                    if queue.enabled:
-                        call.signal()
+        if self.prepared is not None and owner is Owner.VHOST:
+            self.take_as_bound()
         self.handovers += 1
         self.handovers_ns.append(time.perf_counter_ns() - began)
         return True
 
     def _start_vhost(self, rings: vhost_net.Rings) -> None:
-        """Configure what is not, and bind; on BackendError nothing is left of it."""
+        """Configure what is not, and bind; on BackendError nothing is left of it. The worker stays parked if it succeeds."""
         assert self.vhost is not None
         if self.prepared is None:
             self.notifiers.assign()
             self._park()
         try:
-            vhost_net.start(self.vhost, rings, self.prepared)
+            assert self.prepared is not None
+            vhost_net.configure(self.vhost, rings, self.prepared, len(self._sites) == 1)
+            vhost_net.bind(self.vhost, rings, len(self._sites) == 1)
         except BackendError:
             self.abandon()
             raise
-        self.prepared = None
-        vhost_net.park(self.vhost, False)
 
     def _park(self) -> None:
         """Begin to prepare: the worker stands still until its rings are bound, or all is given up."""
         assert self.vhost is not None
         self.prepared = vhost_net.Prepared()
-        vhost_net.park(self.vhost, True)
+        for site in self._sites:
+            site.park(True)  # to stop a thread costs more than all that is told to it meanwhile
 
     def prepare(self, rings: vhost_net.Rings) -> bool:
         """Do all of vhost's start but the binding; False, and nothing is left of it, if that fails.
@@ -119,7 +122,7 @@ class Owners:
                 self.notifiers.assign()
                 self._park()
             assert self.prepared is not None
-            vhost_net.configure(self.vhost, rings, self.prepared)
+            vhost_net.configure(self.vhost, rings, self.prepared, len(self._sites) == 1)
         except BackendError as e:
             self.last_error = e
             self.fallbacks += 1
@@ -132,12 +135,15 @@ class Owners:
         """Count vhost as the owner of what was prepared: somebody else has bound it, or should have."""
         self.owner = Owner.VHOST
         if self.prepared is not None and self.vhost is not None:
-            self.prepared = None
-            vhost_net.park(self.vhost, False)
+            self._release()
+
+    def _release(self) -> None:
+        self.prepared = None
+        for site in self._sites:
+            site.park(False)
 
     def abandon(self) -> None:
         """Forget what was prepared."""
         if self.prepared is not None and self.vhost is not None:
-            self.prepared = None
             self.notifiers.release()
-            vhost_net.park(self.vhost, False)
+            self._release()

@@ -26,7 +26,7 @@ from .virtqueue import Virtqueue
 _log = logging.getLogger("vnetdp.vhost_net")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rings:
     """What an owner needs to know of a device: its queues (receiveq 2i, transmitq 2i + 1), notifiers and memory."""
 
@@ -51,7 +51,8 @@ class Prepared:
     bases: dict[int, int] = field(default_factory=dict)
 
 
-def _one_a_site(backends: Sequence[Backend]) -> list[Backend]:
+def one_a_site(backends: Sequence[Backend]) -> list[Backend]:
+    """Return one backend for each thread or process that runs some of them: to hold it holds the others."""
     return list({id(backend.site): backend for backend in backends}.values())
 
 
@@ -59,15 +60,9 @@ def _one_a_site(backends: Sequence[Backend]) -> list[Backend]:
 def standing_still(backends: Sequence[Backend]) -> Iterator[None]:
     """Hold every backend for the length of the block; those that one thread runs, once."""
     with ExitStack() as stack:
-        for backend in _one_a_site(backends):
+        for backend in one_a_site(backends):
             stack.enter_context(backend.hold())
         yield
-
-
-def park(backends: Sequence[Backend], parked: bool) -> None:
-    """Have all *backends* stand still, or go on: to stop a thread costs more than all that is told to it meanwhile."""
-    for backend in _one_a_site(backends):
-        backend.park(parked)
 
 
 def enabled_queues(rings: Rings) -> list[tuple[int, int, int]]:
@@ -110,10 +105,11 @@ def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
     return load_u16_acquire(memory.mem, memory.translate(queue.used + VIRTQ_RING_IDX, 2))
 
 
-def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> None:
+def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool = False) -> None:
     """Tell *backends* what *prepared* says they don't know yet, and every enabled ring's base; bind nothing.
 
-    None of their rings may be bound. On BackendError forget *prepared*: nothing is bound, so there is nothing to undo.
+    None of their rings may be bound. one_site: one thread runs them all, so bases go at once. On BackendError forget
+    *prepared*: nothing is bound, so there is nothing to undo.
     """
     memory = id(rings.memory), id(rings.log)
     new_mtu = rings.mtu is not None and prepared.mtu != rings.mtu
@@ -121,6 +117,7 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
     new_memory = prepared.memory != memory
     if new_memory:
         prepared.vrings.clear()
+    rebased = []
     for pair, backend in enumerate(backends):
         if new_mtu and rings.mtu is not None:
             backend.set_mtu(rings.mtu)
@@ -137,19 +134,26 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
             if prepared.vrings.get(n) != queue.setup:
                 start_vring(backend, rings, pair, index)
                 prepared.vrings[n] = queue.setup
+                prepared.bases[n] = queue.last_avail_idx
             elif prepared.bases[n] != queue.last_avail_idx:
-                backend.set_vring_base(index, queue.last_avail_idx)
-            prepared.bases[n] = queue.last_avail_idx
+                rebased.append((n, queue.last_avail_idx))
+    if rebased and not (one_site and backends[0].set_vring_bases(rebased)):
+        for n, base in rebased:
+            backends[n // VRINGS].set_vring_base(n % VRINGS, base)
+    prepared.bases.update(rebased)
     prepared.mtu, prepared.features, prepared.memory = rings.mtu, rings.features, memory
 
 
-def bind(backends: Sequence[Backend], rings: Rings) -> None:
+def bind(backends: Sequence[Backend], rings: Rings, one_site: bool = False) -> None:
     """Bind every enabled ring of configured *backends*; on BackendError those bound are unbound, with their indices."""
+    wanted = [n for n, queue in enumerate(rings.queues) if queue.enabled]
+    if one_site and wanted and backends[0].bind_rings(wanted, rings.endpoint):
+        return
     bound: list[tuple[int, int]] = []
     try:
-        for _, pair, index in enabled_queues(rings):
-            backends[pair].set_backend(index, rings.endpoint)
-            bound.append((pair, index))
+        for n in wanted:
+            backends[n // VRINGS].set_backend(n % VRINGS, rings.endpoint)
+            bound.append((n // VRINGS, n % VRINGS))
     except BackendError:
         for pair, index in reversed(bound):
             stop_vring(backends[pair], rings, pair, index)
@@ -159,8 +163,9 @@ def bind(backends: Sequence[Backend], rings: Rings) -> None:
 def start(backends: Sequence[Backend], rings: Rings, prepared: Prepared | None = None) -> None:
     """Give every enabled ring to *backends*; on BackendError everything is undone first."""
     with standing_still(backends):
-        configure(backends, rings, prepared or Prepared())
-        bind(backends, rings)
+        one_site = len(one_a_site(backends)) == 1
+        configure(backends, rings, prepared or Prepared(), one_site)
+        bind(backends, rings, one_site)
 
 
 def stop(backends: Sequence[Backend], rings: Rings) -> None:

@@ -91,6 +91,7 @@ VQ_OFFLOADS: Final = 26  # receive offloads the driver took: OFFLOAD_*
 VQ_CHAINS: Final = 27  # chains used
 VQ_INFLIGHT: Final = 28  # window offset of the queue's part of the inflight area (vhost-user); 0 = none
 VQ_JOURNAL: Final = 29  # transmitq: window offset of the journal of ring-to-ring moves; 0 = none
+VQ_CALL_DUE: Final = 30  # 1: bound a moment ago; the driver may wait for a call that was never decided on
 VQ_SLOTS: Final = 32
 
 # vhost-user's inflight area, split rings: a header a queue, then 16 bytes a descriptor.

@@ -33,6 +33,7 @@ from .layout import (
     LOOP_IDLE,
     LOOP_PYTHON,
     VQ_BOUND,
+    VQ_CALL_DUE,
     VQ_CALLS,
     VQ_ENABLED,
     VQ_KICKS,
@@ -115,8 +116,6 @@ def serve(
     waited = 0
     idle_since = 0
     while True:
-        if load_i64_acquire(ctl, CTL_DOORBELL):
-            return LOOP_CONTROL, moved
         before = moved
         python = False
         bound = False
@@ -172,16 +171,21 @@ def serve(
                     )  # fmt: skip
                     moved += frames_rx
                 python |= ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] > 0
-            if chains_tx and ring.needs_call(mem, txq):
+            if serve_tx and (chains_tx or txq[VQ_CALL_DUE]) and ring.needs_call(mem, txq):
                 txq[VQ_CALLS] += 1
                 if notify[2 * q + 1, 1] >= 0:
                     signal(notify[2 * q + 1, 1], one)
-            if frames_rx and ring.needs_call(mem, rxq):
+            if serve_rx and (frames_rx or rxq[VQ_CALL_DUE]) and ring.needs_call(mem, rxq):
                 rxq[VQ_CALLS] += 1
                 if notify[2 * q, 1] >= 0:
                     signal(notify[2 * q, 1], one)
+            txq[VQ_CALL_DUE] &= not serve_tx
+            rxq[VQ_CALL_DUE] &= not serve_rx
             if (serve_tx and txq[VQ_STATUS]) or (serve_rx and rxq[VQ_STATUS]):
                 return LOOP_BROKEN, moved
+        # Asked for only after a pass: whoever is halted again and again still gets one each time.
+        if load_i64_acquire(ctl, CTL_DOORBELL):
+            return LOOP_CONTROL, moved
         if python:
             return LOOP_PYTHON, moved
         if budget >= 0 and moved >= budget:
@@ -314,8 +318,6 @@ def drive(
     waited = 0
     idle_since = 0
     while True:
-        if load_i64_acquire(ctl, CTL_DOORBELL):
-            return LOOP_CONTROL, moved
         before = moved
         python = False
         for q in range(n_pairs):
@@ -336,6 +338,9 @@ def drive(
             if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
                 return LOOP_BROKEN, moved
             python |= ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] > 0
+        # Asked for only after a pass: whoever is halted again and again still gets one each time.
+        if load_i64_acquire(ctl, CTL_DOORBELL):
+            return LOOP_CONTROL, moved
         if python:
             return LOOP_PYTHON, moved
         if budget >= 0 and moved >= budget:

@@ -109,11 +109,16 @@ class Place:
         return backend
 
     def bind(self, pair: int = 0, base: int = 0, features: int = FEATURES) -> Backend:
-        """Configure a pair and bind both its rings."""
+        """Configure a pair and bind both its rings; the call that comes with it is taken."""
         backend = self.configure(pair, base, features)
         for index in (RECEIVEQ, TRANSMITQ):
             backend.set_backend(index, self.endpoint)
+            self.wait_for_call(2 * pair + index)
         return backend
+
+    def wait_for_call(self, n: int) -> None:
+        """Take a call of queue *n*, once it comes."""
+        self.wait_for(lambda: bool(self.calls[n].clear()), "a call")
 
     def feed(self, pair: int, frames: int) -> None:
         """Have the endpoint make so many frames more. No descriptor tells of them, so a hold makes a worker look."""

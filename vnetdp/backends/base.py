@@ -12,6 +12,7 @@ the kernel's vhost-net has them. Configured, based and bound are three different
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
@@ -80,6 +81,15 @@ class Backend(Protocol):
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         """Bind a ring to an endpoint, or unbind it."""
+
+    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+        """Do many `set_vring_base` of the site at once: (queue, base) each.
+
+        False, and nothing done, if that can't be: the verbs themselves are tried then, and say what is wrong.
+        """
+
+    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
+        """Do many `set_backend` of the site at once, by queue; False, and nothing done, if that can't be."""
 
     @property
     def site(self) -> object:

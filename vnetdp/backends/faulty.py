@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -146,6 +146,14 @@ class FaultyBackend:
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         verb = "unbind" if endpoint is None else "set_backend"
         self._do(verb, index, lambda: self.inner.set_backend(index, endpoint))
+
+    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+        """No: each verb may fail by its name."""
+        return False
+
+    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
+        """As above."""
+        return False
 
     @property
     def site(self) -> object:

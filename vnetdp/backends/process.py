@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -268,6 +268,14 @@ class ProcessBackend:
         """Let go of everything, once the child has ended."""
         for index in range(VRINGS):
             self._let_go(index)
+
+    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+        """No: what crosses to another process costs the same either way."""
+        return False
+
+    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
+        """As above."""
+        return False
 
     @property
     def site(self) -> object:

@@ -6,12 +6,12 @@ It is what QEMU's own virtio-net is when the device's loop runs it, and the insi
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from vnetdp_kernels import layout
-from vnetdp_kernels.atomic import load_u16_acquire, store_u16
-from vnetdp_kernels.guest import mark_dirty
+import numpy as np
+
+from vnetdp_kernels import layout, verbs
 
 from .. import features as f
 from ..datapath import Datapath
@@ -39,7 +39,6 @@ class UserspaceBackend:
         self.pair = pair
         self.features = 0
         self._rows: Words = datapath.vqs[2 * pair : 2 * pair + VRINGS]
-        self._translated: list[GuestMemory | None] = [None] * VRINGS  # by which table a ring's offsets are
 
     def set_mtu(self, mtu: int) -> None:
         if not 68 <= mtu <= 65535:
@@ -86,7 +85,7 @@ class UserspaceBackend:
         except ConfigError as e:
             raise BackendError("set_vring_num", errno.EINVAL, index, str(e)) from e
         row[layout.VQ_NUM] = num
-        self._translated[index] = None  # the ring's parts have another length
+        self.datapath.translated[VRINGS * self.pair + index] = None  # the ring's parts have another length
 
     def set_vring_base(self, index: int, base: int) -> None:
         row = self._row("set_vring_base", index)
@@ -127,7 +126,7 @@ class UserspaceBackend:
         except ConfigError as e:
             raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
         row[:] = wanted
-        self._translated[index] = memory
+        self.datapath.translated[VRINGS * self.pair + index] = memory
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
         self._row("set_vring_kick", index)
@@ -152,38 +151,49 @@ class UserspaceBackend:
             if row[layout.VQ_BOUND]:
                 row[layout.VQ_BOUND] = 0
                 if not other[layout.VQ_BOUND]:
-                    dp.endpoint.stop_polling(self.pair, self)
+                    dp.endpoint.stop_polling(self.pair, dp)
                 if not dp.vqs[:, layout.VQ_BOUND].any():
                     dp.let_go()
             return
         if dp.memory is None or row[layout.VQ_NUM] == 0 or row[layout.VQ_DESC_GPA] < 0:
             raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
-        if dp.endpoint is not endpoint and dp.vqs[:, layout.VQ_BOUND].any():
+        if dp.endpoint is not endpoint and dp.bound:
             raise BackendError("set_backend", errno.EBUSY, index, "another endpoint is bound")
         if self.pair >= endpoint.queues:
             raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
         try:
-            if self._translated[index] is not dp.memory:
+            if dp.translated[VRINGS * self.pair + index] is not dp.memory:
                 _translate(dp.memory, row)
-                self._translated[index] = dp.memory
-            endpoint.start_polling(self.pair, self)
+                dp.translated[VRINGS * self.pair + index] = dp.memory
+            endpoint.start_polling(self.pair, dp)
         except ConfigError as e:
             raise BackendError("set_backend", errno.EFAULT, index, str(e)) from e
         except EndpointError as e:
             raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
         dp.endpoint = endpoint
-        mem = dp.memory.mem
-        if not row[layout.VQ_EVENT_IDX]:
-            store_u16(mem, int(row[layout.VQ_USED]), 0)
-            if dp.log and dp.logging and row[layout.VQ_LOG_USED] >= 0:
-                mark_dirty(dp.log.log, int(row[layout.VQ_LOG_USED]), 2)
-        row[layout.VQ_LAST_USED_IDX] = load_u16_acquire(mem, int(row[layout.VQ_USED]) + layout.VIRTQ_RING_IDX)
-        row[layout.VQ_AVAIL_IDX] = row[layout.VQ_LAST_AVAIL_IDX]
-        row[layout.VQ_SIGNALLED_USED_VALID] = 0
-        row[layout.VQ_KICKS_ON] = 1
-        row[layout.VQ_STATUS] = 0
-        endpoint.rows[self.pair, layout.EP_GONE] = 0
-        row[layout.VQ_BOUND] = 1
+        which = np.array([VRINGS * self.pair + index])
+        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, which)
+
+    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+        return bool(verbs.set_bases(self.datapath.vqs, np.array(bases)))
+
+    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
+        dp = self.datapath
+        pairs = sorted({n // VRINGS for n in which})
+        ready = (
+            dp.memory is not None
+            and pairs[-1] < endpoint.queues
+            and not any(map(endpoint.polled_by.get, pairs))
+            and all(dp.translated[n] is dp.memory for n in which)
+            and not dp.bound
+        )
+        if not ready or dp.memory is None:
+            return False
+        for pair in pairs:
+            endpoint.start_polling(pair, dp)
+        dp.endpoint = endpoint
+        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array(which))
+        return True
 
     @property
     def site(self) -> object:

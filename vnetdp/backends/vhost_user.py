@@ -11,7 +11,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -262,6 +262,7 @@ class VhostUserBackend:
         self._num = [0] * VRINGS
         self._base = [0] * VRINGS
         self._kick: list[EventFd | None] = [None] * VRINGS
+        self._call: list[EventFd | None] = [None] * VRINGS
         self._features: int | None = None
 
     def forget(self) -> None:
@@ -360,6 +361,7 @@ class VhostUserBackend:
 
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         n = self._index("set_vring_call", index)
+        self._call[index] = call
         self._fe.send(Request.SET_VRING_CALL, U64(n if call else n | NO_FD), [call.fd] if call else [])
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:
@@ -386,6 +388,17 @@ class VhostUserBackend:
         kick = self._kick[index]
         if kick is not None:
             kick.signal()  # not every back end looks at a ring by itself when it starts
+        call = self._call[index]
+        if call is not None:
+            call.signal()  # whoever had the ring before may have left a decision open
+
+    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+        """No: the protocol has no such message."""
+        return False
+
+    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
+        """As above."""
+        return False
 
     @property
     def site(self) -> object:

@@ -5,7 +5,7 @@ A verb stops the thread between two kernel calls, is applied by the same code th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from ..datapath import Datapath, Paced
@@ -108,6 +108,14 @@ class WorkerBackend:
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         with self._paced.paused():
             self._inner.set_backend(index, endpoint)
+
+    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+        with self._paced.paused():
+            return self._inner.set_vring_bases(bases)
+
+    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
+        with self._paced.paused():
+            return self._inner.bind_rings(which, endpoint)
 
     @property
     def site(self) -> object:

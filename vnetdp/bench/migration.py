@@ -23,8 +23,8 @@ _WAYS = (
     ("none", "none", ()),
     ("seed", "seed", ()),
     ("delta", "delta", ()),
-    ("seed, one field changed", "seed", (("mac", "stopping"),)),
-    ("delta, one field changed", "delta", (("mac", "stopping"),)),
+    ("seed, one field changed", "seed", (("rx_mode", "stopping"),)),
+    ("delta, one field changed", "delta", (("rx_mode", "stopping"),)),
 )
 _RATE = 20_000.0  # frames a second in all, each way: enough to see the blackout, too little to be in the way
 

@@ -18,6 +18,7 @@ from typing import Self
 from vnetdp_kernels import layout
 
 from ..announce import Announcer
+from ..backends.base import Backend
 from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
 from ..backends.worker import Worker
 from ..device import NetDevice
@@ -38,6 +39,7 @@ class MachineConfig:
     size: bytes of a frame. rate: frames a second, queue and direction; 0 = as many as pass. first_idx: where the rings'
     indices begin. traffic: as the guest sees it. endpoint: where the device's frames go: to `generate`, numbered frames
     both ways; `echo`, which sends the guest's back; or any other, such as tap:NAME, which is each machine's own.
+    faulty: verbs can be made to fail.
     """
 
     queue_pairs: int = 1
@@ -49,6 +51,7 @@ class MachineConfig:
     vhost: bool = True
     mtu: int = 1500
     endpoint: str = "generate"
+    faulty: bool = False
 
     @property
     def to_guest(self) -> int:
@@ -93,10 +96,12 @@ class Machine:
         self._stack.callback(self._block.close)
         self.memory: GuestMemory = enter(self._guest_memory())
         self.worker = Worker(pairs) if config.vhost else None
-        vhost = None
+        vhost: list[Backend] | None = None
         if self.worker is not None:
             self._stack.callback(self.worker.close)
-            vhost = [FaultyBackend(backend, pair, self.faults) for pair, backend in enumerate(self.worker.backends)]
+            vhost = [*self.worker.backends]
+            if config.faulty:
+                vhost = [FaultyBackend(backend, pair, self.faults) for pair, backend in enumerate(vhost)]
         self.notifiers = FaultyNotifiers(pairs, self.faults)
         self.device: NetDevice = enter(
             NetDevice(

@@ -340,7 +340,7 @@ def run_all(
     matrix = Matrix(policy)
     try:
         for n_pairs, traffic in itertools.product(pairs, traffics):
-            config = MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE)
+            config = MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE, faulty=True)
             for case in cases(n_pairs):
                 if case.id.startswith(only) and not (case.busy and traffic == "idle"):
                     row = matrix.run(case, config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from .source import Report
 from .stream import Phase, Section, StreamError
 
 _log = logging.getLogger("vnetdp.migration")
+_U16 = struct.Struct("<H")
 
 
 class Target:
@@ -176,25 +178,19 @@ class Target:
 
     def check_indices(self) -> None:
         """Hold each index against final guest memory, as virtio_load does: one that can't be fails the migration."""
-        enabled = [n for n, queue in enumerate(self.device.queues) if queue.enabled]
-        queues = [self.device.queues[n] for n in enabled]
-        if not enabled:
-            return
-        flat = pages_of(self.machine.memory).reshape(-1)
-        table = np.array([(q.num, q.avail, q.used, q.last_avail_idx) for q in queues], np.int64)
-        if (table[:, 1:3] > len(flat) - VIRTQ_RING_IDX - 2).any():  # not a sum: it could overflow
-            raise StreamError("a ring lies outside guest memory")
-        num, last = table[:, 0], table[:, 3]
-        avail_idx, used_idx = (
-            flat[table[:, k] + VIRTQ_RING_IDX].astype(np.int64)
-            | flat[table[:, k] + VIRTQ_RING_IDX + 1].astype(np.int64) << 8
-            for k in (1, 2)
-        )
-        in_use = (last - used_idx) & 0xFFFF
-        if (in_use > num).any():
-            n = enabled[int(np.argmax(in_use > num))]
-            raise StreamError(f"queue {n}: last_avail_idx and used.idx are further apart than the queue is long")
-        if (((avail_idx - last) & 0xFFFF) > num).any():
+        flat = memoryview(pages_of(self.machine.memory).reshape(-1).data)
+        broken = False
+        for n, queue in enumerate(self.device.queues):
+            if not queue.enabled:
+                continue
+            if max(queue.avail, queue.used) > len(flat) - VIRTQ_RING_IDX - 2:
+                raise StreamError(f"queue {n}: a ring lies outside guest memory")
+            (avail_idx,) = _U16.unpack_from(flat, queue.avail + VIRTQ_RING_IDX)
+            (used_idx,) = _U16.unpack_from(flat, queue.used + VIRTQ_RING_IDX)
+            if (queue.last_avail_idx - used_idx) & 0xFFFF > queue.num:
+                raise StreamError(f"queue {n}: last_avail_idx and used.idx are further apart than the queue is long")
+            broken |= (avail_idx - queue.last_avail_idx) & 0xFFFF > queue.num
+        if broken:
             _log.warning("the guest moved avail.idx by more than a queue's size: the device needs a reset")
             self.device.mark_broken()
 
@@ -202,7 +198,8 @@ class Target:
         if not {"virtio-net", "virtio-net-delta", "virtio-delta"} & set(self._seen):
             raise StreamError("the stream ends without the device's state")
         if "virtio-net" in self._seen:
-            self.check_indices()
+            with self.report.spans.span("index_check"):
+                self.check_indices()
 
     def _check_memory(self, section: Section) -> None:
         """Hold guest memory against what the source says of its own: for tests, since it takes its time."""
