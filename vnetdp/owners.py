@@ -98,8 +98,8 @@ class Owners:
             self._park()
         try:
             assert self.prepared is not None
-            vhost_net.configure(self.vhost, rings, self.prepared, len(self._sites) == 1)
-            vhost_net.bind(self.vhost, rings, len(self._sites) == 1)
+            vhost_net.configure(self.vhost, rings, self.prepared)
+            vhost_net.bind(self.vhost, rings, self.prepared, len(self._sites) == 1)
         except BackendError:
             self.abandon()
             raise
@@ -122,7 +122,7 @@ class Owners:
                 self.notifiers.assign()
                 self._park()
             assert self.prepared is not None
-            vhost_net.configure(self.vhost, rings, self.prepared, len(self._sites) == 1)
+            vhost_net.configure(self.vhost, rings, self.prepared)
         except BackendError as e:
             self.last_error = e
             self.fallbacks += 1

@@ -105,11 +105,10 @@ def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
     return load_u16_acquire(memory.mem, memory.translate(queue.used + VIRTQ_RING_IDX, 2))
 
 
-def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool = False) -> None:
-    """Tell *backends* what *prepared* says they don't know yet, and every enabled ring's base; bind nothing.
+def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> None:
+    """Tell *backends* what *prepared* says they don't know yet; bind nothing, and leave a known ring's base to `bind`.
 
-    None of their rings may be bound. one_site: one thread runs them all, so bases go at once. On BackendError forget
-    *prepared*: nothing is bound, so there is nothing to undo.
+    None of their rings may be bound. On BackendError forget *prepared*: nothing is bound, so there is nothing to undo.
     """
     memory = id(rings.memory), id(rings.log)
     new_mtu = rings.mtu is not None and prepared.mtu != rings.mtu
@@ -117,7 +116,6 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one
     new_memory = prepared.memory != memory
     if new_memory:
         prepared.vrings.clear()
-    rebased = []
     for pair, backend in enumerate(backends):
         if new_mtu and rings.mtu is not None:
             backend.set_mtu(rings.mtu)
@@ -129,29 +127,28 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one
         for index in range(VRINGS):
             n = VRINGS * pair + index
             queue = rings.queues[n]
-            if not queue.enabled:
-                continue
-            if prepared.vrings.get(n) != queue.setup:
+            if queue.enabled and prepared.vrings.get(n) != queue.setup:
                 start_vring(backend, rings, pair, index)
                 prepared.vrings[n] = queue.setup
                 prepared.bases[n] = queue.last_avail_idx
-            elif prepared.bases[n] != queue.last_avail_idx:
-                rebased.append((n, queue.last_avail_idx))
-    if rebased and not (one_site and backends[0].set_vring_bases(rebased)):
-        for n, base in rebased:
-            backends[n // VRINGS].set_vring_base(n % VRINGS, base)
-    prepared.bases.update(rebased)
     prepared.mtu, prepared.features, prepared.memory = rings.mtu, rings.features, memory
 
 
-def bind(backends: Sequence[Backend], rings: Rings, one_site: bool = False) -> None:
-    """Bind every enabled ring of configured *backends*; on BackendError those bound are unbound, with their indices."""
-    wanted = [n for n, queue in enumerate(rings.queues) if queue.enabled]
+def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool) -> None:
+    """Set every enabled ring's base and bind it; on BackendError those bound are unbound, with their indices.
+
+    one_site: one thread runs all *backends*, so it may take all rings at once.
+    """
+    wanted = [(n, queue.last_avail_idx) for n, queue in enumerate(rings.queues) if queue.enabled]
     if one_site and wanted and backends[0].bind_rings(wanted, rings.endpoint):
         return
+    for n, base in wanted:
+        if prepared.bases[n] != base:
+            backends[n // VRINGS].set_vring_base(n % VRINGS, base)
+            prepared.bases[n] = base
     bound: list[tuple[int, int]] = []
     try:
-        for n in wanted:
+        for n, _ in wanted:
             backends[n // VRINGS].set_backend(n % VRINGS, rings.endpoint)
             bound.append((n // VRINGS, n % VRINGS))
     except BackendError:
@@ -160,12 +157,12 @@ def bind(backends: Sequence[Backend], rings: Rings, one_site: bool = False) -> N
         raise
 
 
-def start(backends: Sequence[Backend], rings: Rings, prepared: Prepared | None = None) -> None:
+def start(backends: Sequence[Backend], rings: Rings) -> None:
     """Give every enabled ring to *backends*; on BackendError everything is undone first."""
+    prepared = Prepared()
     with standing_still(backends):
-        one_site = len(one_a_site(backends)) == 1
-        configure(backends, rings, prepared or Prepared(), one_site)
-        bind(backends, rings, one_site)
+        configure(backends, rings, prepared)
+        bind(backends, rings, prepared, len(one_a_site(backends)) == 1)
 
 
 def stop(backends: Sequence[Backend], rings: Rings) -> None:

@@ -23,34 +23,25 @@ from .layout import (
 
 
 @kernel
-def set_bases(vqs: Words, bases: Words) -> bool:
-    """Set the next avail index of rings. bases int64[n, 2]: row of vqs, index. False, and nothing set, if one can't be."""
-    for k in range(bases.shape[0]):
-        if vqs[bases[k, 0], VQ_BOUND] or not 0 <= bases[k, 1] <= 0xFFFF:
-            return False
-    for k in range(bases.shape[0]):
-        vqs[bases[k, 0], VQ_LAST_AVAIL_IDX] = bases[k, 1]
-        vqs[bases[k, 0], VQ_AVAIL_IDX] = bases[k, 1]
-    return True
-
-
-@kernel
-def bind(mem: Bytes, vqs: Words, eps: Words, log: Bytes, which: Words) -> None:
-    """Let translated rings be served from now on. which int64[n]: rows of vqs; row n belongs to endpoint row n // 2.
+def bind(mem: Bytes, vqs: Words, eps: Words, log: Bytes, bases: Words) -> None:
+    """Let translated rings be served from now on. bases int64[k, 2]: row n of vqs, which belongs to endpoint row n // 2,
+    and the ring's next avail index, a u16.
 
     Whoever had a ring before may have left a decision about a call open: it is made anew (VQ_CALL_DUE).
     """
-    for k in range(which.shape[0]):
-        vq = vqs[which[k]]
+    for k in range(bases.shape[0]):
+        n = bases[k, 0]
+        vq = vqs[n]
         if not vq[VQ_EVENT_IDX]:
             store_u16(mem, vq[VQ_USED], 0)
             if vq[VQ_LOG_USED] >= 0:
                 mark_dirty(log, vq[VQ_LOG_USED], 2)
         vq[VQ_LAST_USED_IDX] = load_u16_acquire(mem, vq[VQ_USED] + VIRTQ_RING_IDX)
-        vq[VQ_AVAIL_IDX] = vq[VQ_LAST_AVAIL_IDX]
+        vq[VQ_LAST_AVAIL_IDX] = bases[k, 1]
+        vq[VQ_AVAIL_IDX] = bases[k, 1]
         vq[VQ_SIGNALLED_USED_VALID] = 0
         vq[VQ_CALL_DUE] = 1
         vq[VQ_KICKS_ON] = 1
         vq[VQ_STATUS] = 0
-        eps[which[k] // 2, EP_GONE] = 0
+        eps[n // 2, EP_GONE] = 0
         vq[VQ_BOUND] = 1

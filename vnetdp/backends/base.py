@@ -82,14 +82,11 @@ class Backend(Protocol):
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         """Bind a ring to an endpoint, or unbind it."""
 
-    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
-        """Do many `set_vring_base` of the site at once: (queue, base) each.
+    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
+        """Set the base and the backend of many rings of the site at once, (queue, base) each, base a u16.
 
         False, and nothing done, if that can't be: the verbs themselves are tried then, and say what is wrong.
         """
-
-    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
-        """Do many `set_backend` of the site at once, by queue; False, and nothing done, if that can't be."""
 
     @property
     def site(self) -> object:

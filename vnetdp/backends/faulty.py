@@ -147,12 +147,8 @@ class FaultyBackend:
         verb = "unbind" if endpoint is None else "set_backend"
         self._do(verb, index, lambda: self.inner.set_backend(index, endpoint))
 
-    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         """No: each verb may fail by its name."""
-        return False
-
-    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
-        """As above."""
         return False
 
     @property

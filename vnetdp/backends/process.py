@@ -269,12 +269,8 @@ class ProcessBackend:
         for index in range(VRINGS):
             self._let_go(index)
 
-    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         """No: what crosses to another process costs the same either way."""
-        return False
-
-    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
-        """As above."""
         return False
 
     @property

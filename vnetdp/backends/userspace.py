@@ -171,20 +171,17 @@ class UserspaceBackend:
         except EndpointError as e:
             raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
         dp.endpoint = endpoint
-        which = np.array([VRINGS * self.pair + index])
-        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, which)
+        bases = np.array([(VRINGS * self.pair + index, row[layout.VQ_LAST_AVAIL_IDX])])
+        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
 
-    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
-        return bool(verbs.set_bases(self.datapath.vqs, np.array(bases)))
-
-    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
+    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         dp = self.datapath
-        pairs = sorted({n // VRINGS for n in which})
+        pairs = sorted({n // VRINGS for n, _ in bases})
         ready = (
             dp.memory is not None
             and pairs[-1] < endpoint.queues
             and not any(map(endpoint.polled_by.get, pairs))
-            and all(dp.translated[n] is dp.memory for n in which)
+            and all(dp.translated[n] is dp.memory for n, _ in bases)
             and not dp.bound
         )
         if not ready or dp.memory is None:
@@ -192,7 +189,7 @@ class UserspaceBackend:
         for pair in pairs:
             endpoint.start_polling(pair, dp)
         dp.endpoint = endpoint
-        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array(which))
+        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array(bases))
         return True
 
     @property

@@ -392,12 +392,8 @@ class VhostUserBackend:
         if call is not None:
             call.signal()  # whoever had the ring before may have left a decision open
 
-    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         """No: the protocol has no such message."""
-        return False
-
-    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
-        """As above."""
         return False
 
     @property

@@ -109,13 +109,9 @@ class WorkerBackend:
         with self._paced.paused():
             self._inner.set_backend(index, endpoint)
 
-    def set_vring_bases(self, bases: Sequence[tuple[int, int]]) -> bool:
+    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         with self._paced.paused():
-            return self._inner.set_vring_bases(bases)
-
-    def bind_rings(self, which: Sequence[int], endpoint: Endpoint) -> bool:
-        with self._paced.paused():
-            return self._inner.bind_rings(which, endpoint)
+            return self._inner.bind_rings(bases, endpoint)
 
     @property
     def site(self) -> object:

@@ -29,6 +29,7 @@ DESTINATION_WORK = (
     "load_delta",
     "index_check",
     "set_bases",
+    "configure",
     "bind_backends",
     "unwind",
     "retry",

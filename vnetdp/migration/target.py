@@ -172,7 +172,7 @@ class Target:
             self.device.load_delta(decode_delta(section.payload, len(self.device.queues)))
         with self.report.spans.span("index_check"):
             self.check_indices()
-        with self.report.spans.span("set_bases"):
+        with self.report.spans.span("configure"):
             if self.device.owners.prepared is not None or not self.device.ready:
                 self.device.prepare_vhost()
 
