@@ -1,0 +1,295 @@
+"""Two processes, and a machine that moves between them under traffic: no frame is lost, and no side keeps anything.
+
+A slice by default. With VNETDP_CAMPAIGN=1 (`make campaign`) up to 128 queue pairs, 1,000 migrations in a row, each point
+at which a side can be killed, and each pair of changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.by_hand import no_descriptor_leaks, wait_for
+from vnetdp.errors import VnetdpError
+from vnetdp.migration.changes import CHANGES
+from vnetdp.migration.host import HostProcess, Orders
+from vnetdp.migration.machine import MachineConfig
+from vnetdp.migration.run import Couple, Result
+from vnetdp.migration.source import Source
+from vnetdp.migration.target import Target
+from vnetdp_kernels import layout as lay
+
+CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
+QUEUE_PAIRS = (1, 4, 16, 64, 128) if CAMPAIGN else (1, 4)
+BACK_AND_FORTH = 100 if CAMPAIGN else 20
+IN_A_ROW = 1000 if CAMPAIGN else 30
+POLICIES = ("none", "seed", "delta")
+NUM = 64
+BOTH_WAYS = (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)
+
+# Over TCP one position a policy and number of pairs in the slice, another each time.
+MOVES = [
+    (policy, pairs, first_idx, tcp)
+    for n, (policy, pairs) in enumerate(itertools.product(POLICIES, QUEUE_PAIRS))
+    for k, first_idx in enumerate((0, NUM - 1, 0xFFF0))
+    for tcp in (False, True)
+    if CAMPAIGN or tcp == (n % 3 == k)
+]
+
+RINGS = ("queue_reset", "ring_setup", "features")
+CONTROL = tuple(name for name in CHANGES if name not in (*RINGS, "link"))
+# Changes whose value is their number's alone: made again with the number before, each leads back to where it was.
+BY_NUMBER = ("mac", "mac_table", "vlans", "queue_pairs", "mtu", "rss")
+TOGGLES = ("announce", "features")
+
+# What a migration has to end with if a side is killed, or the migration is cancelled there: before the commit nothing but
+# the source may run, after it nothing but the destination. A destination that dies at `ready` is gone before the
+# source can know, or just after.
+EARLY_ONLY = ("early", "prepared")  # points that policy none does not come to
+SOURCE_DIES = {point: ("vhost",) if point == "committed" else ("lost",) for point in Source.POINTS}
+TARGET_DIES = {
+    point: {"ready": ("source", "lost"), "bound": ("lost",)}.get(point, ("source",)) for point in Target.POINTS
+}
+DEATHS = [
+    (side, point, policy)
+    for policy in ("delta", "none")
+    for side, points in (("source", SOURCE_DIES), ("target", TARGET_DIES))
+    for point in points
+    if policy == "delta" or point not in EARLY_ONLY
+]
+if not CAMPAIGN:
+    SOME = {("source", "round"), ("source", "ready"), ("source", "committed")}
+    SOME |= {("target", point) for point in ("prepared", "loaded", "ready", "bound")}
+    DEATHS = [death for death in DEATHS if death[:2] in SOME and death[2] == "delta"]
+
+CANCELS = [("source", point, "delta") for point in Source.POINTS if point != "committed"]
+CANCELS += [("target", point, "delta") for point in Target.POINTS if point != "bound"]
+if CAMPAIGN:
+    CANCELS += [(side, point, "none") for side, point, _ in CANCELS if point not in EARLY_ONLY]
+
+PAIRS_OF_CHANGES = list(itertools.combinations((*CONTROL, *RINGS), 2))
+if not CAMPAIGN:
+    PAIRS_OF_CHANGES = list(itertools.pairwise((*CONTROL, *RINGS, CONTROL[0])))
+
+
+@pytest.fixture(scope="module")
+def two_hosts() -> Iterator[Couple]:
+    with Couple(quiet=True) as couple:
+        yield couple
+
+
+@pytest.fixture
+def couple(two_hosts: Couple) -> Iterator[Couple]:
+    """Two hosts without a machine; when the test is done, nobody holds more than before."""
+    with no_descriptor_leaks():
+        yield two_hosts
+        assert two_hosts.drop() == {}
+
+
+def config_of(queue_pairs: int = 2, first_idx: int = 0) -> MachineConfig:
+    return MachineConfig(queue_pairs, NUM, rate=min(2000.0, 64_000 / queue_pairs), first_idx=first_idx, faulty=True)
+
+
+def wait_for_frames(couple: Couple, frames: int = 3) -> None:
+    """Wait until so many more have gone each way, on each queue that is in use."""
+    assert couple.wire is not None
+    rows = couple.wire.rows[: couple.source.call("look")["control"].curr_queue_pairs]
+    enough = rows[:, BOTH_WAYS] + frames
+    wait_for(lambda: bool((rows[:, BOTH_WAYS] >= enough).all()), f"{frames} more frames both ways on each queue")
+
+
+def assert_well(couple: Couple, result: Result) -> None:
+    """Frames go both ways, and all that were ever sent have arrived, once and in order; nothing is violated."""
+    wait_for_frames(couple)
+    couple.settle(result)
+    assert result.violations == []
+    assert result.ledger.clean, result.ledger
+    assert result.ledger.sent > 0
+
+
+def assert_moved(result: Result, outcome: str = "vhost") -> None:
+    assert (result.outcome, result.error) == (outcome, "")
+
+
+def migrate_with(couple: Couple, policy: str, side: str, orders: Orders) -> Result:
+    """Migrate, with orders for one of the two sides."""
+    if side == "source":
+        return couple.migrate(policy, source=orders)
+    return couple.migrate(policy, target=orders)
+
+
+# --- where it works ---
+
+
+@pytest.mark.parametrize(("policy", "queue_pairs", "first_idx", "tcp"), MOVES)
+def test_a_machine_moves_with_every_frame(
+    couple: Couple, policy: str, queue_pairs: int, first_idx: int, tcp: bool
+) -> None:
+    couple.start(config_of(queue_pairs, first_idx))
+    wait_for_frames(couple)
+    result = couple.migrate(policy, tcp=tcp)
+    assert_moved(result)
+    wait_for_frames(couple, 2 * NUM if queue_pairs == 1 else 3)
+    assert_well(couple, result)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_back_and_forth(couple: Couple, policy: str) -> None:
+    couple.start(config_of(first_idx=0xFFF0))
+    for n in range(BACK_AND_FORTH):
+        here, there = couple.source, couple.target
+        result = couple.migrate(policy, tcp=n % 2 == 1)
+        assert_moved(result)
+        assert result.violations == []
+        assert (couple.source, couple.target) == (there, here)
+    assert_well(couple, result)
+
+
+@pytest.mark.timeout(3600 if CAMPAIGN else 300)
+def test_one_machine_moves_again_and_again(couple: Couple) -> None:
+    """Policies take turns; all of guest memory is compared in every fifth migration, which is not a multiple of theirs."""
+    couple.start(config_of(first_idx=0xFFF0))
+    for n in range(IN_A_ROW):
+        result = couple.migrate(POLICIES[n % 3], source=Orders(check=n % 5 == 0))
+        assert_moved(result)
+        assert result.violations == []
+    assert_well(couple, result)
+    assert result.ledger.sent > IN_A_ROW
+
+
+# --- where a side dies ---
+
+
+@pytest.mark.parametrize(("side", "point", "policy"), DEATHS)
+def test_a_side_that_is_killed_leaves_one_machine_or_none(side: str, point: str, policy: str) -> None:
+    """If the machine runs, it runs well, and moves to the next host; if it does not, nobody serves its rings."""
+    expected = (SOURCE_DIES if side == "source" else TARGET_DIES)[point]
+    with no_descriptor_leaks(), Couple(quiet=True) as couple:
+        couple.start(config_of(queue_pairs=1))
+        dead, alive = (couple.source, couple.target) if side == "source" else (couple.target, couple.source)
+        result = migrate_with(couple, policy, side, Orders(die_at=point))
+        assert result.outcome in expected
+        assert (dead.alive, alive.alive) == (False, True)
+        assert result.violations == []
+        if result.outcome == "lost":
+            assert alive.call("look")["owner"] == "nobody"
+        else:
+            assert couple.source is alive
+            move_on(couple)
+        assert alive.call("drop") == {}
+
+
+def move_on(couple: Couple) -> None:
+    """Put a new host in the dead one's place, and migrate there."""
+    wait_for_frames(couple)
+    couple.target.close()
+    with HostProcess(quiet=True) as other:
+        other.call("warm_up")
+        here, couple.target = couple.source, other
+        result = couple.migrate("delta")
+        assert_moved(result)
+        assert couple.source is other
+        assert_well(couple, result)
+        assert other.call("drop") == {}
+        couple.source, couple.target = here, other
+
+
+def test_a_host_that_is_gone_says_so() -> None:
+    with no_descriptor_leaks(), Couple(quiet=True) as couple:
+        couple.start(config_of(queue_pairs=1))
+        couple.migrate(target=Orders(die_at="setup"))
+        with pytest.raises(VnetdpError, match=f"the host of process {couple.target.pid} is gone"):
+            couple.migrate()
+
+
+# --- where it is cancelled ---
+
+
+@pytest.mark.parametrize(("side", "point", "policy"), CANCELS)
+def test_a_cancelled_migration_can_be_made_again(couple: Couple, side: str, point: str, policy: str) -> None:
+    couple.start(config_of())
+    for _ in range(2):
+        result = migrate_with(couple, policy, side, Orders(cancel_at=point))
+        assert result.outcome == "source"
+        assert f"cancelled at {point}" in result.error
+        assert result.violations == []
+        wait_for_frames(couple)
+    result = couple.migrate(policy)
+    assert_moved(result)
+    assert_well(couple, result)
+
+
+# --- where the guest changes something ---
+
+
+def assert_carried_over(couple: Couple) -> None:
+    """The destination has what the source had when it stopped, and still has."""
+    here, there = couple.source.call("look"), couple.target.call("look")
+    assert here["control"] == there["control"]
+    assert here["features"] == there["features"]
+
+
+@pytest.mark.parametrize("point", ["early", "round", "stopping"])
+@pytest.mark.parametrize("name", [*CONTROL, *RINGS])
+def test_a_change_arrives(couple: Couple, name: str, point: str) -> None:
+    couple.start(config_of(queue_pairs=3))
+    before = couple.source.call("look")
+    result = couple.migrate(source=Orders(changes=((name, point),)))
+    assert_moved(result)
+    assert_carried_over(couple)
+    after = couple.source.call("look")
+    if name in CONTROL:
+        assert after["control"] != before["control"]
+    assert (after["features"] != before["features"]) is (name == "features")
+    assert_well(couple, result)
+
+
+@pytest.mark.parametrize("point", ["early", "round", "stopping"])
+def test_a_link_that_goes_down_leaves_the_rings_to_nobody(couple: Couple, point: str) -> None:
+    couple.start(config_of(queue_pairs=3))
+    result = couple.migrate(source=Orders(changes=(("link", point),)))
+    assert_moved(result, "userspace")
+    assert couple.source.call("look")["owner"] == "nobody"
+    couple.source.call("change", "link")
+    assert couple.source.call("look")["owner"] == "vhost"
+    assert_well(couple, result)
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS_OF_CHANGES)
+def test_two_changes_arrive(couple: Couple, one: str, other: str) -> None:
+    couple.start(config_of(queue_pairs=3))
+    for first, second in ((one, other), (other, one)):
+        result = couple.migrate(source=Orders(changes=((first, "round"), (second, "stopping"))))
+        assert_moved(result)
+        assert_carried_over(couple)
+        assert result.violations == []
+    assert_well(couple, result)
+
+
+@pytest.mark.parametrize("name", [*BY_NUMBER, *TOGGLES])
+def test_what_is_changed_and_changed_back_is_as_it_was(couple: Couple, name: str) -> None:
+    couple.start(config_of(queue_pairs=3))
+    if name in BY_NUMBER:
+        couple.source.call("change", name, 2)
+    before = couple.source.call("look")
+    result = couple.migrate(source=Orders(changes=((name, "early"), (name, "stopping"))))  # numbers 1 and 2
+    assert_moved(result)
+    assert_carried_over(couple)
+    after = couple.source.call("look")
+    assert (after["control"], after["features"]) == (before["control"], before["features"])
+    assert result.counts["early"] > 1  # what it was in between was sent
+    assert_well(couple, result)
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_what_changes_a_thousand_times_a_second_arrives_as_it_was_last(couple: Couple, name: str) -> None:
+    couple.start(config_of(queue_pairs=3))
+    for _ in range(10 if CAMPAIGN else 2):
+        result = couple.migrate(source=Orders(churn=name))
+        assert_moved(result)
+        assert_carried_over(couple)
+        assert result.violations == []
+    assert_well(couple, result)
