@@ -43,7 +43,9 @@ check: $(STAMP)
 	$(RUN) -m mypy
 	$(RUN) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-cache
 
+# One question a file in bench/; then the comparisons with peers.
 bench: $(STAMP)
+	$(RUN) -m pytest bench --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds --quiet
 	$(RUN) -m vnetdp bench ring $(ARGS)
 	$(RUN) -m vnetdp bench link $(ARGS)
 
