@@ -154,7 +154,7 @@ def places(ends: list[int], each_byte: bool, around: int = 1, every: int = 0) ->
     if each_byte:
         return list(range(last + 1))
     found = {end + k for end in (0, *ends) for k in range(-around, around + 1)}
-    found |= set(range(0, last, every or -(-last // max(PLACES - len(found), 4))))
+    found |= set(range(0, last, every or last // max(PLACES - len(found), 4)))
     return sorted(n for n in found if 0 <= n <= last)
 
 

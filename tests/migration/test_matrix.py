@@ -1,0 +1,251 @@
+"""The fault matrix ends as it has to, shows what the patch gets wrong, and would show more: what checks it can fail.
+
+Every 25th case with one queue pair by default; all, with one pair and four, idle and under traffic, with
+VNETDP_CAMPAIGN=1 (`make campaign`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.by_hand import no_descriptor_leaks, wait_for
+from vnetdp.errors import EndpointError
+from vnetdp.migration.host import Host, Orders
+from vnetdp.migration.invariants import violations
+from vnetdp.migration.machine import Machine, MachineConfig, make_wire
+from vnetdp.migration.matrix import DEFECTS, RATE, Case, Matrix, Row, cases, run_all
+from vnetdp.notify import EventFd
+from vnetdp.owners import Owner
+from vnetdp_kernels import layout as lay
+
+CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
+EVERY = 25
+QUIET = MachineConfig(queue_pairs=2, num=16, traffic="idle")
+TRIES = 3  # a defect that needs packets at the right moment
+
+
+def config_of(pairs: int, traffic: str = "both") -> MachineConfig:
+    return MachineConfig(queue_pairs=pairs, traffic=traffic, rate=RATE, faulty=True)
+
+
+def chosen() -> Iterator[tuple[int, str, Case]]:
+    """Return the cases to run: pairs, traffic, case."""
+    for pairs, traffic in itertools.product((1, 4), ("idle", "both")) if CAMPAIGN else [(1, "both")]:
+        for case in list(cases(pairs))[:: 1 if CAMPAIGN else EVERY]:
+            if not (case.busy and (traffic == "idle" or not CAMPAIGN)):  # A5 takes 10 s, and has a test of its own
+                yield pairs, traffic, case
+
+
+def case_of(case_id: str, pairs: int = 4) -> Case:
+    return next(case for case in cases(pairs) if case.id == case_id)
+
+
+@pytest.fixture(scope="module")
+def delta() -> Iterator[Matrix]:
+    matrix = Matrix("delta")
+    yield matrix
+    matrix.close()
+
+
+@pytest.fixture(scope="module")
+def seed() -> Iterator[Matrix]:
+    matrix = Matrix("seed")
+    yield matrix
+    matrix.close()
+
+
+# --- it ends as it has to ---
+
+
+@pytest.mark.parametrize(
+    ("pairs", "traffic", "case"), [pytest.param(*each, id=f"{each[2].id}-{each[0]}-{each[1]}") for each in chosen()]
+)
+def test_a_case_ends_as_it_has_to(delta: Matrix, pairs: int, traffic: str, case: Case) -> None:
+    row = delta.run(case, config_of(pairs, traffic))
+    assert row.ok, row.as_dict()
+
+
+def test_every_case_has_an_id_of_its_own() -> None:
+    for pairs in (1, 2, 4):
+        ids = [case.id for case in cases(pairs)]
+        assert len(set(ids)) == len(ids)
+
+
+def test_cases_are_run_one_by_one_and_told() -> None:
+    told: list[tuple[Row, MachineConfig]] = []
+    with no_descriptor_leaks():
+        rows = run_all("delta", (1,), ("idle", "both"), "E", lambda row, config: told.append((row, config)))
+    assert rows == [(config, row) for row, config in told]
+    found = [(config.traffic, row.case.id) for config, row in rows]
+    assert found == [(traffic, f"E{n}") for traffic in ("idle", "both") for n in (3, 4, 5, 6, 8, 9)]
+    assert all(row.ok for _, row in rows)
+    assert run_all("delta", (1,), ("idle",), "A5", lambda _row, _config: None) == []  # it says nothing without traffic
+
+
+# --- what the patch gets wrong ---
+
+# Row, traffic, and what it predicts: a violation for each, or the frames that were lost or came twice.
+PREDICTED = {
+    "D1": ("D1/2,1/once", "both", ["duplicated"]),
+    "D2": ("D2/2,0/always", "idle", ["I4: queue 6 is enabled, and userspace", "I6: 3 queues of the endpoint"]),
+    "D6": ("D6", "idle", [f"I4: queue {n} is enabled, and userspace" for n in (1, 3, 5, 7)]),
+    "E4": ("E4", "idle", [f"I4: queue {n} is enabled, and vhost" for n in range(8)]),
+    "E9": ("E9", "both", ["lost"]),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_seed_shows_the_defect_and_delta_does_not(seed: Matrix, delta: Matrix, name: str) -> None:
+    assert name in DEFECTS
+    case_id, traffic, predicted = PREDICTED[name]
+    case, config = case_of(case_id), config_of(4, traffic)
+    for _ in range(TRIES):
+        row = seed.run(case, config)
+        if not row.ok:
+            break
+    assert not row.ok
+    for text in predicted:
+        assert any(text in found for found in row.violations), (text, row.violations)
+    better = delta.run(case, config)
+    assert better.ok, better.as_dict()
+    assert (better.violations, better.lost, better.duplicated) == ([], 0, 0)
+
+
+# --- the matrix can fail ---
+
+
+def test_a_case_that_ends_elsewhere_is_not_ok(delta: Matrix) -> None:
+    wrong = replace(case_of("B1"), expected=("vhost",))
+    row = delta.run(wrong, config_of(1))
+    assert (row.outcome, row.violations, row.ok) == ("userspace", [], False)
+
+
+@pytest.mark.parametrize("detects", ["I8", ""] if CAMPAIGN else ["I8"])
+def test_a_write_that_is_not_sent_again_is_found(delta: Matrix, detects: str) -> None:
+    """Where A5 has to find it, all is well; where nobody expects it, it is not."""
+    row = delta.run(replace(case_of("A5"), detects=detects), config_of(1))
+    assert any("I8: guest memory differs" in text for text in row.violations)
+    assert row.ok is bool(detects)
+
+
+def test_a_case_that_finds_nothing_to_detect_is_not_ok(delta: Matrix) -> None:
+    row = delta.run(replace(case_of("A5"), source=Orders()), config_of(1))
+    assert (row.outcome, row.violations, row.ok) == ("vhost", [], False)
+
+
+def test_a_host_that_dies_unasked_is_not_ok(delta: Matrix) -> None:
+    """The dead hosts are replaced: the next case is as good as ever."""
+    row = delta.run(
+        Case("X", "the source is killed, and expected to live", source=Orders(die_at="round")), config_of(1)
+    )
+    assert (row.outcome, row.ok) == ("lost", False)
+    assert delta.run(case_of("B1"), config_of(1)).ok
+
+
+def test_what_a_host_keeps_is_counted() -> None:
+    host = Host()
+    host.warm_up()
+    assert host.drop() == {}
+    with EventFd():
+        assert host.drop() == {"descriptors": 1}
+    assert host.drop() == {}
+
+
+# --- the invariants can fail ---
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """A machine that runs, with vhost, and without traffic: nothing is wrong with it."""
+    logging.disable(logging.CRITICAL)
+    with make_wire(QUIET) as wire, Machine(QUIET, wire.block.fd) as machine:
+        machine.boot()
+        machine.run()
+        assert machine.device.owner is Owner.VHOST
+        assert violations(machine) == []
+        yield machine
+    logging.disable(logging.NOTSET)
+
+
+def unbind_a_ring(machine: Machine) -> None:
+    assert machine.worker is not None
+    machine.worker.backends[1].set_backend(0, None)
+
+
+def unbind_a_pair(machine: Machine) -> None:
+    assert machine.worker is not None
+    for index in range(2):
+        machine.worker.backends[1].set_backend(index, None)
+
+
+def leave_a_ring_bound(machine: Machine) -> None:
+    machine.stop()
+    machine.device.userspace_rows[1, lay.VQ_BOUND] = 1
+
+
+def poll_without_queues(machine: Machine) -> None:
+    machine.device.endpoint.stop_polling(0, machine.device.endpoint.polled_by[0])
+
+
+def count_a_poll_too_many(machine: Machine) -> None:
+    machine.device.endpoint.polls_started += 1
+
+
+def give_notifiers_back(machine: Machine) -> None:
+    machine.notifiers.release()
+
+
+def give_one_notifier_back(machine: Machine) -> None:
+    machine.notifiers.host -= 1
+
+
+def run_ahead(machine: Machine) -> None:
+    machine.stop()
+    machine.device.queues[2].last_avail_idx += QUIET.num + 1
+
+
+def fall_behind(machine: Machine) -> None:
+    machine.stop()
+    machine.device.queues[2].last_avail_idx -= 1
+
+
+BROKEN: dict[Callable[[Machine], None], list[str]] = {
+    unbind_a_ring: ["I4: queue 2 is enabled, and vhost"],
+    unbind_a_pair: [*(f"I4: queue {n} is enabled, and vhost" for n in (2, 3)), "I6: 1 queues of the endpoint"],
+    leave_a_ring_bound: ["I5: userspace has queue 1, which belongs to nobody"],
+    poll_without_queues: ["I6: 1 queues of the endpoint are polled, not 2"],
+    count_a_poll_too_many: ["I7: polling was started and stopped unequally often"],
+    give_notifiers_back: ["I7: notifiers (grabs, host, guest) (0, 0, 0) while vhost has the rings"],
+    give_one_notifier_back: ["I7: notifiers (grabs, host, guest) (2, 3, 1) while vhost has the rings"],
+    run_ahead: [f"I2: queue 2 goes on at {QUIET.num + 1}, and used.idx is 0"],
+    fall_behind: ["I2: queue 2 goes on at -1, and used.idx is 0"],
+}
+
+
+@pytest.mark.parametrize("break_it", BROKEN, ids=lambda each: each.__name__)
+def test_what_is_broken_is_reported(machine: Machine, break_it: Callable[[Machine], None]) -> None:
+    break_it(machine)
+    found = violations(machine)
+    assert len(found) == len(BROKEN[break_it]), found
+    for text, begins in zip(found, BROKEN[break_it], strict=True):
+        assert text.startswith(begins)
+
+
+def test_a_second_poller_is_refused(machine: Machine) -> None:
+    with pytest.raises(EndpointError, match="queue 0 is polled by another owner"):
+        machine.device.endpoint.start_polling(0, object())
+    assert violations(machine) == []
+
+
+def test_a_ring_that_breaks_is_reported(machine: Machine) -> None:
+    queue = machine.device.queues[1]
+    machine.memory.write(queue.avail + lay.VIRTQ_RING_IDX, (QUIET.num + 1).to_bytes(2, "little"))
+    machine.device.kicks[1].signal()
+    wait_for(lambda: violations(machine) != [], "the device finds avail.idx out of reach")
+    assert violations(machine) == ["I2: queue 1: avail.idx moved by more than the queue's size"]
