@@ -70,6 +70,8 @@ def _file(text: str) -> str:
 def _picture(text: str) -> str:
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("it needs matplotlib: pip install 'vnetdp[plot]'")
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"a picture's name ends in .png, .svg or .pdf; {text!r} does not")
     return _file(text)
 
 

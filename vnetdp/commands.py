@@ -299,7 +299,7 @@ def migrate(args: argparse.Namespace) -> int:
     here = tuple(fault.removeprefix(prefix) for fault in args.fault if fault.startswith(prefix))
     there = tuple(fault for fault in args.fault if not fault.startswith(prefix))
     for fault in (*here, *there):
-        _check_fault(fault)
+        _check_fault(fault, args.queue_pairs)
     changes = tuple((name, "stopping") for name in args.change)
     source = Orders(faults=here, changes=changes, churn=args.churn or "", check=not args.no_check)
     results: list[Result] = []
@@ -323,26 +323,28 @@ def migrate(args: argparse.Namespace) -> int:
                 break
         if result.outcome != "lost":
             couple.settle(result)
-    if args.plot:
-        from .migration.plot import draw
-
-        draw(result, args.plot)
     report = result.as_dict()
     report["violations"] = [text for each in results for text in each.violations]
     report["migrations"] = len(results)
     _print_migration(report, human(args))
     if args.json:
         write_json(args.json, report)
+    if args.plot:
+        from .migration.plot import draw
+
+        draw(result, args.plot)
     wanted = ("vhost", "userspace") if there or args.target_userspace or "link" in args.change else ("vhost",)
     return 0 if all(each.outcome in wanted for each in results) and not report["violations"] else 1
 
 
-def _check_fault(text: str) -> None:
+def _check_fault(text: str, pairs: int) -> None:
     from .backends.faulty import Fault
 
     fault = Fault.parse(text)
     if fault.phase not in ("", "early", "final", "retry"):
         raise ConfigError(f"fault {text!r}: a phase is early, final or retry")
+    if (fault.pair or 0) >= pairs or (fault.index or 0) > 1:
+        raise ConfigError(f"fault {text!r}: with --queue-pairs {pairs} the last ring is {pairs - 1},1")
 
 
 def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> None:

@@ -264,6 +264,8 @@ def main(fd: int, quiet: bool) -> None:
             what, args = pickle.loads(data)
             try:
                 answer = (True, getattr(host, what)(*args, *fds))
+            except VnetdpError as e:
+                answer = (False, str(e))
             except Exception as e:  # noqa: BLE001 - it is the parent's to judge
                 answer = (False, f"{type(e).__name__}: {e}")
             sock.send(pickle.dumps(answer))

@@ -26,6 +26,7 @@ from ..driver import Driver, driver_block, memory_for
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import EchoEndpoint, GenerateEndpoint, Ledger
 from ..endpoints.spec import parse_endpoint
+from ..errors import ConfigError
 from ..memory import GuestMemory, Region, SharedBlock
 from .ram import RamSource, pages_of
 
@@ -122,6 +123,8 @@ class Machine:
             return GenerateEndpoint(config.queue_pairs, config.size, config.rate, block_fd=os.dup(wire_fd))
         if config.endpoint == "echo":
             return EchoEndpoint(config.queue_pairs, os.dup(wire_fd))
+        if config.endpoint.startswith("generate:"):
+            raise ConfigError("generate has no options here: --size, --rate and --traffic say what is sent")
         return parse_endpoint(config.endpoint, config.queue_pairs)
 
     @property
@@ -215,6 +218,7 @@ class Machine:
     def drain(self, seconds: float = 10.0) -> bool:
         """Make no more frames, and return whether all that were made arrive within so many seconds."""
         self.allow(False)
+        self.device.set_link(True)  # frames that wait for it are not lost
         until = time.monotonic() + seconds
         while any(ledger.sent != ledger.delivered for ledger in self.ledgers()):
             if time.monotonic() > until:

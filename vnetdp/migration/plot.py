@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import ConfigError
 from .run import Result, blackout_us
 
 _BEFORE_MS, _AFTER_MS = 4.0, 6.0
@@ -20,7 +21,11 @@ def draw(result: Result, path: str) -> None:
     from matplotlib import pyplot
 
     spans = [span for span in result.spans if span[3] > span[2]]
-    stop = next(began for side, name, began, _ in spans if (side, name) == ("source", "stop"))
+    stop = next((began for side, name, began, _ in spans if (side, name) == ("source", "stop")), None)
+    if stop is None:
+        raise ConfigError(
+            f"{path} is not drawn: the migration failed before the source stopped, so there is no blackout"
+        )
     last = max(ended for _, _, _, ended in spans)
     low, high = -_BEFORE_MS, (last - stop) / 1e6 + _AFTER_MS
     shown = [span for span in spans if (span[3] - stop) / 1e6 > low]
