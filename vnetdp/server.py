@@ -21,8 +21,9 @@ from typing import Self
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError
-from .session import Served, Session
+from .session import Session
 from .vhost_user.transport import Transport
+from .vrings import Served
 
 _log = logging.getLogger("vnetdp.server")
 
