@@ -298,6 +298,12 @@ class Migration:
         self.cancelled = True
         self.go_to(END)
 
+    def join(self) -> None:
+        """Wait until both sides have ended, once it is over."""
+        for thread in self._threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
     def _wait_for_turn(self) -> None:
         with self._turn:
             assert self._turn.wait_for(lambda: bool(self.at), 2 * PATIENCE)
@@ -553,6 +559,7 @@ class MovingGuest(RuleBasedStateMachine):
         """The migration is over: one of the two machines runs, and it is the right one."""
         moving, self.moving = self.moving, None
         assert moving is not None
+        moving.join()
         source, target, report = moving.source, moving.target, moving.report
         received = moving.destination.report
         unlogged = not moving.passed  # the log could not be started
