@@ -45,7 +45,8 @@ check: $(STAMP)
 
 # One question a file in bench/; then the comparisons with peers.
 bench: $(STAMP)
-	$(RUN) -m pytest bench --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds --quiet
+	$(RUN) -m pytest bench --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
+		--benchmark-group-by=fullfunc --quiet
 	$(RUN) -m vnetdp bench ring $(ARGS)
 	$(RUN) -m vnetdp bench link $(ARGS)
 
@@ -88,7 +89,7 @@ campaign: $(STAMP)
 
 clean:
 	rm -rf .venv .numba-boundscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
-	find vnetdp kernels tests -name __pycache__ -prune -exec rm -rf {} +
+	find vnetdp kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # --- the environment ---
 

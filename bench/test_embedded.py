@@ -24,7 +24,7 @@ WIRES: dict[str, Callable[[], Endpoint]] = {
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_there_and_back(benchmark: BenchmarkFixture, wire: str) -> None:
+def test_there_and_back(benchmark: BenchmarkFixture, rate: Callable[[int], None], wire: str) -> None:
     with (
         memory_for() as memory,
         WIRES[wire]() as endpoint,
@@ -44,5 +44,4 @@ def test_there_and_back(benchmark: BenchmarkFixture, wire: str) -> None:
             return back
 
         assert benchmark(there_and_back) == FRAMES
-    if benchmark.stats is not None:
-        benchmark.extra_info["packets_per_second"] = len(FRAMES) / benchmark.stats.stats.median
+    rate(len(FRAMES))

@@ -24,7 +24,13 @@ from ..memory import DirtyLog
 from ..warmup import warm_up
 from .report import Row
 
-_SIZES = (64, 1500)
+SIZES = (64, 1500)
+# What a device's side does with a frame: drop it (rings only), make and check it (copied once), echo it (both queues).
+ENDPOINTS: dict[str, Callable[[int], Endpoint]] = {
+    "null": lambda _: NullEndpoint(),
+    "generate": lambda size: GenerateEndpoint(size=size),
+    "echo": lambda _: EchoEndpoint(),
+}
 _RING = 256
 _HANDOVERS = 1000
 _Say = Callable[[str], None]
@@ -134,17 +140,12 @@ def _medians(contenders: dict[Any, OneCore], rounds: int, turns: int) -> dict[An
 
 
 def one_core(rounds: int, say: _Say) -> list[Row]:
-    """The device's side alone: frames dropped (rings only), made and checked (copied once), echoed (both queues)."""
+    """The device's side alone, with each of ENDPOINTS."""
     say("device side alone, driver and device in one thread ...")
-    makers: dict[str, Callable[[int], Endpoint]] = {
-        "null": lambda _: NullEndpoint(),
-        "generate": lambda size: GenerateEndpoint(size=size),
-        "echo": lambda _: EchoEndpoint(),
-    }
     with ExitStack() as stack:
         contenders = {}
-        for size in _SIZES:
-            for name, make in makers.items():
+        for size in SIZES:
+            for name, make in ENDPOINTS.items():
                 contenders[name, size] = OneCore(make(size), size)
                 stack.callback(contenders[name, size].close)
         medians = _medians(contenders, rounds, 2000)
@@ -165,7 +166,7 @@ def logging_cost(rounds: int, say: _Say) -> list[Row]:
     """The device's side alone with the dirty log on, beside off; ratio: time with the log / without."""
     say("the same with the dirty log ...")
     rows = []
-    for size in _SIZES:
+    for size in SIZES:
         with ExitStack() as stack:
             contenders = {}
             for logged in (False, True):
@@ -212,7 +213,7 @@ def two_cores(rounds: int, seconds: float, say: _Say) -> list[Row]:
     The vhost rows' ratio is to userspace, taken in turns on the same rings.
     """
     rows: list[Row] = []
-    for size in _SIZES:
+    for size in SIZES:
         say(f"driver and device on two cores, {size} bytes, both directions at once ...")
         wire, guest = GenerateEndpoint(size=size), GenerateEndpoint(size=size)
         samples: dict[bool, list[float]] = {False: [], True: []}
