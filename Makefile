@@ -47,8 +47,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(RUN) -m pytest bench --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
 		--benchmark-group-by=fullfunc --quiet
-	$(RUN) -m vnetdp bench ring $(ARGS)
-	$(RUN) -m vnetdp bench link $(ARGS)
+	for what in ring link peers migration; do $(RUN) -m vnetdp bench $$what $(ARGS) || exit; done
 
 # The kernels as plain Python: the other half of every function that has two bodies.
 test-nojit: $(STAMP)
@@ -83,9 +82,10 @@ wheel-test: $(STAMP)
 interop: $(STAMP)
 	$(RUN) -m pytest -m interop tests/interop $(ARGS)
 
-# The long one: stress, traffic and random rings for hours where `make test` takes minutes.
+# The long one: everything that `make test` and `make interop` run a slice of, for two hours or so.
 campaign: $(STAMP)
 	VNETDP_CAMPAIGN=1 $(PYTEST) --timeout=7200
+	VNETDP_CAMPAIGN=1 $(RUN) -m pytest -m interop tests/interop --timeout=7200 $(ARGS)
 
 clean:
 	rm -rf .venv .numba-boundscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*

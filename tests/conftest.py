@@ -1,8 +1,22 @@
-"""Hypothesis, as all tests want it: how long an example takes says nothing on a machine that others use too."""
+"""What all tests want: examples without a deadline, and, if asked for, no test that is left out unseen."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+
+import pytest
 from hypothesis import settings
 
+# How long an example takes says nothing on a machine that others use too.
 settings.register_profile("vnetdp", deadline=None)
 settings.load_profile("vnetdp")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With VNETDP_NO_SKIP=1, where all that tests need is said to be there, a test that is skipped has failed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("VNETDP_NO_SKIP") == "1":
+        report.outcome = "failed"
+    return report

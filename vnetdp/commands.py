@@ -18,6 +18,7 @@ from typing import Any
 from .errors import ConfigError
 
 _VHOST_USER = "vhost-user:"
+_PROGRESS_S = 10.0  # between two lines that say how far long work is
 
 
 def say(text: str) -> None:
@@ -363,20 +364,27 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
 
 def faults(args: argparse.Namespace) -> int:
     from .migration.machine import MachineConfig
-    from .migration.matrix import Row, run_all
+    from .migration.matrix import Row, chosen, run_all
 
     tell = human(args)
-    began = time.monotonic()
+    traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
+    plan = chosen(args.queue_pairs or (1, 4), traffics, args.only)
+    if not plan:
+        raise ConfigError(f"no row of the matrix begins with {args.only!r}")
+    began = said = time.monotonic()
+    done = 0
 
     def one(row: Row, config: MachineConfig) -> None:
+        nonlocal done, said
+        done += 1
+        if time.monotonic() - said > _PROGRESS_S:
+            said = time.monotonic()
+            say(f"{done} of {len(plan)} rows, {said - began:.0f} s")
         if not row.ok or args.verbose_rows:
             tell(f"{row.case.id} ({config.traffic}, {config.queue_pairs} pairs): {row.case.says}: {row.outcome}"
                  + "".join(f"\n    {text}" for text in row.violations))  # fmt: skip
 
-    traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
-    rows = run_all(args.policy, args.queue_pairs or (1, 4), traffics, args.only, one)
-    if not rows:
-        raise ConfigError(f"no row of the matrix begins with {args.only!r}")
+    rows = run_all(args.policy, plan, one)
     ok = all(row.ok for _, row in rows)
     tell(f"{len(rows)} rows, {sum(not row.ok for _, row in rows)} not as they have to be, "
          f"{time.monotonic() - began:.0f} s")  # fmt: skip

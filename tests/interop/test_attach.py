@@ -1,4 +1,4 @@
-"""The commands of docs/attach.md, taken from there and run as they stand: a reader's shell finds what this machine has.
+"""The README's commands that attach guests, run as they stand there: a reader's shell finds what this machine has.
 
 Only names are other ones, so that two runs can't meet: the namespace, and the folder of the socket. A guest gets one
 more console, to take commands.
@@ -19,14 +19,13 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import wait_for
-from tests.test_docs import blocks, only
+from tests.test_docs import README, blocks, only
 
 from .guests import images
 from .guests.machine import REPOSITORY, Console, Guest, end, why_no_guest
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]
 
-PAGE = REPOSITORY / "docs" / "attach.md"
 RUN_HERE = {"wire", "wire, meanwhile", "qemu", "guest", "uml", "virtio_user, serve", "virtio_user", "net_vhost"}
 RUN_HERE |= {"net_vhost, drive"}
 
@@ -107,8 +106,11 @@ def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path, {"lab": f"vnetdp-lab-{os.getpid()}"})
 
 
-def test_every_command_of_the_page_is_run_here() -> None:
-    assert {block.test for block in blocks(PAGE)} == RUN_HERE
+def test_every_command_of_the_section_is_run_here() -> None:
+    lines = README.read_text().splitlines()
+    began = lines.index("## Attach a real guest")
+    ended = next(n for n in range(began + 1, len(lines)) if lines[n].startswith("## "))
+    assert {block.test for block in blocks(README) if began < block.line < ended} == RUN_HERE
 
 
 # --- guests ---

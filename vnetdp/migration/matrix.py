@@ -328,24 +328,27 @@ DEFECTS: Final[dict[str, str]] = {
 }
 
 
+def chosen(pairs: Iterable[int], traffics: Iterable[str], only: str) -> list[tuple[MachineConfig, Case]]:
+    """Return every case whose id begins with *only*, for each number of pairs and traffic, with its machine."""
+    return [
+        (MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE, faulty=True), case)
+        for n_pairs, traffic in itertools.product(pairs, traffics)
+        for case in cases(n_pairs)
+        if case.id.startswith(only) and not (case.busy and traffic == "idle")
+    ]
+
+
 def run_all(
-    policy: str,
-    pairs: Iterable[int],
-    traffics: Iterable[str],
-    only: str,
-    tell: Callable[[Row, MachineConfig], None],
+    policy: str, plan: Iterable[tuple[MachineConfig, Case]], tell: Callable[[Row, MachineConfig], None]
 ) -> list[tuple[MachineConfig, Row]]:
-    """Run every case whose id begins with *only*, for each traffic and number of pairs; *tell* is told each row."""
+    """Run the cases of *plan*, one after the other; *tell* is told each row."""
     rows = []
     matrix = Matrix(policy)
     try:
-        for n_pairs, traffic in itertools.product(pairs, traffics):
-            config = MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE, faulty=True)
-            for case in cases(n_pairs):
-                if case.id.startswith(only) and not (case.busy and traffic == "idle"):
-                    row = matrix.run(case, config)
-                    rows.append((config, row))
-                    tell(row, config)
+        for config, case in plan:
+            row = matrix.run(case, config)
+            rows.append((config, row))
+            tell(row, config)
     finally:
         matrix.close()
     return rows

@@ -412,13 +412,17 @@ class Host:
     def start(self, *argv: str) -> subprocess.Popen[bytes]:
         return self._spaces.popen("a", argv)
 
-    def iperf(self, guest: Guest, seconds: float, *, reverse: bool = False, streams: int = 1) -> float:
-        """Return the Mbit/s that TCP moves from the guest to us, or from us to the guest with *reverse*."""
+    def iperf(self, guest: Guest, seconds: float, *, reverse: bool = False, cpu: int | None = None) -> float:
+        """Return the Mbit/s that TCP moves from the guest to us, or from us to the guest with *reverse*.
+
+        cpu: the guest's processor that the guest's end is to run on; None = any.
+        """
         server = self.start("iperf3", "-s", "-1", "-p", "5201")
         try:
             self._wait_until_listening(5201)
-            flags = f"-t {seconds} -P {streams} {'-R' if reverse else ''}"
-            said = json.loads(guest.run(f"iperf3 -J -c {self.ADDRESS} {flags}", timeout=seconds + 30))
+            pin = "" if cpu is None else f"taskset {1 << cpu:x} "
+            flags = f"-t {seconds} {'-R' if reverse else ''}"
+            said = json.loads(guest.run(f"{pin}iperf3 -J -c {self.ADDRESS} {flags}", timeout=seconds + 30))
         finally:
             self._spaces.stop(server)
         return float(said["end"]["sum_received"]["bits_per_second"]) / 1e6
