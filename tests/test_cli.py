@@ -236,6 +236,13 @@ def test_link_ends_by_itself_when_all_is_delivered(shell: Shell, datapath: str) 
     assert f"{2 * count:,} frames" in done.stdout
 
 
+@pytest.mark.parametrize("num", [2, 32768])
+def test_link_with_the_smallest_and_the_largest_ring(shell: Shell, num: int) -> None:
+    done = shell.run("link", "generate:count=100", "generate:count=100", "--ring", str(num))
+    assert done.returncode == 0, done.stderr
+    assert "200 delivered, 0 lost" in done.stdout
+
+
 def test_link_for_a_time_while_the_rings_change_hands(shell: Shell) -> None:
     done = shell.run("link", "generate", "generate:size=1514", "--seconds", "0.3", "--switch-ms", "5", "--json", "r")
     assert done.returncode == 0, done.stderr

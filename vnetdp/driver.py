@@ -249,7 +249,12 @@ class Driver:
                 return layout.LOOP_BUDGET, moved
 
     def step(self, budget: int = 64) -> int:
-        """Move at most *budget* frames, in this thread, and return how many; GuestError if the device cheated."""
+        """Move at most *budget* frames, in this thread, and return how many; GuestError if the device cheated.
+
+        ConfigError if the driver has a thread of its own: two would take the same frames.
+        """
+        if self._thread is not None:
+            raise ConfigError("the driver runs in a thread of its own: stop it before it is stepped")
         moved = self.run(budget, 0, 0)[1]
         self.check()
         return moved

@@ -52,7 +52,13 @@ class Link:
                 stack.callback(self.worker.close)
                 backends = list(self.worker.backends)
             self.device = NetDevice(
-                self.memory, left, queue_pairs=queue_pairs, mtu=mtu, vhost=backends, poll_us=poll_us
+                self.memory,
+                left,
+                queue_pairs=queue_pairs,
+                mtu=mtu,
+                vhost=backends,
+                poll_us=poll_us,
+                max_num=max(num, 1024),
             )
             stack.callback(self.device.close)
             if self.worker is not None:

@@ -56,6 +56,7 @@ OFFLOAD_USO4: Final = 32
 OFFLOAD_USO6: Final = 64
 
 ETH_HLEN: Final = 14
+VLAN_HLEN: Final = 4
 ETH_ZLEN: Final = 60  # the shortest Ethernet frame, without its FCS
 MAX_FRAME_LEN: Final = 65550  # Ethernet header + 64 KiB - 1 of IP, rounded to even: the longest GSO frame
 FRAME_SLOT: Final = 65600  # bytes a frame slot has: virtio_net_hdr, frame, and up to a multiple of 64
@@ -92,6 +93,7 @@ VQ_CHAINS: Final = 27  # chains used
 VQ_INFLIGHT: Final = 28  # window offset of the queue's part of the inflight area (vhost-user); 0 = none
 VQ_JOURNAL: Final = 29  # transmitq: window offset of the journal of ring-to-ring moves; 0 = none
 VQ_CALL_DUE: Final = 30  # 1: bound a moment ago; the driver may wait for a call that was never decided on
+VQ_MAX_FRAME: Final = 31  # bytes of the longest frame to the guest that is no segment, by the MTU negotiated; 0 = any
 VQ_SLOTS: Final = 32
 
 # vhost-user's inflight area, split rings: a header a queue, then 16 bytes a descriptor.
@@ -230,11 +232,13 @@ LEDGER_FOREIGN: Final = 6  # frames without our mark
 LEDGER_SLOTS: Final = 8
 LEDGER_WINDOW: Final = 65536  # numbers behind LEDGER_NEXT that are told apart as late or duplicate
 
-# A numbered frame: Ethernet header, then (little endian) mark u32, flow u32, number u64, then a pattern.
+# A numbered frame: Ethernet header, then (little endian) mark u32, flow u16, its own length u16 (modulo 2**16), number
+# u64, then a pattern.
 LEDGER_ETHERTYPE: Final = 0x88B5  # IEEE local experimental
 LEDGER_MARK: Final = 0x504E5644
 LEDGER_MARK_AT: Final = 14
 LEDGER_FLOW_AT: Final = 18
+LEDGER_LEN_AT: Final = 20
 LEDGER_SEQ_AT: Final = 22
 LEDGER_PATTERN_AT: Final = 30
 LEDGER_MIN_LEN: Final = 30

@@ -1,7 +1,8 @@
 """The ledger: numbered frames, and a check that finds loss, duplication, reordering and corruption at full speed.
 
-A numbered frame is an Ethernet header, a mark, its flow and its number, then a pattern that depends on both. The
-check keeps a window of the numbers seen, so that a late frame is told from a repeated one.
+A numbered frame is an Ethernet header, a mark, its flow, length and number, then a pattern that depends on flow and
+number. Its addresses may come back exchanged; nothing else may differ. The check keeps a window of the numbers seen, so
+that a late frame is told from a repeated one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .layout import (
     LEDGER_ETHERTYPE,
     LEDGER_FLOW_AT,
     LEDGER_FOREIGN,
+    LEDGER_LEN_AT,
     LEDGER_MARK,
     LEDGER_MARK_AT,
     LEDGER_MIN_LEN,
@@ -37,6 +39,9 @@ from .layout import (
     LEDGER_WINDOW,
 )
 
+# 02:00:00:00:00:01 and 02:00:00:00:00:02, both locally administered: twelve bytes as u64 and u32, either way round.
+_TO_TWO, _FROM_ONE = 0x0002_0200_0000_0002, 0x0100_0000
+_TO_ONE, _FROM_TWO = 0x0002_0100_0000_0002, 0x0200_0000
 _ETHERTYPE_BE = (LEDGER_ETHERTYPE & 0xFF) << 8 | LEDGER_ETHERTYPE >> 8
 _STEP = 0x0001_0001_0001
 
@@ -45,13 +50,14 @@ _STEP = 0x0001_0001_0001
 def stamp(mem: Bytes, at: int, length: int, flow: int, seq: int) -> None:
     """Write numbered frame *seq* of *flow*, *length* bytes (at least LEDGER_MIN_LEN), at offset *at*.
 
-    Source and destination are locally administered: 02:00:00:00:00:01 to 02:00:00:00:00:02.
+    It goes from 02:00:00:00:00:01 to 02:00:00:00:00:02.
     """
-    store_u64_unaligned(mem, at, 0x0002_0200_0000_0002)  # 02:00:00:00:00:02, and the source's first two bytes
-    store_u32_unaligned(mem, at + 8, 0x0100_0000)
+    store_u64_unaligned(mem, at, _TO_TWO)
+    store_u32_unaligned(mem, at + 8, _FROM_ONE)
     store_u16_unaligned(mem, at + 12, _ETHERTYPE_BE)
     store_u32_unaligned(mem, at + LEDGER_MARK_AT, LEDGER_MARK)
-    store_u32_unaligned(mem, at + LEDGER_FLOW_AT, flow)
+    store_u16_unaligned(mem, at + LEDGER_FLOW_AT, flow)
+    store_u16_unaligned(mem, at + LEDGER_LEN_AT, length)
     store_u64_unaligned(mem, at + LEDGER_SEQ_AT, seq)
     seed = (seq ^ flow << 32) & 0x3FFF_FFFF_FFFF_FFFF
     n_words = (length - LEDGER_PATTERN_AT) >> 3
@@ -68,7 +74,7 @@ def flow_of(mem: Bytes, at: int, length: int) -> int:
         return -1
     if load_u32_unaligned(mem, at + LEDGER_MARK_AT) != LEDGER_MARK:
         return -1
-    return int(load_u32_unaligned(mem, at + LEDGER_FLOW_AT))
+    return int(load_u16_unaligned(mem, at + LEDGER_FLOW_AT))
 
 
 @kernel
@@ -78,10 +84,13 @@ def check(mem: Bytes, at: int, length: int, row: Words, window: Bytes) -> None:
     row int64[LEDGER_SLOTS]; window uint8[LEDGER_WINDOW], 1 = seen.
     """
     seq = load_u64_unaligned(mem, at + LEDGER_SEQ_AT)
-    flow = load_u32_unaligned(mem, at + LEDGER_FLOW_AT)
+    flow = load_u16_unaligned(mem, at + LEDGER_FLOW_AT)
     seed = (seq ^ flow << 32) & 0x3FFF_FFFF_FFFF_FFFF
     n_words = (length - LEDGER_PATTERN_AT) >> 3
-    wrong = 0
+    wrong = load_u16_unaligned(mem, at + LEDGER_LEN_AT) ^ (length & 0xFFFF)
+    to, source = load_u64_unaligned(mem, at), load_u32_unaligned(mem, at + 8)
+    if not ((to == _TO_TWO and source == _FROM_ONE) or (to == _TO_ONE and source == _FROM_TWO)):
+        wrong |= 1
     for i in range(n_words):
         wrong |= load_u64_unaligned(mem, at + LEDGER_PATTERN_AT + 8 * i) ^ (seed ^ i * _STEP)
     for k in range(at + LEDGER_PATTERN_AT + 8 * n_words, at + length):

@@ -46,7 +46,7 @@ from .layout import (
     VQ_PACKETS,
     VQ_STATUS,
 )
-from .port import accepts, emit, linearize, now_ns, produce, split_header, swap_macs, take_front
+from .port import accepts, emit, exceeds_mtu, linearize, now_ns, produce, split_header, swap_macs, take_front
 from .reflect import answer
 
 _MACS_LEN = 12  # bytes of an Ethernet header that macswap rewrites
@@ -290,6 +290,10 @@ def fill_receiveq(
                 ep[EP_DROP_OFFLOAD] += 1
                 dropped += 1
                 continue
+            if exceeds_mtu(vq, held, 0, length - NET_HDR_LEN):
+                ep[EP_DROP_LONG] += 1
+                dropped += 1
+                continue
             ep[EP_HELD] = length
         body_len = ep[EP_HELD] - NET_HDR_LEN
         rows[0, IOV_OFFSET] = NET_HDR_LEN
@@ -362,7 +366,7 @@ def forward(
         if frame_len < ETH_HLEN:
             ep[EP_DROP_SHORT] += 1
             txq[VQ_DROPPED] += 1
-        elif frame_len > MAX_FRAME_LEN:
+        elif frame_len > MAX_FRAME_LEN or exceeds_mtu(rxq, hdr, 0, frame_len):
             ep[EP_DROP_LONG] += 1
             txq[VQ_DROPPED] += 1
         elif kind != KIND_REFLECT and not accepts(hdr, 0, rxq[VQ_OFFLOADS]):

@@ -66,6 +66,7 @@ from .layout import (
     VIRTIO_NET_HDR_GSO_TCPV4,
     VIRTIO_NET_HDR_GSO_TCPV6,
     VIRTIO_NET_HDR_GSO_UDP,
+    VQ_MAX_FRAME,
 )
 from .ledger import enter, stamp
 
@@ -142,6 +143,15 @@ def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
     if gso & VIRTIO_NET_HDR_GSO_ECN:
         needed |= OFFLOAD_ECN
     return offloads & needed == needed
+
+
+@inlined
+def exceeds_mtu(vq: Words, hdr: Bytes, at: int, frame_len: int) -> bool:
+    """True if a frame with the header at *at* is longer than the MTU that its receiver negotiated allows (5.1.4.1)."""
+    limit = vq[VQ_MAX_FRAME]
+    if limit == 0 or frame_len <= limit:
+        return False
+    return load_u8(hdr, at + NET_HDR_GSO_TYPE) & ~VIRTIO_NET_HDR_GSO_ECN == VIRTIO_NET_HDR_GSO_NONE
 
 
 @kernel
@@ -250,6 +260,10 @@ def produce(ep: Words, fd: int, in_frames: Bytes, in_lengths: Words, dst: Bytes,
             return 0
         if length < NET_HDR_LEN + ETH_HLEN:
             ep[EP_DROP_SHORT] += 1
+            return 0
+        if length >= room:
+            # The TAP cuts off what does not fit: a frame that fills all the room may be a part of one.
+            ep[EP_DROP_LONG] += 1
             return 0
     elif kind == KIND_GENERATE:
         if ep[EP_LIMIT] >= 0 and ep[EP_SEQ] >= ep[EP_LIMIT]:

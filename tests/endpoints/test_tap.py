@@ -16,6 +16,7 @@ import pytest
 from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.endpoints.joined import guest_of
 from vnetdp.bench.netns import NetnsPair
+from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.netns import run_in
 from vnetdp.endpoints.tap import TapEndpoint
 from vnetdp.errors import EndpointError
@@ -136,6 +137,33 @@ s.sendto(b"x" * 8000, ("10.9.9.2", 9))
             seen[mask] = [(f[1] & 0x7F, len(f) - lay.NET_HDR_LEN) for f in ours]
     assert seen[0] == seen[lay.OFFLOAD_CSUM] == [(lay.VIRTIO_NET_HDR_GSO_NONE, 1042)] * 8
     assert seen[every] in ([(lay.VIRTIO_NET_HDR_GSO_UDP_L4, 8042)], seen[0])  # a kernel before 6.2 has no USO
+
+
+def test_a_frame_that_the_tap_cut_off_is_dropped_and_counted(spaces: NetnsPair) -> None:
+    """Somebody raises the MTU of a running guest's interface: its buffers were made for the one before."""
+    send = """
+import socket
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.bind(("vtap", 0))
+for length in (1500, 4000, 60):
+    s.send(b"\\2" * 12 + b"\\x88\\xb5" + bytes(length - 14))
+"""
+    with (
+        TapEndpoint("vtap", netns=spaces.names["a"]) as tap,
+        MailboxEndpoint() as wire,
+        guest_of(wire, tap),
+    ):
+        spaces.ip("a", "link set dev vtap mtu 9000")
+        python(spaces, send)
+        ours: list[int] = []
+
+        def both() -> bool:
+            ours.extend(len(data) for data in wire.take() if data[12:14] == b"\x88\xb5")
+            return len(ours) == 2
+
+        wait_for(both, "the two whole frames are on the wire")
+        assert ours == [1500, 60]
+        assert tap.counters()["dropped_long"] == 1
 
 
 def test_the_mtu_is_the_interfaces(spaces: NetnsPair) -> None:

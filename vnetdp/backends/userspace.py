@@ -43,6 +43,7 @@ class UserspaceBackend:
     def set_mtu(self, mtu: int) -> None:
         if not 68 <= mtu <= 65535:
             raise BackendError("set_mtu", errno.EINVAL, None, f"MTU {mtu} is not between 68 and 65535")
+        self._rows[:, layout.VQ_MAX_FRAME] = mtu + layout.ETH_HLEN + layout.VLAN_HLEN
 
     def set_features(self, features: int) -> None:
         if (features ^ self.features) & ~f.VHOST_F_LOG_ALL and self._rows[:, layout.VQ_BOUND].any():
@@ -60,6 +61,8 @@ class UserspaceBackend:
             row[layout.VQ_MRG_RXBUF] = int(bool(features & f.VIRTIO_NET_F_MRG_RXBUF))
             row[layout.VQ_HDR_LEN] = f.header_len(features)
             to_guest = f.guest_offload_mask(features)
+            if not features & f.VIRTIO_NET_F_MTU:
+                row[layout.VQ_MAX_FRAME] = 0
             row[layout.VQ_OFFLOADS] = f.host_offload_mask(features) if index == TRANSMITQ else to_guest
 
     def set_memory(self, memory: GuestMemory) -> None:

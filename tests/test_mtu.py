@@ -1,0 +1,75 @@
+"""VIRTIO_NET_F_MTU: no frame to the guest is longer, unless it is a segment that the guest takes (5.1.4.1)."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from tests.by_hand import frame
+from vnetdp import features as f
+from vnetdp.device import NetDevice
+from vnetdp.driver import Driver, memory_for
+from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.loopback import EchoEndpoint
+from vnetdp.endpoints.mailbox import MailboxEndpoint
+from vnetdp_kernels import layout as lay
+
+MTU = 1500
+LONGEST = lay.ETH_HLEN + lay.VLAN_HLEN + MTU
+LENGTHS = (60, 1514, LONGEST, LONGEST + 1, 4000)
+HEADER = struct.Struct("<BBHHHHH")
+EVERY = (1 << 64) - 1
+
+
+class Segments(MailboxEndpoint):
+    """A mailbox of frames that may be segments."""
+
+    vnet_hdr = True
+
+
+def through(endpoint: Endpoint, offered: int, put: list[tuple[bytes, bytes]]) -> list[int]:
+    """Send frames to a guest, from its wire or, if that echoes, from the guest itself; return their lengths there."""
+    with (
+        memory_for() as memory,
+        NetDevice(memory, endpoint, mtu=MTU, offered=offered, threaded=False) as device,
+        Segments() as own,
+        Driver(device, memory, own, buffer_len=8192) as guest,
+    ):
+        assert bool(guest.features & f.VIRTIO_NET_F_MTU) == bool(offered & f.VIRTIO_NET_F_MTU)
+        box = endpoint if isinstance(endpoint, MailboxEndpoint) else own
+        for data, header in put:
+            assert box.put(data, header)
+        got: list[bytes] = []
+        for _ in range(8):
+            guest.step()
+            device.step()
+            got += own.take()
+        return [len(data) for data in got]
+
+
+def gso(kind: int) -> bytes:
+    return HEADER.pack(lay.VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, 54, 1448, 34, 16, 0)
+
+
+@pytest.mark.parametrize("mtu", [True, False])
+def test_a_long_frame_from_the_wire_is_dropped_and_counted(mtu: bool) -> None:
+    with MailboxEndpoint() as wire:
+        offered = EVERY if mtu else EVERY ^ f.VIRTIO_NET_F_MTU
+        got = through(wire, offered, [(frame(n, length), bytes(12)) for n, length in enumerate(LENGTHS)])
+        assert got == [length for length in LENGTHS if length <= LONGEST or not mtu]
+        assert wire.counters()["dropped_long"] == len(LENGTHS) - len(got)
+
+
+def test_a_segment_may_be_longer_and_an_ecn_bit_alone_is_none() -> None:
+    with Segments() as wire:
+        put = [(frame(0, 4000), gso(lay.VIRTIO_NET_HDR_GSO_TCPV4)), (frame(1, 4000), gso(lay.VIRTIO_NET_HDR_GSO_NONE))]
+        assert through(wire, EVERY, put) == [4000]
+        assert wire.counters()["dropped_long"] == 1
+
+
+def test_what_goes_from_ring_to_ring_is_held_to_it_too() -> None:
+    with EchoEndpoint() as wire:
+        got = through(wire, EVERY, [(frame(n, length), bytes(12)) for n, length in enumerate(LENGTHS)])
+        assert got == [length for length in LENGTHS if length <= LONGEST]
+        assert wire.counters()["dropped_long"] == len(LENGTHS) - len(got)
