@@ -194,6 +194,23 @@ def test_a_reset_under_traffic_starts_anew() -> None:
         traffic.close()
 
 
+@pytest.mark.parametrize("first_idx", [5, 0xFFFA])
+def test_a_reset_begins_at_0_wherever_indices_began_first(first_idx: int) -> None:
+    with (
+        memory_for(num=16) as memory,
+        EchoEndpoint() as echo,
+        NetDevice(memory, echo, threaded=False) as device,
+        Driver(device, memory, num=16, first_idx=first_idx) as driver,
+    ):
+        assert set(driver.dvqs[:, lay.DVQ_LAST_USED_IDX]) == {first_idx}
+        driver.reset()
+        assert set(driver.dvqs[:, lay.DVQ_LAST_USED_IDX]) == {0}
+        for n in range(40):
+            assert driver.send(frame(n))
+            step(device, driver)
+            assert driver.receive() == [frame(n)]
+
+
 def test_needs_reset_is_mended_by_a_reset() -> None:
     with echoing() as (device, driver):
         row = driver.dvqs[1]

@@ -135,7 +135,6 @@ class Driver:
         self._frame_len = max(frame_len, endpoint.longest_frame)
         self._buffer_len = buffer_len
         self._start_at = start_at
-        self._first_idx = first_idx
         self._scratch = Scratch(queue_pairs, num)
         pairs = zip(device.kicks, device.calls, strict=True)
         self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
@@ -143,12 +142,12 @@ class Driver:
         if adopt:
             return
         try:
-            self._bring_up()
+            self._bring_up(first_idx)
         except Exception:
             self.close()
             raise
 
-    def _bring_up(self) -> None:
+    def _bring_up(self, first_idx: int = 0) -> None:
         """Reset the device and set it up as 3.1.1 says, step by step."""
         device = self.device
         device.set_status(0)
@@ -165,7 +164,7 @@ class Driver:
         self.endpoint.set_offloads(f.host_offload_mask(self.features))
         at = self._start_at
         for index in range(2 * self.queue_pairs):
-            at = self.lay_out(index, at, self._first_idx)
+            at = self.lay_out(index, at, first_idx)
         device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
 
     def lay_out(self, index: int, at: int, first_idx: int = 0) -> int:
@@ -285,7 +284,10 @@ class Driver:
             self.ctl[layout.CTL_DOORBELL] = 0
 
     def reset(self, wanted: int | None = None) -> None:
-        """Reset the device and start anew with it, with features *wanted* if given; what was in flight is gone."""
+        """Reset the device and start anew with it, with features *wanted* if given; what was in flight is gone.
+
+        Indices begin at 0 again, wherever they began first.
+        """
         if wanted is not None:
             self._wanted = wanted
         running = self._thread

@@ -157,8 +157,6 @@ class MovingGuest(RuleBasedStateMachine):
     @rule()
     def reset_the_device(self) -> None:
         before = self.machine.device.driver_features
-        assert self.machine.driver is not None
-        self.machine.driver._first_idx = 0  # where a device's indices begin after a reset
         CHANGES["features"](self.machine, 0)
         self.wake()
         assert self.machine.device.driver_features != before
