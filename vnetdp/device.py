@@ -12,6 +12,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
@@ -24,7 +25,7 @@ from .backends.userspace import UserspaceBackend
 from .backends.worker import Worker
 from .datapath import Datapath
 from .endpoints.base import Endpoint
-from .errors import BackendError, ConfigError, GuestError
+from .errors import BackendError, ConfigError, EndpointError, GuestError
 from .memory import DirtyLog, GuestMemory, Words
 from .notifiers import Notifiers
 from .notify import EventFd
@@ -233,19 +234,35 @@ class NetDevice:
         """Change what control commands, or the host, set: any fields of `Control`. ConfigError, and no change, if wrong."""
         with self._lock:
             before, wanted = self.control, replace(self.control, **changes)
-            wanted.validate(self.queue_pairs)
-            if wanted.mtu != before.mtu and wanted.mtu:
-                self.endpoint.set_mtu(wanted.mtu)
-            self.control = wanted
-            self._apply(before)
+            self._check_control(wanted, self._driver_features)
+            self._take_control(wanted)
             if (wanted.mac, wanted.mtu, wanted.net_status) != (before.mac, before.mtu, before.net_status):
                 self._notify_config()
             if wanted.link_up != before.link_up:
                 self._update_owner()
 
-    def _apply(self, before: Control) -> None:
-        """Tell the endpoint what of the control state concerns it, and is new."""
-        control = self.control
+    def _check_control(self, control: Control, features: int) -> None:
+        """Raise ConfigError for what no driver that negotiated *features* could have set."""
+        control.validate(self.queue_pairs)
+        extra = control.guest_offloads & ~f.guest_offload_mask(features)
+        if extra:
+            raise ConfigError(f"receive offloads {extra:#x} were not negotiated")
+
+    def _take_control(self, control: Control) -> None:
+        """Have the endpoint know what concerns it, then hold *control*. If it refuses, both are as before."""
+        before = self.control
+        try:
+            self._tell_endpoint(before, control)
+        except Exception:
+            with suppress(EndpointError):
+                self._tell_endpoint(control, before)
+            raise
+        self.control = control
+
+    def _tell_endpoint(self, before: Control, control: Control) -> None:
+        """Tell the endpoint what of *control* concerns it, and is not as *before*."""
+        if control.mtu != before.mtu and control.mtu:
+            self.endpoint.set_mtu(control.mtu)
         if control.curr_queue_pairs != before.curr_queue_pairs:
             for pair in range(self.queue_pairs):
                 self.endpoint.set_queue_active(pair, pair < control.curr_queue_pairs)
@@ -381,25 +398,24 @@ class NetDevice:
                 refused = ", ".join(f.names(features & ~self._offered)) or "a feature without what it needs"
                 raise ConfigError(f"the driver uses what this device can't offer: {refused}")
             control = replace(self.control, **delta.control) if delta.control else self.control
-            if delta.control:
-                control.validate(self.queue_pairs)
+            if delta.control or delta.registers:
+                self._check_control(control, features)
+            queues = self.queues.copy()
             for index, queue in delta.queues.items():
                 self._queue(index)
                 queue.validate()
                 if queue.enabled and queue.num > self.max_num:
                     raise ConfigError(f"queue {index}: size {queue.num} is larger than {self.max_num}")
-            for index, _ in delta.bases:
-                if not self.queues[index].enabled:
+                queues[index] = queue
+            for index, base in delta.bases:
+                self._queue(index)
+                if not queues[index].enabled:
                     raise ConfigError(f"an index for queue {index}, which is not enabled")
+                queues[index] = replace(queues[index], last_avail_idx=base)
+            self._take_control(control)  # the last that can fail
             self._driver_features = features
             self._status = delta.registers.get("status", self._status)
-            before, self.control = self.control, control
-            if delta.control:
-                self._apply(before)
-            for index, queue in delta.queues.items():
-                self.queues[index] = queue
-            for index, base in delta.bases:
-                self.queues[index].last_avail_idx = base
+            self.queues[:] = queues
 
     def prepare_vhost(self) -> bool:
         """Configure vhost as far as the state allows, with binding held back; False if there is nothing to do or it failed.
@@ -446,9 +462,8 @@ class NetDevice:
         self.owners.abandon()
         self._status = 0
         self._driver_features = 0
-        before = self.control
-        self.control = replace(self._initial, mtu=before.mtu, net_status=before.net_status & VIRTIO_NET_S_LINK_UP)
-        self._apply(before)
+        link = self.control.net_status & VIRTIO_NET_S_LINK_UP
+        self._take_control(replace(self._initial, mtu=self.control.mtu, net_status=link))
         self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
         self.endpoint.rows[:, layout.EP_HELD] = 0
         for event in (*self.kicks, *self.calls):

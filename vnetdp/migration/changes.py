@@ -52,7 +52,8 @@ def _mtu(machine: Machine, n: int) -> None:
 
 
 def _offloads(machine: Machine, n: int) -> None:
-    machine.device.set_control(guest_offloads=machine.device.control.guest_offloads ^ (1 + n % 15))
+    negotiated = f.guest_offload_mask(machine.device.driver_features)
+    machine.device.set_control(guest_offloads=machine.device.control.guest_offloads ^ (1 + n % 15) & negotiated)
 
 
 def _rss(machine: Machine, n: int) -> None:

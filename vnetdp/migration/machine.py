@@ -65,11 +65,17 @@ class MachineConfig:
         return -1 if self.traffic in ("tx", "both") else 0
 
 
+class _Numbered(GenerateEndpoint):
+    """Either end of the numbered traffic: no frame of it needs an offload, so all of them can be negotiated."""
+
+    vnet_hdr = True
+
+
 def make_wire(config: MachineConfig) -> Endpoint:
     """Return the far end of the traffic, where both machines can reach it: only one may poll it at a time."""
     if config.endpoint == "echo":
         return EchoEndpoint(config.queue_pairs)
-    return GenerateEndpoint(config.queue_pairs, config.size, config.rate, config.to_guest)
+    return _Numbered(config.queue_pairs, config.size, config.rate, config.to_guest)
 
 
 class Machine:
@@ -91,7 +97,7 @@ class Machine:
     def _build(self, wire_fd: int) -> None:
         config, enter = self.config, self._stack.enter_context
         pairs = config.queue_pairs
-        self.guest: GenerateEndpoint = enter(GenerateEndpoint(pairs, config.size, config.rate, config.to_wire))
+        self.guest: GenerateEndpoint = enter(_Numbered(pairs, config.size, config.rate, config.to_wire))
         self.wire: Endpoint = enter(self._open_wire(wire_fd))
         self._block: SharedBlock = driver_block(pairs, config.num)
         self._stack.callback(self._block.close)
@@ -120,7 +126,7 @@ class Machine:
     def _open_wire(self, wire_fd: int) -> Endpoint:
         config = self.config
         if config.endpoint == "generate":
-            return GenerateEndpoint(config.queue_pairs, config.size, config.rate, block_fd=os.dup(wire_fd))
+            return _Numbered(config.queue_pairs, config.size, config.rate, block_fd=os.dup(wire_fd))
         if config.endpoint == "echo":
             return EchoEndpoint(config.queue_pairs, os.dup(wire_fd))
         if config.endpoint.startswith("generate:"):

@@ -43,7 +43,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("status", "u8", "prepare, or give up, if DRIVER_OK changed", "device status (2.1)"),
     Field("features", "u64", "set_features, once a pair", "what the driver negotiated (2.2)"),
     Field("mac", "mac", _PLAIN, "MAC address"),
-    Field("mtu", "u16", "set_mtu, once a pair", "MTU, 0 = none"),
+    Field("mtu", "u16", "tell the endpoint; set_mtu, once a pair", "MTU, 0 = none"),
     Field("net_status", "u16", "prepare, or give up, if the link changed", "LINK_UP, ANNOUNCE (5.1.4)"),
     Field("curr_queue_pairs", "u16", _ENDPOINT, "pairs in use (5.1.6.5.5)"),
     Field("rx_mode", "u8", _PLAIN, "promisc, allmulti, alluni, nomulti, nouni, nobcast"),
