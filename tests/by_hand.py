@@ -6,6 +6,7 @@ Rings are read and written here with `struct`, never with the accessors under te
 from __future__ import annotations
 
 import os
+import resource
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,17 @@ def no_descriptor_leaks() -> Iterator[None]:
     after = _descriptors()
     left = {fd: name for fd, name in after.items() if before.get(fd) != name}
     assert len(after) == len(before), f"descriptors left open, or closed once too often: {left}"
+
+
+@contextmanager
+def many_descriptors() -> Iterator[None]:
+    """Allow this process as many descriptors as it may have for the length of the block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _descriptors() -> dict[str, str]:

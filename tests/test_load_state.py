@@ -94,7 +94,7 @@ def test_an_endpoint_that_refuses_a_part_leaves_all_as_it_was(
 @pytest.mark.parametrize("more", [lay.OFFLOAD_ECN, 1 << 8, 1 << 40, 1 << 63])
 def test_an_offload_that_was_not_negotiated(device: NetDevice, endpoint: Choosy, more: int) -> None:
     device.load_state(STATE)
-    wrong = {"guest_offloads": OFFLOADS | more}
+    wrong: dict[str, Any] = {"guest_offloads": OFFLOADS | more}
     with pytest.raises(ConfigError, match="were not negotiated"):
         device.load_state(replace(STATE, control=replace(CONTROL, **wrong)))
     with pytest.raises(ConfigError, match="were not negotiated"):

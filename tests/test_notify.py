@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import select
 
-from tests.by_hand import no_descriptor_leaks
-from vnetdp.notify import EventFd
+import pytest
+
+from tests.by_hand import many_descriptors, no_descriptor_leaks
+from vnetdp.notify import EventFd, readable
 
 
 def test_signals_add_up_and_are_taken_once() -> None:
@@ -25,11 +27,18 @@ def test_a_full_counter_is_signal_enough() -> None:
         assert event.clear() == 2**64 - 2
 
 
-def test_it_can_be_waited_for() -> None:
-    with EventFd() as event:
-        assert select.select([event], [], [], 0) == ([], [], [])
+@pytest.mark.parametrize("lowest", [0, 1500])
+def test_it_can_be_waited_for(lowest: int) -> None:
+    """Whatever its number: select() ends at 1,023."""
+    with (
+        many_descriptors(),
+        EventFd() as first,
+        EventFd(fcntl.fcntl(first.fd, fcntl.F_DUPFD_CLOEXEC, lowest)) as event,
+    ):
+        assert not readable(event, 0)
+        assert not readable(event, 0.001)
         event.signal()
-        assert select.select([event], [], [], 0) == ([event], [], [])
+        assert readable(event, 0)
 
 
 def test_a_descriptor_is_closed_once_and_not_passed_on() -> None:

@@ -275,6 +275,11 @@ class NetDevice:
             self._running = running
             self._update_owner()
 
+    @property
+    def running(self) -> bool:
+        """Whether the machine runs."""
+        return self._running
+
     def set_use_vhost(self, use: bool) -> None:
         """Choose the owner: the vhost worker, or the userspace datapath. Takes effect at once."""
         with self._lock:

@@ -32,6 +32,11 @@ class VnetdpError(Exception):
     """The root of all errors that this package raises on purpose."""
 
 
+def reason(error: BaseException) -> str:
+    """Return what to say of *error*: one that nobody raised on purpose is told by its kind, too."""
+    return str(error) if isinstance(error, VnetdpError) else f"{type(error).__name__}: {error}"
+
+
 class ConfigError(VnetdpError):
     """The caller asked for something that cannot be; the text says what to do."""
 

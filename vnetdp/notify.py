@@ -1,9 +1,26 @@
-"""EventFd: a kick (driver to device) or a call (device to driver)."""
+"""EventFd: a kick (driver to device) or a call (device to driver). And whether a descriptor has something to read."""
 
 from __future__ import annotations
 
 import os
-from typing import Self
+import select
+from typing import Protocol, Self
+
+
+class HasFileno(Protocol):
+    """An open file, socket or eventfd."""
+
+    def fileno(self) -> int: ...
+
+
+def readable(file: HasFileno, timeout_s: float) -> bool:
+    """Wait for something to read, or a hang-up, for at most so many seconds; return whether there is.
+
+    Not select(), which knows no descriptor above 1,023: a machine of 256 queue pairs has more.
+    """
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
 
 
 class EventFd:

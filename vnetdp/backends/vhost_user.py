@@ -22,7 +22,7 @@ from .. import features as f
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError, LocalProtocolError, RemoteProtocolError
 from ..memory import DirtyLog, GuestMemory
-from ..notify import EventFd
+from ..notify import EventFd, readable
 from ..vhost_user.connection import FrontEndConnection
 from ..vhost_user.message import (
     MAX_FDS,
@@ -113,8 +113,7 @@ class VhostUserFrontEnd:
 
     def _accept(self, timeout_s: float) -> socket.socket | None:
         assert self._listener is not None
-        ready, _, _ = select.select([self._listener], [], [], timeout_s)
-        return self._listener.accept()[0] if ready else None
+        return self._listener.accept()[0] if readable(self._listener, timeout_s) else None
 
     def _dial(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import shutil
 import subprocess
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from ..errors import VnetdpError
+from ..notify import readable
 
 PROGRAM = "dpdk-testpmd"
 _PROMPT = "testpmd> "
@@ -85,7 +85,7 @@ class Dpdk:
         assert self._process.stdout is not None
         until = time.monotonic() + seconds
         while (found := self._said.find(_PROMPT, self._seen)) < 0:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))
+            ready = readable(self._process.stdout, max(0.0, until - time.monotonic()))
             data = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
             if not data:
                 what = "ended" if ready else f"has not answered for {seconds:g} s"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Mapping
 from typing import Final, Self
 
+from ..notify import readable
 from .stream import Phase, Section, SectionType, StreamError, decode, encode
 
 _DRAIN_S = 5.0
@@ -85,7 +85,7 @@ class Channel:
 
     def has_more(self) -> bool:
         """Return whether the other side has said something, or hung up."""
-        return bool(select.select([self.sock], [], [], 0)[0])
+        return readable(self.sock, 0)
 
     def drain(self) -> None:
         """Say no more, and read what the other side still sends, so that it gets to hear what was said last."""

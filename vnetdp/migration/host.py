@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from ..backends.faulty import Fault, Faults
-from ..errors import VnetdpError
+from ..errors import VnetdpError, reason
 from ..warmup import warm_up
 from .changes import CHANGES, HALVES, churning
 from .channel import Channel
@@ -151,10 +151,11 @@ class Host:
         self._one.allow(traffic)
 
     def look(self) -> dict[str, Any]:
-        """Return the owner, what does not hold, the two ledgers, and what the guest set."""
+        """Return the owner, whether the machine runs, what does not hold, the two ledgers, and what the guest set."""
         machine = self._one
         return {
             "owner": machine.device.owner.value,
+            "running": machine.device.running,
             "violations": violations(machine),
             "ledgers": machine.ledgers(),
             "control": machine.device.control,
@@ -264,9 +265,7 @@ def main(fd: int, quiet: bool) -> None:
             what, args = pickle.loads(data)
             try:
                 answer = (True, getattr(host, what)(*args, *fds))
-            except VnetdpError as e:
-                answer = (False, str(e))
             except Exception as e:  # noqa: BLE001 - it is the parent's to judge
-                answer = (False, f"{type(e).__name__}: {e}")
+                answer = (False, reason(e))
             sock.send(pickle.dumps(answer))
     host.drop()

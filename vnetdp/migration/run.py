@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -184,7 +185,7 @@ class Couple:
                 "receive", replace(target or Orders(), policy=target_policy or policy), fds=(theirs.fileno(),)
             )
             send = self.source.begin("send", replace(source or Orders(), policy=policy), fds=(ours.fileno(),))
-        reports = [_answer(send), _answer(receive)]
+        reports = [_answer(self.source, send), _answer(self.target, receive)]
         if self.config.traffic != "idle":
             time.sleep(0.02)  # so that the first frames at the destination are seen
         samples = watch.stop()
@@ -251,9 +252,10 @@ class Couple:
         self.close()
 
 
-def _answer(wait: Any) -> Report:
+def _answer(host: HostProcess, wait: Callable[[], Report]) -> Report:
+    """Wait for a host's report. One that raised, and lives, has lost its machine only if that does not run."""
     try:
-        report: Report = wait()
+        return wait()
     except VnetdpError as e:
-        return Report("lost", str(e))
-    return report
+        runs = host.alive and host.call("look")["running"]
+        return Report("source" if runs else "lost", str(e))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError, VnetdpError
+from ..errors import VnetdpError, reason
 from ..memory import DirtyLog, Words
 from ..state import DeviceState
 from .channel import (
@@ -88,7 +88,10 @@ class Source:
         self._count = dict.fromkeys(("early", "ram", "final"), 0)
 
     def run(self) -> Report:
-        """Migrate; return how it went. The machine runs afterwards if the outcome is `source`, and is stopped if not."""
+        """Migrate; return how it went. The machine runs afterwards if the outcome is `source`, and is stopped if not.
+
+        Nothing that fails before the commit stops it, of whatever kind; what asks the program to end is raised again.
+        """
         machine, report = self.machine, self.report
         machine.end_announcing()
         committed = False
@@ -111,19 +114,21 @@ class Source:
             self._expect(RUNNING, answer)
             report.target = _running(bytes(answer.payload))
             report.outcome = report.target["outcome"]
-        except VnetdpError as e:
-            report.error = str(e)
+        except BaseException as e:
+            report.error = reason(e)
             report.outcome = "lost" if committed else "source"
-            _log.warning("migration failed: %s%s", e, "" if committed else "; the source goes on")
+            _log.warning("migration failed: %s%s", report.error, "" if committed else "; the source goes on")
             if not committed:
                 self._go_on()
-                return report
+            if not isinstance(e, Exception):
+                raise
         finally:
             report.bytes = self._count
             report.counts = {"early": self._n_early, "pages": machine.ram.sent if machine.ram else 0}
             machine.ram = None
+            if committed:
+                machine.device.set_log(None)
             log.close()
-        machine.device.set_log(None)
         return report
 
     def _hear(self, wanted: SectionType) -> None:
@@ -229,8 +234,8 @@ class Source:
         """Let the machine run here again."""
         try:
             self.machine.device.set_log(None)
-        except BackendError as e:
-            _log.warning("%s: logging is off with the next start", e)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the machine runs
+            _log.warning("%s: logging is off with the next start", reason(e))
         self.machine.run()
 
 
