@@ -367,6 +367,8 @@ class NetDevice:
         """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace."""
         if not (self.ready and self._running):
             self._hand_to(Owner.NOBODY)
+            if self._running:
+                self.owners.abandon()  # prepared for a machine that was about to run, and can't have an owner now
         elif (not self.use_vhost or (not self._hand_to(Owner.VHOST) and self.fallback)) and not self._hand_to(
             Owner.USERSPACE
         ):

@@ -8,12 +8,16 @@ import threading
 import zlib
 from collections.abc import Callable
 
+from tests.by_hand import wait_for
 from vnetdp.migration.channel import Channel
+from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine, MachineConfig
 from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.source import Report, Source
 from vnetdp.migration.stream import MAX_PAYLOAD, SectionType, StreamError, encode, from_bytes
 from vnetdp.migration.target import Target
+from vnetdp.owners import Owner
+from vnetdp_kernels import layout as lay
 
 MAGIC = 0x4D56
 SMALL = MachineConfig(queue_pairs=2, num=16, rate=2000.0, first_idx=0xFFF0)
@@ -115,3 +119,50 @@ def migrate(
         near.shutdown(socket.SHUT_WR)
         thread.join()
     return report, destination.report
+
+
+Hook = Callable[[str], None]
+
+
+def move(
+    source: Machine,
+    target: Machine,
+    at: Hook = lambda _: None,
+    at_target: Hook = lambda _: None,
+    policy: str = "delta",
+    kind: type[Channel] = Channel,
+) -> tuple[Report, Report]:
+    """As `migrate`, each side told the points that it reaches; what the source raises is raised."""
+    near, far = socket.socketpair()
+    with near, far:
+        destination = (SeedTarget if policy == "seed" else Target)(target, Channel(far), policy, at_target)
+        thread = threading.Thread(target=destination.run)
+        thread.start()
+        try:
+            report = Source(source, kind(near), policy, at, check=True).run()
+        finally:
+            near.shutdown(socket.SHUT_WR)
+            thread.join()
+    return report, destination.report
+
+
+def failing(point: str, error: BaseException) -> Hook:
+    """Return what raises *error* at a point."""
+
+    def at(reached: str) -> None:
+        if reached == point:
+            raise error
+
+    return at
+
+
+def assert_runs(machine: Machine) -> None:
+    """Frames go both ways, vhost has the rings, and nothing is left of a migration."""
+    enough = machine.wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] + 5
+    wait_for(
+        lambda: bool((machine.wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] >= enough).all()), "frames both ways"
+    )
+    assert violations(machine) == []
+    assert machine.device.owner is Owner.VHOST
+    assert machine.device.log is None
+    assert machine.ram is None

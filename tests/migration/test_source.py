@@ -4,66 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import socket
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.by_hand import many_descriptors, wait_for
+from tests.by_hand import many_descriptors
+from tests.migration.rig import assert_runs, failing, move
 from vnetdp.errors import VnetdpError
 from vnetdp.migration.channel import Channel
-from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine
 from vnetdp.migration.run import _answer
 from vnetdp.migration.source import Report, Source
-from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
-from vnetdp_kernels import layout as lay
 
 BEFORE_THE_COMMIT = Source.POINTS[: Source.POINTS.index("committed")]
 
 
-def move(
-    one: Machine, other: Machine, at: Callable[[str], None] = lambda _: None, kind: type[Channel] = Channel
-) -> Report:
-    """Migrate, the destination in a thread; return the source's report."""
-    near, far = socket.socketpair()
-    with near, far:
-        thread = threading.Thread(target=Target(other, Channel(far), "delta").run)
-        thread.start()
-        try:
-            return Source(one, kind(near), "delta", at, check=True).run()
-        finally:
-            near.shutdown(socket.SHUT_WR)
-            thread.join()
-
-
-def assert_runs(machine: Machine) -> None:
-    enough = machine.wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] + 5
-    wait_for(
-        lambda: bool((machine.wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] >= enough).all()), "frames both ways"
-    )
-    assert violations(machine) == []
-    assert machine.device.owner is Owner.VHOST
-    assert machine.device.log is None
-    assert machine.ram is None
-
-
-def failing(point: str, error: BaseException) -> Callable[[str], None]:
-    def at(reached: str) -> None:
-        if reached == point:
-            raise error
-
-    return at
-
-
 @pytest.mark.parametrize("point", BEFORE_THE_COMMIT)
 def test_an_error_of_any_kind_lets_it_go_on(machines: tuple[Machine, Machine], point: str) -> None:
-    report = move(*machines, failing(point, ZeroDivisionError("by zero")))
+    report, _ = move(*machines, failing(point, ZeroDivisionError("by zero")))
     assert (report.outcome, report.error) == ("source", "ZeroDivisionError: by zero")
     assert_runs(machines[0])
-    assert move(*machines).outcome == "vhost"
+    assert move(*machines)[0].outcome == "vhost"
     assert_runs(machines[1])
 
 
@@ -75,7 +37,7 @@ def test_an_interrupt_lets_it_go_on_and_is_passed_on(machines: tuple[Machine, Ma
 
 
 def test_an_error_after_the_commit_leaves_it_stopped(machines: tuple[Machine, Machine]) -> None:
-    report = move(*machines, failing("committed", ZeroDivisionError("by zero")))
+    report, _ = move(*machines, failing("committed", ZeroDivisionError("by zero")))
     assert (report.outcome, report.error) == ("lost", "ZeroDivisionError: by zero")
     assert machines[0].device.owner is Owner.NOBODY
     assert machines[0].device.log is None

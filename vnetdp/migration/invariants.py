@@ -49,7 +49,7 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
     if endpoint.polls_started - endpoint.polls_stopped != len(endpoint.polled_by):
         found.append("I7: polling was started and stopped unequally often")
     notifiers = machine.notifiers
-    expected = owner is Owner.VHOST or device.owners.prepared is not None
+    expected = owner is Owner.VHOST or (device.owners.prepared is not None and not device.running)
     if not notifiers.balanced or notifiers.with_vhost != expected:
         counts = (notifiers.grabs, notifiers.host, notifiers.guest)
         found.append(f"I7: notifiers (grabs, host, guest) {counts} while {owner.value} has the rings")

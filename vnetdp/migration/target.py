@@ -16,7 +16,7 @@ import numpy as np
 
 from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
-from ..errors import VnetdpError
+from ..errors import reason
 from ..owners import Owner
 from .channel import COMMIT, END, FAILED, POLICIES, READY, RUNNING, Channel
 from .machine import Machine
@@ -58,7 +58,11 @@ class Target:
         }
 
     def run(self) -> Report:
-        """Load, and run the machine if the source gives it up; return how it went."""
+        """Load, and run the machine if the source gives it up; return how it went.
+
+        Whatever fails before the commit, of whatever kind, is undone here and told to the source; what asks the program to
+        end is raised again.
+        """
         report = self.report
         try:
             while not self._seen or self._seen[-1] != END.name:
@@ -69,11 +73,15 @@ class Target:
             section = self._channel.receive(POLICIES[self._policy])
             if section.type is not COMMIT:
                 raise StreamError(f"section {section.type.name} where the commit has to be")
-        except VnetdpError as e:
-            report.error = str(e)
-            _log.warning("migration failed: %s; the source goes on", e)
-            self.give_up()
-            self._answer_failure(str(e))
+        except BaseException as e:
+            report.error = reason(e)
+            _log.warning("migration failed: %s; the source goes on", report.error)
+            try:
+                self.give_up()
+            finally:
+                self._answer_failure(report.error)
+            if not isinstance(e, Exception):
+                raise
             return report
         self.resume()
         owner = self.device.owner
@@ -90,7 +98,7 @@ class Target:
 
     def _answer_failure(self, text: str) -> None:
         try:
-            self._channel.send(FAILED, text.encode()[: FAILED.longest])
+            self._channel.send(FAILED, text.encode(errors="replace")[: FAILED.longest])
             self._channel.drain()
         except StreamError:
             _log.debug("the source is gone, too")
