@@ -105,6 +105,11 @@ def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
     return load_u16_acquire(memory.mem, memory.translate(queue.used + VIRTQ_RING_IDX, 2))
 
 
+def avail_idx(memory: GuestMemory, queue: Virtqueue) -> int:
+    """Return avail.idx of a queue as it stands in guest memory."""
+    return load_u16_acquire(memory.mem, memory.translate(queue.avail + VIRTQ_RING_IDX, 2))
+
+
 def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> None:
     """Tell *backends* what *prepared* says they don't know yet; bind nothing, and leave a known ring's base to `bind`.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
-from tests.migration.rig import assert_runs, failing, move
-from vnetdp.migration.channel import POLICIES
+from tests.migration.rig import SMALL, Tape, assert_runs, failing, move, record, section_bytes
+from vnetdp.migration.channel import COMMIT, EARLY, FAILED, POLICIES
 from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine
+from vnetdp.migration.source import MAX_EARLY
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
+from vnetdp.virtqueue import ring_len
 
 Machines = tuple[Machine, Machine]
 BEFORE_THE_COMMIT = [
@@ -40,6 +44,48 @@ def test_an_error_of_any_kind_is_undone_and_told(machines: Machines, policy: str
         assert_runs(one)
 
 
+def fed(machine: Machine, parts: list[tuple[bytes, int, int, bytes]]) -> tuple[Target, Tape]:
+    """Have *machine* take sections, and a commit behind them."""
+    parts = [*parts, (COMMIT.name.encode(), COMMIT.phase, COMMIT.version, b"")]
+    tape = Tape(b"".join(section_bytes(*part) for part in parts))
+    target = Target(machine, tape, "delta")
+    target.run()
+    return target, tape
+
+
+def recorded(machine: Machine) -> list[tuple[bytes, int, int, bytes]]:
+    parts = [(kind.name.encode(), int(kind.phase), kind.version, p) for kind, p in record(machine, "delta")]
+    machine.stop()
+    return parts
+
+
+@pytest.mark.parametrize("part", range(3), ids=["desc", "avail", "used"])
+@pytest.mark.parametrize("inside", [0, 1], ids=["outside", "across the end"])
+def test_a_ring_that_is_not_wholly_in_guest_memory(machines: Machines, part: int, inside: int) -> None:
+    """Each of its parts, to its last byte."""
+    one, other = machines
+    parts = recorded(one)
+    queue = one.device.queues[1]
+    was = struct.pack("<q", (queue.desc, queue.avail, queue.used)[part])
+    at = (other.memory.end - inside * ring_len(queue.num)[part] // 2) & ~15
+    wrong = [(*p[:3], p[3].replace(was, struct.pack("<q", at)) if p[0] == EARLY.name.encode() else p[3]) for p in parts]
+    assert wrong != parts
+    target, tape = fed(other, wrong)
+    assert target.report.error == "queue 1: a ring lies outside guest memory"
+    assert tape.sections == [(FAILED, target.report.error.encode())]
+    assert_untouched(other)
+
+
+def test_early_states_without_end(machines: Machines) -> None:
+    one, other = machines
+    parts = recorded(one)
+    early = next(part for part in parts if part[0] == EARLY.name.encode())
+    target, _ = fed(other, [parts[0], *[early] * 10_000])
+    assert target.report.error == f"the early state comes more than {MAX_EARLY} times"
+    assert len(target.report.spans.spans) <= 2 * MAX_EARLY
+    assert_untouched(other)
+
+
 def test_a_link_that_goes_down_when_all_is_loaded(machines: Machines) -> None:
     """Nobody gets the rings, and vhost has nothing of them: it gets them when the link is up."""
     one, other = machines
@@ -53,3 +99,17 @@ def test_a_link_that_goes_down_when_all_is_loaded(machines: Machines) -> None:
     assert_untouched(other)
     other.device.set_link(True)
     assert_runs(other)
+
+
+def test_a_device_that_nobody_can_serve_is_reported(machines: Machines) -> None:
+    one, other = machines
+
+    def at(point: str) -> None:
+        if point == "stopped":
+            queue = one.device.queues[1]
+            one.memory.write(queue.avail + 2, struct.pack("<H", queue.last_avail_idx + 2 * SMALL.num & 0xFFFF))
+
+    sent, received = move(one, other, at)
+    assert sent.outcome == received.outcome == "userspace"
+    assert received.violations == sent.target["violations"] == ["I4: nobody serves the rings, the device needs a reset"]
+    assert_untouched(other)

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels.layout import VIRTQ_RING_IDX
-
-from ..errors import reason
+from .. import vhost_net
+from ..errors import ConfigError, reason
 from ..owners import Owner
+from ..state import VIRTIO_CONFIG_S_DRIVER_OK
+from ..virtqueue import ring_len
 from .channel import COMMIT, END, FAILED, POLICIES, READY, RUNNING, Channel
 from .machine import Machine
-from .ram import RamTarget, pages_of
+from .ram import RamTarget
 from .snapshot import decode_delta, decode_early, decode_full
-from .source import Report
+from .source import MAX_EARLY, Report
 from .stream import Phase, Section, StreamError
 
 _log = logging.getLogger("vnetdp.migration")
-_U16 = struct.Struct("<H")
 
 
 class Target:
@@ -45,7 +44,7 @@ class Target:
         self._at = at
         self._ram = RamTarget(machine.memory)
         self._has_setup = False
-        self._has_early = False
+        self._n_early = 0
         self._seen: list[str] = []  # final sections
         self.handlers: dict[str, Callable[[Section], None]] = {
             "setup": self._load_setup,
@@ -84,13 +83,22 @@ class Target:
                 raise
             return report
         self.resume()
-        owner = self.device.owner
-        report.outcome = owner.value if owner is not Owner.NOBODY else Owner.USERSPACE.value  # nothing runs: no link
+        self._see_who_serves()
         try:
             self._channel.send(RUNNING, json.dumps(self._summary()).encode())
         except StreamError as e:
             _log.warning("%s, after it gave the machine up: it runs here", e)
         return report
+
+    def _see_who_serves(self) -> None:
+        """Report the owner. Without a link, or a driver, nobody is right; a device that broke is not."""
+        device = self.device
+        self.report.outcome = device.owner.value
+        if device.owner is Owner.NOBODY:
+            self.report.outcome = Owner.USERSPACE.value
+            if device.status & VIRTIO_CONFIG_S_DRIVER_OK and device.control.link_up:
+                why = f": {device.last_error}" if device.last_error else ""
+                self.report.violations.append(f"I4: nobody serves the rings, the device needs a reset{why}")
 
     def give_up(self) -> None:
         """Undo what was prepared: nothing of it can be seen from outside."""
@@ -155,10 +163,15 @@ class Target:
         self._at("ram")
 
     def _load_early(self, section: Section) -> None:
-        """Load the state for the time being, and prepare vhost for it; again, if the source sends it again."""
+        """Load the state for the time being, and prepare vhost for it; again, if the source sends it again.
+
+        So often as a source does, and no more: each costs time, and a place in the report.
+        """
+        if self._n_early == MAX_EARLY:
+            raise StreamError(f"the early state comes more than {MAX_EARLY} times")
+        self._n_early += 1
         with self.report.spans.span("early_load"):
             self.device.load_state(decode_early(section.payload))
-        self._has_early = True
         self._at("early")
         with self.report.spans.span("early_vhost_start"):
             self.prepare_early()
@@ -174,7 +187,7 @@ class Target:
 
     def _load_delta(self, section: Section) -> None:
         """Load what has changed, and every index; vhost is told of it, and of no more."""
-        if not self._has_early:
+        if not self._n_early:
             raise StreamError("a delta comes without an early state")
         with self.report.spans.span("load_delta"):
             self.device.load_delta(decode_delta(section.payload, len(self.device.queues)))
@@ -186,18 +199,20 @@ class Target:
 
     def check_indices(self) -> None:
         """Hold each index against final guest memory, as virtio_load does: one that can't be fails the migration."""
-        flat = memoryview(pages_of(self.machine.memory).reshape(-1).data)
+        memory = self.machine.memory
         broken = False
         for n, queue in enumerate(self.device.queues):
             if not queue.enabled:
                 continue
-            if max(queue.avail, queue.used) > len(flat) - VIRTQ_RING_IDX - 2:
-                raise StreamError(f"queue {n}: a ring lies outside guest memory")
-            (avail_idx,) = _U16.unpack_from(flat, queue.avail + VIRTQ_RING_IDX)
-            (used_idx,) = _U16.unpack_from(flat, queue.used + VIRTQ_RING_IDX)
+            try:
+                for at, length in zip((queue.desc, queue.avail, queue.used), ring_len(queue.num), strict=True):
+                    memory.translate(at, length)
+            except ConfigError as e:
+                raise StreamError(f"queue {n}: a ring lies outside guest memory") from e
+            used_idx = vhost_net.used_idx(memory, queue)
             if (queue.last_avail_idx - used_idx) & 0xFFFF > queue.num:
                 raise StreamError(f"queue {n}: last_avail_idx and used.idx are further apart than the queue is long")
-            broken |= (avail_idx - queue.last_avail_idx) & 0xFFFF > queue.num
+            broken |= (vhost_net.avail_idx(memory, queue) - queue.last_avail_idx) & 0xFFFF > queue.num
         if broken:
             _log.warning("the guest moved avail.idx by more than a queue's size: the device needs a reset")
             self.device.mark_broken()
@@ -230,7 +245,7 @@ class Target:
             with spans.span("bind_backends"):
                 bound = device.bind_prepared()
         self.machine.faults.phase = "final" if not prepared and self._policy == "none" else "retry"
-        with spans.span("set_running" if bound else "retry" if self._has_early else "start_vhost"):
+        with spans.span("set_running" if bound else "retry" if self._n_early else "start_vhost"):
             device.set_running(True)
         self.start_guest()
 
