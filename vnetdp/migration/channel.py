@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Mapping
 from typing import Final, Self
 
@@ -10,7 +11,7 @@ from ..notify import readable
 from .stream import Phase, Section, SectionType, StreamError, decode, encode
 
 _DRAIN_S = 5.0
-PATIENCE_S = 30.0  # without a byte from the other side
+PATIENCE_S = 30.0  # without a byte from the other side; and for all that comes once the source's guest stands still
 
 # Priorities as QEMU's: what has the lowest is loaded last.
 PRIORITY_LOW, PRIORITY_DEFAULT = 0, 1
@@ -46,10 +47,25 @@ ANSWERS: Final = _by_name(READY, FAILED, RUNNING)
 class Channel:
     """A connected stream socket, which becomes the channel's. Every wait has an end; what fails is a StreamError."""
 
+    _deadline: float | None = None  # CLOCK_MONOTONIC, s
+
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.sent = 0
         sock.settimeout(PATIENCE_S)
+
+    def set_deadline(self, seconds: float = PATIENCE_S) -> None:
+        """Have everything from now on end within so many seconds, however slowly the other side reads or writes."""
+        self._deadline = time.monotonic() + seconds
+
+    def _limit_wait(self) -> None:
+        """Limit the next wait to what is left until the deadline."""
+        if self._deadline is None:
+            return
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it is too slow")
+        self.sock.settimeout(left)
 
     def send(self, section: SectionType, payload: bytes = b"") -> int:
         """Send a section; return its bytes on the wire."""
@@ -58,6 +74,7 @@ class Channel:
         left = total
         try:
             while left:
+                self._limit_wait()
                 n = self.sock.sendmsg(parts)
                 left -= n
                 while parts and n >= len(parts[0]):
@@ -75,6 +92,7 @@ class Channel:
         at = 0
         try:
             while at < length:
+                self._limit_wait()
                 n = self.sock.recv_into(data[at:])
                 if n == 0:
                     raise StreamError("the stream ends in the middle" if at else "the other side is gone")
@@ -91,9 +109,10 @@ class Channel:
         """Say no more, and read what the other side still sends, so that it gets to hear what was said last."""
         try:
             self.sock.shutdown(socket.SHUT_WR)
-            self.sock.settimeout(_DRAIN_S)
+            self.set_deadline(_DRAIN_S)
+            self._limit_wait()
             while self.sock.recv(1 << 20):
-                pass
+                self._limit_wait()
         except OSError:
             return
 

@@ -108,6 +108,7 @@ class Source:
             self._at("ready")
             self._channel.send(COMMIT)
             committed = True  # whatever happens from here on, it may have arrived
+            self._channel.set_deadline()
             self._at("committed")
             answer = self._channel.receive(ANSWERS)
             committed = answer.type is not FAILED  # it gave up before it ran anything
@@ -192,6 +193,7 @@ class Source:
     def _stop(self) -> None:
         self._at("stopping")
         self._listen()
+        self._channel.set_deadline()  # nobody keeps the guest from going on for longer
         with self.report.spans.span("stop"):
             self.machine.stop()
         self._at("stopped")
