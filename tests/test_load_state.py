@@ -14,7 +14,7 @@ from vnetdp.device import NetDevice
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import ConfigError, EndpointError
 from vnetdp.memory import GuestMemory
-from vnetdp.state import Control, DeviceState, StateDelta
+from vnetdp.state import VIRTIO_CONFIG_S_DRIVER_OK, Control, DeviceState, StateDelta
 from vnetdp.virtqueue import Virtqueue
 from vnetdp_kernels import layout as lay
 
@@ -105,6 +105,16 @@ def test_an_offload_that_was_not_negotiated(device: NetDevice, endpoint: Choosy,
         device.set_control(**wrong)
     assert device.save_state() == STATE
     assert endpoint.told["offloads"] == OFFLOADS
+
+
+def test_the_driver_is_told_to_look_at_the_configuration(device: NetDevice) -> None:
+    """It may have been told of a change where it was, and not have looked yet."""
+    device.load_state(replace(STATE, status=READY & ~VIRTIO_CONFIG_S_DRIVER_OK))
+    assert device.config_call.clear() == 0
+    device.load_state(STATE)
+    assert device.config_call.clear() == 1
+    device.load_delta(StateDelta({}, {}, {}, [(0, 9)]))
+    assert device.config_call.clear() == 1
 
 
 def test_indices_of_queues_that_the_same_delta_changes(device: NetDevice) -> None:

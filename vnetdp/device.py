@@ -423,6 +423,7 @@ class NetDevice:
             self._driver_features = features
             self._status = delta.registers.get("status", self._status)
             self.queues[:] = queues
+            self._notify_config()  # a notification that is pending over there is not sent: one too many does no harm
 
     def prepare_vhost(self) -> bool:
         """Configure vhost as far as the state allows, with binding held back; False if there is nothing to do or it failed.
