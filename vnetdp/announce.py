@@ -24,12 +24,17 @@ def rarp(mac: bytes) -> bytes:
 
 
 class Announcer:
-    """Announces *mac* through *send*, from a thread, at each of ROUNDS_S; `close` ends it early. sent: how often so far."""
+    """Announces *mac* through *send*, from a thread, at each of ROUNDS_S; `close` ends it early. sent: how often so far.
+
+    While it is held (`hold`) nothing is sent, and what falls into that time is not made up for.
+    """
 
     def __init__(self, send: Callable[[bytes], None], mac: Callable[[], bytes]) -> None:
         self.sent = 0
         self._send = send
         self._mac = mac
+        self._held = False
+        self._turn = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._announce, name="announce", daemon=True)
         self._thread.start()
@@ -39,8 +44,15 @@ class Announcer:
         for at in ROUNDS_S:
             if self._end.wait(max(0.0, began + at - time.monotonic())):
                 return
-            self._send(rarp(self._mac()))
-            self.sent += 1
+            with self._turn:
+                if not self._held:
+                    self._send(rarp(self._mac()))
+                    self.sent += 1
+
+    def hold(self, held: bool) -> None:
+        """Send nothing from now on, or go on; what is being sent is sent when this returns."""
+        with self._turn:
+            self._held = held
 
     def close(self) -> None:
         self._end.set()

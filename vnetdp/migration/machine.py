@@ -188,6 +188,11 @@ class Machine:
         """Tell the network where the guest is now; takes 0.8 s, beside everything else."""
         self.announcer = Announcer(self.device.endpoint.send_to_wire, lambda: self.device.control.mac)
 
+    def hold_announcing(self, held: bool) -> None:
+        """Announce nothing while it may be that the guest runs elsewhere."""
+        if self.announcer is not None:
+            self.announcer.hold(held)
+
     def end_announcing(self) -> None:
         if self.announcer is not None:
             self.announcer.close()

@@ -93,7 +93,6 @@ class Source:
         Nothing that fails before the commit stops it, of whatever kind; what asks the program to end is raised again.
         """
         machine, report = self.machine, self.report
-        machine.end_announcing()
         committed = False
         log = DirtyLog(machine.memory.end)
         try:
@@ -106,6 +105,7 @@ class Source:
             self._send_final(ram, log)
             self._hear(READY)
             self._at("ready")
+            machine.hold_announcing(True)
             self._channel.send(COMMIT)
             committed = True  # whatever happens from here on, it may have arrived
             self._channel.set_deadline()
@@ -128,6 +128,7 @@ class Source:
             report.counts = {"early": self._n_early, "pages": machine.ram.sent if machine.ram else 0}
             machine.ram = None
             if committed:
+                machine.end_announcing()
                 machine.device.set_log(None)
             log.close()
         return report
@@ -234,6 +235,7 @@ class Source:
 
     def _go_on(self) -> None:
         """Let the machine run here again."""
+        self.machine.hold_announcing(False)
         try:
             self.machine.device.set_log(None)
         except Exception as e:  # noqa: BLE001 - whatever it is, the machine runs
