@@ -134,7 +134,7 @@ class Driver:
         self._wanted = wanted
         self._frame_len = max(frame_len, endpoint.longest_frame)
         self._buffer_len = buffer_len
-        self._start_at = start_at
+        self.start_at = start_at
         self._scratch = Scratch(queue_pairs, num)
         pairs = zip(device.kicks, device.calls, strict=True)
         self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
@@ -162,7 +162,7 @@ class Driver:
         if not device.status & _FEATURES_OK:
             raise ConfigError(f"the device refuses the features {', '.join(f.names(self.features))}")
         self.endpoint.set_offloads(f.host_offload_mask(self.features))
-        at = self._start_at
+        at = self.start_at
         for index in range(2 * self.queue_pairs):
             at = self.lay_out(index, at, first_idx)
         device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
@@ -298,7 +298,7 @@ class Driver:
 
     def place_of(self, index: int) -> tuple[int, int]:
         """Return the guest address of a queue's first part, and the bytes from there to the end of its buffers."""
-        window = self.memory.translate(self._start_at, 0) - self._start_at
+        window = self.memory.translate(self.start_at, 0) - self.start_at
         row = self.dvqs[index]
         first = int(row[layout.DVQ_DESC]) - window
         return first, int(row[layout.DVQ_BUF_GPA]) + self.num * int(row[layout.DVQ_BUF_LEN]) - first
@@ -306,7 +306,7 @@ class Driver:
     def private_ranges(self) -> list[tuple[int, int]]:
         """Return (guest address, bytes) of the pages that the driver writes and the device does not."""
         ranges: list[tuple[int, int]] = []
-        window = self.memory.translate(self._start_at, 0) - self._start_at
+        window = self.memory.translate(self.start_at, 0) - self.start_at
         for index, row in enumerate(self.dvqs):
             lens = ring_len(self.num)
             ranges += [

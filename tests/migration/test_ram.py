@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.by_hand import scaled
 from vnetdp.errors import ConfigError
 from vnetdp.memory import DirtyLog, GuestMemory, Words
 from vnetdp.migration.ram import CHUNK_PAGES, RamSource, RamTarget, pages_of
@@ -102,7 +104,7 @@ def test_a_log_may_name_pages_behind_the_memory() -> None:
 
 
 def test_pages_that_the_guest_says_it_wrote_are_sent_once(source: RamSource) -> None:
-    source.guest_wrote |= {7, PAGES}
+    source.wrote([7, PAGES])
     assert list(source.changed(None)) == [7]
     assert list(source.changed(None)) == []
 
@@ -115,6 +117,51 @@ def test_ranges_that_become_private_later(memory: GuestMemory, source: RamSource
     assert list(source.changed(None)) == [50]  # nothing of it counts as sent; what was compared before goes on
     put(memory, 491)
     assert list(source.changed(None)) == [50, 491]
+
+
+def test_ranges_of_which_a_part_was_private_already(memory: GuestMemory, source: RamSource) -> None:
+    """On either side of it, around it, and across the end of guest memory; what was sent of it stays sent."""
+    for page in (95, 100, 179, 185, 399, 401, 403, PAGES - 1):
+        put(memory, page)
+    send(source, [100, 179, 401])
+    ranges = [(90, 20), (150, 100), (398, 7), (PAGES - 2, 5)]
+    source.add_private([(first * PAGE_SIZE, n * PAGE_SIZE) for first, n in ranges])
+    assert list(source.changed(None)) == [95, 185, 399, 403, PAGES - 1]
+    send(source, [95, 185, 399, 403, PAGES - 1])
+    assert list(source.changed(None)) == []
+    for page in (95, 100, 179, 185, 399, 401, 403, PAGES - 1):
+        put(memory, page, b"anew")
+        assert list(source.changed(None)) == [page]
+        send(source, [page])
+
+
+def test_a_guest_that_writes_and_moves_while_its_pages_are_sent(memory: GuestMemory, source: RamSource) -> None:
+    """Every page that a thread writes and tells of arrives as it was last, whatever is sent meanwhile."""
+    rnd = np.random.default_rng(1)
+    done = threading.Event()
+
+    def write() -> None:
+        for n in range(scaled(4000, 400)):
+            page = int(rnd.integers(200, PAGES))
+            put(memory, page, n.to_bytes(4, "little"))
+            if n % 2:
+                source.wrote([page])
+            else:
+                source.add_private([(page * PAGE_SIZE, PAGE_SIZE)])
+        done.set()
+
+    with make() as there:
+        target = RamTarget(there)
+        thread = threading.Thread(target=write)
+        thread.start()
+        while True:
+            last = done.is_set()
+            for payload in source.payloads(source.changed(None)):
+                target.load(memoryview(payload))
+            if last:
+                break
+        thread.join()
+        assert (pages_of(there) == pages_of(memory)).all()
 
 
 # --- on their way ---

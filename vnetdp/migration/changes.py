@@ -83,8 +83,21 @@ def _ring_setup(machine: Machine, n: int) -> None:
     index = n % len(machine.device.queues)
     driver = machine.driver
     assert driver is not None
-    end = max(at + length for at, length in map(driver.place_of, range(len(machine.device.queues))))
-    _set_up_again(machine, index, -(-end // PAGE_SIZE) * PAGE_SIZE)
+    _set_up_again(machine, index, _free_place(machine, driver.place_of(index)[1]))
+
+
+def _free_place(machine: Machine, length: int) -> int:
+    """Return the lowest guest address from which *length* bytes belong to no queue; VnetdpError if there is none."""
+    driver = machine.driver
+    assert driver is not None
+    at = driver.start_at
+    for first, taken in sorted(map(driver.place_of, range(len(machine.device.queues)))):
+        if at + length <= first:
+            return at
+        at = -(-(first + taken) // PAGE_SIZE) * PAGE_SIZE
+    if at + length > machine.memory.regions[0].length:
+        raise VnetdpError("there is no room in guest memory for the queue to move to")
+    return at
 
 
 def _queue_off(machine: Machine, _n: int) -> None:
@@ -171,12 +184,13 @@ def _wait(done: Callable[[], bool]) -> None:
 
 def _guest_wrote(machine: Machine, index: int) -> None:
     """Tell the migration, if there is one, that the guest itself wrote a queue's rings."""
-    if machine.ram is None or machine.driver is None:
+    ram = machine.ram  # the migration may end meanwhile
+    if ram is None or machine.driver is None:
         return
-    machine.ram.add_private(machine.driver.private_ranges())
+    ram.add_private(machine.driver.private_ranges())
     at, _ = machine.driver.place_of(index)
     length = sum(-(-part // PAGE_SIZE) for part in ring_len(machine.config.num))
-    machine.ram.guest_wrote.update(range(at // PAGE_SIZE, at // PAGE_SIZE + length))
+    ram.wrote(range(at // PAGE_SIZE, at // PAGE_SIZE + length))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -34,32 +35,42 @@ def pages_of(memory: GuestMemory) -> Bytes:
 
 
 class RamSource:
-    """Guest memory as its source sees it. private: (guest address, bytes) of what only the guest writes, whole pages."""
+    """Guest memory as its source sees it. private: (guest address, bytes) of what only the guest writes, whole pages.
 
-    def __init__(self, memory: GuestMemory, private: Iterable[tuple[int, int]]) -> None:
+    The guest may move its queues meanwhile: `add_private` and `wrote` may be called from any thread.
+    """
+
+    def __init__(self, memory: GuestMemory, private: Iterable[tuple[int, int]] = ()) -> None:
         self._memory = memory
         self._pages = pages_of(memory)
-        n_pages = len(self._pages)
-        self._copy_of: Words = np.full(n_pages, -1, np.int64)  # a private page's place among the copies
-        self._spans: list[tuple[int, int]] = []
-        self.guest_wrote: set[int] = set()  # pages that the guest wrote though they are not private
+        self._lock = threading.Lock()
+        self._copy_of: Words = np.full(len(self._pages), -1, np.int64)  # a private page's place among the copies
+        self._runs: list[tuple[int, int]] = []  # of private pages, first and end: their copies lie side by side, too
         self._copies: Bytes = np.zeros((0, PAGE_SIZE), np.uint8)
+        self._wrote: set[int] = set()
         self.add_private(private)
         self.sent = 0  # pages
 
     def add_private(self, private: Iterable[tuple[int, int]]) -> None:
-        """Compare these from now on, too: a queue has moved. Nothing of them counts as sent."""
-        n_copies = len(self._copies)
-        for gpa, length in private:
-            first, end = gpa // PAGE_SIZE, -(-(gpa + length) // PAGE_SIZE)
-            if (self._copy_of[first:end] >= 0).all():
-                continue
-            self._spans.append((first, end))
-            self._copy_of[first:end] = np.arange(n_copies, n_copies + end - first)
-            n_copies += end - first
-        copies: Bytes = np.zeros((n_copies, PAGE_SIZE), np.uint8)
-        copies[: len(self._copies)] = self._copies
-        self._copies = copies
+        """Compare these from now on, too: a queue has moved. What of them was not compared so far counts as never sent."""
+        with self._lock:
+            n_copies = len(self._copies)
+            for gpa, length in private:
+                first = gpa // PAGE_SIZE
+                new = first + np.flatnonzero(self._copy_of[first : -(-(gpa + length) // PAGE_SIZE)] < 0)
+                for run in np.split(new, 1 + np.flatnonzero(np.diff(new) > 1)):
+                    if len(run):
+                        self._runs.append((int(run[0]), int(run[-1]) + 1))
+                        self._copy_of[run] = np.arange(n_copies, n_copies + len(run))
+                        n_copies += len(run)
+            copies: Bytes = np.zeros((n_copies, PAGE_SIZE), np.uint8)
+            copies[: len(self._copies)] = self._copies
+            self._copies = copies
+
+    def wrote(self, pages: Iterable[int]) -> None:
+        """Send these once more: the guest itself has written them, though they are not private."""
+        with self._lock:
+            self._wrote.update(pages)
 
     def all_in_use(self) -> Words:
         """Return the numbers of the pages that hold anything: the others are zero on both sides."""
@@ -79,26 +90,27 @@ class RamSource:
     def changed(self, log: DirtyLog | None) -> Words:
         """Return the pages to send again: those in the log, taken out of it, and the guest's own that differ."""
         logged = log.take() if log else []
-        guest = list(self.guest_wrote)
-        self.guest_wrote.clear()
-        numbers = [np.array([p for p in (*logged, *guest) if p < len(self._pages)], np.int64)]
-        for first, end in self._spans:
-            for at in range(first, end, 64):
-                to = min(at + 64, end)
-                now = self._pages[at:to].view(np.int64)
-                copy = int(self._copy_of[at])
-                numbers.append(
-                    at + np.flatnonzero((now != self._copies[copy : copy + to - at].view(np.int64)).any(axis=1))
-                )
+        with self._lock:
+            wrote, self._wrote = self._wrote, set()
+            numbers = [np.array([p for p in (*logged, *wrote) if p < len(self._pages)], np.int64)]
+            for first, end in self._runs:
+                for at in range(first, end, 64):
+                    to = min(at + 64, end)
+                    now = self._pages[at:to].view(np.int64)
+                    copy = int(self._copy_of[at])
+                    numbers.append(
+                        at + np.flatnonzero((now != self._copies[copy : copy + to - at].view(np.int64)).any(axis=1))
+                    )
         return np.unique(np.concatenate(numbers))
 
     def payloads(self, numbers: Words) -> Iterator[bytes]:
         """Return *numbers*' pages as payloads of ram sections."""
         for at in range(0, len(numbers), CHUNK_PAGES):
             chunk = numbers[at : at + CHUNK_PAGES]
-            data = self._pages[chunk]  # a copy: what is sent is what is compared with later
-            places = self._copy_of[chunk]
-            self._copies[places[places >= 0]] = data[places >= 0]
+            with self._lock:
+                data = self._pages[chunk]  # a copy: what is sent is what is compared with later
+                places = self._copy_of[chunk]
+                self._copies[places[places >= 0]] = data[places >= 0]
             self.sent += len(chunk)
             yield b"".join((_COUNT.pack(len(chunk)), chunk.astype("<i8").tobytes(), data.tobytes()))
 

@@ -98,7 +98,10 @@ class Source:
         try:
             machine.device.set_log(log)
             self._at("logging")
-            ram = machine.ram = RamSource(machine.memory, machine.private_ranges())
+            ram = machine.ram = RamSource(machine.memory)
+            ram.add_private(
+                machine.private_ranges()
+            )  # after that: a queue that moves meanwhile is told by who moves it
             self._send_setup()
             self._while_it_runs(ram, log)
             self._stop()
