@@ -6,6 +6,7 @@ buffers, sends and receives. Its other end is an endpoint, as the device's is; w
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol, Self
 
 import numpy as np
@@ -167,32 +168,45 @@ class Driver:
             at = self.lay_out(index, at, first_idx)
         device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
 
+    def _place(self, index: int, at: int) -> tuple[dict[int, int], list[int], int]:
+        """Return what the row of a queue from guest address *at* on says, and keeps, of its rings and buffers.
+
+        With it, the addresses of its three parts, and the one behind it. ConfigError if it is not inside guest memory.
+        """
+        lens = ring_len(self.num)
+        addresses = []
+        for length in lens:
+            addresses.append(at)
+            at += -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
+        buffer_len = self._buffer_len or _buffer_lens(self.features, self._frame_len)[index % 2]
+        row = {
+            layout.DVQ_NUM: self.num,
+            layout.DVQ_DESC: self.memory.translate(addresses[0], lens[0]),
+            layout.DVQ_AVAIL: self.memory.translate(addresses[1], lens[1]),
+            layout.DVQ_USED: self.memory.translate(addresses[2], lens[2]),
+            layout.DVQ_EVENT_IDX: int(bool(self.features & f.VIRTIO_RING_F_EVENT_IDX)),
+            layout.DVQ_IN_ORDER: int(bool(self.features & f.VIRTIO_F_IN_ORDER)),
+            layout.DVQ_MRG_RXBUF: int(bool(self.features & f.VIRTIO_NET_F_MRG_RXBUF)),
+            layout.DVQ_HDR_LEN: f.header_len(self.features),
+            layout.DVQ_BUF_GPA: at,
+            layout.DVQ_BUF_LEN: buffer_len,
+            layout.DVQ_BUF_OFFSET: self.memory.translate(at, self.num * buffer_len),
+        }
+        return row, addresses, at + -(-self.num * buffer_len // layout.PAGE_SIZE) * layout.PAGE_SIZE
+
     def lay_out(self, index: int, at: int, first_idx: int = 0) -> int:
         """Place a queue's rings and buffers in guest memory from *at* on, and enable it; return the address behind them.
 
         For a queue that the device has not enabled: at the start, or after a reset of it that lost nothing.
         """
         mem, row, state = self.memory.mem, self.dvqs[index], self.states[index]
-        lens = ring_len(self.num)
-        addresses = []
-        for length in lens:
-            addresses.append(at)
-            offset = self.memory.translate(at, length)
+        values, addresses, end = self._place(index, at)
+        for address, length in zip(addresses, ring_len(self.num), strict=True):
+            offset = self.memory.translate(address, length)
             mem[offset : offset + length] = 0
-            at += -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
-        buffer_len = self._buffer_len or _buffer_lens(self.features, self._frame_len)[index % 2]
         row[:] = 0
-        row[layout.DVQ_NUM] = self.num
-        row[layout.DVQ_DESC] = self.memory.translate(addresses[0], lens[0])
-        row[layout.DVQ_AVAIL] = self.memory.translate(addresses[1], lens[1])
-        row[layout.DVQ_USED] = self.memory.translate(addresses[2], lens[2])
-        row[layout.DVQ_EVENT_IDX] = int(bool(self.features & f.VIRTIO_RING_F_EVENT_IDX))
-        row[layout.DVQ_IN_ORDER] = int(bool(self.features & f.VIRTIO_F_IN_ORDER))
-        row[layout.DVQ_MRG_RXBUF] = int(bool(self.features & f.VIRTIO_NET_F_MRG_RXBUF))
-        row[layout.DVQ_HDR_LEN] = f.header_len(self.features)
-        row[layout.DVQ_BUF_GPA] = at
-        row[layout.DVQ_BUF_LEN] = buffer_len
-        row[layout.DVQ_BUF_OFFSET] = self.memory.translate(at, self.num * buffer_len)
+        for slot, value in values.items():
+            row[slot] = value
         row[layout.DVQ_CALLS_ON] = 1
         split.reset_driver(row, state)
         if first_idx:
@@ -205,7 +219,34 @@ class Driver:
             split.publish_available(mem, row)
         self.device.set_queue(index, self.num, *addresses)
         self.device.enable_queue(index)
-        return at + -(-self.num * buffer_len // layout.PAGE_SIZE) * layout.PAGE_SIZE
+        return end
+
+    def check_adopted(self, end: int) -> list[list[int]]:
+        """Check rows that came from outside before anything runs on them; return the addresses of each queue's parts.
+
+        Kernels take a row at its word, and its offsets are of this process's window. ConfigError unless each is such as a
+        driver with these features leaves, the queues lie apart, and all of them below guest address *end*.
+        """
+        window = self.memory.translate(self.start_at, 0) - self.start_at
+        seen: Words = np.zeros(self.num, np.int64)
+        parts = []
+        taken = []
+        for index, (row, state) in enumerate(zip(self.dvqs, self.states, strict=True)):
+            first = int(row[layout.DVQ_DESC]) - window
+            try:
+                values, addresses, behind = self._place(index, first)
+            except ConfigError as e:
+                raise ConfigError(f"queue {index}: its driver has it outside guest memory") from e
+            if first % layout.PAGE_SIZE or row[[*values]].tolist() != [*values.values()]:
+                raise ConfigError(f"queue {index}: its driver cannot have it at {first:#x}, or not so")
+            if not kernels.is_sound(self.memory.mem, row, state, index % 2 == 0, seen):
+                raise ConfigError(f"queue {index}: what its driver knows of its descriptors cannot be")
+            parts.append(addresses)
+            taken.append((first, behind))
+        taken.sort()
+        if any(at < before for (_, before), (at, _) in pairwise([(0, self.start_at), *taken, (end, end)])):
+            raise ConfigError("queues lie one over the other, or over what is no queue's")
+        return parts
 
     # --- running ---
 

@@ -55,5 +55,6 @@ def _load(say: Callable[[str], None] | None) -> None:
     ):
         driver.step()
         device.step()
+        driver.check_adopted(memory.end)
     if cold and say:
         say(f"compiled in {time.perf_counter() - began:.1f} s")

@@ -17,17 +17,34 @@ from .atomic import (
 )
 from .jit import inlined, kernel
 from .layout import (
+    DS_LEN_IN,
+    DS_N_DESC,
+    DS_NEXT,
+    DVQ_AVAIL_IDX,
+    DVQ_BATCH_ID,
+    DVQ_BATCH_LEN,
     DVQ_BUF_GPA,
     DVQ_BUF_LEN,
     DVQ_BUF_OFFSET,
     DVQ_BYTES,
+    DVQ_DESC,
     DVQ_DROPPED,
     DVQ_FREE_HEAD,
+    DVQ_FREE_TAIL,
     DVQ_HDR_LEN,
+    DVQ_IN_FLIGHT,
+    DVQ_IN_ORDER,
+    DVQ_KICKED_IDX,
+    DVQ_LAST_USED_IDX,
     DVQ_MRG_RXBUF,
+    DVQ_NUM,
     DVQ_NUM_FREE,
+    DVQ_ORDER_HEAD,
     DVQ_PACKETS,
+    DVQ_PUBLISHED_IDX,
     DVQ_STATUS,
+    DVQ_USED_IDX,
+    E_FULL,
     E_NUM_BUFFERS,
     EP_DROP_LONG,
     EP_KIND,
@@ -40,6 +57,8 @@ from .layout import (
     KIND_REFLECT,
     NET_HDR_LEN,
     NET_HDR_NUM_BUFFERS,
+    VIRTQ_DESC_F_WRITE,
+    VIRTQ_DESC_SIZE,
 )
 from .port import emit, linearize, now_ns, produce, split_header, swap_macs
 from .reflect import answer
@@ -214,3 +233,70 @@ def receive(
     dvq[DVQ_PACKETS] += frames
     dvq[DVQ_BYTES] += size
     return frames
+
+
+@kernel
+def is_sound(mem: Bytes, dvq: Words, state: Words, writable: bool, seen: Words) -> bool:
+    """Return whether a row that came from outside, and what it says of its descriptors, can be a driver's at rest.
+
+    The row's size, offsets, addresses and features are right already; *writable*: a receiveq. If this holds, too, no index
+    leads out of its table and no list into a ring, and a descriptor is empty or is that of its own buffer: neither the
+    driver nor its device touches anything else. seen int64[num or more]: scratch.
+    """
+    num = dvq[DVQ_NUM]
+    for slot in (DVQ_AVAIL_IDX, DVQ_PUBLISHED_IDX, DVQ_KICKED_IDX, DVQ_LAST_USED_IDX, DVQ_USED_IDX):
+        if not 0 <= dvq[slot] <= 0xFFFF:
+            return False
+    in_flight = (dvq[DVQ_AVAIL_IDX] - dvq[DVQ_LAST_USED_IDX]) & 0xFFFF
+    if in_flight > num or dvq[DVQ_IN_FLIGHT] != in_flight or dvq[DVQ_NUM_FREE] != num - in_flight:
+        return False
+    if (
+        dvq[DVQ_PUBLISHED_IDX] != dvq[DVQ_AVAIL_IDX]
+        or (dvq[DVQ_USED_IDX] - dvq[DVQ_LAST_USED_IDX]) & 0xFFFF > in_flight
+    ):
+        return False
+    if not E_FULL <= dvq[DVQ_STATUS] <= 0:
+        return False
+    heads = 0
+    shift = NET_HDR_LEN - dvq[DVQ_HDR_LEN]
+    for i in range(num):
+        seen[i] = 0
+        if not 0 <= state[i, DS_N_DESC] <= 1:
+            return False
+        heads += state[i, DS_N_DESC]
+        gpa = load_u64_unaligned(mem, dvq[DVQ_DESC] + VIRTQ_DESC_SIZE * i)
+        word = load_u64_unaligned(mem, dvq[DVQ_DESC] + VIRTQ_DESC_SIZE * i + 8)
+        if state[i, DS_N_DESC] and state[i, DS_LEN_IN] != (dvq[DVQ_BUF_LEN] if writable else 0):
+            return False
+        if gpa == 0 and word == 0 and state[i, DS_N_DESC] == 0:
+            continue
+        buffer = dvq[DVQ_BUF_GPA] + i * dvq[DVQ_BUF_LEN]
+        if writable and (gpa != buffer or word != dvq[DVQ_BUF_LEN] | VIRTQ_DESC_F_WRITE << 32):
+            return False
+        if not writable and (gpa != buffer + shift or not 0 < word <= dvq[DVQ_BUF_LEN] - shift):
+            return False
+    if heads != in_flight:
+        return False
+    order_head = dvq[DVQ_ORDER_HEAD]
+    if dvq[DVQ_IN_ORDER]:
+        if not 0 <= order_head < num:
+            return False
+        for k in range(in_flight):
+            if state[(order_head + k) & (num - 1), DS_N_DESC] == 0:
+                return False
+    i = dvq[DVQ_FREE_HEAD]
+    for k in range(num - in_flight):
+        if not 0 <= i < num or seen[i] or state[i, DS_N_DESC]:
+            return False
+        if dvq[DVQ_IN_ORDER] and i != (order_head + in_flight + k) & (num - 1):
+            return False
+        if k == num - in_flight - 1 and i != dvq[DVQ_FREE_TAIL]:
+            return False
+        seen[i] = 1
+        i = state[i, DS_NEXT]
+    batch = dvq[DVQ_BATCH_ID]
+    if batch == -1:
+        return True
+    if not dvq[DVQ_IN_ORDER] or not 0 <= batch < num or state[batch, DS_N_DESC] == 0:
+        return False
+    return bool(0 <= dvq[DVQ_BATCH_LEN] <= 0xFFFFFFFF)

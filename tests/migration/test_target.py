@@ -14,6 +14,7 @@ from vnetdp.migration.source import MAX_EARLY
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
 from vnetdp.virtqueue import ring_len
+from vnetdp_kernels import layout as lay
 
 Machines = tuple[Machine, Machine]
 BEFORE_THE_COMMIT = [
@@ -73,6 +74,20 @@ def test_a_ring_that_is_not_wholly_in_guest_memory(machines: Machines, part: int
     target, tape = fed(other, wrong)
     assert target.report.error == "queue 1: a ring lies outside guest memory"
     assert tape.sections == [(FAILED, target.report.error.encode())]
+    assert_untouched(other)
+
+
+def test_a_driver_that_cannot_be(machines: Machines) -> None:
+    """What the guest knows comes with its memory, and is checked before anybody commits to it."""
+    one, other = machines
+
+    def at(point: str) -> None:
+        if point == "stopped" and one.driver is not None:
+            one.driver.dvqs[1, lay.DVQ_KICKED_IDX] = 1 << 16
+
+    sent, received = move(one, other, at)
+    assert received.error == "queue 1: what its driver knows of its descriptors cannot be"
+    assert (sent.outcome, sent.error) == ("source", f"the destination failed: {received.error}")
     assert_untouched(other)
 
 

@@ -30,6 +30,17 @@ from ..errors import ConfigError
 from ..memory import GuestMemory, Region, SharedBlock
 from .ram import RamSource, pages_of
 
+# What of the guest's end of the traffic stays as it was made; the rest counts, or says what comes next.
+_CONSTANT = [
+    slot
+    for slot in range(layout.EP_SLOTS)
+    if slot
+    not in (
+        *(layout.EP_SEQ, layout.EP_LIMIT, layout.EP_NEXT_NS, layout.EP_TO_WIRE, layout.EP_FROM_WIRE),
+        *(layout.EP_DROP_SHORT, layout.EP_DROP_LONG, layout.EP_DROP_ERROR, layout.EP_DROP_NO_BUFFER),
+        *(layout.EP_DROP_OFFLOAD, layout.EP_BYTES_TO_WIRE, layout.EP_BYTES_FROM_WIRE),
+    )
+]
 _HEADROOM = 64 + layout.NET_HDR_LEN
 
 
@@ -99,6 +110,7 @@ class Machine:
         pairs = config.queue_pairs
         self.guest: GenerateEndpoint = enter(_Numbered(pairs, config.size, config.rate, config.to_wire))
         self.wire: Endpoint = enter(self._open_wire(wire_fd))
+        self._guest_as_made = self.guest.rows[:, _CONSTANT]
         self._block: SharedBlock = driver_block(pairs, config.num)
         self._stack.callback(self._block.close)
         self.memory: GuestMemory = enter(self._guest_memory())
@@ -157,6 +169,23 @@ class Machine:
         """Take the guest as it lies in guest memory, which was loaded."""
         self.driver = self._make_driver(adopt=True)
 
+    def check_guest(self) -> None:
+        """Check what is loaded of the guest before it runs: its end of the traffic, its driver, and that driver's rings.
+
+        ConfigError if no guest can have left it so: it came from outside, and kernels take it at its word.
+        """
+        assert self.driver is not None
+        rows, ledger = self.guest.rows, self.guest.ledger
+        if (rows[:, _CONSTANT] != self._guest_as_made).any() or rows.min() < -1:
+            raise ConfigError("the guest's end of the traffic is not this machine's")
+        if ledger.min() < 0:
+            raise ConfigError("the guest's ledger counts below 0")
+        self.driver.features = self.device.driver_features  # it did not negotiate them
+        parts = self.driver.check_adopted(self.memory.regions[0].length)
+        for index, (queue, addresses) in enumerate(zip(self.device.queues, parts, strict=True)):
+            if queue.enabled and queue.setup != (self.config.num, *addresses):
+                raise ConfigError(f"queue {index}: the device's ring is not its driver's")
+
     def _make_driver(self, adopt: bool) -> Driver:
         config = self.config
         driver = Driver(
@@ -181,7 +210,6 @@ class Machine:
     def start_guest(self) -> None:
         """Let the guest go on."""
         assert self.driver is not None
-        self.driver.features = self.device.driver_features  # one that was adopted did not negotiate them
         self.driver.start()
 
     def announce(self) -> None:

@@ -64,6 +64,7 @@ class SeedTarget(Target):
         """Set every base, then bind every backend, in the load of a section: before anybody committed to anything (E9)."""
         if not self.vhost_started:
             return
+        self.check_guest()
         spans, owners = self.report.spans, self.device.owners
         try:
             with vhost_net.standing_still(self._vhost):

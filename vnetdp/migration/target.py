@@ -223,6 +223,15 @@ class Target:
         if "virtio-net" in self._seen:
             with self.report.spans.span("index_check"):
                 self.check_indices()
+        with self.report.spans.span("guest_check"):
+            self.check_guest()
+
+    def check_guest(self) -> None:
+        """Check what the guest's own memory says that kernels rely on: it is as much from outside as a section is."""
+        try:
+            self.machine.check_guest()
+        except ConfigError as e:
+            raise StreamError(str(e)) from e
 
     def _check_memory(self, section: Section) -> None:
         """Hold guest memory against what the source says of its own: for tests, since it takes its time."""
