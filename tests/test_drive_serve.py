@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,10 +14,12 @@ import pytest
 
 from tests.by_hand import frame, no_descriptor_leaks, scaled, wait_for
 from tests.interop.peers import ALL, SIZES, driven, exchanged, read_pcap, write_pcap
+from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.drive import drive
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
+from vnetdp.errors import ConfigError
 from vnetdp.features import parse
 from vnetdp.server import Server
 
@@ -122,3 +125,18 @@ def test_a_long_frame_needs_buffers_that_merge_or_are_long_enough(
             report = driven(guest, path, features, mtu=mtu, seconds=1.0)
         dropped = endpoint.counters()["dropped_no_buffer"]
     assert (report["rx_packets"], dropped) == ((count, 0) if fits else (0, count))
+
+
+def test_a_front_end_takes_over_the_socket_file_of_one_that_died_and_leaves_that_of_another(path: Path) -> None:
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(path))
+    dead.close()  # as after SIGKILL: the file is there still
+    front_end = VhostUserFrontEnd(str(path), listen=True)
+    with pytest.raises(ConfigError, match="another program listens"):
+        VhostUserFrontEnd(str(path), listen=True)
+    path.unlink()
+    successor = VhostUserFrontEnd(str(path), listen=True)
+    front_end.close()
+    assert path.exists()
+    successor.close()
+    assert not path.exists()

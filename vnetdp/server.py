@@ -11,17 +11,15 @@ import errno
 import logging
 import select
 import socket
-import stat
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Self
 
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError
 from .session import Session
+from .vhost_user.listener import Listener
 from .vhost_user.transport import Transport
 from .vrings import Served
 
@@ -67,33 +65,13 @@ class Server:
         self.inband = inband
         self.served = 0
         self.refused = 0
-        self._listener: socket.socket | None = None
-        self._socket_inode: tuple[int, int] | None = None
         if mtu is not None:
             endpoint.set_mtu(mtu)
-        if not connect:
-            self._listen()
+        self._listener = None if connect else Listener(path, 8)
         self._own_worker: Worker | None = None
         if worker is None:
             worker = self._own_worker = Worker(queue_pairs, poll_us, "vhost-worker")
         self.worker: Served = worker
-
-    def _listen(self) -> None:
-        path = Path(self.path)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(path.stat().st_mode):
-                raise ConfigError(f"{path} exists and is not a socket: take another path")
-            _remove_if_dead(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(self.path)
-        except OSError as e:
-            listener.close()
-            raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
-        listener.listen(8)
-        found = path.stat()
-        self._socket_inode = (found.st_dev, found.st_ino)
-        self._listener = listener
 
     def run(self, stop: Callable[[], bool], wake_fd: int) -> None:
         """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked."""
@@ -114,8 +92,7 @@ class Server:
         if self._listener is not None:
             if self._listener.fileno() not in _readable(self._listener.fileno(), wake_fd):
                 return None
-            sock, _ = self._listener.accept()
-            return Transport(sock)
+            return Transport(self._listener.accept())
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(self.path)
@@ -160,10 +137,6 @@ class Server:
             self._own_worker.close()
         if self._listener is not None:
             self._listener.close()
-            with suppress(FileNotFoundError):
-                found = Path(self.path).stat()
-                if (found.st_dev, found.st_ino) == self._socket_inode:
-                    Path(self.path).unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -178,18 +151,3 @@ def _readable(*fds: int, timeout_s: float | None = None) -> set[int]:
     for fd in fds:
         poll.register(fd, select.POLLIN)
     return {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
-
-
-def _remove_if_dead(path: Path) -> None:
-    """Remove a socket that nobody listens on; ConfigError if somebody does."""
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        probe.connect(str(path))
-    except ConnectionRefusedError:
-        path.unlink()
-    except OSError as e:
-        raise ConfigError(f"cannot use {path}: {e.strerror or e}") from e
-    else:
-        raise ConfigError(f"another program listens on {path}: end that, or take another path")
-    finally:
-        probe.close()

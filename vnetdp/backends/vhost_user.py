@@ -12,8 +12,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TypeVar
 
 from vnetdp_kernels.layout import VIRTQ_MAX_NUM
@@ -24,6 +23,7 @@ from ..errors import BackendError, ConfigError, LocalProtocolError, RemoteProtoc
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd, readable
 from ..vhost_user.connection import FrontEndConnection
+from ..vhost_user.listener import Listener
 from ..vhost_user.message import (
     MAX_FDS,
     NO_FD,
@@ -72,15 +72,7 @@ class VhostUserFrontEnd:
         self._lock = threading.RLock()
         self._inflight: tuple[Inflight, int] | None = None
         self._status = 0
-        self._listener: socket.socket | None = None
-        if listen:
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                self._listener.bind(path)
-            except OSError as e:
-                self._listener.close()
-                raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
-            self._listener.listen(1)
+        self._listener = Listener(path, 1) if listen else None
         self.backends = [VhostUserBackend(self, pair) for pair in range(queue_pairs)]
 
     # --- the connection ---
@@ -113,7 +105,7 @@ class VhostUserFrontEnd:
 
     def _accept(self, timeout_s: float) -> socket.socket | None:
         assert self._listener is not None
-        return self._listener.accept()[0] if readable(self._listener, timeout_s) else None
+        return self._listener.accept() if readable(self._listener, timeout_s) else None
 
     def _dial(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -175,8 +167,6 @@ class VhostUserFrontEnd:
         if self._listener is not None:
             # First of all: a back end that is left would come straight back.
             self._listener.close()
-            with suppress(FileNotFoundError):
-                Path(self.path).unlink()
         self.disconnect()
         if self._inflight is not None:
             os.close(self._inflight[1])
