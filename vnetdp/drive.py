@@ -18,6 +18,7 @@ from .errors import BackendError, ConfigError
 from .owners import Owner
 
 _TICK_S = 0.02
+_ATTEMPT_S = 1.0  # for a handshake with a back end that comes after another
 _QUIET_S = 0.5  # nothing came for so long: nothing more will
 
 
@@ -70,7 +71,7 @@ def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool])
     """Connect, again and again; ConfigError when the time is up."""
     until = time.monotonic() + wait_s
     while not stop():
-        if front_end.connect(_TICK_S):
+        if front_end.connect(max(until - time.monotonic(), _TICK_S), stop):
             return
         if time.monotonic() >= until:
             raise ConfigError(f"no vhost-user back end on {front_end.path} within {wait_s:g} s")
@@ -87,7 +88,7 @@ def _run(
         time.sleep(_TICK_S)
         if not front_end.connected:
             try:
-                if front_end.connect(_TICK_S):
+                if front_end.connect(_ATTEMPT_S, stop):
                     device.restart_vhost()
                     if device.owner is not Owner.VHOST:
                         front_end.disconnect()  # and again

@@ -13,7 +13,7 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-def readable(file: HasFileno, timeout_s: float) -> bool:
+def readable(file: HasFileno | int, timeout_s: float) -> bool:
     """Wait for something to read, or a hang-up, for at most so many seconds; return whether there is.
 
     Not select(), which knows no descriptor above 1,023: a machine of 256 queue pairs has more.

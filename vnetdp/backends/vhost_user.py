@@ -1,46 +1,29 @@
-"""VhostUserFrontEnd: the vhost verbs as vhost-user messages, so that a device can hand its rings to a remote back end.
-
-Binding is held back as everywhere: a back end may start a ring when it gets its kick, so the kick is sent when the ring is
-bound, and not before. Unbinding is GET_VRING_BASE, the one message after which nothing touches the ring.
-"""
+"""VhostUserFrontEnd: a remote back end, as the backends that a device can hand its rings to."""
 
 from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from vnetdp_kernels.layout import VIRTQ_MAX_NUM
-
 from .. import features as f
-from ..endpoints.base import Endpoint
-from ..errors import BackendError, ConfigError, LocalProtocolError, RemoteProtocolError
-from ..memory import DirtyLog, GuestMemory
-from ..notify import EventFd, readable
-from ..vhost_user.connection import FrontEndConnection
+from ..errors import BackendError, ConfigError
+from ..memory import GuestMemory
+from ..vhost_user.conversation import Conversation, never, wait_readable
 from ..vhost_user.listener import Listener
 from ..vhost_user.message import (
-    MAX_FDS,
-    NO_FD,
     U64,
-    VHOST_VRING_F_LOG,
     Inflight,
-    Log,
-    MemoryRegion,
-    MemoryTable,
     Payload,
     ProtocolFeature,
     Request,
-    VringAddr,
-    VringState,
 )
-from ..vhost_user.transport import Transport, close_fds
+from ..vhost_user.transport import close_fds
 from .base import VRINGS
+from .vhost_user_pair import VhostUserBackend
 
 P = TypeVar("P", bound=Payload)
 
@@ -48,28 +31,27 @@ _F = ProtocolFeature
 _WANTED = (
     _F.MQ | _F.LOG_SHMFD | _F.RARP | _F.REPLY_ACK | _F.MTU | _F.INFLIGHT_SHMFD | _F.CONFIG | _F.STATUS | _F.RESET_DEVICE
 )
-_FEATURES_OK = 1 | 2 | 8
-_DRIVER_OK = 4
-_ANSWER_TIMEOUT_S = 10.0
 
 
 class VhostUserFrontEnd:
     """A connection to a back end on the Unix socket *path*, `backends[i]` for queue pair i.
 
-    listen: we own the socket, and the back end connects. queue_size: of the largest queue, for the inflight area. What
-    the back end offers is in `features` once `connect` returned; after a crash, `connect` again.
+    listen: we own the socket, and the back end connects. queue_size: of the largest queue, for the inflight area.
+    timeout_s: for each answer. What the back end offers is in `features` once `connect` returned; after a crash, `connect`
+    again.
     """
 
-    def __init__(self, path: str, queue_pairs: int = 1, *, listen: bool = False, queue_size: int = 256) -> None:
+    def __init__(
+        self, path: str, queue_pairs: int = 1, *, listen: bool = False, queue_size: int = 256, timeout_s: float = 10.0
+    ) -> None:
         self.path = path
         self.queue_pairs = queue_pairs
         self.queue_size = queue_size
+        self.timeout_s = timeout_s
         self.features = 0
         self.memory: GuestMemory | None = None
         self.connections = 0
-        self._connection = FrontEndConnection()
-        self._transport: Transport | None = None
-        self._lock = threading.RLock()
+        self._conversation: Conversation | None = None
         self._inflight: tuple[Inflight, int] | None = None
         self._status = 0
         self._listener = Listener(path, 1) if listen else None
@@ -77,38 +59,39 @@ class VhostUserFrontEnd:
 
     # --- the connection ---
 
-    def connect(self, timeout_s: float) -> bool:
-        """Attach to the back end and shake hands, within *timeout_s*; False if there is none.
+    def connect(self, timeout_s: float, stop: Callable[[], bool] = never) -> bool:
+        """Attach to the back end and shake hands, within *timeout_s* and until *stop* says so; False if there is none.
 
         BackendError or ConfigError if there is one, and it can't be worked with.
         """
         self.disconnect()
-        sock = self._accept(timeout_s) if self._listener is not None else self._dial()
+        until = time.monotonic() + timeout_s
+        sock = self._accept(until, stop) if self._listener is not None else self._dial()
         if sock is None:
             return False
-        sock.settimeout(_ANSWER_TIMEOUT_S)
-        self._transport = Transport(sock)
-        self._connection = FrontEndConnection()
+        self._conversation = Conversation(sock, until, stop, self.timeout_s)
         self._status = 0
         self.memory = None
         try:
-            self._shake_hands()
+            self._shake_hands(self._conversation)
         except (BackendError, ConfigError) as e:
             self.disconnect()
-            if isinstance(e, BackendError) and e.errno == errno.ESRCH:
-                return False  # connect() may succeed on a back end that is just dying
+            if isinstance(e, BackendError) and e.errno in (errno.ESRCH, errno.ETIMEDOUT):
+                return False  # one that is just dying takes a connection, too, and one that serves somebody else
             raise
+        self._conversation.established()
         for backend in self.backends:
             backend.forget()
         self.connections += 1
         return True
 
-    def _accept(self, timeout_s: float) -> socket.socket | None:
+    def _accept(self, until: float, stop: Callable[[], bool]) -> socket.socket | None:
         assert self._listener is not None
-        return self._listener.accept() if readable(self._listener, timeout_s) else None
+        return self._listener.accept() if wait_readable(self._listener, until, stop) else None
 
     def _dial(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)  # whose backlog is full is not there for us
         try:
             sock.connect(self.path)
         except OSError:
@@ -116,8 +99,8 @@ class VhostUserFrontEnd:
             return None
         return sock
 
-    def _shake_hands(self) -> None:
-        conn = self._connection
+    def _shake_hands(self, conversation: Conversation) -> None:
+        conn = conversation.connection
         self.send(Request.SET_OWNER)
         self.features = conn.offered_features = self.ask(Request.GET_FEATURES, U64).value
         if self.features & f.VHOST_USER_F_PROTOCOL_FEATURES:
@@ -129,16 +112,16 @@ class VhostUserFrontEnd:
         if limit < self.queue_pairs:
             raise ConfigError(f"{self.path}: the back end has {limit} queue pairs, {self.queue_pairs} are asked for")
         if conn.has(_F.INFLIGHT_SHMFD):
-            self._share_inflight()
+            self._share_inflight(conversation)
 
-    def _share_inflight(self) -> None:
+    def _share_inflight(self, conversation: Conversation) -> None:
         """Give the back end the inflight area that its predecessor made, or get one from it."""
         if self._inflight is not None:
             said, fd = self._inflight
             self.send(Request.SET_INFLIGHT_FD, said, [fd])
             return
         num = VRINGS * self.queue_pairs
-        answer, fds = self._exchange(Request.GET_INFLIGHT_FD, Inflight(0, 0, num, self.queue_size), ())
+        answer, fds = conversation.exchange(Request.GET_INFLIGHT_FD, Inflight(0, 0, num, self.queue_size), ())
         if isinstance(answer, Inflight) and answer.size and len(fds) == 1:
             self._inflight = (answer, fds[0])
             self.send(Request.SET_INFLIGHT_FD, answer, [fds[0]])
@@ -148,19 +131,14 @@ class VhostUserFrontEnd:
     @property
     def connected(self) -> bool:
         """False once the back end has gone."""
-        with self._lock:
-            if self._transport is None:
-                return False
-            poll = select.poll()
-            poll.register(self._transport.fileno(), select.POLLRDHUP)
-            return not poll.poll(0)
+        conversation = self._conversation
+        return conversation is not None and conversation.open
 
     def disconnect(self) -> None:
         """Leave the back end. Rings it has are not stopped by this, but by its noticing."""
-        with self._lock:
-            if self._transport is not None:
-                self._transport.close()
-                self._transport = None
+        if self._conversation is not None:
+            self._conversation.close()
+            self._conversation = None
 
     def close(self) -> None:
         """Disconnect, and give up the socket and the inflight area."""
@@ -175,55 +153,21 @@ class VhostUserFrontEnd:
     # --- messages ---
 
     def has(self, feature: ProtocolFeature) -> bool:
-        return self._connection.has(feature)
+        return self._conversation is not None and self._conversation.has(feature)
 
-    def _exchange(
-        self, request: Request, payload: Payload | None, fds: Iterable[int]
-    ) -> tuple[Payload | None, tuple[int, ...]]:
-        with self._lock:
-            if self._transport is None:
-                raise BackendError(request.name, errno.ESRCH, None, "the back end is gone")
-            fds = list(fds)
-            try:
-                data, answered = self._connection.send(request, payload, len(fds))
-            except LocalProtocolError as e:
-                raise BackendError(request.name, errno.EOPNOTSUPP, None, str(e)) from e
-            try:
-                self._transport.send(data, fds)
-                got = self._transport.receive() if answered else None
-            except OSError as e:
-                self.disconnect()
-                raise BackendError(request.name, errno.ESRCH, None, f"the back end is gone: {e}") from e
-            except RemoteProtocolError as e:
-                self.disconnect()
-                raise BackendError(request.name, errno.EPROTO, None, str(e)) from e
-            if not answered:
-                return None, ()
-            if got is None:
-                self.disconnect()
-                raise BackendError(request.name, errno.ESRCH, None, "the back end closed the connection")
-            header, content, got_fds = got
-            try:
-                return self._connection.receive(request, header, content), got_fds
-            except RemoteProtocolError as e:
-                close_fds(got_fds)
-                self.disconnect()
-                raise BackendError(request.name, errno.EPROTO, None, str(e)) from e
+    def _talk(self, request: Request) -> Conversation:
+        conversation = self._conversation
+        if conversation is None:
+            raise BackendError(request.name, errno.ESRCH, None, "the back end is gone")
+        return conversation
 
     def send(self, request: Request, payload: Payload | None = None, fds: Iterable[int] = ()) -> None:
         """Send a request; BackendError if the back end refuses it, or is gone."""
-        answer, got_fds = self._exchange(request, payload, fds)
-        close_fds(got_fds)
-        if isinstance(answer, U64) and answer.value:
-            raise BackendError(request.name, errno.EINVAL, None, "the back end refuses it")
+        self._talk(request).send(request, payload, fds)
 
     def ask(self, request: Request, kind: type[P], payload: Payload | None = None) -> P:
-        """Send a request and return its answer."""
-        answer, got_fds = self._exchange(request, payload, ())
-        close_fds(got_fds)
-        if not isinstance(answer, kind):
-            raise BackendError(request.name, errno.EPROTO, None, "an answer of another kind")
-        return answer
+        """Send a request and return its answer; BackendError if there is none."""
+        return self._talk(request).ask(request, kind, payload)
 
     def set_status(self, status: int) -> None:
         """Tell the device status, where the back end wants to know it."""
@@ -238,173 +182,3 @@ class VhostUserFrontEnd:
     def send_rarp(self, mac: bytes) -> None:
         """Ask the back end to announce *mac* on its wire."""
         self.send(Request.SEND_RARP, U64(int.from_bytes(mac.ljust(8, b"\0"), "little")))
-
-
-class VhostUserBackend:
-    """One queue pair of a remote back end (see `Backend`)."""
-
-    def __init__(self, front_end: VhostUserFrontEnd, pair: int) -> None:
-        self._fe = front_end
-        self._pair = pair
-        self._bound = [False] * VRINGS
-        self._lost = [False] * VRINGS  # bound when the back end went away: where it stopped is not known here
-        self._num = [0] * VRINGS
-        self._base = [0] * VRINGS
-        self._kick: list[EventFd | None] = [None] * VRINGS
-        self._call: list[EventFd | None] = [None] * VRINGS
-        self._features: int | None = None
-
-    def forget(self) -> None:
-        """Know that there is another back end now, which has none of the rings that were bound."""
-        self._lost = [lost or bound for lost, bound in zip(self._lost, self._bound, strict=True)]
-        self._bound = [False] * VRINGS
-
-    def _index(self, verb: str, index: int) -> int:
-        if not 0 <= index < VRINGS:
-            raise BackendError(verb, errno.ENOBUFS, index, "a vhost device has vrings 0 and 1")
-        return VRINGS * self._pair + index
-
-    def _not_bound(self, verb: str, index: int) -> int:
-        n = self._index(verb, index)
-        if self._bound[index]:
-            raise BackendError(verb, errno.EBUSY, index, "the ring is bound")
-        return n
-
-    def set_mtu(self, mtu: int) -> None:
-        if not 68 <= mtu <= 65535:
-            raise BackendError("set_mtu", errno.EINVAL, None, f"MTU {mtu} is not between 68 and 65535")
-        if self._fe.has(_F.MTU) and self._pair == 0:
-            self._fe.send(Request.NET_SET_MTU, U64(mtu))
-
-    def set_features(self, features: int) -> None:
-        if any(self._bound) and (features ^ (self._features or 0)) & ~f.VHOST_F_LOG_ALL:
-            raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
-        if features & ~self._fe.features:
-            missing = ", ".join(f.names(features & ~self._fe.features))
-            raise BackendError("set_features", errno.EOPNOTSUPP, None, f"the back end lacks {missing}")
-        self._features = features
-        if self._pair == 0:
-            self._fe.send(Request.SET_FEATURES, U64(features | self._fe.features & f.VHOST_USER_F_PROTOCOL_FEATURES))
-            self._fe.set_status(_FEATURES_OK | self._fe.status)
-
-    def set_memory(self, memory: GuestMemory) -> None:
-        if memory is self._fe.memory:
-            return
-        if len(memory.regions) > MAX_FDS:
-            raise BackendError("set_memory", errno.E2BIG, None, f"more than {MAX_FDS} regions")
-        regions = tuple(MemoryRegion(r.gpa, r.length, _uva(memory, r.gpa), r.fd_offset) for r in memory.regions)
-        self._fe.send(Request.SET_MEM_TABLE, MemoryTable(regions), [r.fd for r in memory.regions])
-        self._fe.memory = memory
-
-    def set_log(self, log: DirtyLog | None) -> None:
-        if log is not None and self._pair == 0:
-            self._fe.send(Request.SET_LOG_BASE, Log(log.length, 0), [log.fd])
-
-    def set_vring_num(self, index: int, num: int) -> None:
-        n = self._not_bound("set_vring_num", index)
-        if not 0 < num <= VIRTQ_MAX_NUM or num & (num - 1):
-            raise BackendError("set_vring_num", errno.EINVAL, index, f"{num} is not a power of two up to 32768")
-        self._fe.send(Request.SET_VRING_NUM, VringState(n, num))
-        self._num[index] = num
-
-    def set_vring_base(self, index: int, base: int) -> None:
-        n = self._not_bound("set_vring_base", index)
-        if not 0 <= base <= 0xFFFF:
-            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
-        self._fe.send(Request.SET_VRING_BASE, VringState(n, base))
-        self._base[index] = base
-        self._lost[index] = False
-
-    def get_vring_base(self, index: int) -> int:
-        self._index("get_vring_base", index)
-        if self._bound[index]:
-            self.set_backend(index, None)
-        if self._lost[index]:
-            raise BackendError("get_vring_base", errno.ESRCH, index, "the back end that had the ring is gone")
-        return self._base[index]
-
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        n = self._index("set_vring_addr", index)
-        memory = self._fe.memory
-        if memory is None or not self._num[index]:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, "memory and size come first")
-        if desc % 16 or avail % 2 or used % 4:
-            raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
-        try:
-            desc_uva, used_uva, avail_uva = (_uva(memory, gpa) for gpa in (desc, used, avail))
-        except ConfigError as e:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
-        flags = 0 if log_used is None else VHOST_VRING_F_LOG
-        self._fe.send(Request.SET_VRING_ADDR, VringAddr(n, flags, desc_uva, used_uva, avail_uva, log_used or 0))
-
-    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
-        self._index("set_vring_kick", index)
-        self._kick[index] = kick
-        if self._bound[index]:
-            self._send_kick(index)
-
-    def _send_kick(self, index: int) -> None:
-        kick = self._kick[index]
-        n = VRINGS * self._pair + index
-        self._fe.send(Request.SET_VRING_KICK, U64(n if kick else n | NO_FD), [kick.fd] if kick else [])
-
-    def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        n = self._index("set_vring_call", index)
-        self._call[index] = call
-        self._fe.send(Request.SET_VRING_CALL, U64(n if call else n | NO_FD), [call.fd] if call else [])
-
-    def set_vring_enable(self, index: int, enabled: bool) -> None:
-        n = self._index("set_vring_enable", index)
-        if self._fe.features & f.VHOST_USER_F_PROTOCOL_FEATURES:
-            self._fe.send(Request.SET_VRING_ENABLE, VringState(n, int(enabled)))
-
-    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
-        """Nothing: the back end has the area itself."""
-
-    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        n = self._index("set_backend", index)
-        if endpoint is None:
-            if self._bound[index]:
-                self._bound[index] = False
-                self._base[index] = self._fe.ask(Request.GET_VRING_BASE, VringState, VringState(n, 0)).num
-            return
-        if not self._num[index] or self._fe.memory is None:
-            raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
-        self._send_kick(index)
-        self.set_vring_enable(index, True)
-        self._fe.set_status(_FEATURES_OK | _DRIVER_OK)
-        self._bound[index] = True
-        kick = self._kick[index]
-        if kick is not None:
-            kick.signal()  # not every back end looks at a ring by itself when it starts
-        call = self._call[index]
-        if call is not None:
-            call.signal()  # whoever had the ring before may have left a decision open
-
-    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
-        """No: the protocol has no such message."""
-        return False
-
-    @property
-    def site(self) -> object:
-        return self
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        yield
-
-    def park(self, parked: bool) -> None:
-        """A back end elsewhere does nothing with rings that are not enabled."""
-
-    def status(self, index: int) -> int:
-        """0: a remote ring that broke stays silent."""
-        return 0
-
-    def counters(self, index: int) -> dict[str, int]:
-        """Zeros: the back end counts for itself."""
-        return dict.fromkeys(("packets", "bytes", "dropped", "calls", "kicks"), 0)
-
-
-def _uva(memory: GuestMemory, gpa: int) -> int:
-    """Return our own address of a guest address, which is what a back end is told."""
-    return int(memory.mem.ctypes.data) + memory.translate(gpa, 1)

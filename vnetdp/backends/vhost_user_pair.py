@@ -1,0 +1,211 @@
+"""VhostUserBackend: the vhost verbs of one queue pair, as vhost-user messages.
+
+Binding is held back as everywhere: a back end may start a ring when it gets its kick, so the kick is sent when the ring is
+bound, and not before. Unbinding is GET_VRING_BASE, the one message after which nothing touches the ring.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vnetdp_kernels.layout import VIRTQ_MAX_NUM
+
+from .. import features as f
+from ..endpoints.base import Endpoint
+from ..errors import BackendError, ConfigError
+from ..memory import DirtyLog, GuestMemory
+from ..notify import EventFd
+from ..vhost_user.message import (
+    MAX_FDS,
+    NO_FD,
+    U64,
+    VHOST_VRING_F_LOG,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    ProtocolFeature,
+    Request,
+    VringAddr,
+    VringState,
+)
+from .base import VRINGS
+
+if TYPE_CHECKING:
+    from .vhost_user import VhostUserFrontEnd
+
+_F = ProtocolFeature
+_FEATURES_OK = 1 | 2 | 8
+_DRIVER_OK = 4
+
+
+class VhostUserBackend:
+    """One queue pair of a remote back end (see `Backend`)."""
+
+    def __init__(self, front_end: VhostUserFrontEnd, pair: int) -> None:
+        self._fe = front_end
+        self._pair = pair
+        self._bound = [False] * VRINGS
+        self._lost = [False] * VRINGS  # bound when the back end went away: where it stopped is not known here
+        self._num = [0] * VRINGS
+        self._base = [0] * VRINGS
+        self._kick: list[EventFd | None] = [None] * VRINGS
+        self._call: list[EventFd | None] = [None] * VRINGS
+        self._features: int | None = None
+
+    def forget(self) -> None:
+        """Know that there is another back end now, which has none of the rings that were bound."""
+        self._lost = [lost or bound for lost, bound in zip(self._lost, self._bound, strict=True)]
+        self._bound = [False] * VRINGS
+
+    def _index(self, verb: str, index: int) -> int:
+        if not 0 <= index < VRINGS:
+            raise BackendError(verb, errno.ENOBUFS, index, "a vhost device has vrings 0 and 1")
+        return VRINGS * self._pair + index
+
+    def _not_bound(self, verb: str, index: int) -> int:
+        n = self._index(verb, index)
+        if self._bound[index]:
+            raise BackendError(verb, errno.EBUSY, index, "the ring is bound")
+        return n
+
+    def set_mtu(self, mtu: int) -> None:
+        if not 68 <= mtu <= 65535:
+            raise BackendError("set_mtu", errno.EINVAL, None, f"MTU {mtu} is not between 68 and 65535")
+        if self._fe.has(_F.MTU) and self._pair == 0:
+            self._fe.send(Request.NET_SET_MTU, U64(mtu))
+
+    def set_features(self, features: int) -> None:
+        if any(self._bound) and (features ^ (self._features or 0)) & ~f.VHOST_F_LOG_ALL:
+            raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
+        if features & ~self._fe.features:
+            missing = ", ".join(f.names(features & ~self._fe.features))
+            raise BackendError("set_features", errno.EOPNOTSUPP, None, f"the back end lacks {missing}")
+        self._features = features
+        if self._pair == 0:
+            self._fe.send(Request.SET_FEATURES, U64(features | self._fe.features & f.VHOST_USER_F_PROTOCOL_FEATURES))
+            self._fe.set_status(_FEATURES_OK | self._fe.status)
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        if memory is self._fe.memory:
+            return
+        if len(memory.regions) > MAX_FDS:
+            raise BackendError("set_memory", errno.E2BIG, None, f"more than {MAX_FDS} regions")
+        regions = tuple(MemoryRegion(r.gpa, r.length, _uva(memory, r.gpa), r.fd_offset) for r in memory.regions)
+        self._fe.send(Request.SET_MEM_TABLE, MemoryTable(regions), [r.fd for r in memory.regions])
+        self._fe.memory = memory
+
+    def set_log(self, log: DirtyLog | None) -> None:
+        if log is not None and self._pair == 0:
+            self._fe.send(Request.SET_LOG_BASE, Log(log.length, 0), [log.fd])
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        n = self._not_bound("set_vring_num", index)
+        if not 0 < num <= VIRTQ_MAX_NUM or num & (num - 1):
+            raise BackendError("set_vring_num", errno.EINVAL, index, f"{num} is not a power of two up to 32768")
+        self._fe.send(Request.SET_VRING_NUM, VringState(n, num))
+        self._num[index] = num
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        n = self._not_bound("set_vring_base", index)
+        if not 0 <= base <= 0xFFFF:
+            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
+        self._fe.send(Request.SET_VRING_BASE, VringState(n, base))
+        self._base[index] = base
+        self._lost[index] = False
+
+    def get_vring_base(self, index: int) -> int:
+        self._index("get_vring_base", index)
+        if self._bound[index]:
+            self.set_backend(index, None)
+        if self._lost[index]:
+            raise BackendError("get_vring_base", errno.ESRCH, index, "the back end that had the ring is gone")
+        return self._base[index]
+
+    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
+        n = self._index("set_vring_addr", index)
+        memory = self._fe.memory
+        if memory is None or not self._num[index]:
+            raise BackendError("set_vring_addr", errno.EFAULT, index, "memory and size come first")
+        if desc % 16 or avail % 2 or used % 4:
+            raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
+        try:
+            desc_uva, used_uva, avail_uva = (_uva(memory, gpa) for gpa in (desc, used, avail))
+        except ConfigError as e:
+            raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
+        flags = 0 if log_used is None else VHOST_VRING_F_LOG
+        self._fe.send(Request.SET_VRING_ADDR, VringAddr(n, flags, desc_uva, used_uva, avail_uva, log_used or 0))
+
+    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
+        self._index("set_vring_kick", index)
+        self._kick[index] = kick
+        if self._bound[index]:
+            self._send_kick(index)
+
+    def _send_kick(self, index: int) -> None:
+        kick = self._kick[index]
+        n = VRINGS * self._pair + index
+        self._fe.send(Request.SET_VRING_KICK, U64(n if kick else n | NO_FD), [kick.fd] if kick else [])
+
+    def set_vring_call(self, index: int, call: EventFd | None) -> None:
+        n = self._index("set_vring_call", index)
+        self._call[index] = call
+        self._fe.send(Request.SET_VRING_CALL, U64(n if call else n | NO_FD), [call.fd] if call else [])
+
+    def set_vring_enable(self, index: int, enabled: bool) -> None:
+        n = self._index("set_vring_enable", index)
+        if self._fe.features & f.VHOST_USER_F_PROTOCOL_FEATURES:
+            self._fe.send(Request.SET_VRING_ENABLE, VringState(n, int(enabled)))
+
+    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
+        """Nothing: the back end has the area itself."""
+
+    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
+        n = self._index("set_backend", index)
+        if endpoint is None:
+            if self._bound[index]:
+                self._bound[index] = False
+                self._base[index] = self._fe.ask(Request.GET_VRING_BASE, VringState, VringState(n, 0)).num
+            return
+        if not self._num[index] or self._fe.memory is None:
+            raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
+        self._send_kick(index)
+        self.set_vring_enable(index, True)
+        self._fe.set_status(_FEATURES_OK | _DRIVER_OK)
+        self._bound[index] = True
+        kick = self._kick[index]
+        if kick is not None:
+            kick.signal()  # not every back end looks at a ring by itself when it starts
+        call = self._call[index]
+        if call is not None:
+            call.signal()  # whoever had the ring before may have left a decision open
+
+    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
+        """No: the protocol has no such message."""
+        return False
+
+    @property
+    def site(self) -> object:
+        return self
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        yield
+
+    def park(self, parked: bool) -> None:
+        """A back end elsewhere does nothing with rings that are not enabled."""
+
+    def status(self, index: int) -> int:
+        """0: a remote ring that broke stays silent."""
+        return 0
+
+    def counters(self, index: int) -> dict[str, int]:
+        """Zeros: the back end counts for itself."""
+        return dict.fromkeys(("packets", "bytes", "dropped", "calls", "kicks"), 0)
+
+
+def _uva(memory: GuestMemory, gpa: int) -> int:
+    """Return our own address of a guest address, which is what a back end is told."""
+    return int(memory.mem.ctypes.data) + memory.translate(gpa, 1)
