@@ -25,7 +25,7 @@ from .backends.userspace import UserspaceBackend
 from .backends.worker import Worker
 from .datapath import Datapath
 from .endpoints.base import Endpoint
-from .errors import BackendError, ConfigError, EndpointError, GuestError
+from .errors import BackendError, ConfigError, EndpointError, GuestError, UnbindError
 from .memory import DirtyLog, GuestMemory, Words
 from .notifiers import Notifiers
 from .notify import EventFd
@@ -213,7 +213,10 @@ class NetDevice:
             backends = self._backends()
             if queue.enabled and backends is not None:
                 pair, vring = divmod(index, VRINGS)
-                vhost_net.stop_vring(backends[pair], self.rings(), pair, vring)
+                try:
+                    vhost_net.stop_vring(backends[pair], self.rings(), pair, vring)
+                except UnbindError as e:
+                    self._restart_after(e)
             self.queues[index] = Virtqueue(num=min(256, self.max_num))
 
     def read_config(self, offset: int, length: int) -> bytes:
@@ -364,13 +367,18 @@ class NetDevice:
         return bool(self._status & VIRTIO_CONFIG_S_DRIVER_OK and not broken and self.control.link_up)
 
     def _update_owner(self) -> None:
-        """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace."""
+        """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace.
+
+        One that hangs, and may go on with the rings, means nobody, until it has let go of them.
+        """
         if not (self.ready and self._running):
             self._hand_to(Owner.NOBODY)
             if self._running:
                 self.owners.abandon()  # prepared for a machine that was about to run, and can't have an owner now
-        elif (not self.use_vhost or (not self._hand_to(Owner.VHOST) and self.fallback)) and not self._hand_to(
-            Owner.USERSPACE
+        elif (
+            (not self.use_vhost or (not self._hand_to(Owner.VHOST) and self.fallback))
+            and not self._hand_to(Owner.USERSPACE)
+            and not self.owners.withheld
         ):
             self._needs_reset()
 

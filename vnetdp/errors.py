@@ -62,6 +62,10 @@ class BackendError(VnetdpError):
         super().__init__(f"{verb}{where}: {name}: {detail or os.strerror(code)}")
 
 
+class UnbindError(BackendError):
+    """A ring can't be unbound: a remote back end that hangs may still touch it, so nobody else may have it."""
+
+
 class EndpointError(VnetdpError):
     """An endpoint could not be opened or used."""
 

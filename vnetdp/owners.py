@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from . import vhost_net
-from .backends.base import Backend
-from .errors import BackendError
+from .backends.base import VRINGS, Backend
+from .errors import BackendError, UnbindError
 from .notifiers import Notifiers
 
 _log = logging.getLogger("vnetdp.device")
@@ -41,6 +41,7 @@ class Owners:
         self.notifiers = notifiers
         self.owner = Owner.NOBODY
         self.prepared: vhost_net.Prepared | None = None
+        self.withheld = False  # vhost hangs, and may go on with rings that it had: nobody else may get any
         self.fallbacks = 0
         self.handovers = 0
         self.handovers_ns: deque[int] = deque(maxlen=_HANDOVERS_KEPT)
@@ -54,9 +55,11 @@ class Owners:
         return self.userspace if self.owner is Owner.USERSPACE else None
 
     def hand_to(self, owner: Owner, rings: vhost_net.Rings) -> bool:
-        """Stop the present owner and start *owner*; False if that could not be started (then nobody owns the rings)."""
+        """Stop the present owner and start *owner*; False if either can't be, and nobody owns the rings then."""
         if owner is self.owner:
             return True
+        if self.withheld and not self._regain(rings):
+            return False
         began = time.perf_counter_ns()
         wanted = self.userspace if owner is Owner.USERSPACE else (self.vhost or ()) if owner is Owner.VHOST else ()
         if self.prepared is not None and owner is Owner.VHOST:
@@ -64,17 +67,25 @@ class Owners:
         held = [*(self.backends or ()), *wanted]
         with vhost_net.standing_still(held) if held else nullcontext():
             if self.backends is not None:
-                vhost_net.stop(self.backends, rings)
+                try:
+                    vhost_net.stop(self.backends, rings)
+                except UnbindError as e:
+                    self._withhold(e)
             was, self.owner = self.owner, Owner.NOBODY
             if was is Owner.VHOST:
                 self.notifiers.release()
             elif owner is Owner.USERSPACE:
                 self.abandon()
+            if self.withheld:
+                return owner is Owner.NOBODY
             try:
                 if owner is Owner.VHOST:
                     self._start_vhost(rings)
                 elif owner is Owner.USERSPACE:
                     vhost_net.start(self.userspace, rings)
+            except UnbindError as e:
+                self._withhold(e)
+                return False
             except BackendError as e:
                 self.last_error = e
                 if owner is Owner.VHOST:
@@ -88,6 +99,25 @@ class Owners:
             self.take_as_bound()
         self.handovers += 1
         self.handovers_ns.append(time.perf_counter_ns() - began)
+        return True
+
+    def _withhold(self, error: UnbindError) -> None:
+        self.withheld = True
+        self.last_error = error
+        _log.error("%s: nobody gets the rings until it lets go, or is ended", error)
+
+    def _regain(self, rings: vhost_net.Rings) -> bool:
+        """Try again to have vhost let go of every ring; what it used is in the rings."""
+        try:
+            for backend in self.vhost or ():
+                for index in range(VRINGS):
+                    backend.set_backend(index, None)
+        except UnbindError as e:
+            self.last_error = e
+            return False
+        self.withheld = False
+        for n, _, _ in vhost_net.enabled_queues(rings):
+            rings.queues[n].last_avail_idx = vhost_net.used_idx(rings.memory, rings.queues[n])
         return True
 
     def _start_vhost(self, rings: vhost_net.Rings) -> None:

@@ -9,7 +9,7 @@ gives its own, one that never was keeps the old one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
 from .backends.base import VRINGS, Backend
 from .endpoints.base import Endpoint
-from .errors import BackendError
+from .errors import BackendError, UnbindError
 from .memory import DirtyLog, GuestMemory
 from .notify import EventFd
 from .virtqueue import Virtqueue
@@ -86,11 +86,14 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     """Unbind one ring, and keep its next index in the device's queue.
 
     A backend that can't tell the index any more (it died, or the verb failed) leaves used.idx in guest memory to go
-    by: local backends finish each chain they take, so it is the same.
+    by: local backends finish each chain they take, so it is the same. UnbindError, and the index as it was, from one that
+    may go on with the ring.
     """
     queue = rings.queues[VRINGS * pair + index]
     try:
         backend.set_backend(index, None)
+    except UnbindError:
+        raise
     except BackendError as e:
         _log.warning("%s; asking for its base unbinds it too", e)
     try:
@@ -140,7 +143,7 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
 
 
 def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool) -> None:
-    """Set every enabled ring's base and bind it; on BackendError those bound are unbound, with their indices.
+    """Set every enabled ring's base and bind it; on BackendError those tried are unbound, with their indices.
 
     one_site: one thread runs all *backends*, so it may take all rings at once.
     """
@@ -151,14 +154,13 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
         if prepared.bases[n] != base:
             backends[n // VRINGS].set_vring_base(n % VRINGS, base)
             prepared.bases[n] = base
-    bound: list[tuple[int, int]] = []
+    tried: list[tuple[int, int]] = []
     try:
         for n, _ in wanted:
             backends[n // VRINGS].set_backend(n % VRINGS, rings.endpoint)
-            bound.append((n // VRINGS, n % VRINGS))
-    except BackendError:
-        for pair, index in reversed(bound):
-            stop_vring(backends[pair], rings, pair, index)
+            tried.append((n // VRINGS, n % VRINGS))
+    except BackendError as e:
+        stop_vrings(backends, rings, reversed(tried), e)
         raise
 
 
@@ -171,7 +173,23 @@ def start(backends: Sequence[Backend], rings: Rings) -> None:
 
 
 def stop(backends: Sequence[Backend], rings: Rings) -> None:
-    """Take every enabled ring back; afterwards no backend touches a ring, and each queue has its exact index."""
+    """Take every enabled ring back; afterwards no backend touches a ring, and each queue has its exact index.
+
+    UnbindError if a backend may go on with a ring; all others are taken back.
+    """
     with standing_still(backends):
-        for _, pair, index in enabled_queues(rings):
+        stop_vrings(backends, rings, [(pair, index) for _, pair, index in enabled_queues(rings)])
+
+
+def stop_vrings(
+    backends: Sequence[Backend], rings: Rings, which: Iterable[tuple[int, int]], cause: BackendError | None = None
+) -> None:
+    """Take back those rings, (pair, index) each; UnbindError, after all of them, if a backend may go on with one."""
+    kept: UnbindError | None = None
+    for pair, index in which:
+        try:
             stop_vring(backends[pair], rings, pair, index)
+        except UnbindError as e:
+            kept = kept or e
+    if kept is not None:
+        raise kept from cause

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks
+from tests.by_hand import NEEDS_RESET, PATIENCE, frame, no_descriptor_leaks, scaled, wait_for
+from tests.vhost_user.rig import PAIRS, UNTOLD, InThread, serve
+from tests.vhost_user.test_recovery import supervised
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
+from vnetdp.device import NetDevice
 from vnetdp.drive import drive
-from vnetdp.endpoints.loopback import NullEndpoint
-from vnetdp.errors import ConfigError
+from vnetdp.driver import Driver, memory_for
+from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
+from vnetdp.errors import ConfigError, RequestRefused, UnbindError
+from vnetdp.inflight import InflightArea
+from vnetdp.owners import Owner
+from vnetdp.session import Session
+from vnetdp.vhost_user.message import VringState
+from vnetdp.vrings import Vrings
+from vnetdp_kernels import layout as lay
+
+NUM = 256
 
 
 @pytest.fixture
@@ -62,3 +78,192 @@ def test_waiting_for_a_back_end_ends_when_the_time_is_up_or_the_user_says_so(sil
     with NullEndpoint() as guest, pytest.raises(ConfigError, match="ended before"):
         drive(guest, silent, stop.is_set, lambda _: None, wait_s=PATIENCE)
     assert time.monotonic() - began < 5
+
+
+# --- who has the rings ---
+
+
+class Card:
+    """A guest's card on *front_end*: a generator sends through it, and everything comes back, whoever serves it."""
+
+    def __init__(self, front_end: VhostUserFrontEnd, pairs: int = 1, fallback: bool = True) -> None:
+        with ExitStack() as stack:
+            self.memory = stack.enter_context(memory_for(pairs, NUM))
+            wire = stack.enter_context(EchoEndpoint(pairs))
+            self.generator = stack.enter_context(GenerateEndpoint(pairs))
+            self.device = stack.enter_context(
+                NetDevice(
+                    self.memory, wire, queue_pairs=pairs, offered=front_end.features, vhost=front_end.backends,
+                    max_num=NUM, fallback=fallback,
+                )
+            )  # fmt: skip
+            self.driver = stack.enter_context(
+                Driver(self.device, self.memory, self.generator, queue_pairs=pairs, num=NUM)
+            )
+            assert self.device.owner is Owner.VHOST, self.device.last_error
+            self.driver.start()
+            self.close = stack.pop_all().close
+
+    def wait_for_more(self, frames: int = scaled(2000, 50)) -> None:
+        """Wait until each pair has got so many frames back."""
+        wanted = self.generator.ledger[:, lay.LEDGER_DELIVERED] + frames
+
+        def more() -> bool:
+            self.driver.check()
+            assert not self.device.ring_errors()
+            return bool((self.generator.ledger[:, lay.LEDGER_DELIVERED] >= wanted).all())
+
+        wait_for(more, f"{frames} more frames on each pair; {self.device.owner}, {self.device.last_error}")
+
+    def is_of(self, owner: Owner) -> None:
+        assert self.device.owner is owner, self.device.last_error
+
+    def finish(self) -> None:
+        """Send no more; every frame that was sent has come back once, and in order."""
+        self.generator.stop()
+        wait_for(
+            lambda: int(self.generator.ledger[:, lay.LEDGER_DELIVERED].sum()) >= self.generator.sent, "all are back"
+        )
+        ledger = self.generator.ledger_against(self.generator)
+        assert ledger.clean, ledger
+        self.close()
+
+
+@contextmanager
+def attached(path: str, pairs: int = 1, **options: Any) -> Iterator[VhostUserFrontEnd]:
+    front_end = VhostUserFrontEnd(path, pairs, queue_size=NUM, **options)
+    try:
+        wait_for(lambda: front_end.connect(1.0), "the back end takes a front end")
+        yield front_end
+    finally:
+        front_end.close()
+
+
+@contextmanager
+def in_thread(folder: Path) -> Iterator[InThread]:
+    """A back end in this process; it may be closed in the block already."""
+    with no_descriptor_leaks():
+        back_end = InThread(folder)
+        try:
+            yield back_end
+        finally:
+            if back_end.alive():
+                back_end.close()
+
+
+@pytest.mark.parametrize("way", ["restart_vhost", "set_use_vhost"])
+def test_userspace_goes_on_where_a_back_end_was_killed_and_the_next_one_takes_the_rings_back(
+    tmp_path: Path, way: str
+) -> None:
+    with supervised(tmp_path) as back_end, attached(back_end.path, PAIRS) as front_end:
+        card = Card(front_end, PAIRS)
+        for _ in range(3):
+            card.wait_for_more()
+            back_end.dies()
+            if way == "restart_vhost":
+                card.device.restart_vhost()
+            else:
+                card.device.set_use_vhost(False)
+            card.is_of(Owner.USERSPACE)
+            card.wait_for_more()
+            wait_for(lambda: front_end.connect(1.0), "its successor is there")
+            card.device.restart_vhost() if way == "restart_vhost" else card.device.set_use_vhost(True)
+            card.is_of(Owner.VHOST)
+        card.wait_for_more()
+        card.finish()
+
+
+def test_what_a_back_end_was_cut_off_in_is_finished_before_userspace_goes_on(tmp_path: Path) -> None:
+    """It copied a frame, used the receive buffer, and died before it used the frame: that is in the area's journal."""
+    with in_thread(tmp_path) as back_end, attached(back_end.path) as front_end:
+        card = Card(front_end)
+        card.wait_for_more()
+        card.generator.stop()
+        wait_for(lambda: int(card.generator.ledger[0, lay.LEDGER_DELIVERED]) == card.generator.sent, "all are back")
+        back_end.close()
+        receiveq, transmitq = (card.device.queues[n].used + lay.VIRTQ_RING_IDX for n in (0, 1))
+        idx = card.memory.read(transmitq, 2)
+        one_less = ((int.from_bytes(idx, "little") - 1) & 0xFFFF).to_bytes(2, "little")
+        card.memory.write(transmitq, one_less)
+        assert front_end._inflight is not None
+        said, fd = front_end._inflight
+        at = InflightArea.attach(said, fd, 2).journal_at(1)
+        os.pwrite(fd, card.memory.read(receiveq, 2) + idx + b"\1\0", said.offset + at)
+        card.device.restart_vhost()
+        assert card.memory.read(transmitq, 2) == idx
+        card.is_of(Owner.USERSPACE)
+        card.finish()
+
+
+@pytest.mark.parametrize("lie", [0x1_0000, 9999, -1, "of another ring"])
+def test_a_base_that_cannot_be_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: int | str) -> None:
+    release = Vrings.release
+
+    def lies(self: Vrings, index: int) -> int:
+        base = release(self, index)
+        return base if isinstance(lie, str) else lie & 0xFFFFFFFF if lie != -1 else (base - 1) & 0xFFFF
+
+    monkeypatch.setattr(Vrings, "release", lies)
+    if isinstance(lie, str):
+        monkeypatch.setattr(
+            Session, "_on_get_vring_base", lambda self, payload, _: VringState(payload.index ^ 1, lies(self._vrings, 0))
+        )
+    with in_thread(tmp_path) as back_end, attached(back_end.path) as front_end:
+        card = Card(front_end)
+        card.wait_for_more()
+        card.device.set_use_vhost(False)
+        card.is_of(Owner.USERSPACE)
+        card.wait_for_more()
+        card.finish()
+
+
+@pytest.mark.parametrize("end", ["goes on", "is killed"])
+def test_nobody_gets_the_rings_of_a_back_end_that_hangs(tmp_path: Path, end: str) -> None:
+    process = serve(str(tmp_path / "s"), tmp_path / "log")
+    try:
+        with attached(str(tmp_path / "s"), timeout_s=0.5) as front_end:
+            card = Card(front_end)
+            card.wait_for_more()
+            process.send_signal(signal.SIGSTOP)
+            card.device.set_use_vhost(False)
+            card.is_of(Owner.NOBODY)
+            assert isinstance(card.device.last_error, UnbindError)
+            assert not card.device.status & NEEDS_RESET
+            card.device.set_use_vhost(False)  # and it does not help to ask again
+            card.is_of(Owner.NOBODY)
+            assert not front_end.connect(0.1)  # nor may another back end have them
+            process.send_signal(signal.SIGCONT if end == "goes on" else signal.SIGKILL)
+            wait_for(lambda: front_end.gone, "it has let go")
+            card.device.set_use_vhost(False)
+            card.is_of(Owner.USERSPACE)
+            card.wait_for_more()
+            card.finish()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_device_is_reset_while_its_back_end_hangs_and_runs_again_when_that_is_gone(tmp_path: Path) -> None:
+    process = serve(str(tmp_path / "s"), tmp_path / "log")
+    try:
+        with attached(str(tmp_path / "s"), timeout_s=0.2) as front_end:
+            card = Card(front_end)
+            card.wait_for_more()
+            process.send_signal(signal.SIGSTOP)
+            card.driver.close()
+            card.device.set_status(0)
+            card.is_of(Owner.NOBODY)
+            driver = Driver(card.device, card.memory, num=NUM)
+            card.is_of(Owner.NOBODY)
+            process.kill()
+            process.wait()
+            card.device.restart_vhost()
+            card.is_of(Owner.USERSPACE)
+            driver.start()
+            assert driver.send(frame(1))
+            wait_for(lambda: driver.receive() == [frame(1)], "a frame comes back")
+            driver.close()
+            card.close()
+    finally:
+        process.kill()
+        process.wait()

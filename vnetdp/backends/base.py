@@ -6,7 +6,8 @@ the kernel's vhost-net has them. Configured, based and bound are three different
 * a size or a base can't be set on a bound ring (EBUSY); a size must be a power of two up to 32768, a base a u16 (EINVAL);
 * binding needs size, addresses and memory (EFAULT); it reads used.idx from guest memory *at that moment*, and looks
   at the ring once by itself, kick or not;
-* unbinding can be repeated, and never fails; after it, and after `get_vring_base`, nothing touches the ring;
+* unbinding can be repeated, and fails only with UnbindError: a back end that hangs elsewhere may still have the ring. After
+  it, and after `get_vring_base`, nothing touches the ring;
 * `get_vring_base` gives the next index to take, and keeps it.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import time
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from .. import features as f
-from ..errors import BackendError, ConfigError
+from ..errors import BackendError, ConfigError, RequestRefused
+from ..inflight import InflightArea
 from ..memory import GuestMemory
 from ..vhost_user.conversation import Conversation, never, wait_readable
 from ..vhost_user.listener import Listener
@@ -24,6 +26,8 @@ from ..vhost_user.message import (
 from ..vhost_user.transport import close_fds
 from .base import VRINGS
 from .vhost_user_pair import VhostUserBackend
+
+_log = logging.getLogger("vnetdp.vhost_user")
 
 P = TypeVar("P", bound=Payload)
 
@@ -53,6 +57,7 @@ class VhostUserFrontEnd:
         self.connections = 0
         self._conversation: Conversation | None = None
         self._inflight: tuple[Inflight, int] | None = None
+        self._inflight_is_over = False  # somebody else went on where it says, and did not keep it
         self._status = 0
         self._listener = Listener(path, 1) if listen else None
         self.backends = [VhostUserBackend(self, pair) for pair in range(queue_pairs)]
@@ -64,22 +69,25 @@ class VhostUserFrontEnd:
 
         BackendError or ConfigError if there is one, and it can't be worked with.
         """
-        self.disconnect()
         until = time.monotonic() + timeout_s
+        self.disconnect()
+        if self._has_rings and not self.gone:
+            return False  # it hangs, and may go on with the rings that another one would get
+        self._hang_up()
         sock = self._accept(until, stop) if self._listener is not None else self._dial()
         if sock is None:
             return False
         self._conversation = Conversation(sock, until, stop, self.timeout_s)
-        self._status = 0
-        self.memory = None
         try:
             self._shake_hands(self._conversation)
         except (BackendError, ConfigError) as e:
-            self.disconnect()
+            self._hang_up()
             if isinstance(e, BackendError) and e.errno in (errno.ESRCH, errno.ETIMEDOUT):
                 return False  # one that is just dying takes a connection, too, and one that serves somebody else
             raise
         self._conversation.established()
+        self._status = 0
+        self.memory = None
         for backend in self.backends:
             backend.forget()
         self.connections += 1
@@ -111,8 +119,48 @@ class VhostUserFrontEnd:
         limit = self.ask(Request.GET_QUEUE_NUM, U64).value if conn.has(_F.MQ) else 1
         if limit < self.queue_pairs:
             raise ConfigError(f"{self.path}: the back end has {limit} queue pairs, {self.queue_pairs} are asked for")
+        if self._inflight_is_over:
+            self._close_inflight()
         if conn.has(_F.INFLIGHT_SHMFD):
             self._share_inflight(conversation)
+
+    @property
+    def connected(self) -> bool:
+        """False once the back end has gone."""
+        conversation = self._conversation
+        return conversation is not None and conversation.open
+
+    @property
+    def _has_rings(self) -> bool:
+        return any(backend.bound for backend in self.backends)
+
+    @property
+    def gone(self) -> bool:
+        """True if no back end has a ring of ours: there is none, or the one we left has closed its end, or died."""
+        return self._conversation is None or self._conversation.gone()
+
+    def disconnect(self) -> None:
+        """Leave the back end. The rings it has are not stopped by this, but by its noticing: then it is `gone`."""
+        if self._conversation is not None:
+            self._conversation.leave()
+
+    def _hang_up(self) -> None:
+        if self._conversation is not None:
+            self._conversation.close()
+            self._conversation = None
+
+    def close(self) -> None:
+        """Disconnect, and give up the socket and the inflight area."""
+        if self._listener is not None:
+            # First of all: a back end that is left would come straight back.
+            self._listener.close()
+        self.disconnect()
+        if self._conversation is not None and self._has_rings:
+            self._conversation.gone()
+        self._hang_up()
+        self._close_inflight()
+
+    # --- the inflight area ---
 
     def _share_inflight(self, conversation: Conversation) -> None:
         """Give the back end the inflight area that its predecessor made, or get one from it."""
@@ -128,27 +176,32 @@ class VhostUserFrontEnd:
         else:
             close_fds(fds)
 
-    @property
-    def connected(self) -> bool:
-        """False once the back end has gone."""
-        conversation = self._conversation
-        return conversation is not None and conversation.open
+    def recover(self, n: int, num: int, used: int, other_used: int | None) -> int | None:
+        """Return where a back end that is gone stopped ring *n*, having finished what it was cut off in; None = not known.
 
-    def disconnect(self) -> None:
-        """Leave the back end. Rings it has are not stopped by this, but by its noticing."""
-        if self._conversation is not None:
-            self._conversation.close()
-            self._conversation = None
+        used, other_used: guest addresses of the used rings of the ring and of its pair's other one. Whoever goes on from
+        there does not keep the area, so the next back end is not given it.
+        """
+        if self._inflight is None or self.memory is None:
+            return None
+        self._inflight_is_over = True
+        said, fd = self._inflight
+        fd = os.dup(fd)
+        try:
+            area = InflightArea.attach(said, fd, VRINGS * self.queue_pairs)
+            with GuestMemory(self.memory.regions, foreign=True, beside=area.region()) as memory:
+                return area.recover(n, memory, num, used, other_used)
+        except (RequestRefused, ConfigError, OSError) as e:
+            _log.warning("%s: the inflight area of a back end that is gone is of no use: %s", self.path, e)
+            return None
+        finally:
+            os.close(fd)
 
-    def close(self) -> None:
-        """Disconnect, and give up the socket and the inflight area."""
-        if self._listener is not None:
-            # First of all: a back end that is left would come straight back.
-            self._listener.close()
-        self.disconnect()
+    def _close_inflight(self) -> None:
         if self._inflight is not None:
             os.close(self._inflight[1])
             self._inflight = None
+        self._inflight_is_over = False
 
     # --- messages ---
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vnetdp_kernels.layout import VIRTQ_MAX_NUM
+from vnetdp_kernels.atomic import load_u16_acquire
+from vnetdp_kernels.layout import VIRTQ_MAX_NUM, VIRTQ_RING_IDX
 
 from .. import features as f
 from ..endpoints.base import Endpoint
-from ..errors import BackendError, ConfigError
+from ..errors import BackendError, ConfigError, UnbindError
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
 from ..vhost_user.message import (
@@ -48,16 +49,22 @@ class VhostUserBackend:
         self._fe = front_end
         self._pair = pair
         self._bound = [False] * VRINGS
-        self._lost = [False] * VRINGS  # bound when the back end went away: where it stopped is not known here
         self._num = [0] * VRINGS
-        self._base = [0] * VRINGS
+        self._base: list[int | None] = [0] * VRINGS  # None: where the back end stopped is not known here
+        self._avail: list[int | None] = [None] * VRINGS
+        self._used: list[int | None] = [None] * VRINGS
         self._kick: list[EventFd | None] = [None] * VRINGS
         self._call: list[EventFd | None] = [None] * VRINGS
         self._features: int | None = None
 
+    @property
+    def bound(self) -> bool:
+        """True if the back end may have a ring of this pair."""
+        return any(self._bound)
+
     def forget(self) -> None:
         """Know that there is another back end now, which has none of the rings that were bound."""
-        self._lost = [lost or bound for lost, bound in zip(self._lost, self._bound, strict=True)]
+        self._base = [None if bound else base for base, bound in zip(self._base, self._bound, strict=True)]
         self._bound = [False] * VRINGS
 
     def _index(self, verb: str, index: int) -> int:
@@ -78,7 +85,7 @@ class VhostUserBackend:
             self._fe.send(Request.NET_SET_MTU, U64(mtu))
 
     def set_features(self, features: int) -> None:
-        if any(self._bound) and (features ^ (self._features or 0)) & ~f.VHOST_F_LOG_ALL:
+        if self.bound and (features ^ (self._features or 0)) & ~f.VHOST_F_LOG_ALL:
             raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
         if features & ~self._fe.features:
             missing = ", ".join(f.names(features & ~self._fe.features))
@@ -114,15 +121,52 @@ class VhostUserBackend:
             raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
         self._fe.send(Request.SET_VRING_BASE, VringState(n, base))
         self._base[index] = base
-        self._lost[index] = False
 
     def get_vring_base(self, index: int) -> int:
         self._index("get_vring_base", index)
         if self._bound[index]:
-            self.set_backend(index, None)
-        if self._lost[index]:
-            raise BackendError("get_vring_base", errno.ESRCH, index, "the back end that had the ring is gone")
-        return self._base[index]
+            self._unbind(index)
+        base = self._base[index]
+        if base is None:
+            raise BackendError("get_vring_base", errno.ESRCH, index, "where the back end stopped is not known")
+        return base
+
+    def _unbind(self, index: int) -> None:
+        """Stop a bound ring, and learn where. UnbindError if the back end hangs: the ring stays bound."""
+        n = VRINGS * self._pair + index
+        try:
+            answer = self._fe.ask(Request.GET_VRING_BASE, VringState, VringState(n, 0))
+            if answer.index != n:
+                self._fe.disconnect()  # whether the ring was stopped can't be told
+                raise BackendError("GET_VRING_BASE", errno.EPROTO, index, f"the base of ring {answer.index}")
+        except BackendError as e:
+            if not self._fe.gone:
+                raise UnbindError(
+                    "set_backend", errno.ETIMEDOUT, index, f"the back end may have the ring still: {e}"
+                ) from e
+            self._bound[index] = False
+            self._base[index] = self._recover(index, n)
+            return
+        self._bound[index] = False
+        self._base[index] = answer.num if self._can_be(index, answer.num) else None
+
+    def _can_be(self, index: int, base: int) -> bool:
+        """True if a back end can have stopped at *base*: neither behind what it used, nor ahead of what is available."""
+        used, avail = self._idx(self._used[index]), self._idx(self._avail[index])
+        if used is None or avail is None or base > 0xFFFF:
+            return False
+        return (base - used) & 0xFFFF <= (avail - used) & 0xFFFF <= self._num[index]
+
+    def _idx(self, ring: int | None) -> int | None:
+        """Return the idx of the avail or used ring at a guest address; None if it is not there."""
+        if ring is None or self._fe.memory is None:
+            return None
+        return load_u16_acquire(self._fe.memory.mem, self._fe.memory.translate(ring + VIRTQ_RING_IDX, 2))
+
+    def _recover(self, index: int, n: int) -> int | None:
+        """Return where a back end that is gone stopped, if it left an inflight area that says so."""
+        used = self._used[index]
+        return None if used is None else self._fe.recover(n, self._num[index], used, self._used[1 - index])
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
         n = self._index("set_vring_addr", index)
@@ -135,6 +179,7 @@ class VhostUserBackend:
             desc_uva, used_uva, avail_uva = (_uva(memory, gpa) for gpa in (desc, used, avail))
         except ConfigError as e:
             raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
+        self._avail[index], self._used[index] = avail, used
         flags = 0 if log_used is None else VHOST_VRING_F_LOG
         self._fe.send(Request.SET_VRING_ADDR, VringAddr(n, flags, desc_uva, used_uva, avail_uva, log_used or 0))
 
@@ -163,11 +208,10 @@ class VhostUserBackend:
         """Nothing: the back end has the area itself."""
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        n = self._index("set_backend", index)
+        self._index("set_backend", index)
         if endpoint is None:
             if self._bound[index]:
-                self._bound[index] = False
-                self._base[index] = self._fe.ask(Request.GET_VRING_BASE, VringState, VringState(n, 0)).num
+                self._unbind(index)
             return
         if not self._num[index] or self._fe.memory is None:
             raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
