@@ -334,8 +334,8 @@ def test_a_failure_while_binding_leaves_nothing(bed: Bed, verb: str, undoing: st
         bed.told()
         assert not bed.owners.hand_to(Owner.VHOST, bed.rings)
         asked = [call for call in bed.told() if call[0] == "get_vring_base"]
-        n_bound = VRINGS * place[0] + (place[1] or 0) if verb == "set_backend" else 0
-        assert asked == of_rings(["get_vring_base"], *reversed(range(n_bound)))  # those that were bound, in reverse
+        n_tried = VRINGS * place[0] + (place[1] or 0) + 1 if verb == "set_backend" else 0
+        assert asked == of_rings(["get_vring_base"], *reversed(range(n_tried)))  # those that were tried, in reverse
         assert bed.content() == content
         assert_failed(bed, verb, final, fallbacks)
         bed.send_more()

@@ -157,8 +157,8 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
     tried: list[tuple[int, int]] = []
     try:
         for n, _ in wanted:
+            tried.append((n // VRINGS, n % VRINGS))  # one whose binding fails elsewhere may have run for a moment
             backends[n // VRINGS].set_backend(n % VRINGS, rings.endpoint)
-            tried.append((n // VRINGS, n % VRINGS))
     except BackendError as e:
         stop_vrings(backends, rings, reversed(tried), e)
         raise

@@ -217,6 +217,30 @@ def test_a_base_that_cannot_be_is_not_believed(tmp_path: Path, monkeypatch: pyte
         card.finish()
 
 
+def test_a_ring_that_was_refused_after_its_kick_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enable = Session._on_set_vring_enable
+
+    def refuse(self: Session, payload: VringState, fds: list[int]) -> None:
+        enable(self, payload, fds)
+        if payload.index == 3 and payload.num:
+            raise RequestRefused("no")
+
+    monkeypatch.setattr(Session, "_on_set_vring_enable", refuse)
+    with in_thread(tmp_path) as back_end, ExitStack() as stack:
+        back_end.server.protocol_features = int(UNTOLD)  # without STATUS a ring starts by its kick
+        front_end = stack.enter_context(attached(back_end.path, PAIRS))
+        memory = memory_for(PAIRS, NUM)
+        wire = EchoEndpoint(PAIRS)
+        device = NetDevice(
+            memory, wire, queue_pairs=PAIRS, offered=front_end.features, vhost=front_end.backends, max_num=NUM
+        )
+        driver = Driver(device, memory, queue_pairs=PAIRS, num=NUM)
+        assert device.owner is Owner.USERSPACE
+        assert not back_end.server.worker.datapath.vqs[:, lay.VQ_BOUND].any()
+        for thing in (driver, device, wire, memory):
+            thing.close()
+
+
 @pytest.mark.parametrize("end", ["goes on", "is killed"])
 def test_nobody_gets_the_rings_of_a_back_end_that_hangs(tmp_path: Path, end: str) -> None:
     process = serve(str(tmp_path / "s"), tmp_path / "log")

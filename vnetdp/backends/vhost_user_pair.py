@@ -215,10 +215,14 @@ class VhostUserBackend:
             return
         if not self._num[index] or self._fe.memory is None:
             raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
-        self._send_kick(index)
-        self.set_vring_enable(index, True)
-        self._fe.set_status(_FEATURES_OK | _DRIVER_OK)
-        self._bound[index] = True
+        self._bound[index] = True  # from the first of these messages on, whatever becomes of the others
+        try:
+            self._send_kick(index)
+            self.set_vring_enable(index, True)
+            self._fe.set_status(_FEATURES_OK | _DRIVER_OK)
+        except BackendError:
+            self._unbind(index)
+            raise
         kick = self._kick[index]
         if kick is not None:
             kick.signal()  # not every back end looks at a ring by itself when it starts
