@@ -14,11 +14,11 @@ from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.base import Endpoint, frame_len
 from .endpoints.loopback import GenerateEndpoint, NullEndpoint
-from .errors import BackendError, ConfigError
+from .errors import ConfigError
 from .owners import Owner
+from .watch import Watch
 
 _TICK_S = 0.02
-_ATTEMPT_S = 1.0  # for a handshake with a back end that comes after another
 _QUIET_S = 0.5  # nothing came for so long: nothing more will
 
 
@@ -46,6 +46,7 @@ def drive(
     with ExitStack() as stack:
         front_end = VhostUserFrontEnd(path, queue_pairs, listen=listen, queue_size=num)
         stack.callback(front_end.close)
+        until = time.monotonic() + wait_s
         _wait(front_end, wait_s, stop)
         memory = stack.enter_context(memory_for(queue_pairs, num))
         nowhere = stack.enter_context(NullEndpoint(queue_pairs))
@@ -57,12 +58,14 @@ def drive(
         stack.callback(device.close)
         driver = Driver(device, memory, endpoint, queue_pairs=queue_pairs, num=num, frame_len=frame_len(mtu))
         stack.callback(driver.close)
-        if device.last_error is not None:
+        if device.last_error is not None and front_end.connected:
             raise ConfigError(f"{path}: {device.last_error}")
+        stack.enter_context(Watch(front_end, device))
+        _wait_for_owner(device, path, until, stop)
         say(f"driving {path}: {queue_pairs} queue pairs of {num}")
         driver.start(poll_us)
         began = time.monotonic()
-        took = _run(front_end, device, driver, stop, None if seconds is None else began + seconds) - began
+        took = _run(front_end, driver, stop, None if seconds is None else began + seconds) - began
         _settle(endpoint, driver)
         return _report(endpoint, driver, took, front_end.connections)
 
@@ -79,26 +82,22 @@ def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool])
     raise ConfigError(f"ended before a back end was on {front_end.path}")
 
 
-def _run(
-    front_end: VhostUserFrontEnd, device: NetDevice, driver: Driver, stop: Callable[[], bool], until: float | None
-) -> float:
-    """Watch over the connection until the work is done, and return when that was; a back end that dies is waited for."""
+def _wait_for_owner(device: NetDevice, path: str, until: float, stop: Callable[[], bool]) -> None:
+    """Wait until a back end has the rings: one that died over them may be followed by another. ConfigError if none is."""
+    while device.owner is not Owner.VHOST:
+        if stop() or time.monotonic() >= until:
+            raise ConfigError(f"{path}: {device.last_error}")
+        time.sleep(_TICK_S)
+
+
+def _run(front_end: VhostUserFrontEnd, driver: Driver, stop: Callable[[], bool], until: float | None) -> float:
+    """Watch over the driver until the work is done, and return when that was; a back end that dies is waited for."""
     last, quiet_since = -1, time.monotonic()
     while not stop() and (until is None or time.monotonic() < until):
         time.sleep(_TICK_S)
-        if not front_end.connected:
-            try:
-                if front_end.connect(_ATTEMPT_S, stop):
-                    device.restart_vhost()
-                    if device.owner is not Owner.VHOST:
-                        front_end.disconnect()  # and again
-            except BackendError:
-                front_end.disconnect()
-            quiet_since = time.monotonic()
-            continue
         driver.check()
         received = sum(queue["packets"] for queue in driver.counters())
-        if received != last:
+        if received != last or not front_end.connected:
             last, quiet_since = received, time.monotonic()
         elif driver.endpoint.finished and time.monotonic() - quiet_since > _QUIET_S:
             return quiet_since

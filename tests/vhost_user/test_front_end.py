@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.by_hand import NEEDS_RESET, PATIENCE, frame, no_descriptor_leaks, scaled, wait_for
+from tests.test_drive_serve import served
 from tests.vhost_user.rig import PAIRS, UNTOLD, InThread, serve
 from tests.vhost_user.test_recovery import supervised
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
@@ -26,8 +27,9 @@ from vnetdp.errors import ConfigError, RequestRefused, UnbindError
 from vnetdp.inflight import InflightArea
 from vnetdp.owners import Owner
 from vnetdp.session import Session
-from vnetdp.vhost_user.message import VringState
+from vnetdp.vhost_user.message import MemoryTable, VringState
 from vnetdp.vrings import Vrings
+from vnetdp.watch import Watch
 from vnetdp_kernels import layout as lay
 
 NUM = 256
@@ -78,6 +80,21 @@ def test_waiting_for_a_back_end_ends_when_the_time_is_up_or_the_user_says_so(sil
     with NullEndpoint() as guest, pytest.raises(ConfigError, match="ended before"):
         drive(guest, silent, stop.is_set, lambda _: None, wait_s=PATIENCE)
     assert time.monotonic() - began < 5
+
+
+def test_driving_begins_though_the_first_back_end_dies_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Session._on_set_mem_table
+    deaths = iter([OSError("it dies here")])
+
+    def die_once(self: Session, payload: MemoryTable, fds: list[int]) -> None:
+        for death in deaths:
+            raise death
+        take(self, payload, fds)
+
+    monkeypatch.setattr(Session, "_on_set_mem_table", die_once)
+    with EchoEndpoint() as endpoint, served(endpoint, tmp_path / "s"), GenerateEndpoint(count=100) as guest:
+        report = drive(guest, str(tmp_path / "s"), lambda: False, lambda _: None)
+    assert (report["rx_packets"], report["connections"]) == (100, 2)
 
 
 # --- who has the rings ---
@@ -239,6 +256,57 @@ def test_a_ring_that_was_refused_after_its_kick_is_taken_back(tmp_path: Path, mo
         assert not back_end.server.worker.datapath.vqs[:, lay.VQ_BOUND].any()
         for thing in (driver, device, wire, memory):
             thing.close()
+
+
+def test_a_watched_device_falls_back_and_returns_by_itself(tmp_path: Path) -> None:
+    with supervised(tmp_path) as back_end, attached(back_end.path, PAIRS) as front_end:
+        card = Card(front_end, PAIRS)
+        with Watch(front_end, card.device):
+            for deaths in range(1, 4):
+                card.wait_for_more()
+                handovers = card.device.handovers
+                back_end.dies()
+                wait_for(lambda: card.device.handovers > handovers, "userspace has the rings")  # noqa: B023
+                card.wait_for_more()
+                wait_for(lambda: card.device.owner is Owner.VHOST, "the back end has the rings again")
+                assert front_end.connections == deaths + 1
+            card.wait_for_more()
+            card.finish()
+
+
+def test_a_watched_device_falls_back_when_a_back_end_that_hung_lets_go(tmp_path: Path) -> None:
+    process = serve(str(tmp_path / "s"), tmp_path / "log")
+    try:
+        with attached(str(tmp_path / "s"), timeout_s=0.2) as front_end:
+            card = Card(front_end)
+            with Watch(front_end, card.device):
+                card.wait_for_more()
+                process.send_signal(signal.SIGSTOP)
+                card.device.set_use_vhost(False)
+                card.is_of(Owner.NOBODY)
+                process.kill()
+                wait_for(lambda: card.device.owner is Owner.USERSPACE, "userspace has the rings")
+                card.wait_for_more()
+                card.finish()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_watched_device_survives_a_back_end_that_comes_back_as_another(tmp_path: Path) -> None:
+    """Its successor has fewer queue pairs, and then none of the features: userspace goes on."""
+    with supervised(tmp_path) as back_end, attached(back_end.path, PAIRS) as front_end:
+        card = Card(front_end, PAIRS)
+        with Watch(front_end, card.device):
+            card.wait_for_more()
+            back_end.dies("--queue-pairs", "1")
+            wait_for(lambda: card.device.owner is Owner.USERSPACE, "userspace has the rings")
+            card.wait_for_more()
+            back_end.dies("--features=-version_1")
+            wait_for(lambda: front_end.connections == 2, "it was tried")
+            card.wait_for_more()
+            card.is_of(Owner.USERSPACE)
+            card.finish()
 
 
 @pytest.mark.parametrize("end", ["goes on", "is killed"])

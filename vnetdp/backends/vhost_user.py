@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -77,19 +78,20 @@ class VhostUserFrontEnd:
         sock = self._accept(until, stop) if self._listener is not None else self._dial()
         if sock is None:
             return False
-        self._conversation = Conversation(sock, until, stop, self.timeout_s)
+        conversation = Conversation(sock, until, stop, self.timeout_s)
         try:
-            self._shake_hands(self._conversation)
+            self._shake_hands(conversation)
         except (BackendError, ConfigError) as e:
-            self._hang_up()
+            conversation.close()
             if isinstance(e, BackendError) and e.errno in (errno.ESRCH, errno.ETIMEDOUT):
                 return False  # one that is just dying takes a connection, too, and one that serves somebody else
             raise
-        self._conversation.established()
-        self._status = 0
-        self.memory = None
+        conversation.established()
         for backend in self.backends:
             backend.forget()
+        self._status = 0
+        self.memory = None
+        self._conversation = conversation
         self.connections += 1
         return True
 
@@ -109,14 +111,14 @@ class VhostUserFrontEnd:
 
     def _shake_hands(self, conversation: Conversation) -> None:
         conn = conversation.connection
-        self.send(Request.SET_OWNER)
-        self.features = conn.offered_features = self.ask(Request.GET_FEATURES, U64).value
+        conversation.send(Request.SET_OWNER)
+        self.features = conn.offered_features = conversation.ask(Request.GET_FEATURES, U64).value
         if self.features & f.VHOST_USER_F_PROTOCOL_FEATURES:
-            offered = self.ask(Request.GET_PROTOCOL_FEATURES, U64).value
+            offered = conversation.ask(Request.GET_PROTOCOL_FEATURES, U64).value
             wanted = ProtocolFeature(offered & _WANTED)
-            self.send(Request.SET_PROTOCOL_FEATURES, U64(int(wanted)))
+            conversation.send(Request.SET_PROTOCOL_FEATURES, U64(int(wanted)))
             conn.protocol_features = wanted
-        limit = self.ask(Request.GET_QUEUE_NUM, U64).value if conn.has(_F.MQ) else 1
+        limit = conversation.ask(Request.GET_QUEUE_NUM, U64).value if conn.has(_F.MQ) else 1
         if limit < self.queue_pairs:
             raise ConfigError(f"{self.path}: the back end has {limit} queue pairs, {self.queue_pairs} are asked for")
         if self._inflight_is_over:
@@ -138,6 +140,15 @@ class VhostUserFrontEnd:
     def gone(self) -> bool:
         """True if no back end has a ring of ours: there is none, or the one we left has closed its end, or died."""
         return self._conversation is None or self._conversation.gone()
+
+    def wait_for_end(self, wake_fd: int) -> None:
+        """Wait until the back end has gone, or *wake_fd* is readable."""
+        conversation = self._conversation
+        if conversation is not None:
+            poll = select.poll()
+            poll.register(conversation.fileno(), select.POLLRDHUP)
+            poll.register(wake_fd, select.POLLIN)
+            poll.poll()
 
     def disconnect(self) -> None:
         """Leave the back end. The rings it has are not stopped by this, but by its noticing: then it is `gone`."""
@@ -166,13 +177,13 @@ class VhostUserFrontEnd:
         """Give the back end the inflight area that its predecessor made, or get one from it."""
         if self._inflight is not None:
             said, fd = self._inflight
-            self.send(Request.SET_INFLIGHT_FD, said, [fd])
+            conversation.send(Request.SET_INFLIGHT_FD, said, [fd])
             return
         num = VRINGS * self.queue_pairs
         answer, fds = conversation.exchange(Request.GET_INFLIGHT_FD, Inflight(0, 0, num, self.queue_size), ())
         if isinstance(answer, Inflight) and answer.size and len(fds) == 1:
             self._inflight = (answer, fds[0])
-            self.send(Request.SET_INFLIGHT_FD, answer, [fds[0]])
+            conversation.send(Request.SET_INFLIGHT_FD, answer, [fds[0]])
         else:
             close_fds(fds)
 

@@ -1,0 +1,83 @@
+"""Watch: has a device follow its remote back end, which may die and come back at any moment."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Self
+
+from .backends.vhost_user import VhostUserFrontEnd
+from .device import NetDevice
+from .errors import BackendError, ConfigError
+from .notify import EventFd
+from .owners import Owner
+
+_log = logging.getLogger("vnetdp.watch")
+
+_ATTEMPT_S = 1.0  # for one handshake
+_BACKOFF_S = (0.02, 1.0)  # first and longest wait between two attempts
+
+
+class Watch:
+    """A thread that watches the connection of *front_end*, whose backends *device* was given.
+
+    A device that can fall back goes on in userspace as soon as its back end is gone, or lets go after it hung; one that
+    can't stands still. The next back end gets the rings, in the one case from userspace, in the other with the inflight
+    area of its predecessor. While it watches, nobody else calls `connect`. Close it before the two.
+    """
+
+    def __init__(self, front_end: VhostUserFrontEnd, device: NetDevice) -> None:
+        self._front_end = front_end
+        self._device = device
+        self._stop = threading.Event()
+        self._wake = EventFd()
+        self._refusal = ""
+        self._thread = threading.Thread(target=self._run, name="vhost-user-watch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self._front_end.connected:
+                self._front_end.wait_for_end(self._wake.fd)
+            else:
+                self._follow()
+
+    def _follow(self) -> None:
+        """Have userspace go on, if it can, until there is a back end again."""
+        backoff, longest = _BACKOFF_S
+        while not self._stop.is_set():
+            if self._device.fallback and self._device.owner is not Owner.USERSPACE:
+                self._device.restart_vhost()
+            if self._attach():
+                return
+            self._stop.wait(backoff)
+            backoff = min(2 * backoff, longest)
+
+    def _attach(self) -> bool:
+        try:
+            if not self._front_end.connect(_ATTEMPT_S, self._stop.is_set):
+                return False
+        except (BackendError, ConfigError) as e:
+            if str(e) != self._refusal:
+                _log.warning("%s: the back end that came back can't be worked with: %s", self._front_end.path, e)
+            self._refusal = str(e)
+            return False
+        self._device.restart_vhost()
+        if self._device.ready and self._device.owner is Owner.NOBODY:
+            self._front_end.disconnect()  # it did not take the rings: another may
+            return False
+        self._refusal = ""
+        return True
+
+    def close(self) -> None:
+        """Watch no longer; the connection and the rings stay as they are."""
+        self._stop.set()
+        self._wake.signal()
+        self._thread.join()
+        self._wake.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
