@@ -20,6 +20,7 @@ from .watch import Watch
 
 _TICK_S = 0.02
 _QUIET_S = 0.5  # nothing came for so long: nothing more will
+_SETTLE_S = 3.0  # for what is on its way in the end
 
 
 def drive(
@@ -105,11 +106,11 @@ def _run(front_end: VhostUserFrontEnd, driver: Driver, stop: Callable[[], bool],
 
 
 def _settle(endpoint: Endpoint, driver: Driver) -> None:
-    """Send nothing more, and wait until nothing comes any more."""
+    """Send nothing more, and wait until nothing comes any more; not for ever, as a back end may have its own to send."""
     if isinstance(endpoint, GenerateEndpoint):
         endpoint.stop()
-    last = -1
-    while (now := sum(queue["packets"] for queue in driver.counters())) != last:
+    last, until = -1, time.monotonic() + _SETTLE_S
+    while (now := sum(queue["packets"] for queue in driver.counters())) != last and time.monotonic() < until:
         last = now
         time.sleep(0.1)
 

@@ -82,6 +82,14 @@ def test_waiting_for_a_back_end_ends_when_the_time_is_up_or_the_user_says_so(sil
     assert time.monotonic() - began < 5
 
 
+def test_driving_ends_though_frames_never_do(tmp_path: Path) -> None:
+    with GenerateEndpoint(rate=1000.0) as endpoint, served(endpoint, tmp_path / "s"), NullEndpoint() as guest:
+        report = drive(
+            guest, str(tmp_path / "s"), lambda: guest.counters()["to_wire"] > 100, lambda _: None, wait_s=PATIENCE
+        )
+    assert report["rx_packets"] > 100
+
+
 def test_driving_begins_though_the_first_back_end_dies_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = Session._on_set_mem_table
     deaths = iter([OSError("it dies here")])
