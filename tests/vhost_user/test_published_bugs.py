@@ -38,7 +38,7 @@ from tests.vhost_user.rig import (
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
-from vnetdp.endpoints.loopback import NullEndpoint
+from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp.vhost_user.message import Request
@@ -184,7 +184,7 @@ def test_features_that_change_while_rings_run(back_end: BackEnd, flipped: int) -
 
 @pytest.mark.parametrize("first", ["the back end", "the connection", "its socket"])
 def test_a_device_outlives_what_serves_it(tmp_path: Path, first: str) -> None:
-    """The other way round: the guest's card is there still when its back end is not, and is used, and stopped."""
+    """The other way round: the guest's card is there still when its back end is not, is used, goes on, and is stopped."""
     with no_descriptor_leaks(), ExitStack() as stack:
         back_end = InThread(tmp_path)
         stack.callback(lambda: back_end.close() if back_end.alive() else None)
@@ -192,11 +192,9 @@ def test_a_device_outlives_what_serves_it(tmp_path: Path, first: str) -> None:
         stack.callback(front_end.close)
         wait_for(lambda: front_end.connect(1.0), "the back end takes a front end")
         memory = stack.enter_context(memory_for(1, NUM))
-        nowhere = stack.enter_context(NullEndpoint())
+        wire = stack.enter_context(EchoEndpoint())
         device = stack.enter_context(
-            NetDevice(
-                memory, nowhere, offered=front_end.features, vhost=front_end.backends, max_num=NUM, threaded=False
-            )
+            NetDevice(memory, wire, offered=front_end.features, vhost=front_end.backends, max_num=NUM, threaded=False)
         )
         driver = stack.enter_context(Driver(device, memory, num=NUM))
         assert device.last_error is None, device.last_error
@@ -206,9 +204,19 @@ def test_a_device_outlives_what_serves_it(tmp_path: Path, first: str) -> None:
             front_end.disconnect()
         else:
             front_end.close()
-        for n in range(2 * NUM):
-            driver.send(frame(n))
+        sent = [frame(n) for n in range(2 * NUM) if driver.send(frame(n))]
         driver.step()
+        device.restart_vhost()
+        got: list[bytes] = []
+
+        def all_came() -> bool:
+            driver.step()
+            device.step()
+            got.extend(driver.receive())
+            return len(got) >= len(sent)
+
+        wait_for(all_came, "userspace goes on with what was sent")
+        assert got == sent
         device.set_status(0)
         assert device.owner is Owner.NOBODY
 
