@@ -105,6 +105,15 @@ def test_driving_begins_though_the_first_back_end_dies_over_it(tmp_path: Path, m
     assert (report["rx_packets"], report["connections"]) == (100, 2)
 
 
+# --- what can't be ---
+
+
+@pytest.mark.parametrize("queue_pairs", [0, 129])
+def test_more_queue_pairs_than_a_message_can_name(path: str, queue_pairs: int) -> None:
+    with pytest.raises(ConfigError, match="1 to 128"):
+        VhostUserFrontEnd(path, queue_pairs)
+
+
 # --- who has the rings ---
 
 

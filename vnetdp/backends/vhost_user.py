@@ -36,6 +36,7 @@ _F = ProtocolFeature
 _WANTED = (
     _F.MQ | _F.LOG_SHMFD | _F.RARP | _F.REPLY_ACK | _F.MTU | _F.INFLIGHT_SHMFD | _F.CONFIG | _F.STATUS | _F.RESET_DEVICE
 )
+MAX_QUEUE_PAIRS = 128  # SET_VRING_KICK and _CALL have 8 bits for a ring's index
 
 
 class VhostUserFrontEnd:
@@ -49,6 +50,8 @@ class VhostUserFrontEnd:
     def __init__(
         self, path: str, queue_pairs: int = 1, *, listen: bool = False, queue_size: int = 256, timeout_s: float = 10.0
     ) -> None:
+        if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
+            raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has 1 to {MAX_QUEUE_PAIRS}")
         self.path = path
         self.queue_pairs = queue_pairs
         self.queue_size = queue_size
