@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import signal
 import socket
@@ -23,11 +25,12 @@ from vnetdp.device import NetDevice
 from vnetdp.drive import drive
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
-from vnetdp.errors import ConfigError, RequestRefused, UnbindError
+from vnetdp.errors import BackendError, ConfigError, RequestRefused, UnbindError
 from vnetdp.inflight import InflightArea
+from vnetdp.memory import GuestMemory, Region
 from vnetdp.owners import Owner
 from vnetdp.session import Session
-from vnetdp.vhost_user.message import MemoryTable, VringState
+from vnetdp.vhost_user.message import MemoryTable, ProtocolFeature, VringState
 from vnetdp.vrings import Vrings
 from vnetdp.watch import Watch
 from vnetdp_kernels import layout as lay
@@ -114,21 +117,58 @@ def test_more_queue_pairs_than_a_message_can_name(path: str, queue_pairs: int) -
         VhostUserFrontEnd(path, queue_pairs)
 
 
+# --- memory, status, configuration ---
+
+
+def in_pieces(memory: GuestMemory, pieces: int) -> GuestMemory:
+    """Return the memory of *memory*, a single region, in so many regions side by side; *memory* is closed."""
+    with memory:
+        whole = memory.regions[0]
+        size = whole.length // pieces // lay.PAGE_SIZE * lay.PAGE_SIZE
+        cuts = [size * n for n in range(pieces)] + [whole.length]
+        return GuestMemory([Region(whole.gpa + a, b - a, whole.fd, a) for a, b in itertools.pairwise(cuts)])
+
+
+@pytest.mark.parametrize("pieces", [8, 9, 100])
+def test_memory_of_more_regions_than_a_message_holds(tmp_path: Path, pieces: int) -> None:
+    with in_thread(tmp_path) as back_end, attached(back_end.path) as front_end:
+        card = Card(front_end, memory=in_pieces(memory_for(1, NUM), pieces))
+        card.wait_for_more()
+        card.device.set_use_vhost(False)
+        card.wait_for_more()
+        card.device.set_use_vhost(True)
+        card.is_of(Owner.VHOST)
+        card.wait_for_more()
+        card.finish()
+
+
+@pytest.mark.parametrize(("withheld", "slots"), [(ProtocolFeature.CONFIGURE_MEM_SLOTS, 8), (ProtocolFeature(0), 509)])
+def test_more_regions_than_the_back_end_takes(tmp_path: Path, withheld: ProtocolFeature, slots: int) -> None:
+    with in_thread(tmp_path) as back_end, ExitStack() as stack:
+        back_end.server.protocol_features = int(UNTOLD & ~withheld)
+        front_end = stack.enter_context(attached(back_end.path))
+        parts = [(n << 13, lay.PAGE_SIZE) for n in range(slots + 1)]
+        memory = stack.enter_context(GuestMemory.create(parts))
+        with pytest.raises(BackendError, match=f"{slots + 1} regions; the back end takes {slots}") as caught:
+            front_end.backends[0].set_memory(memory)
+        assert caught.value.errno == errno.E2BIG
+
+
 # --- who has the rings ---
 
 
 class Card:
     """A guest's card on *front_end*: a generator sends through it, and everything comes back, whoever serves it."""
 
-    def __init__(self, front_end: VhostUserFrontEnd, pairs: int = 1, fallback: bool = True) -> None:
+    def __init__(self, front_end: VhostUserFrontEnd, pairs: int = 1, memory: GuestMemory | None = None) -> None:
         with ExitStack() as stack:
-            self.memory = stack.enter_context(memory_for(pairs, NUM))
+            self.memory = stack.enter_context(memory or memory_for(pairs, NUM))
             wire = stack.enter_context(EchoEndpoint(pairs))
             self.generator = stack.enter_context(GenerateEndpoint(pairs))
             self.device = stack.enter_context(
                 NetDevice(
                     self.memory, wire, queue_pairs=pairs, offered=front_end.features, vhost=front_end.backends,
-                    max_num=NUM, fallback=fallback,
+                    max_num=NUM,
                 )
             )  # fmt: skip
             self.driver = stack.enter_context(

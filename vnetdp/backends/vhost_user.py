@@ -35,7 +35,8 @@ P = TypeVar("P", bound=Payload)
 _F = ProtocolFeature
 _WANTED = (
     _F.MQ | _F.LOG_SHMFD | _F.RARP | _F.REPLY_ACK | _F.MTU | _F.INFLIGHT_SHMFD | _F.CONFIG | _F.STATUS | _F.RESET_DEVICE
-)
+    | _F.CONFIGURE_MEM_SLOTS
+)  # fmt: skip
 MAX_QUEUE_PAIRS = 128  # SET_VRING_KICK and _CALL have 8 bits for a ring's index
 
 

@@ -29,6 +29,7 @@ from ..vhost_user.message import (
     MemoryTable,
     ProtocolFeature,
     Request,
+    SingleRegion,
     VringAddr,
     VringState,
 )
@@ -98,10 +99,19 @@ class VhostUserBackend:
     def set_memory(self, memory: GuestMemory) -> None:
         if memory is self._fe.memory:
             return
-        if len(memory.regions) > MAX_FDS:
-            raise BackendError("set_memory", errno.E2BIG, None, f"more than {MAX_FDS} regions")
-        regions = tuple(MemoryRegion(r.gpa, r.length, _uva(memory, r.gpa), r.fd_offset) for r in memory.regions)
-        self._fe.send(Request.SET_MEM_TABLE, MemoryTable(regions), [r.fd for r in memory.regions])
+        n = len(memory.regions)
+        if n > MAX_FDS:  # what one SET_MEM_TABLE holds
+            slots = MAX_FDS
+            if self._fe.has(_F.CONFIGURE_MEM_SLOTS):
+                slots = self._fe.ask(Request.GET_MAX_MEM_SLOTS, U64).value
+            if n > slots:
+                raise BackendError("set_memory", errno.E2BIG, None, f"{n} regions; the back end takes {slots}")
+        regions = [MemoryRegion(r.gpa, r.length, _uva(memory, r.gpa), r.fd_offset) for r in memory.regions]
+        fds = [r.fd for r in memory.regions]
+        self._fe.memory = None  # until the back end has all of it
+        self._fe.send(Request.SET_MEM_TABLE, MemoryTable(tuple(regions[:MAX_FDS])), fds[:MAX_FDS])
+        for region, fd in zip(regions[MAX_FDS:], fds[MAX_FDS:], strict=True):
+            self._fe.send(Request.ADD_MEM_REG, SingleRegion(region), [fd])
         self._fe.memory = memory
 
     def set_log(self, log: DirtyLog | None) -> None:
