@@ -16,9 +16,20 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import NEEDS_RESET, PATIENCE, frame, no_descriptor_leaks, scaled, wait_for
+from tests.by_hand import (
+    NEEDS_RESET,
+    PATIENCE,
+    READY,
+    Ring,
+    bring_up,
+    frame,
+    no_descriptor_leaks,
+    scaled,
+    wait_equal,
+    wait_for,
+)
 from tests.test_drive_serve import served
-from tests.vhost_user.rig import PAIRS, UNTOLD, InThread, serve
+from tests.vhost_user.rig import PAIRS, SPOKEN, UNTOLD, VERSION_1, InThread, serve
 from tests.vhost_user.test_recovery import supervised
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
@@ -30,7 +41,8 @@ from vnetdp.inflight import InflightArea
 from vnetdp.memory import GuestMemory, Region
 from vnetdp.owners import Owner
 from vnetdp.session import Session
-from vnetdp.vhost_user.message import MemoryTable, ProtocolFeature, VringState
+from vnetdp.vhost_user.connection import Message
+from vnetdp.vhost_user.message import MemoryTable, Payload, ProtocolFeature, VringState
 from vnetdp.vrings import Vrings
 from vnetdp.watch import Watch
 from vnetdp_kernels import layout as lay
@@ -152,6 +164,74 @@ def test_more_regions_than_the_back_end_takes(tmp_path: Path, withheld: Protocol
         with pytest.raises(BackendError, match=f"{slots + 1} regions; the back end takes {slots}") as caught:
             front_end.backends[0].set_memory(memory)
         assert caught.value.errno == errno.E2BIG
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What a back end in this process is asked from now on, with the number that it is about."""
+    asked: list[tuple[str, Any]] = []
+    apply = Session._apply
+
+    def spy(self: Session, message: Message, fds: list[int]) -> tuple[Payload | None, list[int]]:
+        asked.append((message.request.name, getattr(message.payload, "index", getattr(message.payload, "value", None))))
+        return apply(self, message, fds)
+
+    monkeypatch.setattr(Session, "_apply", spy)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("spoken", "reset"),
+    [(SPOKEN, ("SET_STATUS", 0)), (UNTOLD, ("RESET_DEVICE", None)), (UNTOLD & ~ProtocolFeature.RESET_DEVICE, None)],
+)
+def test_a_device_that_is_reset_resets_its_back_end_and_begins_anew(
+    tmp_path: Path, told: list[tuple[str, Any]], spoken: ProtocolFeature, reset: tuple[str, Any] | None
+) -> None:
+    with in_thread(tmp_path) as back_end, ExitStack() as stack:
+        back_end.server.protocol_features = int(spoken)
+        front_end = stack.enter_context(attached(back_end.path))
+        card = Card(front_end)
+        card.wait_for_more()
+        card.driver.close()
+        told.clear()
+        card.device.set_status(0)
+        assert told == [("GET_VRING_BASE", 0), ("GET_VRING_BASE", 1)] + ([reset] if reset else [])
+        driver = Driver(card.device, card.memory, num=NUM)
+        card.is_of(Owner.VHOST)
+        driver.start()
+        assert driver.send(frame(1))
+        wait_for(lambda: driver.receive() == [frame(1)], "a frame comes back")
+        driver.close()
+        card.close()
+
+
+@pytest.mark.parametrize("spoken", [SPOKEN, UNTOLD])
+def test_both_queues_are_reset_one_after_the_other(tmp_path: Path, spoken: ProtocolFeature) -> None:
+    """The back end has no ring between the two, and is reset itself."""
+    with in_thread(tmp_path) as back_end, ExitStack() as stack:
+        back_end.server.protocol_features = int(spoken)
+        front_end = stack.enter_context(attached(back_end.path))
+        memory = stack.enter_context(GuestMemory.create([(0x10000, 1 << 20)]))
+        wire = stack.enter_context(EchoEndpoint())
+        device = stack.enter_context(
+            NetDevice(memory, wire, offered=front_end.features, vhost=front_end.backends, fallback=False)
+        )
+        rings = bring_up(device, VERSION_1)
+        device.set_status(READY)
+        for n in range(2):
+            receiveq, transmitq = rings
+            receiveq.post(0)
+            transmitq.send(0, frame(n))
+            device.kicks[1].signal()
+            wait_equal(lambda: receiveq.used_idx, 1)  # noqa: B023
+            assert memory.read(receiveq.buffer(0) + lay.NET_HDR_LEN, 60) == frame(n)
+            for index in range(2):
+                device.reset_queue(index)
+            rings = [Ring(memory, rings[1].end), Ring(memory, rings[1].end + 0x20000)]
+            for index, ring in enumerate(rings):
+                device.set_queue(index, ring.num, ring.desc, ring.avail, ring.used)
+                device.enable_queue(index)
+            assert device.owner is Owner.VHOST, device.last_error
 
 
 # --- who has the rings ---

@@ -9,6 +9,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 from .. import features as f
@@ -246,6 +247,17 @@ class VhostUserFrontEnd:
     @property
     def status(self) -> int:
         return self._status
+
+    def reset_if_idle(self) -> None:
+        """Reset the device, once it has no ring any more: the next driver may be another, with other features."""
+        if self._has_rings:
+            return
+        with suppress(BackendError):  # the rings are unbound, whatever becomes of this
+            if self.has(_F.STATUS):
+                self.set_status(0)
+            elif self.has(_F.RESET_DEVICE):
+                self.memory = None  # that, too, is told anew
+                self.send(Request.RESET_DEVICE)
 
     def send_rarp(self, mac: bytes) -> None:
         """Ask the back end to announce *mac* on its wire."""

@@ -159,6 +159,7 @@ class VhostUserBackend:
             return
         self._bound[index] = False
         self._base[index] = answer.num if self._can_be(index, answer.num) else None
+        self._fe.reset_if_idle()
 
     def _can_be(self, index: int, base: int) -> bool:
         """True if a back end can have stopped at *base*: neither behind what it used, nor ahead of what is available."""
