@@ -9,13 +9,14 @@ from typing import Any
 
 from vnetdp_kernels import layout
 
-from .backends.vhost_user import VhostUserFrontEnd
+from .backends.vhost_user import NetConfig, VhostUserFrontEnd
 from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.base import Endpoint, frame_len
 from .endpoints.loopback import GenerateEndpoint, NullEndpoint
 from .errors import ConfigError
 from .owners import Owner
+from .state import VIRTIO_NET_S_LINK_UP, Control
 from .watch import Watch
 
 _TICK_S = 0.02
@@ -40,21 +41,24 @@ def drive(
 ) -> dict[str, Any]:
     """Run *endpoint* as a guest of the back end on *path*, until *stop*, *seconds*, or its last frame came back.
 
-    mtu: of what the other side sends; a receive buffer holds a frame of that size even if buffers can't be merged.
+    mtu: of what the other side sends, if it does not say so itself; a receive buffer holds a frame of that size even if
+    buffers can't be merged.
     Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign), mpps
     (received), and with a generator the ledger of what came back.
     """
     with ExitStack() as stack:
-        front_end = VhostUserFrontEnd(path, queue_pairs, listen=listen, queue_size=num)
+        front_end = VhostUserFrontEnd(path, queue_pairs, listen=listen, queue_size=num, watched=True)
         stack.callback(front_end.close)
         until = time.monotonic() + wait_s
         _wait(front_end, wait_s, stop)
         memory = stack.enter_context(memory_for(queue_pairs, num))
         nowhere = stack.enter_context(NullEndpoint(queue_pairs))
+        config = front_end.config or NetConfig(Control.mac, VIRTIO_NET_S_LINK_UP, queue_pairs, 0)
+        mtu = max(mtu, config.mtu)
         offered = front_end.features if features is None else front_end.features & features
         device = NetDevice(
             memory, nowhere, queue_pairs=queue_pairs, offered=offered, vhost=front_end.backends, max_num=num,
-            fallback=False,
+            fallback=False, mac=config.mac, mtu=config.mtu or None,
         )  # fmt: skip
         stack.callback(device.close)
         driver = Driver(device, memory, endpoint, queue_pairs=queue_pairs, num=num, frame_len=frame_len(mtu))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Self
+from typing import Any, Self
 
 from .backends.vhost_user import VhostUserFrontEnd
 from .device import NetDevice
-from .errors import BackendError, ConfigError
+from .errors import BackendError, ConfigError, EndpointError
+from .features import VIRTIO_NET_F_STATUS
 from .notify import EventFd
 from .owners import Owner
+from .state import VIRTIO_NET_S_LINK_UP
+from .vhost_user.message import BackendRequest, Payload, VringState
 
 _log = logging.getLogger("vnetdp.watch")
 
@@ -23,7 +26,8 @@ class Watch:
 
     A device that can fall back goes on in userspace as soon as its back end is gone, or lets go after it hung; one that
     can't stands still. The next back end gets the rings, in the one case from userspace, in the other with the inflight
-    area of its predecessor. While it watches, nobody else calls `connect`. Close it before the two.
+    area of its predecessor. What a back end asks by itself is done, if the front end was made with *watched*: it has
+    another configuration, calls, or a ring broke. While it watches, nobody else calls `connect`. Close it before the two.
     """
 
     def __init__(self, front_end: VhostUserFrontEnd, device: NetDevice) -> None:
@@ -38,9 +42,37 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.is_set():
             if self._front_end.connected:
-                self._front_end.wait_for_end(self._wake.fd)
+                if self._front_end.wait(self._wake.fd):
+                    self._serve(self._front_end.take_request())
             else:
                 self._follow()
+
+    def _serve(self, asked: tuple[BackendRequest, Payload] | None) -> None:
+        """Do what the back end asks by itself."""
+        if asked is None:
+            return
+        request, payload = asked
+        if request is BackendRequest.CONFIG_CHANGE_MSG:
+            self._take_config()
+        elif isinstance(payload, VringState) and payload.index < len(self._device.calls):
+            if request is BackendRequest.VRING_CALL:
+                self._device.calls[payload.index].signal()
+            else:
+                _log.warning("%s: vring %d broke", self._front_end.path, payload.index)
+                self._device.mark_broken()
+
+    def _take_config(self) -> None:
+        """Have the device say what the configuration of the back end says: MAC address, link and MTU."""
+        try:
+            config = self._front_end.read_config()
+            if config is None:
+                return
+            changes: dict[str, Any] = {"mtu": config.mtu} if config.mtu else {}
+            if self._front_end.features & VIRTIO_NET_F_STATUS:
+                changes["net_status"] = config.status & VIRTIO_NET_S_LINK_UP
+            self._device.set_control(mac=config.mac, **changes)
+        except (BackendError, ConfigError, EndpointError) as e:
+            _log.warning("%s: a configuration that can't be taken over: %s", self._front_end.path, e)
 
     def _follow(self) -> None:
         """Have userspace go on, if it can, until there is a back end again."""

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.by_hand import (
     NEEDS_RESET,
     PATIENCE,
-    READY,
-    Ring,
-    bring_up,
     frame,
     no_descriptor_leaks,
-    scaled,
-    wait_equal,
     wait_for,
 )
 from tests.test_drive_serve import served
-from tests.vhost_user.rig import PAIRS, SPOKEN, UNTOLD, VERSION_1, InThread, serve
+from tests.vhost_user.card import NUM, Card, attached, in_thread
+from tests.vhost_user.rig import PAIRS, UNTOLD, serve
 from tests.vhost_user.test_recovery import supervised
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
 from vnetdp.drive import drive
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
-from vnetdp.errors import BackendError, ConfigError, RequestRefused, UnbindError
+from vnetdp.errors import ConfigError, RequestRefused, UnbindError
 from vnetdp.inflight import InflightArea
-from vnetdp.memory import GuestMemory, Region
 from vnetdp.owners import Owner
 from vnetdp.session import Session
-from vnetdp.vhost_user.connection import Message
-from vnetdp.vhost_user.message import MemoryTable, Payload, ProtocolFeature, VringState
+from vnetdp.vhost_user.message import (
+    MemoryTable,
+    VringState,
+)
 from vnetdp.vrings import Vrings
 from vnetdp.watch import Watch
 from vnetdp_kernels import layout as lay
-
-NUM = 256
 
 
 @pytest.fixture
@@ -129,180 +121,7 @@ def test_more_queue_pairs_than_a_message_can_name(path: str, queue_pairs: int) -
         VhostUserFrontEnd(path, queue_pairs)
 
 
-# --- memory, status, configuration ---
-
-
-def in_pieces(memory: GuestMemory, pieces: int) -> GuestMemory:
-    """Return the memory of *memory*, a single region, in so many regions side by side; *memory* is closed."""
-    with memory:
-        whole = memory.regions[0]
-        size = whole.length // pieces // lay.PAGE_SIZE * lay.PAGE_SIZE
-        cuts = [size * n for n in range(pieces)] + [whole.length]
-        return GuestMemory([Region(whole.gpa + a, b - a, whole.fd, a) for a, b in itertools.pairwise(cuts)])
-
-
-@pytest.mark.parametrize("pieces", [8, 9, 100])
-def test_memory_of_more_regions_than_a_message_holds(tmp_path: Path, pieces: int) -> None:
-    with in_thread(tmp_path) as back_end, attached(back_end.path) as front_end:
-        card = Card(front_end, memory=in_pieces(memory_for(1, NUM), pieces))
-        card.wait_for_more()
-        card.device.set_use_vhost(False)
-        card.wait_for_more()
-        card.device.set_use_vhost(True)
-        card.is_of(Owner.VHOST)
-        card.wait_for_more()
-        card.finish()
-
-
-@pytest.mark.parametrize(("withheld", "slots"), [(ProtocolFeature.CONFIGURE_MEM_SLOTS, 8), (ProtocolFeature(0), 509)])
-def test_more_regions_than_the_back_end_takes(tmp_path: Path, withheld: ProtocolFeature, slots: int) -> None:
-    with in_thread(tmp_path) as back_end, ExitStack() as stack:
-        back_end.server.protocol_features = int(UNTOLD & ~withheld)
-        front_end = stack.enter_context(attached(back_end.path))
-        parts = [(n << 13, lay.PAGE_SIZE) for n in range(slots + 1)]
-        memory = stack.enter_context(GuestMemory.create(parts))
-        with pytest.raises(BackendError, match=f"{slots + 1} regions; the back end takes {slots}") as caught:
-            front_end.backends[0].set_memory(memory)
-        assert caught.value.errno == errno.E2BIG
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """What a back end in this process is asked from now on, with the number that it is about."""
-    asked: list[tuple[str, Any]] = []
-    apply = Session._apply
-
-    def spy(self: Session, message: Message, fds: list[int]) -> tuple[Payload | None, list[int]]:
-        asked.append((message.request.name, getattr(message.payload, "index", getattr(message.payload, "value", None))))
-        return apply(self, message, fds)
-
-    monkeypatch.setattr(Session, "_apply", spy)
-    return asked
-
-
-@pytest.mark.parametrize(
-    ("spoken", "reset"),
-    [(SPOKEN, ("SET_STATUS", 0)), (UNTOLD, ("RESET_DEVICE", None)), (UNTOLD & ~ProtocolFeature.RESET_DEVICE, None)],
-)
-def test_a_device_that_is_reset_resets_its_back_end_and_begins_anew(
-    tmp_path: Path, told: list[tuple[str, Any]], spoken: ProtocolFeature, reset: tuple[str, Any] | None
-) -> None:
-    with in_thread(tmp_path) as back_end, ExitStack() as stack:
-        back_end.server.protocol_features = int(spoken)
-        front_end = stack.enter_context(attached(back_end.path))
-        card = Card(front_end)
-        card.wait_for_more()
-        card.driver.close()
-        told.clear()
-        card.device.set_status(0)
-        assert told == [("GET_VRING_BASE", 0), ("GET_VRING_BASE", 1)] + ([reset] if reset else [])
-        driver = Driver(card.device, card.memory, num=NUM)
-        card.is_of(Owner.VHOST)
-        driver.start()
-        assert driver.send(frame(1))
-        wait_for(lambda: driver.receive() == [frame(1)], "a frame comes back")
-        driver.close()
-        card.close()
-
-
-@pytest.mark.parametrize("spoken", [SPOKEN, UNTOLD])
-def test_both_queues_are_reset_one_after_the_other(tmp_path: Path, spoken: ProtocolFeature) -> None:
-    """The back end has no ring between the two, and is reset itself."""
-    with in_thread(tmp_path) as back_end, ExitStack() as stack:
-        back_end.server.protocol_features = int(spoken)
-        front_end = stack.enter_context(attached(back_end.path))
-        memory = stack.enter_context(GuestMemory.create([(0x10000, 1 << 20)]))
-        wire = stack.enter_context(EchoEndpoint())
-        device = stack.enter_context(
-            NetDevice(memory, wire, offered=front_end.features, vhost=front_end.backends, fallback=False)
-        )
-        rings = bring_up(device, VERSION_1)
-        device.set_status(READY)
-        for n in range(2):
-            receiveq, transmitq = rings
-            receiveq.post(0)
-            transmitq.send(0, frame(n))
-            device.kicks[1].signal()
-            wait_equal(lambda: receiveq.used_idx, 1)  # noqa: B023
-            assert memory.read(receiveq.buffer(0) + lay.NET_HDR_LEN, 60) == frame(n)
-            for index in range(2):
-                device.reset_queue(index)
-            rings = [Ring(memory, rings[1].end), Ring(memory, rings[1].end + 0x20000)]
-            for index, ring in enumerate(rings):
-                device.set_queue(index, ring.num, ring.desc, ring.avail, ring.used)
-                device.enable_queue(index)
-            assert device.owner is Owner.VHOST, device.last_error
-
-
 # --- who has the rings ---
-
-
-class Card:
-    """A guest's card on *front_end*: a generator sends through it, and everything comes back, whoever serves it."""
-
-    def __init__(self, front_end: VhostUserFrontEnd, pairs: int = 1, memory: GuestMemory | None = None) -> None:
-        with ExitStack() as stack:
-            self.memory = stack.enter_context(memory or memory_for(pairs, NUM))
-            wire = stack.enter_context(EchoEndpoint(pairs))
-            self.generator = stack.enter_context(GenerateEndpoint(pairs))
-            self.device = stack.enter_context(
-                NetDevice(
-                    self.memory, wire, queue_pairs=pairs, offered=front_end.features, vhost=front_end.backends,
-                    max_num=NUM,
-                )
-            )  # fmt: skip
-            self.driver = stack.enter_context(
-                Driver(self.device, self.memory, self.generator, queue_pairs=pairs, num=NUM)
-            )
-            assert self.device.owner is Owner.VHOST, self.device.last_error
-            self.driver.start()
-            self.close = stack.pop_all().close
-
-    def wait_for_more(self, frames: int = scaled(2000, 50)) -> None:
-        """Wait until each pair has got so many frames back."""
-        wanted = self.generator.ledger[:, lay.LEDGER_DELIVERED] + frames
-
-        def more() -> bool:
-            self.driver.check()
-            assert not self.device.ring_errors()
-            return bool((self.generator.ledger[:, lay.LEDGER_DELIVERED] >= wanted).all())
-
-        wait_for(more, f"{frames} more frames on each pair; {self.device.owner}, {self.device.last_error}")
-
-    def is_of(self, owner: Owner) -> None:
-        assert self.device.owner is owner, self.device.last_error
-
-    def finish(self) -> None:
-        """Send no more; every frame that was sent has come back once, and in order."""
-        self.generator.stop()
-        wait_for(
-            lambda: int(self.generator.ledger[:, lay.LEDGER_DELIVERED].sum()) >= self.generator.sent, "all are back"
-        )
-        ledger = self.generator.ledger_against(self.generator)
-        assert ledger.clean, ledger
-        self.close()
-
-
-@contextmanager
-def attached(path: str, pairs: int = 1, **options: Any) -> Iterator[VhostUserFrontEnd]:
-    front_end = VhostUserFrontEnd(path, pairs, queue_size=NUM, **options)
-    try:
-        wait_for(lambda: front_end.connect(1.0), "the back end takes a front end")
-        yield front_end
-    finally:
-        front_end.close()
-
-
-@contextmanager
-def in_thread(folder: Path) -> Iterator[InThread]:
-    """A back end in this process; it may be closed in the block already."""
-    with no_descriptor_leaks():
-        back_end = InThread(folder)
-        try:
-            yield back_end
-        finally:
-            if back_end.alive():
-                back_end.close()
 
 
 @pytest.mark.parametrize("way", ["restart_vhost", "set_use_vhost"])

@@ -7,19 +7,23 @@ import logging
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from .. import features as f
-from ..errors import BackendError, ConfigError, RequestRefused
+from ..errors import BackendError, ConfigError, RemoteProtocolError, RequestRefused
 from ..inflight import InflightArea
 from ..memory import GuestMemory
+from ..vhost_user.backend_requests import BackendRequests
 from ..vhost_user.conversation import Conversation, never, wait_readable
 from ..vhost_user.listener import Listener
 from ..vhost_user.message import (
     U64,
+    BackendRequest,
+    Config,
     Inflight,
     Payload,
     ProtocolFeature,
@@ -28,6 +32,8 @@ from ..vhost_user.message import (
 from ..vhost_user.transport import close_fds
 from .base import VRINGS
 from .vhost_user_pair import VhostUserBackend
+
+_NET_CONFIG = struct.Struct("<6sHHH")
 
 _log = logging.getLogger("vnetdp.vhost_user")
 
@@ -41,16 +47,34 @@ _WANTED = (
 MAX_QUEUE_PAIRS = 128  # SET_VRING_KICK and _CALL have 8 bits for a ring's index
 
 
+class NetConfig(NamedTuple):
+    """The configuration space of a network device, as far as a back end has to know it (Virtio 1.2, 5.1.4)."""
+
+    mac: bytes
+    status: int
+    max_virtqueue_pairs: int
+    mtu: int
+
+
 class VhostUserFrontEnd:
     """A connection to a back end on the Unix socket *path*, `backends[i]` for queue pair i.
 
     listen: we own the socket, and the back end connects. queue_size: of the largest queue, for the inflight area.
-    timeout_s: for each answer. What the back end offers is in `features` once `connect` returned; after a crash, `connect`
-    again.
+    timeout_s: for each answer. watched: a `Watch` takes what the back end asks by itself; inband: its calls as well, as
+    messages in place of eventfds, if it offers that. What the back end offers is in `features`, and its
+    `config`, once `connect` returned; after a crash, `connect` again.
     """
 
     def __init__(
-        self, path: str, queue_pairs: int = 1, *, listen: bool = False, queue_size: int = 256, timeout_s: float = 10.0
+        self,
+        path: str,
+        queue_pairs: int = 1,
+        *,
+        listen: bool = False,
+        queue_size: int = 256,
+        timeout_s: float = 10.0,
+        watched: bool = False,
+        inband: bool = False,
     ) -> None:
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has 1 to {MAX_QUEUE_PAIRS}")
@@ -58,10 +82,15 @@ class VhostUserFrontEnd:
         self.queue_pairs = queue_pairs
         self.queue_size = queue_size
         self.timeout_s = timeout_s
+        self._wanted = _WANTED
+        if watched:
+            self._wanted |= _F.BACKEND_REQ | (_F.INBAND_NOTIFICATIONS if inband else _F(0))
         self.features = 0
+        self.config: NetConfig | None = None
         self.memory: GuestMemory | None = None
         self.connections = 0
         self._conversation: Conversation | None = None
+        self._requests: BackendRequests | None = None
         self._inflight: tuple[Inflight, int] | None = None
         self._inflight_is_over = False  # somebody else went on where it says, and did not keep it
         self._status = 0
@@ -88,6 +117,7 @@ class VhostUserFrontEnd:
             self._shake_hands(conversation)
         except (BackendError, ConfigError) as e:
             conversation.close()
+            self._hang_up()
             if isinstance(e, BackendError) and e.errno in (errno.ESRCH, errno.ETIMEDOUT):
                 return False  # one that is just dying takes a connection, too, and one that serves somebody else
             raise
@@ -120,12 +150,19 @@ class VhostUserFrontEnd:
         self.features = conn.offered_features = conversation.ask(Request.GET_FEATURES, U64).value
         if self.features & f.VHOST_USER_F_PROTOCOL_FEATURES:
             offered = conversation.ask(Request.GET_PROTOCOL_FEATURES, U64).value
-            wanted = ProtocolFeature(offered & _WANTED)
+            wanted = self._wanted & offered
+            if not (wanted & _F.BACKEND_REQ and wanted & _F.REPLY_ACK):
+                wanted &= ~_F.INBAND_NOTIFICATIONS
             conversation.send(Request.SET_PROTOCOL_FEATURES, U64(int(wanted)))
             conn.protocol_features = wanted
         limit = conversation.ask(Request.GET_QUEUE_NUM, U64).value if conn.has(_F.MQ) else 1
         if limit < self.queue_pairs:
             raise ConfigError(f"{self.path}: the back end has {limit} queue pairs, {self.queue_pairs} are asked for")
+        self.config = _ask_config(conversation)
+        if conn.has(_F.BACKEND_REQ):
+            self._requests = BackendRequests()
+            conversation.send(Request.SET_BACKEND_REQ_FD, None, [self._requests.theirs.fileno()])
+            self._requests.theirs.close()
         if self._inflight_is_over:
             self._close_inflight()
         if conn.has(_F.INFLIGHT_SHMFD):
@@ -146,14 +183,29 @@ class VhostUserFrontEnd:
         """True if no back end has a ring of ours: there is none, or the one we left has closed its end, or died."""
         return self._conversation is None or self._conversation.gone()
 
-    def wait_for_end(self, wake_fd: int) -> None:
-        """Wait until the back end has gone, or *wake_fd* is readable."""
-        conversation = self._conversation
+    def wait(self, wake_fd: int) -> bool:
+        """Wait until the back end asks something, which is True, or has gone, or *wake_fd* is readable."""
+        conversation, requests = self._conversation, self._requests
+        poll = select.poll()
+        poll.register(wake_fd, select.POLLIN)
         if conversation is not None:
-            poll = select.poll()
             poll.register(conversation.fileno(), select.POLLRDHUP)
-            poll.register(wake_fd, select.POLLIN)
-            poll.poll()
+        if requests is not None:
+            poll.register(requests.fileno(), select.POLLIN)
+        ready = {fd for fd, _ in poll.poll()}
+        return requests is not None and requests.fileno() in ready
+
+    def take_request(self) -> tuple[BackendRequest, Payload] | None:
+        """Return what the back end asks (see `wait`); None for what is not known here. It is left for what is no message."""
+        try:
+            return self._requests.take() if self._requests is not None else None
+        except EOFError:
+            self._close_requests()
+            return None
+        except RemoteProtocolError as e:
+            _log.warning("%s: %s; the connection is closed", self.path, e)
+            self.disconnect()
+            return None
 
     def disconnect(self) -> None:
         """Leave the back end. The rings it has are not stopped by this, but by its noticing: then it is `gone`."""
@@ -164,6 +216,12 @@ class VhostUserFrontEnd:
         if self._conversation is not None:
             self._conversation.close()
             self._conversation = None
+        self._close_requests()
+
+    def _close_requests(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
 
     def close(self) -> None:
         """Disconnect, and give up the socket and the inflight area."""
@@ -259,6 +317,19 @@ class VhostUserFrontEnd:
                 self.memory = None  # that, too, is told anew
                 self.send(Request.RESET_DEVICE)
 
+    def read_config(self) -> NetConfig | None:
+        """Return the device's configuration as it is now, in `config` too; None if the back end has none to tell."""
+        self.config = _ask_config(self._talk(Request.GET_CONFIG))
+        return self.config
+
     def send_rarp(self, mac: bytes) -> None:
         """Ask the back end to announce *mac* on its wire."""
         self.send(Request.SEND_RARP, U64(int.from_bytes(mac.ljust(8, b"\0"), "little")))
+
+
+def _ask_config(conversation: Conversation) -> NetConfig | None:
+    if not conversation.has(_F.CONFIG):
+        return None
+    size = _NET_CONFIG.size
+    answer = conversation.ask(Request.GET_CONFIG, Config, Config(0, size, 0, bytes(size)))
+    return NetConfig(*_NET_CONFIG.unpack(answer.data)) if len(answer.data) == size else None

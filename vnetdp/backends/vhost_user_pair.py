@@ -208,6 +208,8 @@ class VhostUserBackend:
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         n = self._index("set_vring_call", index)
         self._call[index] = call
+        if self._fe.has(_F.INBAND_NOTIFICATIONS):
+            call = None  # it calls by message
         self._fe.send(Request.SET_VRING_CALL, U64(n if call else n | NO_FD), [call.fd] if call else [])
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:

@@ -1,0 +1,88 @@
+"""A guest's card on a front end of ours, and back ends for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.by_hand import no_descriptor_leaks, scaled, wait_for
+from tests.vhost_user.rig import InThread
+from vnetdp.backends.vhost_user import VhostUserFrontEnd
+from vnetdp.device import NetDevice
+from vnetdp.driver import Driver, memory_for
+from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
+from vnetdp.memory import GuestMemory
+from vnetdp.owners import Owner
+from vnetdp_kernels import layout as lay
+
+NUM = 256
+
+
+class Card:
+    """A guest's card on *front_end*: a generator sends through it, and everything comes back, whoever serves it."""
+
+    def __init__(self, front_end: VhostUserFrontEnd, pairs: int = 1, memory: GuestMemory | None = None) -> None:
+        with ExitStack() as stack:
+            self.memory = stack.enter_context(memory or memory_for(pairs, NUM))
+            wire = stack.enter_context(EchoEndpoint(pairs))
+            self.generator = stack.enter_context(GenerateEndpoint(pairs))
+            self.device = stack.enter_context(
+                NetDevice(
+                    self.memory, wire, queue_pairs=pairs, offered=front_end.features, vhost=front_end.backends,
+                    max_num=NUM,
+                )
+            )  # fmt: skip
+            self.driver = stack.enter_context(
+                Driver(self.device, self.memory, self.generator, queue_pairs=pairs, num=NUM)
+            )
+            assert self.device.owner is Owner.VHOST, self.device.last_error
+            self.driver.start()
+            self.close = stack.pop_all().close
+
+    def wait_for_more(self, frames: int = scaled(2000, 50)) -> None:
+        """Wait until each pair has got so many frames back."""
+        wanted = self.generator.ledger[:, lay.LEDGER_DELIVERED] + frames
+
+        def more() -> bool:
+            self.driver.check()
+            assert not self.device.ring_errors()
+            return bool((self.generator.ledger[:, lay.LEDGER_DELIVERED] >= wanted).all())
+
+        wait_for(more, f"{frames} more frames on each pair; {self.device.owner}, {self.device.last_error}")
+
+    def is_of(self, owner: Owner) -> None:
+        assert self.device.owner is owner, self.device.last_error
+
+    def finish(self) -> None:
+        """Send no more; every frame that was sent has come back once, and in order."""
+        self.generator.stop()
+        wait_for(
+            lambda: int(self.generator.ledger[:, lay.LEDGER_DELIVERED].sum()) >= self.generator.sent, "all are back"
+        )
+        ledger = self.generator.ledger_against(self.generator)
+        assert ledger.clean, ledger
+        self.close()
+
+
+@contextmanager
+def attached(path: str, pairs: int = 1, **options: Any) -> Iterator[VhostUserFrontEnd]:
+    front_end = VhostUserFrontEnd(path, pairs, queue_size=NUM, **options)
+    try:
+        wait_for(lambda: front_end.connect(1.0), "the back end takes a front end")
+        yield front_end
+    finally:
+        front_end.close()
+
+
+@contextmanager
+def in_thread(folder: Path, inband: bool = False) -> Iterator[InThread]:
+    """A back end in this process; it may be closed in the block already."""
+    with no_descriptor_leaks():
+        back_end = InThread(folder, inband)
+        try:
+            yield back_end
+        finally:
+            if back_end.alive():
+                back_end.close()
