@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import struct
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tests.by_hand import (
     wait_for,
 )
 from tests.vhost_user.card import NUM, Card, attached, in_thread
-from tests.vhost_user.rig import NEED_REPLY, PAIRS, SPOKEN, UNTOLD, VERSION_1
+from tests.vhost_user.rig import NEED_REPLY, NO_FD, PAIRS, SPOKEN, UNTOLD, VERSION_1
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint
@@ -33,10 +35,12 @@ from vnetdp.session import Session
 from vnetdp.vhost_user.backend_requests import BackendRequests
 from vnetdp.vhost_user.connection import Message
 from vnetdp.vhost_user.message import (
+    U64,
     BackendRequest,
     Empty,
     Payload,
     ProtocolFeature,
+    Request,
     VringState,
 )
 from vnetdp.watch import Watch
@@ -97,8 +101,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     ("spoken", "reset"),
     [
         (SPOKEN, ("SET_STATUS", 0)),
-        (UNTOLD, ("RESET_DEVICE", None)),
-        (UNTOLD & ~ProtocolFeature.RESET_DEVICE, None),
+        (UNTOLD & ~ProtocolFeature.DEVICE_STATE, ("RESET_DEVICE", None)),
+        (UNTOLD, None),  # its state may be asked for next
+        (UNTOLD & ~(ProtocolFeature.DEVICE_STATE | ProtocolFeature.RESET_DEVICE), None),
     ],
 )
 def test_a_device_that_is_reset_resets_its_back_end_and_begins_anew(
@@ -122,7 +127,7 @@ def test_a_device_that_is_reset_resets_its_back_end_and_begins_anew(
         card.close()
 
 
-@pytest.mark.parametrize("spoken", [SPOKEN, UNTOLD])
+@pytest.mark.parametrize("spoken", [SPOKEN, UNTOLD & ~ProtocolFeature.DEVICE_STATE])
 def test_both_queues_are_reset_one_after_the_other(tmp_path: Path, spoken: ProtocolFeature) -> None:
     """The back end has no ring between the two, and is reset itself."""
     with in_thread(tmp_path) as back_end, ExitStack() as stack:
@@ -149,6 +154,74 @@ def test_both_queues_are_reset_one_after_the_other(tmp_path: Path, spoken: Proto
                 device.set_queue(index, ring.num, ring.desc, ring.avail, ring.used)
                 device.enable_queue(index)
             assert device.owner is Owner.VHOST, device.last_error
+
+
+def test_the_state_of_one_back_end_is_loaded_into_another(tmp_path: Path) -> None:
+    with in_thread(tmp_path) as back_end:
+        back_end.server.mac = bytes.fromhex("02000000000a")
+        with attached(back_end.path) as front_end:
+            card = Card(front_end)
+            with pytest.raises(BackendError, match="EBUSY"):
+                front_end.save_device_state()
+            card.device.set_use_vhost(False)
+            state = front_end.save_device_state()
+            assert front_end.save_device_state() == state
+            card.finish()
+        back_end.server.mac = bytes(6)
+        with attached(back_end.path) as front_end:
+            front_end.load_device_state(state)
+            config = front_end.read_config()
+            assert config is not None
+            assert config.mac.hex() == "02000000000a"
+            for wrong in (b"", state[:-1], b"x" * 1000):
+                with pytest.raises(BackendError, match="says that it failed"):
+                    front_end.load_device_state(wrong)
+            config = front_end.read_config()
+            assert config is not None
+            assert config.mac.hex() == "02000000000a"
+
+
+@pytest.mark.parametrize("way", ["refuses", "has its own descriptor", "writes for ever", "never ends", "reads nothing"])
+def test_a_state_that_is_moved_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    kept: list[int] = []
+
+    def move(self: Session, message: Message, fds: list[int]) -> tuple[Payload | None, list[int]]:
+        if message.request is not Request.SET_DEVICE_STATE_FD:
+            return apply(self, message, fds)
+        if way == "refuses":
+            return U64(1 | NO_FD), []
+        if way == "has its own descriptor":
+            reader, writer = os.pipe()
+            os.write(writer, b"state")
+            os.close(writer)
+            kept.append(reader)
+            return U64(0), [reader]
+        if way == "writes for ever":
+            writer = fds.pop()
+            threading.Thread(target=write_for_ever, args=(writer,), name="writer").start()
+        else:
+            kept.append(fds.pop())
+        return U64(NO_FD), []
+
+    def write_for_ever(writer: int) -> None:
+        with open(writer, "wb", 0) as out, suppress(BrokenPipeError):
+            while True:
+                out.write(bytes(1 << 20))
+
+    apply = Session._apply
+    monkeypatch.setattr(Session, "_apply", move)
+    with in_thread(tmp_path) as back_end, attached(back_end.path, timeout_s=0.3) as front_end:
+        if way == "has its own descriptor":
+            assert front_end.save_device_state() == b"state"
+        elif way == "reads nothing":
+            with pytest.raises(BackendError, match="does not read"):
+                front_end.load_device_state(bytes(1 << 20))
+        else:
+            with pytest.raises(BackendError, match="refuses it" if way == "refuses" else "no end of the state"):
+                front_end.save_device_state()
+        wait_for(lambda: "writer" not in [thread.name for thread in threading.enumerate()], "it writes no more")
+        for fd in kept:
+            os.close(fd)
 
 
 # --- what the back end asks by itself ---

@@ -17,6 +17,7 @@ from .. import features as f
 from ..errors import BackendError, ConfigError, RemoteProtocolError, RequestRefused
 from ..inflight import InflightArea
 from ..memory import GuestMemory
+from ..vhost_user import device_state
 from ..vhost_user.backend_requests import BackendRequests
 from ..vhost_user.conversation import Conversation, never, wait_readable
 from ..vhost_user.listener import Listener
@@ -42,7 +43,7 @@ P = TypeVar("P", bound=Payload)
 _F = ProtocolFeature
 _WANTED = (
     _F.MQ | _F.LOG_SHMFD | _F.RARP | _F.REPLY_ACK | _F.MTU | _F.INFLIGHT_SHMFD | _F.CONFIG | _F.STATUS | _F.RESET_DEVICE
-    | _F.CONFIGURE_MEM_SLOTS
+    | _F.CONFIGURE_MEM_SLOTS | _F.DEVICE_STATE
 )  # fmt: skip
 MAX_QUEUE_PAIRS = 128  # SET_VRING_KICK and _CALL have 8 bits for a ring's index
 
@@ -313,7 +314,7 @@ class VhostUserFrontEnd:
         with suppress(BackendError):  # the rings are unbound, whatever becomes of this
             if self.has(_F.STATUS):
                 self.set_status(0)
-            elif self.has(_F.RESET_DEVICE):
+            elif self.has(_F.RESET_DEVICE) and not self.has(_F.DEVICE_STATE):  # whose state may be asked for next
                 self.memory = None  # that, too, is told anew
                 self.send(Request.RESET_DEVICE)
 
@@ -321,6 +322,19 @@ class VhostUserFrontEnd:
         """Return the device's configuration as it is now, in `config` too; None if the back end has none to tell."""
         self.config = _ask_config(self._talk(Request.GET_CONFIG))
         return self.config
+
+    def save_device_state(self) -> bytes:
+        """Return what the back end has to tell its successor elsewhere; BackendError, EBUSY while it has a ring."""
+        return device_state.save(self._without_rings(), self.timeout_s)
+
+    def load_device_state(self, state: bytes) -> None:
+        """Have the back end take over what `save_device_state` gave; BackendError if it can't, EBUSY while it has a ring."""
+        device_state.load(self._without_rings(), state, self.timeout_s)
+
+    def _without_rings(self) -> Conversation:
+        if self._has_rings:
+            raise BackendError(Request.SET_DEVICE_STATE_FD.name, errno.EBUSY, None, "a ring is bound")
+        return self._talk(Request.SET_DEVICE_STATE_FD)
 
     def send_rarp(self, mac: bytes) -> None:
         """Ask the back end to announce *mac* on its wire."""
