@@ -16,21 +16,26 @@ import pytest
 from tests.by_hand import (
     NEEDS_RESET,
     PATIENCE,
+    READY,
+    Ring,
+    bring_up,
     frame,
     no_descriptor_leaks,
+    wait_equal,
     wait_for,
 )
 from tests.test_drive_serve import served
 from tests.vhost_user.card import NUM, Card, attached, in_thread
-from tests.vhost_user.rig import PAIRS, UNTOLD, serve
+from tests.vhost_user.rig import PAIRS, UNTOLD, VERSION_1, serve
 from tests.vhost_user.test_recovery import supervised
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
 from vnetdp.drive import drive
-from vnetdp.driver import Driver, memory_for
+from vnetdp.driver import Driver
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
 from vnetdp.errors import ConfigError, RequestRefused, UnbindError
 from vnetdp.inflight import InflightArea
+from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp.session import Session
 from vnetdp.vhost_user.message import (
@@ -191,27 +196,53 @@ def test_a_base_that_cannot_be_is_not_believed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_ring_that_was_refused_after_its_kick_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First while the device starts, when it moved a frame already, and then while one queue is enabled anew."""
     enable = Session._on_set_vring_enable
+    refused: set[int] = {1}
 
     def refuse(self: Session, payload: VringState, fds: list[int]) -> None:
         enable(self, payload, fds)
-        if payload.index == 3 and payload.num:
+        if payload.index in refused:
+            wait_equal(lambda: rings[1].used_idx, rings[1].avail_idx)
             raise RequestRefused("no")
 
     monkeypatch.setattr(Session, "_on_set_vring_enable", refuse)
     with in_thread(tmp_path) as back_end, ExitStack() as stack:
         back_end.server.protocol_features = int(UNTOLD)  # without STATUS a ring starts by its kick
-        front_end = stack.enter_context(attached(back_end.path, PAIRS))
-        memory = memory_for(PAIRS, NUM)
-        wire = EchoEndpoint(PAIRS)
-        device = NetDevice(
-            memory, wire, queue_pairs=PAIRS, offered=front_end.features, vhost=front_end.backends, max_num=NUM
-        )
-        driver = Driver(device, memory, queue_pairs=PAIRS, num=NUM)
+        front_end = stack.enter_context(attached(back_end.path))
+        memory = stack.enter_context(GuestMemory.create([(0x10000, 1 << 20)]))
+        wire = stack.enter_context(EchoEndpoint())
+        device = stack.enter_context(NetDevice(memory, wire, offered=front_end.features, vhost=front_end.backends))
+        rings = bring_up(device, VERSION_1)
+
+        def echo(n: int) -> None:
+            rings[0].post(n)
+            rings[1].send(n, frame(n))
+            device.kicks[1].signal()
+
+        def served_by(owner: Owner, frames: int) -> None:
+            assert device.owner is owner, device.last_error
+            bound = back_end.server.worker.datapath.vqs[:, lay.VQ_BOUND]
+            assert bool(bound.any()) == (owner is Owner.VHOST)
+            wait_equal(lambda: [ring.used_idx for ring in rings], [frames, frames])
+            last = rings[0].buffer(frames - 1) + lay.NET_HDR_LEN
+            assert memory.read(last, 60) == frame(frames - 1)  # and not one that came before
+
+        echo(0)
+        device.set_status(READY)
+        echo(1)
+        served_by(Owner.USERSPACE, 2)
+        refused.clear()
+        device.restart_vhost()
+        echo(2)
+        served_by(Owner.VHOST, 3)
+        device.reset_queue(1)
+        refused.add(1)
+        rings[1] = Ring(memory, rings[1].end)
+        device.set_queue(1, rings[1].num, rings[1].desc, rings[1].avail, rings[1].used)
+        device.enable_queue(1)
         assert device.owner is Owner.USERSPACE
         assert not back_end.server.worker.datapath.vqs[:, lay.VQ_BOUND].any()
-        for thing in (driver, device, wire, memory):
-            thing.close()
 
 
 def test_a_watched_device_falls_back_and_returns_by_itself(tmp_path: Path) -> None:
