@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from . import split as ring
 from .atomic import Bytes, Words, load_i64_acquire
-from .io import POLLIN, clock_ns, poll, read, signal
+from .io import POLLIN, clock_ns, poll, read
 from .jit import kernel
 from .layout import (
     CTL_DOORBELL,
+    CTL_PASSES,
     CTL_SLEEPS,
     LOOP_BROKEN,
     LOOP_CONTROL,
     VQ_BOUND,
-    VQ_CALLS,
     VQ_ENABLED,
     VQ_KICKS,
     VQ_STATUS,
 )
-from .loops import BATCH, add_pollfd
+from .loops import BATCH, POLL_WITHOUT_KICK_MS, add_pollfd, call
 from .net import discard_transmitq, forward
 from .port import CLOCK_AT
-
-_RECHECK_MS = 100  # a guest that comes or goes while we sleep rings the doorbell; this is for one without a kick
 
 
 @kernel
 def _usable(vq: Words) -> bool:
     return bool(vq[VQ_BOUND] and vq[VQ_ENABLED] and not vq[VQ_STATUS])
-
-
-@kernel
-def _call(mem: Bytes, vq: Words, fd: int, one: Words) -> None:
-    if ring.needs_call(mem, vq):
-        vq[VQ_CALLS] += 1
-        if fd >= 0:
-            signal(fd, one)
 
 
 @kernel
@@ -55,6 +45,7 @@ def _one_way(
     ep: Words,
     hdr: Bytes,
     held: Bytes,
+    pollfds: Words,
     one: Words,
 ) -> int:
     """Move a batch from a transmitq to the other guest's receiveq; what is sent to nobody is used and dropped."""
@@ -67,10 +58,38 @@ def _one_way(
             mem, regions, txq, log, rows, to_mem, to_regions, rxq, to_log, iov, chains, ep, hdr, held, BATCH
         )
         if moved:
-            _call(to_mem, rxq, rx_call, one)
+            call(to_mem, rxq, rx_call, pollfds, one)
     if moved:
-        _call(mem, txq, tx_call, one)
+        call(mem, txq, tx_call, pollfds, one)
     return moved
+
+
+@kernel
+def _ask(
+    mem: Bytes,
+    log: Bytes,
+    txq: Words,
+    tx_kick: int,
+    tx_what: int,
+    to_mem: Bytes,
+    to_log: Bytes,
+    rxq: Words,
+    rx_kick: int,
+    rx_what: int,
+    pollfds: Words,
+    n: int,
+) -> tuple[bool, int]:
+    """Ask for the one kick that can set a way going again, and poll for it: (look again at once, entries of pollfds).
+
+    It is the transmitq's; if frames that wait there found no buffers, the receiveq's. Buffers for frames that nobody sends
+    are no reason to wake.
+    """
+    if txq[VQ_BOUND] and not txq[VQ_STATUS]:
+        if ring.known_available(txq) == 0:
+            return ring.enable_kicks(mem, txq, log), add_pollfd(pollfds, n, tx_kick, POLLIN, tx_what)
+        if _usable(rxq):
+            return ring.enable_kicks(to_mem, rxq, to_log), add_pollfd(pollfds, n, rx_kick, POLLIN, rx_what)
+    return False, n
 
 
 @kernel
@@ -101,7 +120,7 @@ def join(
     """Serve the bound queues of two devices with the same number of pairs; return (LOOP_*, chains moved).
 
     a_ and b_: as in `loops.serve`. eps int64[2, EP_SLOTS]: the wire's counters, from a and from b. pollfds
-    int64[2, 4 * pairs + 1]. poll_us: busy-poll so long before sleeping, -1 = for ever.
+    int64[2, 2 * pairs + 1]. poll_us: busy-poll so long before sleeping, -1 = for ever.
     """
     n_pairs = a_vqs.shape[0] // 2
     moved = 0
@@ -109,6 +128,7 @@ def join(
     while True:
         if load_i64_acquire(ctl, CTL_DOORBELL):
             return LOOP_CONTROL, moved
+        ctl[CTL_PASSES] += 1
         before = moved
         for q in range(n_pairs):
             rx, tx = 2 * q, 2 * q + 1
@@ -116,11 +136,11 @@ def join(
             b_ok = _usable(b_vqs[rx]) + 2 * _usable(b_vqs[tx])
             moved += _one_way(
                 a_mem, a_regions, a_log, a_vqs[tx], a_notify[tx, 1], b_mem, b_regions, b_log, b_vqs[rx], b_notify[rx, 1],
-                rows, iov, chains, eps[0], hdr, held, one,
+                rows, iov, chains, eps[0], hdr, held, pollfds, one,
             )  # fmt: skip
             moved += _one_way(
                 b_mem, b_regions, b_log, b_vqs[tx], b_notify[tx, 1], a_mem, a_regions, a_log, a_vqs[rx], a_notify[rx, 1],
-                rows, iov, chains, eps[1], hdr, held, one,
+                rows, iov, chains, eps[1], hdr, held, pollfds, one,
             )  # fmt: skip
             if (
                 a_ok != _usable(a_vqs[rx]) + 2 * _usable(a_vqs[tx])
@@ -136,18 +156,27 @@ def join(
             if poll_us < 0 or now - idle_since < poll_us * 1000:
                 continue
         idle_since = 0
+        wait_ms = -1
         again = False
         n = add_pollfd(pollfds, 0, ctl_fd, POLLIN, -1)
-        for i in range(2 * n_pairs):
-            if a_vqs[i, VQ_BOUND] and not a_vqs[i, VQ_STATUS]:
-                again |= ring.enable_kicks(a_mem, a_vqs[i], a_log)
-                n = add_pollfd(pollfds, n, a_notify[i, 0], POLLIN, i)
-            if b_vqs[i, VQ_BOUND] and not b_vqs[i, VQ_STATUS]:
-                again |= ring.enable_kicks(b_mem, b_vqs[i], b_log)
-                n = add_pollfd(pollfds, n, b_notify[i, 0], POLLIN, 2 * n_pairs + i)
+        for q in range(n_pairs):
+            rx, tx = 2 * q, 2 * q + 1
+            asked, n = _ask(
+                a_mem, a_log, a_vqs[tx], a_notify[tx, 0], tx,
+                b_mem, b_log, b_vqs[rx], b_notify[rx, 0], 2 * n_pairs + rx, pollfds, n,
+            )  # fmt: skip
+            again |= asked
+            asked, n = _ask(
+                b_mem, b_log, b_vqs[tx], b_notify[tx, 0], 2 * n_pairs + tx,
+                a_mem, a_log, a_vqs[rx], a_notify[rx, 0], rx, pollfds, n,
+            )  # fmt: skip
+            again |= asked
+        for k in range(n):
+            if pollfds[0, k] & 0xFFFFFFFF == 0xFFFFFFFF:
+                wait_ms = POLL_WITHOUT_KICK_MS
         if not again:
             ctl[CTL_SLEEPS] += 1
-            poll(pollfds[0], n, _RECHECK_MS)
+            poll(pollfds[0], n, wait_ms)
             for k in range(n):
                 what = pollfds[1, k]
                 if pollfds[0, k] >> 48 and what >= 0:

@@ -43,7 +43,7 @@ from .net import discard_transmitq, drain_transmitq, fill_receiveq, forward
 from .port import CLOCK_AT, due_in_ns
 
 BATCH = 64  # frames a queue moves before the next has its turn, and before its indices are published
-_POLL_WITHOUT_KICK_MS = 1  # a driver that gave no kick descriptor is looked at this often
+POLL_WITHOUT_KICK_MS = 1  # a driver that gave no kick descriptor is looked at this often
 _CONTROL = -1  # what a pollfd stands for, beside the number of a queue
 _ENDPOINT = -2  # the endpoint of pair 0; -3 that of pair 1, ...
 
@@ -64,6 +64,19 @@ def add_pollfd(pollfds: Words, n: int, fd: int, events: int, what: int) -> int:
     pollfds[0, n] = (fd & 0xFFFFFFFF) | events << 32
     pollfds[1, n] = what
     return n + 1
+
+
+@kernel
+def call(mem: Bytes, vq: Words, fd: int, pollfds: Words, one: Words) -> None:
+    """Send a used buffer notification to *fd* (-1 = none), if the driver wants to hear. *pollfds* is scratch.
+
+    A peer shares the descriptor's flags, and it may be blocking: one that takes nothing more has said enough.
+    """
+    if ring.needs_call(mem, vq):
+        vq[VQ_CALLS] += 1
+        add_pollfd(pollfds, 0, fd, POLLOUT, 0)
+        if fd >= 0 and poll(pollfds[0], 1, 0) > 0:
+            signal(fd, one)
 
 
 @kernel
@@ -171,14 +184,10 @@ def serve(
                     )  # fmt: skip
                     moved += frames_rx
                 python |= ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] > 0
-            if serve_tx and (chains_tx or txq[VQ_CALL_DUE]) and ring.needs_call(mem, txq):
-                txq[VQ_CALLS] += 1
-                if notify[2 * q + 1, 1] >= 0:
-                    signal(notify[2 * q + 1, 1], one)
-            if serve_rx and (frames_rx or rxq[VQ_CALL_DUE]) and ring.needs_call(mem, rxq):
-                rxq[VQ_CALLS] += 1
-                if notify[2 * q, 1] >= 0:
-                    signal(notify[2 * q, 1], one)
+            if serve_tx and (chains_tx or txq[VQ_CALL_DUE]):
+                call(mem, txq, notify[2 * q + 1, 1], pollfds, one)
+            if serve_rx and (frames_rx or rxq[VQ_CALL_DUE]):
+                call(mem, rxq, notify[2 * q, 1], pollfds, one)
             txq[VQ_CALL_DUE] &= not serve_tx
             rxq[VQ_CALL_DUE] &= not serve_rx
             if (serve_tx and txq[VQ_STATUS]) or (serve_rx and rxq[VQ_STATUS]):
@@ -225,13 +234,13 @@ def serve(
                 else:
                     again |= ring.enable_kicks(mem, txq, log)
                     n = add_pollfd(pollfds, n, notify[2 * q + 1, 0], POLLIN, 2 * q + 1)
-                    wait_ms = wait_ms if notify[2 * q + 1, 0] >= 0 else _POLL_WITHOUT_KICK_MS
+                    wait_ms = wait_ms if notify[2 * q + 1, 0] >= 0 else POLL_WITHOUT_KICK_MS
             if serve_rx:
                 # Buffers for frames to forward are looked at only when there are such frames.
                 if no_room or (not forwards and (ep[EP_HELD] or ring.known_available(rxq) == 0)):
                     again |= ring.enable_kicks(mem, rxq, log)
                     n = add_pollfd(pollfds, n, notify[2 * q, 0], POLLIN, 2 * q)
-                    wait_ms = wait_ms if notify[2 * q, 0] >= 0 else _POLL_WITHOUT_KICK_MS
+                    wait_ms = wait_ms if notify[2 * q, 0] >= 0 else POLL_WITHOUT_KICK_MS
                 else:
                     events |= POLLIN
                     wait_ms = _due_ms(ep, scratch, wait_ms)
