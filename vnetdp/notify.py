@@ -56,3 +56,22 @@ class EventFd:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class PeerEvent(EventFd):
+    """A peer's eventfd, pipe or socket, owned. Its flags are the peer's too, so they are left alone: it may be blocking."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    @property
+    def usable(self) -> bool:
+        """False for a descriptor that can't be polled, written to or read (O_PATH)."""
+        return not any(events & select.POLLNVAL for _, events in self._poll.poll(0))
+
+    def signal(self) -> None:
+        """Add one, unless that might wait: a descriptor that takes nothing more has said enough."""
+        if self._poll.poll(0):
+            super().signal()

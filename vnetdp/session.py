@@ -17,7 +17,7 @@ from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, EndpointError, RemoteProtocolError, RequestRefused
 from .inflight import InflightArea
 from .memory import DirtyLog
-from .notify import EventFd
+from .notify import EventFd, PeerEvent
 from .state import VIRTIO_CONFIG_S_DRIVER_OK
 from .vhost_user.connection import BackEndConnection, Message
 from .vhost_user.message import (
@@ -252,11 +252,11 @@ class Session:
         # An eventfd is of no file type; UML calls through pipes.
         if stat.S_IFMT(mode) != 0 and not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
             raise RequestRefused("a vring descriptor that is neither eventfd nor pipe")
-        try:
-            os.set_blocking(fds[0], False)
-        except OSError as e:
-            raise RequestRefused(f"a vring descriptor that can't be used: {e}") from e
-        return index, EventFd(fds.pop(0))
+        event = PeerEvent(fds[0])
+        if not event.usable:
+            raise RequestRefused("a vring descriptor that can't be used")
+        fds.clear()
+        return index, event
 
     def _on_set_vring_kick(self, payload: U64, fds: list[int]) -> None:
         index, event = self._take_event(payload, fds)

@@ -1,6 +1,6 @@
 """Getting a thread out of a system call: a signal whose handler does nothing, so that the call ends with EINTR.
 
-A descriptor that came from a peer shares its flags with the peer: O_NONBLOCK set here may be gone when a kernel writes.
+A descriptor that came from a peer may be blocking, and the peer may fill or empty it between our poll() and our call.
 """
 
 from __future__ import annotations

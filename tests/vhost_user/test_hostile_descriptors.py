@@ -28,6 +28,7 @@ from tests.vhost_user.rig import (
     u64,
 )
 from vnetdp.vhost_user.message import ProtocolFeature, Request
+from vnetdp_kernels import interrupt
 
 R = Request
 _MANY = (1 << 64) - 2  # as much as an eventfd can hold
@@ -231,8 +232,8 @@ def test_a_broken_ring_is_told_and_the_others_run_on(back_end: BackEnd) -> None:
 
 @pytest.mark.parametrize("request_", [R.SET_VRING_CALL, R.SET_VRING_KICK], ids=lambda r: r.name)
 @pytest.mark.parametrize("kind", ["an eventfd that is full", "a pipe that is full", "an empty eventfd"])
-def test_a_descriptor_made_blocking_again(back_end: BackEnd, tmp_path: Path, kind: str, request_: Request) -> None:
-    """Its flags are shared with the front end, who takes O_NONBLOCK off again: nobody may wait on it for ever."""
+def test_a_descriptor_that_blocks(back_end: BackEnd, tmp_path: Path, kind: str, request_: Request) -> None:
+    """Its flags are shared with the front end: nobody may wait on it for ever."""
     with costs_nothing(back_end, None), attached(back_end) as guest:
         fd = os.eventfd(0) if kind == "an empty eventfd" else KINDS[kind](tmp_path)
         try:
@@ -255,6 +256,36 @@ def test_a_descriptor_made_blocking_again(back_end: BackEnd, tmp_path: Path, kin
                 guest.end.ask(R.GET_VRING_BASE, state(index, 0))
         finally:
             os.close(fd)
+
+
+def test_the_flags_of_a_descriptor_stay_the_front_ends_affair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may read its calls blocking. Nor does one that is full hold anybody up: no system call has to be interrupted."""
+    interrupted: list[int] = []
+    monkeypatch.setattr(interrupt, "interrupt", interrupted.append)
+    full = os.eventfd(0)
+    os.eventfd_write(full, _MANY)
+    with no_descriptor_leaks():
+        back_end = InThread(tmp_path)
+        with ByHand.dial(back_end.path) as end, Guest(end) as guest:
+            end.shake_hands()
+            guest.share()
+            events = (*guest.kicks, *guest.calls)
+            for event in events:
+                os.set_blocking(event.fd, True)
+            guest.start(0, 1, 2)
+            guest.describe(3)
+            assert end.tell(R.SET_VRING_ERR, u64(0), [guest.calls[0].fd])
+            assert end.tell(R.SET_VRING_CALL, u64(3), [full])
+            assert end.tell(R.SET_VRING_KICK, u64(3), [guest.kicks[3].fd])
+            assert end.tell(R.SET_VRING_ENABLE, state(3, 1))
+            for n in range(8):
+                guest.echo(n, 1)
+            assert all(os.get_blocking(event.fd) for event in events)
+            assert os.eventfd_read(guest.calls[2].fd) > 0
+            end.leave()
+        back_end.close()
+    os.close(full)
+    assert not interrupted
 
 
 @pytest.mark.parametrize("request_", [R.SET_VRING_CALL, R.SET_VRING_KICK, R.SET_VRING_ERR], ids=lambda r: r.name)

@@ -273,7 +273,7 @@ def test_it_ends_with_more_front_ends_waiting(tmp_path: Path) -> None:
 
 
 def test_it_ends_while_a_call_waits_for_ever(tmp_path: Path) -> None:
-    """The front end holds a full eventfd, and made it blocking again."""
+    """The front end holds a full eventfd, and it is a blocking one."""
     with up(tmp_path) as back_end, ByHand.dial(back_end.path) as end, Guest(end) as guest:
         end.shake_hands()
         guest.share()
