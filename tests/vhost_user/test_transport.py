@@ -116,6 +116,14 @@ def test_more_descriptors_than_a_message_may_have(n_fds: int) -> None:
         refused(transport, "at most 8")
 
 
+def test_a_message_that_comes_slowly_holds_no_more_descriptors_than_another() -> None:
+    with connected(5.0) as (peer, transport):
+        send(peer, head(size=MAX_PAYLOAD))
+        for _ in range(9):
+            send(peer, b"x", 1)
+        refused(transport, "at most 8")  # and the rest of it is not waited for
+
+
 @pytest.mark.parametrize("n_fds", [65, 253])
 def test_more_descriptors_than_are_taken_off_the_socket(n_fds: int) -> None:
     with connected() as (peer, transport):

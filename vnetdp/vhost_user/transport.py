@@ -52,10 +52,6 @@ class Transport:
             data = self._read(header.size, fds) if header.size else b""
             if data is None:
                 raise RemoteProtocolError(f"request {header.request}: the connection ended in its middle")
-            if len(fds) > MAX_FDS:
-                raise RemoteProtocolError(
-                    f"request {header.request}: {len(fds)} descriptors; at most {MAX_FDS} are taken"
-                )
         except BaseException:
             close_fds(fds)
             raise
@@ -72,6 +68,8 @@ class Transport:
                     fds.extend(array.array("i", content[: len(content) // 4 * 4]))
             if flags & socket.MSG_CTRUNC:
                 raise RemoteProtocolError("more descriptors than a message may have")
+            if len(fds) > MAX_FDS:  # now, not when the message is whole: a slow one would hold ever more of them
+                raise RemoteProtocolError(f"a message with {len(fds)} descriptors; at most {MAX_FDS} are taken")
             if not data:
                 if parts:
                     raise RemoteProtocolError("the connection ended in the middle of a message")
