@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+
+import pytest
 
 from tests.by_hand import frame, scaled, wait_equal, wait_for
 from tests.vhost_user.rig import ByHand
@@ -120,6 +123,17 @@ def test_a_guest_leaves_and_comes_back(tmp_path: Path) -> None:
 
 def heard(guest: Guest) -> bool:
     return guest.received() >= COUNT
+
+
+def test_what_ends_a_side_ends_the_bridge_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bridge(str(tmp_path / "left"), str(tmp_path / "right")) as bridge:
+
+        def fails(*_: object) -> None:
+            raise OSError(errno.EIO, "as asked")
+
+        monkeypatch.setattr(bridge.servers[1], "run", fails)
+        with pytest.raises(OSError, match="as asked"):
+            bridge.serve(lambda: False)
 
 
 def test_it_sleeps_while_neither_guest_sends(tmp_path: Path) -> None:

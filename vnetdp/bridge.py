@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +18,8 @@ from .endpoints.loopback import NullEndpoint
 from .memory import Bytes, Words
 from .notify import EventFd
 from .server import Server
+
+_LOOK_S = 0.2
 
 
 class _Side:
@@ -94,15 +96,25 @@ class Bridge:
                 side.on_broken()
 
     def serve(self, stop: Callable[[], bool]) -> None:
-        """Serve both sockets until *stop* says so; looked at five times a second."""
-        wakes = [EventFd(), EventFd()]
-        targets = [partial(server.run, stop, wake.fd) for server, wake in zip(self.servers, wakes, strict=True)]
-        with wakes[0], wakes[1], _threads(targets):
-            pause = threading.Event()
-            while not stop():
-                pause.wait(0.2)
-            for wake in wakes:
-                wake.signal()
+        """Serve both sockets until *stop* says so (looked at five times a second), or one can't be served any more.
+
+        What ended a side ends the other as well, and is raised.
+        """
+        ended = threading.Event()
+        with EventFd() as left, EventFd() as right, ThreadPoolExecutor(len(self.servers), "bridge-server") as pool:
+            sides = [
+                pool.submit(server.run, ended.is_set, wake.fd)
+                for server, wake in zip(self.servers, (left, right), strict=True)
+            ]
+            try:
+                while not stop() and not wait(sides, _LOOK_S, FIRST_COMPLETED).done:
+                    pass
+            finally:
+                ended.set()
+                left.signal()
+                right.signal()
+            for side in sides:
+                side.result()
 
     def report(self) -> dict[str, Any]:
         """Return frames each way and what was dropped, as plain values."""
@@ -126,13 +138,3 @@ class Bridge:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-@contextmanager
-def _threads(targets: Sequence[Callable[[], None]]) -> Iterator[None]:
-    threads = [threading.Thread(target=target, daemon=True) for target in targets]
-    for thread in threads:
-        thread.start()
-    yield
-    for thread in threads:
-        thread.join()
