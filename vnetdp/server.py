@@ -26,7 +26,10 @@ from .vrings import Served
 _log = logging.getLogger("vnetdp.server")
 
 _MESSAGE_TIMEOUT_S = 5.0  # for the rest of a message that has begun
-_BACKOFF_S = (0.05, 2.0)  # first and longest wait between two attempts to connect
+_BACKOFF_S = (0.05, 2.0)  # first and longest wait after an attempt that came to nothing
+_SHORT_S = 1.0  # a session that ends sooner came to nothing too
+_NOBODY_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)  # what to connect to is not there yet, or busy
+_HOPELESS = (None, errno.ENOTDIR, errno.ELOOP, errno.EPROTOTYPE)  # no waiting heals it; None: the path is too long
 
 
 class Server:
@@ -74,33 +77,49 @@ class Server:
         self.worker: Served = worker
 
     def run(self, stop: Callable[[], bool], wake_fd: int) -> None:
-        """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked."""
+        """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked.
+
+        ConfigError if there never was a front end, and there never will be one at *path*.
+        """
         backoff = _BACKOFF_S[0]
+        said = ""
         while not stop():
-            transport = self._next_front_end(wake_fd)
-            if transport is None:
-                if self.connect:
-                    _readable(wake_fd, timeout_s=backoff)
-                    backoff = min(backoff * 2, _BACKOFF_S[1])
-                continue
             began = time.monotonic()
-            self._serve(transport, stop, wake_fd)
-            if time.monotonic() - began > 1:
+            failed = False
+            try:
+                transport = self._accept(wake_fd) if self._listener is not None else self._dial()
+                if transport is not None:
+                    said = ""
+                    self._serve(transport, stop, wake_fd)
+            except OSError as e:
+                failed = True
+                if self.connect and not self.served and e.errno in _HOPELESS:
+                    raise ConfigError(f"cannot connect to {self.path}: {e.strerror or e}") from e
+                if e.errno not in _NOBODY_YET and str(e) != said:
+                    said = str(e)
+                    _log.warning("%s: no front end: %s; trying again", self.path, e.strerror or e)
+            if failed or (self.connect and time.monotonic() - began < _SHORT_S):
+                _readable(wake_fd, timeout_s=backoff)
+                backoff = min(backoff * 2, _BACKOFF_S[1])
+            else:
                 backoff = _BACKOFF_S[0]
 
-    def _next_front_end(self, wake_fd: int) -> Transport | None:
-        if self._listener is not None:
-            if self._listener.fileno() not in _readable(self._listener.fileno(), wake_fd):
-                return None
-            return Transport(self._listener.accept())
+    def _accept(self, wake_fd: int) -> Transport | None:
+        """Wait for a front end; None if *wake_fd* became readable."""
+        assert self._listener is not None
+        if self._listener.fileno() not in _readable(self._listener.fileno(), wake_fd):
+            return None
+        return Transport(self._listener.accept())
+
+    def _dial(self) -> Transport:
+        """Connect to the front end; OSError at once if that can't be done now."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            sock.setblocking(False)  # else it waits for as long as the front end's backlog is full
             sock.connect(self.path)
-        except OSError as e:
+        except OSError:
             sock.close()
-            if e.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN):
-                raise ConfigError(f"cannot connect to {self.path}: {e.strerror or e}") from e
-            return None
+            raise
         return Transport(sock)
 
     def _serve(self, transport: Transport, stop: Callable[[], bool], wake_fd: int) -> None:

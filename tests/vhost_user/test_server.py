@@ -1,0 +1,197 @@
+"""How a server comes by its front ends: what it waits for, how long, and what it gives up for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_equal, wait_for
+from tests.vhost_user.rig import ByHand, InThread, ping
+from vnetdp import server as server_module
+from vnetdp.endpoints.loopback import EchoEndpoint
+from vnetdp.errors import ConfigError
+from vnetdp.notify import EventFd
+from vnetdp.server import Server
+from vnetdp.vhost_user.message import Request
+
+
+@contextmanager
+def connecting(path: Path) -> Iterator[Server]:
+    """Give a server that connects, run in a thread, and stopped at the end."""
+    stop = threading.Event()
+    with ExitStack() as stack:
+        wake = stack.enter_context(EventFd())
+        endpoint = stack.enter_context(EchoEndpoint())
+        server = stack.enter_context(Server(endpoint, str(path), connect=True))
+        thread = threading.Thread(target=server.run, args=(stop.is_set, wake.fd), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            stop.set()
+            wake.signal()
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def listening(path: Path, kind: int = socket.SOCK_STREAM) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, kind) as sock:
+        sock.bind(str(path))
+        if kind == socket.SOCK_STREAM:
+            sock.listen(64)
+        sock.settimeout(PATIENCE)
+        yield sock
+    path.unlink()
+
+
+def answers(sock: socket.socket) -> bool:
+    """Accept the back end, and have it answer."""
+    with ByHand(sock.accept()[0]) as end:
+        return bool(end.ask(Request.GET_FEATURES))
+
+
+# --- who hangs up at once ---
+
+
+@contextmanager
+def hanging_up(path: Path) -> Iterator[None]:
+    """Be a front end that accepts whoever comes, and hangs up."""
+    with listening(path) as listener:
+        listener.settimeout(None)
+
+        def run() -> None:
+            with pytest.raises(OSError, match="Invalid argument"):  # once it is shut down
+                while True:
+                    listener.accept()[0].close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Have no wait between two attempts take any time; give the list of them."""
+    told: list[float] = []
+    readable = server_module._readable
+
+    def recorded(*fds: int, timeout_s: float | None = None) -> set[int]:
+        if timeout_s is None:
+            return readable(*fds)
+        told.append(round(timeout_s, 3))
+        return set()
+
+    monkeypatch.setattr(server_module, "_readable", recorded)
+    return told
+
+
+def run_until(path: Path, sessions: int) -> None:
+    with EchoEndpoint() as endpoint, Server(endpoint, str(path), connect=True) as server, EventFd() as wake:
+        server.run(lambda: server.served >= sessions, wake.fd)
+
+
+def test_a_front_end_that_hangs_up_is_asked_less_and_less_often(tmp_path: Path, waits: list[float]) -> None:
+    with hanging_up(tmp_path / "socket"):
+        run_until(tmp_path / "socket", 8)
+    assert waits == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+
+
+def test_one_that_stayed_for_a_while_is_asked_again_at_once(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_SHORT_S", 0.0)
+    with hanging_up(tmp_path / "socket"):
+        run_until(tmp_path / "socket", 8)
+    assert not waits
+
+
+# --- what is in the way ---
+
+
+def test_whatever_is_in_the_way_of_a_second_front_end_it_is_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "socket"
+    with no_descriptor_leaks(), connecting(path) as server:
+        with listening(path) as listener:
+            assert answers(listener)
+        with listening(path, socket.SOCK_DGRAM), caplog.at_level(logging.WARNING, "vnetdp.server"):
+            wait_for(lambda: bool(caplog.messages), "it says what is in the way")
+            (line,) = caplog.messages
+            assert "wrong type" in line
+        with listening(path) as listener:
+            assert answers(listener)
+        assert server.served == 2
+
+
+def _of_a_wrong_kind(folder: Path, stack: ExitStack) -> Path:
+    stack.enter_context(listening(folder / "datagrams", socket.SOCK_DGRAM))
+    return folder / "datagrams"
+
+
+def _behind_a_file(folder: Path, _stack: ExitStack) -> Path:
+    (folder / "file").touch()
+    return folder / "file" / "socket"
+
+
+def _too_long(folder: Path, _stack: ExitStack) -> Path:
+    return folder / ("x" * 200)
+
+
+@pytest.mark.parametrize("make", [_of_a_wrong_kind, _behind_a_file, _too_long])
+def test_a_path_where_no_front_end_can_ever_be(tmp_path: Path, make: Any) -> None:
+    with no_descriptor_leaks(), ExitStack() as stack:
+        path = make(tmp_path, stack)
+        endpoint = stack.enter_context(EchoEndpoint())
+        server = stack.enter_context(Server(endpoint, str(path), connect=True))
+        with EventFd() as wake, pytest.raises(ConfigError, match="cannot connect"):
+            server.run(lambda: False, wake.fd)
+
+
+def test_it_ends_while_the_front_ends_backlog_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with listening(path), ExitStack() as stack:
+        with pytest.raises(BlockingIOError):
+            while True:
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.setblocking(False)
+                sock.connect(str(path))
+        with connecting(path) as server:
+            assert server.served == 0
+
+
+# --- no descriptors left ---
+
+
+def test_it_waits_for_a_descriptor_to_accept_with(tmp_path: Path) -> None:
+    with no_descriptor_leaks():
+        back_end = InThread(tmp_path)
+        ping(back_end)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        sock = socket.socket(socket.AF_UNIX)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            sock.connect(back_end.path)
+            wait_for(lambda: any("Too many open files" in line for line in back_end.lines()), "it says so")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with ByHand(sock) as end:
+            assert end.ask(Request.GET_FEATURES)
+            end.leave()
+        wait_equal(back_end.lines, [])
+        ping(back_end)
+        back_end.close()
