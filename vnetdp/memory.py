@@ -254,7 +254,7 @@ class SharedBlock:
 class DirtyLog:
     """One bit a 4 KiB page of guest addresses from 0 on, set atomically by kernels (`VHOST_SET_LOG_BASE`).
 
-    log uint8[n], n a multiple of 8: bit p % 8 of byte p // 8 stands for page p.
+    log uint8[n], n a multiple of 8 if it is ours to take from: bit p % 8 of byte p // 8 stands for page p.
     """
 
     def __init__(self, end: int, fd: int | None = None) -> None:
@@ -276,7 +276,7 @@ class DirtyLog:
             raise ConfigError(f"a log of {length} bytes at offset {offset} ends behind its file")
         self = cls.__new__(cls)
         try:
-            self._attach(SharedBlock(length, fd, offset), length // 8 * 8)
+            self._attach(SharedBlock(length, fd, offset), length)
         except (OSError, ValueError) as e:
             raise ConfigError(f"a log of {length} bytes cannot be mapped: {e}") from e
         self._protected = self.log.ctypes.data

@@ -229,6 +229,20 @@ def test_a_log_is_written(back_end: BackEnd) -> None:
         wait_for(lambda: {ring.used >> 12, ring.buffer(1) >> 12} <= dirty(log), "both pages are marked")
 
 
+def test_a_log_of_just_enough_bytes(back_end: BackEnd) -> None:
+    """Their number is no multiple of 8, and the last of them counts too."""
+    pages = (GPA + MEMORY_LEN) // PAGE
+    with costs_nothing(back_end, 0), memfd(PAGE) as log, running(back_end, FEATURES | LOG_ALL) as guest:
+        guest.end.ask(R.SET_LOG_BASE, struct.pack("<QQ", -(-pages // 8), 0), [log])
+        receiveq, transmitq = guest.rings[:2]
+        receiveq.put_desc(1, (pages - 1) * PAGE, 2048, 2)
+        receiveq.offer(1)
+        transmitq.send(1, bytes(60))
+        guest.kicks[1].signal()
+        wait_for(lambda: receiveq.used_idx == 2, "the frame came back")
+        assert pages - 1 in dirty(log)
+
+
 LOGS = {
     "no size": (0, 0, PAGE),
     "longer than its file": (2 * PAGE, 0, PAGE),
