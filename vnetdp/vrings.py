@@ -283,6 +283,10 @@ class Vrings:
                 self._worker.datapath.memory = None
         if before is not None:
             before.close()
+        for index in range(len(self.rings)):
+            # What was told of a ring may have waited for its memory; some may have to wait on.
+            with suppress(BackendError, RequestRefused):
+                self.start_if_ready(index)
 
     def gpa(self, uva: int, what: str) -> int:
         """Return the guest address of a user address of the front end."""

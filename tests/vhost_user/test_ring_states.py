@@ -1,0 +1,104 @@
+"""Rings that start, stop and start again, in whatever order a front end says what they need."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.by_hand import READY, wait_equal
+from tests.vhost_user.rig import (
+    FEATURES,
+    GPA,
+    LOG_ALL,
+    MEMORY_LEN,
+    SPOKEN,
+    UNTOLD,
+    UVA,
+    BackEnd,
+    ByHand,
+    Guest,
+    costs_nothing,
+    region,
+    state,
+    u64,
+)
+from vnetdp.vhost_user.message import ProtocolFeature, Request
+
+R = Request
+
+
+@contextmanager
+def attached(back_end: BackEnd, protocol: ProtocolFeature = UNTOLD) -> Iterator[Guest]:
+    """Give a guest whose memory is shared; it leaves at the end, and costs nothing."""
+    with costs_nothing(back_end, 0), ByHand.dial(back_end.path) as end, Guest(end) as guest:
+        end.shake_hands(protocol=protocol)
+        guest.share()
+        yield guest
+        end.leave()
+
+
+def status(guest: Guest) -> int:
+    return int(struct.unpack("<Q", guest.end.ask(R.GET_STATUS))[0])
+
+
+def test_all_memory_is_unplugged_and_plugged_in_again(back_end: BackEnd) -> None:
+    with attached(back_end) as guest:
+        guest.start(0, 1)
+        guest.echo()
+        memory = bytes(8) + region(GPA, MEMORY_LEN, UVA)
+        elsewhere = bytes(8) + region(GPA + MEMORY_LEN, MEMORY_LEN, UVA + MEMORY_LEN)
+        for n in range(3):
+            assert guest.end.tell(R.REM_MEM_REG, memory)
+            assert guest.end.tell(R.ADD_MEM_REG, elsewhere, [guest.fd])  # of no use to the rings
+            assert guest.end.tell(R.ADD_MEM_REG, memory, [guest.fd])
+            guest.echo(n)
+            assert guest.end.tell(R.REM_MEM_REG, elsewhere)
+
+
+def test_a_migration_begins_while_no_ring_is_enabled(back_end: BackEnd) -> None:
+    """Nothing else is said anew: the rings are where they were."""
+    with attached(back_end) as guest:
+        guest.start(0, 1)
+        guest.echo()
+        for features in (FEATURES | LOG_ALL, FEATURES):
+            for index in (0, 1):
+                assert guest.end.tell(R.SET_VRING_ENABLE, state(index, 0))
+            assert guest.end.tell(R.SET_FEATURES, u64(features))
+            for index in (0, 1):
+                assert guest.end.tell(R.SET_VRING_ENABLE, state(index, 1))
+            guest.echo(1)
+
+
+def test_a_device_that_is_reset_by_its_status_says_how_far_its_rings_came(back_end: BackEnd) -> None:
+    """QEMU passes the guest's reset on before it stops the rings."""
+    with attached(back_end, SPOKEN) as guest:
+        guest.start(0, 1)
+        assert guest.end.tell(R.SET_STATUS, u64(READY))
+        for n in range(3):
+            guest.echo(n)
+        assert guest.end.tell(R.SET_STATUS, u64(0))
+        for index in (0, 1):
+            assert guest.end.ask(R.GET_VRING_BASE, state(index, 0)) == state(index, 3)
+
+
+def test_a_device_that_is_reset_has_no_status_and_begins_anew(back_end: BackEnd) -> None:
+    with attached(back_end, SPOKEN) as guest:
+        for _ in range(2):
+            guest.start(0, 1)
+            assert guest.end.tell(R.SET_STATUS, u64(READY))
+            guest.echo()
+            assert guest.end.tell(R.RESET_DEVICE)
+            assert status(guest) == 0
+            for index in (0, 1):
+                assert guest.end.ask(R.GET_VRING_BASE, state(index, 0)) == state(index, 0)
+                ring = guest.rings[index]
+                ring.avail_idx = ring.used_idx = 0
+        guest.start(0, 1)
+        guest.rings[1].send(0, bytes(60))
+        guest.kicks[1].signal()
+        guest.end.ask(R.GET_QUEUE_NUM)
+        assert guest.rings[1].used_idx == 0  # it waits for DRIVER_OK again
+        guest.rings[0].post(0)
+        assert guest.end.tell(R.SET_STATUS, u64(READY))
+        wait_equal(lambda: guest.rings[0].used_idx, 1)
