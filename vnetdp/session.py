@@ -143,11 +143,13 @@ class Session:
             unknown = ", ".join(f.names(wanted & ~self._connection.offered_features))
             raise RequestRefused(f"features that were not offered: {unknown}")
         features = wanted & ~f.VHOST_USER_F_PROTOCOL_FEATURES
+        toggled = (wanted ^ self._connection.features) & ~f.VHOST_USER_F_PROTOCOL_FEATURES
+        changed = toggled & ~f.VHOST_F_LOG_ALL
         with self._vrings.standing_still():
-            if not any(ring.enabled for ring in self._vrings.rings):
+            # Logging begins and ends under a driver; everything else is said to a new one, be it what was said before.
+            if toggled != f.VHOST_F_LOG_ALL and not any(ring.enabled for ring in self._vrings.rings):
                 for index in range(len(self._vrings.rings)):
                     self._vrings.abandon(index)
-            changed = (wanted ^ self._connection.features) & ~(f.VHOST_F_LOG_ALL | f.VHOST_USER_F_PROTOCOL_FEATURES)
             if changed and any(ring.bound for ring in self._vrings.rings):
                 raise RequestRefused(f"features that can't change while a ring runs: {', '.join(f.names(changed))}")
             for backend in self._worker.backends:
