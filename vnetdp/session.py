@@ -346,7 +346,9 @@ class Session:
         self._mac = payload.data[:6]
 
     def _on_reset_device(self, _payload: Empty, _fds: list[int]) -> None:
+        self._vrings.status = 0
         self._vrings.reset()
+        self._vrings.rewind()
         self._vrings.forget_enabled()
 
     def _on_set_status(self, payload: U64, _fds: list[int]) -> None:

@@ -202,14 +202,19 @@ class Vrings:
             ring.enabled = None
 
     def reset(self) -> None:
-        """Stop all rings, and forget where they are and how far they came."""
+        """Stop all rings, and forget where they are; how far they came may still be asked for."""
         with self.standing_still():
             for index, ring in enumerate(self.rings):
                 self.stop(index)
-                backend, vring = self.backend(index)
-                backend.set_vring_base(vring, 0)
-                ring.base, ring.addr, ring.has_kick = 0, None, False
+                ring.addr, ring.has_kick = None, False
             self._endpoint.rows[:, layout.EP_HELD] = 0
+
+    def rewind(self) -> None:
+        """Have all rings, stopped, begin at 0 again."""
+        for index, ring in enumerate(self.rings):
+            backend, vring = self.backend(index)
+            backend.set_vring_base(vring, 0)
+            ring.base = 0
 
     def call(self, ring: Vring) -> None:
         """Call the driver, from the thread: on a peer's descriptor a write may fail, or wait."""
@@ -321,6 +326,7 @@ class Vrings:
     def close(self) -> None:
         """Stop all rings, and give up every mapping and descriptor of theirs."""
         self.reset()
+        self.rewind()
         for index, ring in enumerate(self.rings):
             backend, vring = self.backend(index)
             backend.set_vring_kick(vring, None)
