@@ -3,6 +3,9 @@
 Our back ends take chains in order and finish each batch before the next, so what is in flight after a crash is
 exactly what lies between used.idx and avail.idx: a successor goes on from used.idx. The one thing that used.idx can't tell
 is a move from ring to ring that was cut between its two publications; the journal behind the standard part can.
+
+Another program's back end flags each chain that it has in hand. If it finished chains out of order, those can't be told
+from the rest by an index, and its area is refused.
 """
 
 from __future__ import annotations
@@ -10,14 +13,17 @@ from __future__ import annotations
 import os
 import struct
 
+import numpy as np
+
 from vnetdp_kernels import layout
 from vnetdp_kernels.atomic import load_u16_acquire, store_u16_release
 
 from .errors import ConfigError, RequestRefused
-from .memory import GuestMemory, Region, create_memfd
+from .memory import Bytes, GuestMemory, Region, create_memfd
 from .vhost_user.message import Inflight
 
 _VERSION = 1
+_DESC = np.dtype([("inflight", "u1"), ("padding", "V5"), ("next", "<u2"), ("counter", "<u8")])
 
 
 def _queue_len(queue_size: int) -> int:
@@ -26,13 +32,17 @@ def _queue_len(queue_size: int) -> int:
     return -(-size // layout.INFLIGHT_ALIGN) * layout.INFLIGHT_ALIGN
 
 
-class InflightArea:
-    """An area for *num_queues* queues of *queue_size* descriptors; *fd* is owned."""
+def _whole_pages(length: int) -> int:
+    return -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
 
-    def __init__(self, fd: int, offset: int, length: int, num_queues: int, queue_size: int) -> None:
+
+class InflightArea:
+    """An area of *size* bytes for *num_queues* queues of *queue_size* descriptors; *fd* is owned."""
+
+    def __init__(self, fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> None:
         self.fd = fd
         self.offset = offset
-        self.length = length
+        self.size = size
         self.num_queues = num_queues
         self.queue_size = queue_size
 
@@ -40,9 +50,8 @@ class InflightArea:
     def create(cls, num_queues: int, queue_size: int, max_queues: int) -> InflightArea:
         """Make an area; RequestRefused for counts that no device has."""
         _check(num_queues, queue_size, max_queues)
-        length = num_queues * (_queue_len(queue_size) + layout.JOURNAL_LEN)
-        length = -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
-        return cls(create_memfd("vnetdp-inflight", length), 0, length, num_queues, queue_size)
+        size = _size_with_journals(num_queues, queue_size)
+        return cls(create_memfd("vnetdp-inflight", size), 0, size, num_queues, queue_size)
 
     @classmethod
     def attach(cls, said: Inflight, fd: int, max_queues: int) -> InflightArea:
@@ -50,31 +59,32 @@ class InflightArea:
         _check(said.num_queues, said.queue_size, max_queues)
         if said.size < said.num_queues * _queue_len(said.queue_size) or said.offset % layout.PAGE_SIZE:
             raise RequestRefused(f"an inflight area of {said.size} bytes is too small, or not aligned")
-        length = -(-said.size // layout.PAGE_SIZE) * layout.PAGE_SIZE
         if said.offset + said.size > os.fstat(fd).st_size:
             raise RequestRefused("an inflight area that ends behind its file")
-        return cls(fd, said.offset, length, said.num_queues, said.queue_size)
+        return cls(fd, said.offset, said.size, said.num_queues, said.queue_size)
 
     def describe(self) -> Inflight:
-        return Inflight(self.length, self.offset, self.num_queues, self.queue_size)
+        return Inflight(self.size, self.offset, self.num_queues, self.queue_size)
 
     def region(self) -> Region:
         """Return the area as something to map beside guest memory."""
-        return Region(0, self.length, self.fd, self.offset)
+        return Region(0, _whole_pages(self.size), self.fd, self.offset)
 
     def area_at(self, index: int) -> int:
         """Return where in the area a queue's part begins."""
         return index * _queue_len(self.queue_size)
 
     def journal_at(self, index: int) -> int:
-        """Return where a queue's journal is; 0, which is none, if whoever made the area left no room for it."""
-        at = self.num_queues * _queue_len(self.queue_size) + index * layout.JOURNAL_LEN
-        return at if at + layout.JOURNAL_LEN <= self.length else 0
+        """Return where a queue's journal is; 0, which is none, if the area has not the size of those we make."""
+        if self.size != _size_with_journals(self.num_queues, self.queue_size):
+            return 0
+        return self.num_queues * _queue_len(self.queue_size) + index * layout.JOURNAL_LEN
 
-    def recover(self, index: int, memory: GuestMemory, num: int, used: int, other_used: int | None) -> int:
+    def recover(self, index: int, memory: GuestMemory, num: int, avail: int, used: int, other_used: int | None) -> int:
         """Return the next avail index to take of a queue whose area this is, finishing what was cut off.
 
-        used: guest address of its used ring; other_used: that of its pair's other queue, None = not known.
+        avail, used: guest addresses of its rings; other_used: that of its pair's other queue, None = not known.
+        RequestRefused for an area that can't be gone on from.
         """
         if index >= self.num_queues or num > self.queue_size:
             raise RequestRefused(f"vring {index} of size {num} is not in an inflight area for {self.queue_size}")
@@ -83,6 +93,7 @@ class InflightArea:
         area = memory.beside_offset + self.area_at(index)
         try:
             used_at = memory.translate(used + layout.VIRTQ_RING_IDX, 2)
+            avail_at = memory.translate(avail, layout.VIRTQ_RING_ENTRIES + 2 * num)
             other_at = None if other_used is None else memory.translate(other_used + layout.VIRTQ_RING_IDX, 2)
         except ConfigError as e:
             raise RequestRefused(str(e)) from e
@@ -101,13 +112,57 @@ class InflightArea:
                     store_u16_release(mem, used_at, transmitq_idx)
             struct.pack_into("<H", raw, at + layout.JOURNAL_VALID, 0)
         idx = load_u16_acquire(mem, used_at)
+        entries = mem[area + layout.INFLIGHT_HEADER_LEN :][: num * layout.INFLIGHT_DESC_LEN]
+        last_batch_head, used_idx = struct.unpack_from("<HH", raw, area + layout.INFLIGHT_LAST_BATCH_HEAD)
+        heads = _in_flight(entries, last_batch_head, (idx - used_idx) & 0xFFFF)
+        if heads != _next_heads(mem, avail_at, num, idx, len(heads)):
+            raise RequestRefused(
+                f"vring {index}: the back end before had chains in flight that are not the next ones: {heads[:8]}"
+            )
+        entries.view(_DESC)["inflight"] = 0
         struct.pack_into("<H", raw, area + layout.INFLIGHT_USED_IDX, idx)
         return idx
+
+    def forget(self, index: int, memory: GuestMemory) -> None:
+        """Forget a queue that has nothing in flight: what is set up in its place may have another size."""
+        if index < self.num_queues:
+            area = memory.mem[memory.beside_offset :]
+            area[self.area_at(index) :][: _queue_len(self.queue_size)] = 0
+            journal = self.journal_at(index)
+            if journal:
+                area[journal:][: layout.JOURNAL_LEN] = 0
 
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _size_with_journals(num_queues: int, queue_size: int) -> int:
+    return _whole_pages(num_queues * (_queue_len(queue_size) + layout.JOURNAL_LEN))
+
+
+def _in_flight(entries: Bytes, last_batch_head: int, batch: int) -> list[int]:
+    """Return the heads of the chains in flight, as they were taken, after the last *batch* that was used.
+
+    entries: a queue's, 16 bytes a descriptor; a peer's, so they are looked at once, and may hold anything.
+    """
+    descs = entries.copy().view(_DESC)
+    num = len(descs)
+    head = last_batch_head
+    for _ in range(batch if batch <= num else 0):
+        if head < num:
+            descs["inflight"][head] = 0
+            head = int(descs["next"][head])
+    flagged = np.flatnonzero(descs["inflight"])
+    return [int(head) for head in flagged[np.argsort(descs["counter"][flagged], kind="stable")]]
+
+
+def _next_heads(mem: Bytes, avail_at: int, num: int, idx: int, limit: int) -> list[int]:
+    """Return up to *limit* heads of the chains available from *idx* on."""
+    waiting = (load_u16_acquire(mem, avail_at + layout.VIRTQ_RING_IDX) - idx) & 0xFFFF
+    ring = mem[avail_at + layout.VIRTQ_RING_ENTRIES :][: 2 * num].view("<u2")
+    return [int(ring[(idx + k) % num]) for k in range(min(limit, waiting, num))]
 
 
 def _check(num_queues: int, queue_size: int, max_queues: int) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from vnetdp_kernels import layout
 
-from .backends.base import VRINGS
+from .backends.base import RECEIVEQ, VRINGS
 from .backends.worker import WorkerBackend
 from .datapath import Datapath, Paced
 from .endpoints.base import Endpoint
@@ -129,9 +129,9 @@ class Vrings:
         desc, avail, used = self.gpa(addr.desc, "desc"), self.gpa(addr.avail, "avail"), self.gpa(addr.used, "used")
         backend.set_vring_addr(vring, desc, avail, used, logged)
         if self.inflight is not None and self.memory.beside_offset >= 0:
-            partner = self.rings[index ^ 1].addr
-            other_used = self.gpa(partner.used, "used") if partner is not None else None
-            ring.base = self.inflight.recover(index, self.memory, ring.num, used, other_used)
+            partner = self.rings[index ^ 1]
+            other_used = self.gpa(partner.addr.used, "used") if partner.addr is not None else None
+            ring.base = self.inflight.recover(index, self.memory, ring.num, avail, used, other_used)
             at = self.memory.beside_offset
             # What moves from ring to ring within this guest can be journalled; the other end of a bridge is not ours.
             loops_back = layout.KIND_ECHO <= self._endpoint.kind <= layout.KIND_REFLECT
@@ -144,6 +144,10 @@ class Vrings:
         ring.bound = True
         ring.broken = False
         self.call(ring)
+        if self.inflight is not None and vring == RECEIVEQ and self.rings[index + 1].bound:
+            # What its journal tells of the two could not be compared before this one was known.
+            self.stop(index + 1)
+            self.start(index + 1)
 
     def stop(self, index: int) -> None:
         """Unbind a ring, if it is bound, and keep how far it came."""
@@ -180,7 +184,9 @@ class Vrings:
         """Stop a ring, give up its kick and call, and return its base: the next chain to take."""
         ring = self.get(index)
         backend, vring = self.backend(index)
-        self.stop(index)
+        if ring.bound:
+            self.stop(index)
+            self.forget_inflight(index)
         ring.has_kick = False
         ring.base = backend.get_vring_base(vring)
         backend.set_vring_kick(vring, None)
@@ -197,17 +203,29 @@ class Vrings:
         ring = self.rings[index]
         if ring.bound and not ring.enabled:
             self.stop(index)
+            self.forget_inflight(index)
             ring.addr = None
             ring.has_kick = False
             ring.enabled = None
 
+    def stop_all(self) -> None:
+        """Stop all rings, and give up a frame that waits for buffers."""
+        with self.standing_still():
+            for index in range(len(self.rings)):
+                self.stop(index)
+            self._endpoint.rows[:, layout.EP_HELD] = 0
+
     def reset(self) -> None:
         """Stop all rings, and forget where they are; how far they came may still be asked for."""
-        with self.standing_still():
-            for index, ring in enumerate(self.rings):
-                self.stop(index)
-                ring.addr, ring.has_kick = None, False
-            self._endpoint.rows[:, layout.EP_HELD] = 0
+        self.stop_all()
+        for index, ring in enumerate(self.rings):
+            self.forget_inflight(index)
+            ring.addr, ring.has_kick = None, False
+
+    def forget_inflight(self, index: int) -> None:
+        """Forget what the inflight area knows of a ring that is stopped: it has nothing in flight."""
+        if self.inflight is not None and self.memory is not None and self.memory.beside_offset >= 0:
+            self.inflight.forget(index, self.memory)
 
     def rewind(self) -> None:
         """Have all rings, stopped, begin at 0 again."""
@@ -325,7 +343,7 @@ class Vrings:
 
     def close(self) -> None:
         """Stop all rings, and give up every mapping and descriptor of theirs."""
-        self.reset()
+        self.stop_all()
         self.rewind()
         for index, ring in enumerate(self.rings):
             backend, vring = self.backend(index)
