@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -57,6 +58,12 @@ def _until_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _take_all_descriptors() -> None:
+    """Raise the limit of open descriptors as far as we may: a guest's memory can take hundreds, a region each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 @contextmanager
 def _woken_by_signals() -> Iterator[int]:
     """Give a descriptor that any signal makes readable, for the length of the block."""
@@ -87,6 +94,7 @@ def _bridge(args: argparse.Namespace) -> int:
         raise ConfigError(
             "vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET"
         )
+    _take_all_descriptors()
     poll_us = -1 if args.poll else args.poll_us
     with _until_signal() as stop, Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge:
         say(f"joining the guests on {left} and {right}; ^C or SIGTERM ends it")
@@ -155,6 +163,7 @@ def serve(args: argparse.Namespace) -> int:
     from .vhost_user.message import ProtocolFeature
     from .warmup import warm_up
 
+    _take_all_descriptors()
     features = None if args.features is None else parse(args.features, (1 << 64) - 1)
     protocol_features = None
     if args.protocol_features is not None:

@@ -15,7 +15,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -79,7 +79,8 @@ class GuestMemory:
     """Guest memory as kernels see it.
 
     mem uint8[window]; table int64[runs, 3] (guest address, length, window offset), sorted by guest address.
-    The descriptors in *regions* are duplicated; the caller keeps its own.
+    The descriptors in *regions* are duplicated, and the caller keeps its own; but not those of *foreign* memory, of which
+    there may be hundreds: they are the caller's, to be closed after this.
     """
 
     def __init__(self, regions: Sequence[Region], foreign: bool = False, beside: Region | None = None) -> None:
@@ -121,6 +122,7 @@ class GuestMemory:
         self._window = _map(None, self._window_len, 0, flags, -1, 0)
         base = -(-self._window // _HUGE_ALIGN) * _HUGE_ALIGN
         self.regions: list[Region] = []
+        self._foreign = foreign
         self._protected = 0
         if foreign:
             from vnetdp_kernels import sigbus
@@ -133,8 +135,9 @@ class GuestMemory:
                     where = base + int(row[REGION_OFFSET]) + region.gpa - run[0].gpa
                     prot = mmap.PROT_READ | mmap.PROT_WRITE
                     _map(where, region.length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset)
-                    copy = fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0)
-                    self.regions.append(Region(region.gpa, region.length, copy, region.fd_offset))
+                    if not foreign:
+                        region = replace(region, fd=fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0))
+                    self.regions.append(region)
             if beside is not None:
                 prot = mmap.PROT_READ | mmap.PROT_WRITE
                 where = base + self.beside_offset
@@ -185,8 +188,9 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap everything. No kernel may run on it any more, and `mem` may not be touched."""
-        for region in self.regions:
-            os.close(region.fd)
+        if not self._foreign:
+            for region in self.regions:
+                os.close(region.fd)
         self.regions = []
         if self._protected:
             from vnetdp_kernels import sigbus

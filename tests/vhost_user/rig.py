@@ -9,6 +9,7 @@ import array
 import gc
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -176,6 +177,7 @@ class Guest:
 
     def __init__(self, end: ByHand, pairs: int = PAIRS, sealed: bool = True) -> None:
         self.end = end
+        self._own = ExitStack()
         if sealed:
             self.memory = GuestMemory.create([(GPA, MEMORY_LEN)])
         else:
@@ -184,7 +186,7 @@ class Guest:
             from vnetdp.memory import Region
 
             self.memory = GuestMemory([Region(GPA, MEMORY_LEN, fd)], foreign=True)
-            os.close(fd)
+            self._own.callback(os.close, fd)
         self.rings: list[Ring] = []
         at = GPA
         for _ in range(2 * pairs):
@@ -240,6 +242,7 @@ class Guest:
 
     def close(self) -> None:
         self.memory.close()
+        self._own.close()
         for event in (*self.kicks, *self.calls):
             event.close()
 
@@ -425,6 +428,17 @@ def serve(path: str, log: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "vnetdp", "serve", "echo", "--socket", path, "--queue-pairs", str(PAIRS), *options]
     with log.open("ab") as out:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out)
+
+
+@contextmanager
+def open_files(limit: int) -> Iterator[None]:
+    """Have this process, and those that it starts, open no more than so many descriptors each: 1024 is usual."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @contextmanager

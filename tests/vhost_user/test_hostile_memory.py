@@ -24,6 +24,7 @@ from tests.vhost_user.rig import (
     Guest,
     costs_nothing,
     inflight,
+    open_files,
     region,
     state,
     table,
@@ -119,7 +120,7 @@ def test_a_table_that_leaves_the_rings_out_is_refused_and_they_run_on(back_end: 
 
 
 def test_more_regions_than_there_are_slots(back_end: BackEnd) -> None:
-    with costs_nothing(back_end, 1), memfd(MEMORY_LEN) as fd, running(back_end) as guest:
+    with costs_nothing(back_end, 1), open_files(1024), memfd(MEMORY_LEN) as fd, running(back_end) as guest:
         (slots,) = struct.unpack("<Q", guest.end.ask(R.GET_MAX_MEM_SLOTS))
         more = [region(GPA + n * MEMORY_LEN, PAGE, UVA + n * MEMORY_LEN) for n in range(1, slots + 1)]
         for one in more[:-1]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_equal, wait_for
-from tests.vhost_user.rig import ByHand, InThread, ping
+from tests.vhost_user.rig import ByHand, InProcess, InThread, open_files, ping
 from vnetdp import server as server_module
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import ConfigError
@@ -175,20 +174,26 @@ def test_it_ends_while_the_front_ends_backlog_is_full(tmp_path: Path) -> None:
 # --- no descriptors left ---
 
 
+def test_it_takes_as_many_descriptors_as_it_may(tmp_path: Path) -> None:
+    with open_files(512):
+        process = InProcess(tmp_path)
+    limits = Path(f"/proc/{process.process.pid}/limits").read_text()
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max open files"))
+    soft, hard = line.split()[3:5]
+    assert soft == hard
+    process.close()
+
+
 def test_it_waits_for_a_descriptor_to_accept_with(tmp_path: Path) -> None:
     with no_descriptor_leaks():
         back_end = InThread(tmp_path)
         ping(back_end)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         sock = socket.socket(socket.AF_UNIX)
         free = os.dup(0)
         os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-        try:
+        with open_files(free):
             sock.connect(back_end.path)
             wait_for(lambda: any("Too many open files" in line for line in back_end.lines()), "it says so")
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         with ByHand(sock) as end:
             assert end.ask(Request.GET_FEATURES)
             end.leave()
