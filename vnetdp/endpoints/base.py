@@ -156,6 +156,11 @@ class Endpoint:
         if self.kind == layout.KIND_PYTHON:
             self._guarded_transmit(0, [bytes(layout.NET_HDR_LEN) + frame])
 
+    @property
+    def mtu(self) -> int | None:
+        """The MTU of its interface; None if it has none, or it can't be told."""
+        return None
+
     def set_mtu(self, mtu: int) -> None:
         """Learn the MTU the driver was told; raise EndpointError if frames of that size can't pass."""
 

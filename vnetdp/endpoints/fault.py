@@ -264,6 +264,10 @@ class FaultEndpoint(Endpoint):
     def set_offloads(self, mask: int) -> None:
         self.inner.set_offloads(mask)
 
+    @property
+    def mtu(self) -> int | None:
+        return self.inner.mtu
+
     def set_mtu(self, mtu: int) -> None:
         self.inner.set_mtu(mtu)
 

@@ -114,6 +114,13 @@ class TapEndpoint(Endpoint):
         with suppress(OSError):  # an interface that is down takes nothing
             os.write(int(self.fds[0]), bytes(layout.NET_HDR_LEN) + frame)
 
+    @property
+    def mtu(self) -> int | None:
+        try:
+            return self._inside(lambda: int(self._devices[0].mtu))
+        except OSError:
+            return None  # somebody deleted it
+
     def set_mtu(self, mtu: int) -> None:
         """Give the interface that MTU, unless it has it."""
 
@@ -131,10 +138,8 @@ class TapEndpoint(Endpoint):
 
     @property
     def longest_frame(self) -> int:
-        try:
-            return frame_len(self._inside(lambda: int(self._devices[0].mtu)))
-        except OSError:
-            return super().longest_frame  # somebody deleted it
+        mtu = self.mtu
+        return super().longest_frame if mtu is None else frame_len(mtu)
 
     def close(self) -> None:
         if self._devices:
