@@ -214,7 +214,7 @@ class Session:
         log = DirtyLog.attach(fds[0], payload.size, payload.offset)
         fds.clear()
         self._vrings.set_log(log)
-        return U64(0)
+        return payload  # QEMU takes an answer of any length, rust-vmm of this one alone
 
     def _on_set_log_fd(self, _payload: Empty, _fds: list[int]) -> None:
         pass  # the log is polled by the front end anyway; the descriptor is closed
