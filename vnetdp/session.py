@@ -311,7 +311,8 @@ class Session:
 
     def _on_send_rarp(self, payload: U64, _fds: list[int]) -> None:
         mac = payload.value.to_bytes(8, "little")[:6]
-        self._endpoint.send_to_wire(rarp(mac))
+        with self._vrings.standing_still():  # the worker's thread has the endpoint otherwise
+            self._endpoint.send_to_wire(rarp(mac))
 
     def _on_net_set_mtu(self, payload: U64, _fds: list[int]) -> None:
         if not 68 <= payload.value <= 65535:
