@@ -66,6 +66,7 @@ class Session:
         self._worker = worker
         self._endpoint = endpoint
         self._mtu = mtu
+        self._mtu_before: int | None = None  # the endpoint's, before this front end set another
         self._mac = mac
         self._inband = inband
         self._protocol_offer = protocol_offer
@@ -317,8 +318,10 @@ class Session:
     def _on_net_set_mtu(self, payload: U64, _fds: list[int]) -> None:
         if not 68 <= payload.value <= 65535:
             raise RequestRefused(f"MTU {payload.value} is not between 68 and 65535")
+        before = self._endpoint.mtu
         self._endpoint.set_mtu(payload.value)
         self._mtu = payload.value
+        self._mtu_before = before if self._mtu_before is None else self._mtu_before
 
     def _on_set_backend_req_fd(self, _payload: Empty, fds: list[int]) -> None:
         try:
@@ -439,6 +442,9 @@ class Session:
     def close(self) -> None:
         """Stop all rings, and give up every mapping and descriptor of this front end."""
         self._vrings.close()
+        if self._mtu_before is not None:
+            with suppress(EndpointError):
+                self._endpoint.set_mtu(self._mtu_before)
         if self._front_end is not None:
             self._front_end.close()
         if self._pending_state >= 0:
