@@ -133,10 +133,9 @@ class Server:
         _log.info("%s: front end %d attached", self.path, self.served)
         try:
             while not stop():
-                calls = session.descriptors()
-                ready = _readable(transport.fileno(), wake_fd, *calls)
-                for fd in ready & set(calls):
-                    session.on_readable(fd)
+                events = {transport.fileno(): select.POLLIN, wake_fd: select.POLLIN}
+                ready = _ready(events | session.descriptors())
+                session.tell_front_end(ready)
                 if transport.fileno() in ready and not session.handle_one():
                     _log.info("%s: front end %d left", self.path, self.served)
                     return
@@ -164,9 +163,16 @@ class Server:
         self.close()
 
 
-def _readable(*fds: int, timeout_s: float | None = None) -> set[int]:
-    """Wait until some of *fds* are readable, or broken, and return those. Not select: numbers may pass 1023."""
+def _ready(events: dict[int, int], timeout_s: float | None = None) -> set[int]:
+    """Wait until some descriptors have the events asked for, or are broken, and return those.
+
+    Not select: numbers may pass 1023.
+    """
     poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
+    for fd, wanted in events.items():
+        poll.register(fd, wanted)
     return {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
+
+
+def _readable(*fds: int, timeout_s: float | None = None) -> set[int]:
+    return _ready(dict.fromkeys(fds, select.POLLIN), timeout_s)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from . import features as f
@@ -24,6 +25,7 @@ from .vhost_user.message import (
     MAX_CONFIG,
     NO_FD,
     U64,
+    VERSION,
     BackendRequest,
     Config,
     DeviceState,
@@ -40,7 +42,7 @@ from .vhost_user.message import (
     VringState,
 )
 from .vhost_user.transport import Transport, close_fds
-from .vrings import Mapped, Served, Vrings
+from .vrings import InbandEvent, Mapped, Served, Vrings
 
 _log = logging.getLogger("vnetdp.session")
 
@@ -75,6 +77,7 @@ class Session:
         self._connection.offered_features |= f.VHOST_USER_F_PROTOCOL_FEATURES
         self._vrings = Vrings(self._connection, worker, endpoint)
         self._front_end: socket.socket | None = None
+        self._unsent = b""  # of a message to it
         self._device_state_ok = True
         self._pending_state = -1  # a descriptor to load a state from
         self._vrings.forget_enabled()
@@ -275,9 +278,7 @@ class Session:
     def _on_set_vring_call(self, payload: U64, fds: list[int]) -> None:
         index, event = self._take_event(payload, fds)
         ring = self._vrings.rings[index]
-        ring.inband = event is None and self._connection.has(_F.INBAND_NOTIFICATIONS)
-        if ring.inband:
-            event = EventFd()
+        event = event or self._inband_event(BackendRequest.VRING_CALL)
         backend, vring = self._vrings.backend(index)
         with self._vrings.standing_still():
             backend.set_vring_call(vring, event)
@@ -289,10 +290,14 @@ class Session:
     def _on_set_vring_err(self, payload: U64, fds: list[int]) -> None:
         index, event = self._take_event(payload, fds)
         ring = self._vrings.rings[index]
+        event = event or self._inband_event(BackendRequest.VRING_ERR)
         with self._vrings.standing_still():
             if ring.err is not None:
                 ring.err.close()
             ring.err = event
+
+    def _inband_event(self, request: BackendRequest) -> EventFd | None:
+        return InbandEvent(request) if self._connection.has(_F.INBAND_NOTIFICATIONS) else None
 
     def _on_set_vring_enable(self, payload: VringState, _fds: list[int]) -> None:
         self._vrings.get(payload.index)
@@ -419,25 +424,39 @@ class Session:
         """A ring broke (called in the worker's thread): say so on its error descriptor."""
         self._vrings.tell_broken()
 
-    def descriptors(self) -> list[int]:
-        """Return the descriptors of in-band calls: readable when the worker has called."""
-        if not self._connection.has(_F.INBAND_NOTIFICATIONS) or self._front_end is None:
-            return []
-        return [ring.call.fd for ring in self._vrings.rings if ring.inband and ring.call is not None]
+    def descriptors(self) -> dict[int, int]:
+        """Return the descriptors that `tell_front_end` waits for, each with its events (select.POLL*)."""
+        if self._front_end is None:
+            return {}
+        if self._unsent:
+            return {self._front_end.fileno(): select.POLLOUT}
+        return {event.fd: select.POLLIN for _, event in self._inband_events()}
 
-    def on_readable(self, fd: int) -> None:
-        """Pass a call on in-band."""
+    def _inband_events(self) -> Iterator[tuple[int, InbandEvent]]:
         for index, ring in enumerate(self._vrings.rings):
-            if ring.inband and ring.call is not None and ring.call.fd == fd:
-                ring.call.clear()
-                self._tell_front_end(BackendRequest.VRING_CALL, VringState(index, 0))
+            for event in (ring.call, ring.err):
+                if isinstance(event, InbandEvent):
+                    yield index, event
 
-    def _tell_front_end(self, request: BackendRequest, payload: Payload) -> None:
-        if self._front_end is not None:
-            data = payload.encode()
-            with suppress(OSError):
-                message = Header(request, 1, len(data)).encode() + data
-                self._front_end.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    def tell_front_end(self, ready: set[int]) -> None:
+        """Pass in-band what the worker said on *ready*, of `descriptors`: as much as the front end's socket takes now."""
+        self._send_unsent()
+        for index, event in self._inband_events():
+            if event.fd in ready and not self._unsent:
+                event.clear()
+                payload = VringState(index, 0).encode()
+                self._unsent = Header(event.request, VERSION, len(payload)).encode() + payload
+                self._send_unsent()
+
+    def _send_unsent(self) -> None:
+        if self._front_end is not None and self._unsent:
+            try:
+                sent = self._front_end.send(self._unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:  # whatever it is, it will not take another either
+                sent = len(self._unsent)
+            self._unsent = self._unsent[sent:]
 
     def close(self) -> None:
         """Stop all rings, and give up every mapping and descriptor of this front end."""

@@ -21,10 +21,18 @@ from .memory import DirtyLog, GuestMemory, Region
 from .notify import EventFd
 from .state import VIRTIO_CONFIG_S_DRIVER_OK
 from .vhost_user.connection import BackEndConnection
-from .vhost_user.message import VHOST_VRING_F_LOG, MemoryRegion, ProtocolFeature, VringAddr
+from .vhost_user.message import VHOST_VRING_F_LOG, BackendRequest, MemoryRegion, ProtocolFeature, VringAddr
 from .vhost_user.transport import close_fds
 
 _log = logging.getLogger("vnetdp.session")
+
+
+class InbandEvent(EventFd):
+    """A call, or a ring's error, that is to be passed on as the message *request*: the front end gave no descriptor."""
+
+    def __init__(self, request: BackendRequest) -> None:
+        super().__init__()
+        self.request = request
 
 
 class Served(Protocol):
@@ -46,7 +54,6 @@ class Vring:
     kick: EventFd | None = None
     call: EventFd | None = None
     err: EventFd | None = None
-    inband: bool = False  # *call* is our own, and passed on as a message
     has_kick: bool = False  # SET_VRING_KICK came, with a descriptor or without
     enabled: bool | None = None  # None = nobody has said: it waits, while one that is disabled discards
     bound: bool = False
@@ -122,9 +129,12 @@ class Vrings:
         if addr is None or self.memory is None:
             return
         backend, vring = self.backend(index)
-        if ring.call is None and self._connection.has(ProtocolFeature.INBAND_NOTIFICATIONS):
-            ring.call, ring.inband = EventFd(), True  # Linux sends no SET_VRING_CALL then
-            backend.set_vring_call(vring, ring.call)
+        if self._connection.has(ProtocolFeature.INBAND_NOTIFICATIONS):
+            # Linux sends neither SET_VRING_CALL nor SET_VRING_ERR then.
+            if ring.call is None:
+                ring.call = InbandEvent(BackendRequest.VRING_CALL)
+                backend.set_vring_call(vring, ring.call)
+            ring.err = ring.err or InbandEvent(BackendRequest.VRING_ERR)
         logged = addr.log if addr.flags & VHOST_VRING_F_LOG else None
         desc, avail, used = self.gpa(addr.desc, "desc"), self.gpa(addr.avail, "avail"), self.gpa(addr.used, "used")
         backend.set_vring_addr(vring, desc, avail, used, logged)
@@ -195,7 +205,6 @@ class Vrings:
             if event is not None:
                 event.close()
         ring.kick = ring.call = None
-        ring.inband = False
         return ring.base
 
     def abandon(self, index: int) -> None:

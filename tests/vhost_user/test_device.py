@@ -1,0 +1,174 @@
+"""What a front end tells of the device, and hears of it, besides its rings: announcements, MTU, log, messages in band."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_for
+from tests.test_drive_serve import served
+from tests.vhost_user.rig import UNTOLD, BackEnd, ByHand, Guest, InThread, state, u64
+from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.fault import FaultEndpoint
+from vnetdp.endpoints.loopback import NullEndpoint
+from vnetdp.vhost_user.message import ProtocolFeature, Request
+from vnetdp_kernels import layout as lay
+
+R = Request
+VRING_CALL, VRING_ERR = 4, 5
+JUNK = b"\xff"
+
+
+# --- announcements ---
+
+
+class SlowEndpoint(Endpoint):
+    """Takes a frame when it is let, and sees whether two threads are at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taking = 0
+        self.met = False
+        self.taken: list[bytes] = []
+        self.let = threading.Event()
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        self.taking += 1
+        self.met |= self.taking > 1
+        self.let.wait(PATIENCE)
+        self.taken += [frame[lay.NET_HDR_LEN :] for frame in frames]
+        self.taking -= 1
+
+
+def test_an_announcement_waits_for_the_worker(tmp_path: Path) -> None:
+    """The endpoint is the worker's: a capture that two threads write is destroyed."""
+    with ExitStack() as stack:
+        stack.enter_context(no_descriptor_leaks())
+        endpoint = stack.enter_context(SlowEndpoint())
+        server = stack.enter_context(served(endpoint, tmp_path / "s"))
+        with ByHand.dial(server.path) as end, Guest(end, pairs=1) as guest:
+            end.shake_hands()
+            guest.share()
+            guest.start(0, 1)
+            guest.rings[1].send(0, frame(1))
+            guest.kicks[1].signal()
+            wait_for(lambda: endpoint.taking == 1, "the worker is at it")
+            end.send(R.SEND_RARP, bytes.fromhex("525400aabbcc0000"))
+            ctl = server.worker.datapath.ctl
+            wait_for(lambda: endpoint.met or bool(ctl[lay.CTL_DOORBELL]), "the announcement is there")
+            endpoint.let.set()
+            end.ask(R.GET_QUEUE_NUM)
+            assert not endpoint.met
+            assert endpoint.taken[0] == frame(1)
+            assert endpoint.taken[1][6:14] == bytes.fromhex("525400aabbcc 8035")
+            end.leave()
+
+
+# --- the MTU ---
+
+
+class InterfaceEndpoint(NullEndpoint):
+    """Has an MTU, as a TAP has."""
+
+    _mtu = 1500
+
+    @property
+    def mtu(self) -> int | None:
+        return self._mtu
+
+    def set_mtu(self, mtu: int) -> None:
+        self._mtu = mtu
+
+
+def told_mtu(end: ByHand) -> int:
+    (mtu,) = struct.unpack_from("<H", end.ask(R.GET_CONFIG, struct.pack("<III", 10, 2, 0) + bytes(2)), 12)
+    return int(mtu)
+
+
+def test_an_mtu_is_that_of_one_front_end(tmp_path: Path) -> None:
+    interface = InterfaceEndpoint()
+    with FaultEndpoint(interface) as endpoint, served(endpoint, tmp_path / "s", mtu=1400) as server:
+        for _ in range(2):
+            with ByHand.dial(server.path) as end:
+                end.shake_hands()
+                assert (told_mtu(end), interface.mtu) == (1400, 1400)
+                for mtu in (9000, 2000):
+                    assert end.tell(R.NET_SET_MTU, u64(mtu))
+                    assert (told_mtu(end), interface.mtu) == (mtu, mtu)
+                end.leave()
+            assert interface.mtu == 1400
+
+
+# --- the dirty log ---
+
+
+def test_a_log_is_answered_as_it_was_said(back_end: BackEnd) -> None:
+    """rust-vmm reads the whole structure back, and hangs, or leaves, if it gets less."""
+    log = os.memfd_create("log")
+    os.ftruncate(log, 4096)
+    with ByHand.dial(back_end.path) as end:
+        end.shake_hands()
+        assert end.ask(R.SET_LOG_BASE, struct.pack("<QQ", 4096, 0), [log]) == struct.pack("<QQ", 4096, 0)
+        end.leave()
+    os.close(log)
+
+
+# --- messages in band ---
+
+
+@contextmanager
+def in_band(tmp_path: Path, full: bool = False) -> Iterator[tuple[socket.socket, Guest]]:
+    """Give the socket on which the back end talks, and a guest whose rings have no descriptors to be called by."""
+    with no_descriptor_leaks():
+        back_end = InThread(tmp_path, inband=True)
+        ours, theirs = socket.socketpair()
+        with ours, ByHand.dial(back_end.path) as end, Guest(end) as guest:
+            end.shake_hands(protocol=UNTOLD | ProtocolFeature.INBAND_NOTIFICATIONS)
+            with theirs:
+                with suppress(BlockingIOError):
+                    while full:
+                        theirs.send(JUNK, socket.MSG_DONTWAIT)
+                assert end.tell(R.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+            guest.share()
+            for index in (0, 1):
+                guest.describe(index)
+                end.send(R.SET_VRING_CALL, u64(index | 0x100))
+                end.send(R.SET_VRING_KICK, u64(index), [guest.kicks[index].fd])
+                assert end.tell(R.SET_VRING_ENABLE, state(index, 1))
+            ours.settimeout(PATIENCE)
+            yield ours, guest
+            end.leave()
+        back_end.close()
+
+
+def heard(ours: socket.socket) -> tuple[int, int]:
+    """Return the next message of the back end's: its number, and the ring it speaks of."""
+    request, flags, size, index, _ = struct.unpack("<IIIII", ours.recv(20, socket.MSG_WAITALL))
+    assert (flags, size) == (1, 8)
+    return request, index
+
+
+def test_a_ring_that_broke_is_told_of_in_band(tmp_path: Path) -> None:
+    with in_band(tmp_path) as (ours, guest):
+        guest.rings[1].offer(999)
+        guest.kicks[1].signal()
+        while (message := heard(ours))[0] == VRING_CALL:
+            pass
+        assert message == (VRING_ERR, 1)
+
+
+def test_calls_that_find_the_socket_full_are_sent_once_there_is_room(tmp_path: Path) -> None:
+    with in_band(tmp_path, full=True) as (ours, guest):
+        for n in range(3):
+            guest.echo(n)
+            guest.end.ask(R.GET_QUEUE_NUM)
+        while ours.recv(1, socket.MSG_PEEK) == JUNK:
+            ours.recv(1)
+        called: set[tuple[int, int]] = set()
+        while called != {(VRING_CALL, 0), (VRING_CALL, 1)}:
+            called.add(heard(ours))
