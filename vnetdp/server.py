@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from .backends.base import VRINGS
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError
 from .session import Session
 from .vhost_user.listener import Listener
+from .vhost_user.message import MAX_VRINGS
 from .vhost_user.transport import Transport
 from .vrings import Served
 
@@ -58,6 +60,8 @@ class Server:
     ) -> None:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, {queue_pairs} pairs are asked for")
+        if VRINGS * queue_pairs > MAX_VRINGS:
+            raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has room for {MAX_VRINGS // VRINGS}")
         self.endpoint = endpoint
         self.path = path
         self.connect = connect

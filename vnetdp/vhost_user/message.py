@@ -21,6 +21,7 @@ NEED_REPLY: Final = 1 << 3
 MAX_PAYLOAD: Final = 4096
 MAX_FDS: Final = 8
 MAX_CONFIG: Final = 256
+MAX_VRINGS: Final = 256  # SET_VRING_KICK and its like have 8 bits for the index
 VHOST_VRING_F_LOG: Final = 1
 NO_FD: Final = 1 << 8  # in a vring descriptor message: there is none
 
