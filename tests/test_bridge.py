@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,14 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import frame, scaled, wait_equal, wait_for
-from tests.vhost_user.rig import ByHand
+from tests.vhost_user.rig import SPOKEN, UNTOLD, ByHand, u64
 from tests.vhost_user.rig import Guest as GuestByHand
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.bridge import Bridge
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
-from vnetdp.vhost_user.message import Request
+from vnetdp.vhost_user.message import ProtocolFeature, Request
+from vnetdp_kernels import interrupt
 from vnetdp_kernels import layout as lay
 
 COUNT = scaled(200_000, 200)
@@ -61,7 +64,7 @@ def by_hand(*paths: str) -> Iterator[list[GuestByHand]]:
         ends = [stack.enter_context(ByHand.dial(path)) for path in paths]
         guests = [stack.enter_context(GuestByHand(end, pairs=1)) for end in ends]
         for guest in guests:
-            guest.end.shake_hands()
+            guest.end.shake_hands(protocol=UNTOLD & ~ProtocolFeature.RARP)
             guest.share()
             guest.start(0, 1)
             guest.end.ask(Request.GET_QUEUE_NUM)  # they are started once this is answered
@@ -123,6 +126,39 @@ def test_a_guest_leaves_and_comes_back(tmp_path: Path) -> None:
 
 def heard(guest: Guest) -> bool:
     return guest.received() >= COUNT
+
+
+def test_each_guest_has_an_address_of_its_own_and_none_can_announce_it(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        _, *paths = run_bridge(tmp_path, stack)
+        macs = set()
+        for path in paths:
+            end = stack.enter_context(ByHand.dial(path))
+            end.shake_hands(protocol=SPOKEN & ~ProtocolFeature.RARP)
+            macs.add(end.ask(Request.GET_CONFIG, struct.pack("<III", 0, 6, 0) + bytes(6))[12:])
+            offered = struct.unpack("<Q", end.ask(Request.GET_PROTOCOL_FEATURES))[0]
+            assert not offered & ProtocolFeature.RARP
+            end.leave()
+        assert len(macs) == 2
+
+
+def test_a_full_call_of_one_guest_costs_the_other_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted: list[int] = []
+    monkeypatch.setattr(interrupt, "interrupt", interrupted.append)
+    full = os.eventfd(0)
+    os.eventfd_write(full, (1 << 64) - 2)
+    with ExitStack() as stack:
+        _, left, right = run_bridge(tmp_path, stack)
+        receiver, sender = stack.enter_context(by_hand(left, right))
+        for index in (0, 1):
+            assert receiver.end.tell(Request.SET_VRING_CALL, u64(index), [full])
+        receiver.rings[0].post(*range(8))
+        for head in range(8):
+            send(sender, head)
+            wait_equal(lambda: receiver.rings[0].used_idx, head + 1)
+            sender.end.ask(Request.GET_QUEUE_NUM)
+    os.close(full)
+    assert not interrupted
 
 
 def test_what_ends_a_side_ends_the_bridge_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,10 @@ from .endpoints.loopback import NullEndpoint
 from .memory import Bytes, Words
 from .notify import EventFd
 from .server import Server
+from .vhost_user.message import ProtocolFeature
 
 _LOOK_S = 0.2
+_MACS = (b"\x52\x54\x00\x12\x34\x56", b"\x52\x54\x00\x12\x34\x57")  # for guests that ask which they have
 
 
 class _Side:
@@ -35,7 +37,8 @@ class _Side:
 class Bridge:
     """A back end on each of two sockets; what one's guest sends, the other's receives.
 
-    Offloads are not offered: what one guest leaves undone, the other may not be able to do. poll_us as in `Worker`.
+    Offloads are not offered: what one guest leaves undone, the other may not be able to do. Nor is RARP: where a guest has
+    moved to matters to a switch, and there is none. poll_us as in `Worker`.
     """
 
     def __init__(self, left: str, right: str, *, queue_pairs: int = 1, poll_us: int = 0) -> None:
@@ -56,9 +59,12 @@ class Bridge:
             stack.callback(self._paced.close)
             self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
             self.servers = []
-            for path, side in zip((left, right), self._sides, strict=True):
+            for path, side, mac in zip((left, right), self._sides, _MACS, strict=True):
                 end = stack.enter_context(NullEndpoint(queue_pairs))
-                self.servers.append(stack.enter_context(Server(end, path, queue_pairs=queue_pairs, worker=side)))
+                server = Server(
+                    end, path, queue_pairs=queue_pairs, protocol_features=~ProtocolFeature.RARP, mac=mac, worker=side
+                )
+                self.servers.append(stack.enter_context(server))
             self._stack = stack.pop_all()
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
