@@ -120,6 +120,7 @@ def test_the_installed_command_is_this_one() -> None:
     assert entry.value == "vnetdp.cli:main"
 
 
+BRIDGE = ["vhost-user:left", "vhost-user:right"]
 WRONG = {
     "no command": ([], "COMMAND"),
     "unknown command": (["teleport"], "teleport"),
@@ -150,6 +151,10 @@ WRONG = {
     "scapy without a callable": (["link", "scapy:os", "null"], "scapy:MODULE:CALLABLE"),
     "scapy, no such module": (["link", "scapy:no_such_module:f", "null"], "no_such_module"),
     "scapy, no such callable": (["link", "scapy:os:no_such_callable", "null"], "no_such_callable"),
+    "bridge of one side": (["link", "vhost-user:s", "null"], "both sides"),
+    "bridge, options of rings": (["link", *BRIDGE, "--ring", "256"], "--ring means nothing"),
+    "bridge, options of hand-overs": (["link", *BRIDGE, "--switch-ms", "5"], "--switch-ms means nothing"),
+    "bridge, queue pairs": (["link", *BRIDGE, "--queue-pairs", "129"], "room for 128"),
     "serve without a socket": (["serve", "null"], "--socket"),
     "serve in no folder": (["serve", "null", "--socket", "no/such/folder/s"], "no/such/folder/s"),
     "serve, unknown feature": (["serve", "null", "--socket", "s", "--features=-teleport"], "teleport"),
@@ -251,6 +256,13 @@ def test_link_for_a_time_while_the_rings_change_hands(shell: Shell) -> None:
     assert report["fallbacks"] == 0
     assert report["ledger"]["sent"] == report["ledger"]["delivered"] > 0
     assert not report["ledger"]["reordered"]
+
+
+def test_link_of_two_guests_for_a_time(shell: Shell) -> None:
+    done = shell.run("link", *BRIDGE, "--seconds", "0.3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "left to right: 0 packets\nright to left: 0 packets\n"
+    assert not list(shell.folder.iterdir())
 
 
 def test_link_json_on_standard_output_is_json_alone(shell: Shell) -> None:

@@ -166,9 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     link.add_argument("left", metavar="LEFT")
     link.add_argument("right", metavar="RIGHT")
-    link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), default="vhost")
+    link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), help="(default vhost)")
     link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
-    link.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
+    link.add_argument("--ring", type=_ring, metavar="N", help="queue size (default 256)")
     link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     _polling(link)
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",

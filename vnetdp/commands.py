@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import signal
@@ -94,11 +95,17 @@ def _bridge(args: argparse.Namespace) -> int:
         raise ConfigError(
             "vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET"
         )
+    for option in ("datapath", "ring", "mtu", "switch_ms", "switches"):
+        if getattr(args, option) is not None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} means nothing between two guests, who bring their own rings"
+            )
     _take_all_descriptors()
     poll_us = -1 if args.poll else args.poll_us
+    until = time.monotonic() + args.seconds if args.seconds else math.inf
     with _until_signal() as stop, Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge:
         say(f"joining the guests on {left} and {right}; ^C or SIGTERM ends it")
-        bridge.serve(stop.is_set)
+        bridge.serve(lambda: stop.is_set() or time.monotonic() >= until)
         report = bridge.report()
     for name in ("left_to_right", "right_to_left"):
         human(args)(f"{name.replace('_', ' ')}: {report[name]['packets']:,} packets")
@@ -122,9 +129,9 @@ def link(args: argparse.Namespace) -> int:
             Link(
                 left,
                 right,
-                args.datapath,
+                args.datapath or "vhost",
                 queue_pairs=args.queue_pairs,
-                num=args.ring,
+                num=args.ring or 256,
                 poll_us=-1 if args.poll else args.poll_us,
                 mtu=args.mtu,
                 switchable=args.switch_ms is not None,
