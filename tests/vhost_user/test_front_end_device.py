@@ -36,8 +36,10 @@ from vnetdp.vhost_user.backend_requests import BackendRequests
 from vnetdp.vhost_user.connection import Message
 from vnetdp.vhost_user.message import (
     U64,
+    VERSION,
     BackendRequest,
     Empty,
+    Header,
     Payload,
     ProtocolFeature,
     Request,
@@ -45,6 +47,14 @@ from vnetdp.vhost_user.message import (
 )
 from vnetdp.watch import Watch
 from vnetdp_kernels import layout as lay
+
+
+def tell(session: Session, request: BackendRequest, payload: Payload) -> None:
+    """Send a front end a message of its back end's."""
+    assert session._front_end is not None
+    body = payload.encode()
+    session._front_end.sendall(Header(request, VERSION, len(body)).encode() + body)
+
 
 # --- memory, status, configuration ---
 
@@ -250,7 +260,7 @@ def test_a_configuration_that_changes_is_the_device_s(tmp_path: Path, sessions: 
             for status, owner in ((0, Owner.NOBODY), (1, Owner.VHOST)):
                 space = space[:6] + struct.pack("<HHH", status, PAIRS, 1400)
                 sessions[-1]._config_space = lambda: space  # type: ignore[method-assign]  # noqa: B023
-                sessions[-1]._tell_front_end(BackendRequest.CONFIG_CHANGE_MSG, Empty())
+                tell(sessions[-1], BackendRequest.CONFIG_CHANGE_MSG, Empty())
                 wait_equal(lambda: card.device.owner, owner)  # the link goes down, and up
                 assert card.device.read_config(0, 12) == space[:8] + struct.pack("<HH", 1, 1400)
             card.wait_for_more()
@@ -285,8 +295,8 @@ def test_a_ring_that_broke_elsewhere_breaks_the_device(tmp_path: Path, sessions:
     with in_thread(tmp_path) as back_end, attached(back_end.path, watched=True) as front_end:
         card = Card(front_end)
         with Watch(front_end, card.device):
-            sessions[-1]._tell_front_end(BackendRequest.VRING_ERR, VringState(7, 0))  # which is none of ours
-            sessions[-1]._tell_front_end(BackendRequest.VRING_ERR, VringState(1, 0))
+            tell(sessions[-1], BackendRequest.VRING_ERR, VringState(7, 0))  # which is none of ours
+            tell(sessions[-1], BackendRequest.VRING_ERR, VringState(1, 0))
             wait_equal(lambda: card.device.owner, Owner.NOBODY)
             assert card.device.status & NEEDS_RESET
         card.close()

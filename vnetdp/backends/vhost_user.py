@@ -22,6 +22,7 @@ from ..vhost_user.backend_requests import BackendRequests
 from ..vhost_user.conversation import Conversation, never, wait_readable
 from ..vhost_user.listener import Listener
 from ..vhost_user.message import (
+    MAX_VRINGS,
     U64,
     BackendRequest,
     Config,
@@ -45,7 +46,7 @@ _WANTED = (
     _F.MQ | _F.LOG_SHMFD | _F.RARP | _F.REPLY_ACK | _F.MTU | _F.INFLIGHT_SHMFD | _F.CONFIG | _F.STATUS | _F.RESET_DEVICE
     | _F.CONFIGURE_MEM_SLOTS | _F.DEVICE_STATE
 )  # fmt: skip
-MAX_QUEUE_PAIRS = 128  # SET_VRING_KICK and _CALL have 8 bits for a ring's index
+MAX_QUEUE_PAIRS = MAX_VRINGS // VRINGS
 
 
 class NetConfig(NamedTuple):
@@ -251,10 +252,10 @@ class VhostUserFrontEnd:
         else:
             close_fds(fds)
 
-    def recover(self, n: int, num: int, used: int, other_used: int | None) -> int | None:
+    def recover(self, n: int, num: int, avail: int, used: int, other_used: int | None) -> int | None:
         """Return where a back end that is gone stopped ring *n*, having finished what it was cut off in; None = not known.
 
-        used, other_used: guest addresses of the used rings of the ring and of its pair's other one. Whoever goes on from
+        avail, used: guest addresses of its rings; other_used: of the used ring of its pair's other one. Whoever goes on from
         there does not keep the area, so the next back end is not given it.
         """
         if self._inflight is None or self.memory is None:
@@ -265,7 +266,7 @@ class VhostUserFrontEnd:
         try:
             area = InflightArea.attach(said, fd, VRINGS * self.queue_pairs)
             with GuestMemory(self.memory.regions, foreign=True, beside=area.region()) as memory:
-                return area.recover(n, memory, num, used, other_used)
+                return area.recover(n, memory, num, avail, used, other_used)
         except (RequestRefused, ConfigError, OSError) as e:
             _log.warning("%s: the inflight area of a back end that is gone is of no use: %s", self.path, e)
             return None

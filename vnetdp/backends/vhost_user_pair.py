@@ -176,8 +176,10 @@ class VhostUserBackend:
 
     def _recover(self, index: int, n: int) -> int | None:
         """Return where a back end that is gone stopped, if it left an inflight area that says so."""
-        used = self._used[index]
-        return None if used is None else self._fe.recover(n, self._num[index], used, self._used[1 - index])
+        avail, used = self._avail[index], self._used[index]
+        if avail is None or used is None:
+            return None
+        return self._fe.recover(n, self._num[index], avail, used, self._used[1 - index])
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
         n = self._index("set_vring_addr", index)
