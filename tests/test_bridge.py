@@ -192,6 +192,15 @@ def test_it_sleeps_while_neither_guest_sends(tmp_path: Path) -> None:
         assert bridge.ctl[lay.CTL_PASSES] - passes <= 3 * 16
 
 
+def test_a_ring_just_started_calls_its_driver_once(tmp_path: Path) -> None:
+    """Whoever served it before may have used chains, and ended before it called."""
+    with ExitStack() as stack:
+        _, left, right = run_bridge(tmp_path, stack)
+        for guest in stack.enter_context(by_hand(left, right)):
+            for call in guest.calls:
+                wait_for(call.clear, "a call")
+
+
 def asleep(bridge: Bridge, sleeps: int) -> None:
     """Wait until the bridge has slept more than *sleeps* times; it may look round a few thousand times until then."""
     passes = int(bridge.ctl[lay.CTL_PASSES])

@@ -159,6 +159,7 @@ class Session:
             for backend in self._worker.backends:
                 backend.set_features(features)
         self._connection.features = wanted
+        self._tell_mtu()
         self._endpoint.set_offloads(f.guest_offload_mask(features))
         if not wanted & f.VHOST_USER_F_PROTOCOL_FEATURES:
             for index in range(len(self._vrings.rings)):
@@ -327,6 +328,14 @@ class Session:
         self._endpoint.set_mtu(payload.value)
         self._mtu = payload.value
         self._mtu_before = before if self._mtu_before is None else self._mtu_before
+        self._tell_mtu()
+
+    def _tell_mtu(self) -> None:
+        """Have the worker hold frames to the MTU, where it was negotiated."""
+        if self._mtu is not None and self._connection.features & f.VIRTIO_NET_F_MTU:
+            with self._vrings.standing_still():
+                for backend in self._worker.backends:
+                    backend.set_mtu(self._mtu)
 
     def _on_set_backend_req_fd(self, _payload: Empty, fds: list[int]) -> None:
         try:

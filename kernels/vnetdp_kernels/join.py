@@ -13,6 +13,7 @@ from .layout import (
     LOOP_BROKEN,
     LOOP_CONTROL,
     VQ_BOUND,
+    VQ_CALL_DUE,
     VQ_ENABLED,
     VQ_KICKS,
     VQ_STATUS,
@@ -25,6 +26,14 @@ from .port import CLOCK_AT
 @kernel
 def _usable(vq: Words) -> bool:
     return bool(vq[VQ_BOUND] and vq[VQ_ENABLED] and not vq[VQ_STATUS])
+
+
+@kernel
+def _call_if_due(mem: Bytes, vq: Words, fd: int, pollfds: Words, one: Words) -> None:
+    """Make the decision about a call that whoever had the ring before may have left open."""
+    if vq[VQ_CALL_DUE] and _usable(vq):
+        vq[VQ_CALL_DUE] = 0
+        call(mem, vq, fd, pollfds, one)
 
 
 @kernel
@@ -134,6 +143,9 @@ def join(
             rx, tx = 2 * q, 2 * q + 1
             a_ok = _usable(a_vqs[rx]) + 2 * _usable(a_vqs[tx])
             b_ok = _usable(b_vqs[rx]) + 2 * _usable(b_vqs[tx])
+            for i in (rx, tx):
+                _call_if_due(a_mem, a_vqs[i], a_notify[i, 1], pollfds, one)
+                _call_if_due(b_mem, b_vqs[i], b_notify[i, 1], pollfds, one)
             moved += _one_way(
                 a_mem, a_regions, a_log, a_vqs[tx], a_notify[tx, 1], b_mem, b_regions, b_log, b_vqs[rx], b_notify[rx, 1],
                 rows, iov, chains, eps[0], hdr, held, pollfds, one,

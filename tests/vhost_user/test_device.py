@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_for
+from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
 from tests.test_drive_serve import served
-from tests.vhost_user.rig import UNTOLD, BackEnd, ByHand, Guest, InThread, state, u64
+from tests.vhost_user.rig import FEATURES, UNTOLD, BackEnd, ByHand, Guest, InThread, state, u64
+from vnetdp import features as f
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import NullEndpoint
+from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.vhost_user.message import ProtocolFeature, Request
 from vnetdp_kernels import layout as lay
 
@@ -102,6 +104,28 @@ def test_an_mtu_is_that_of_one_front_end(tmp_path: Path) -> None:
                     assert (told_mtu(end), interface.mtu) == (mtu, mtu)
                 end.leave()
             assert interface.mtu == 1400
+
+
+def test_frames_to_the_guest_are_held_to_the_mtu_it_negotiated(tmp_path: Path) -> None:
+    """Also to one that it negotiates after another front end did so with another (5.1.4.1)."""
+    with MailboxEndpoint() as wire, served(wire, tmp_path / "s", mtu=1400) as server:
+        for mtu, features in (
+            (1400, FEATURES | f.VIRTIO_NET_F_MTU),
+            (None, FEATURES),
+            (1400, FEATURES | f.VIRTIO_NET_F_MTU),
+        ):
+            with ByHand.dial(server.path) as end, Guest(end) as guest:
+                end.shake_hands(features)
+                guest.share()
+                guest.start(0, 1)
+                guest.rings[0].post(0, 1)
+                guest.kicks[0].signal()
+                dropped = wire.counters()["dropped_long"]
+                for length in (1419, 1418):
+                    wire.put(frame(0, length))
+                wait_equal(lambda guest=guest: guest.rings[0].used_idx, 1 if mtu else 2)  # type: ignore[misc]
+                assert wire.counters()["dropped_long"] - dropped == (1 if mtu else 0)
+                end.leave()
 
 
 # --- the dirty log ---
