@@ -1,17 +1,17 @@
 """The README's commands that attach guests, run as they stand there: a reader's shell finds what this machine has.
 
-Only names are other ones, so that two runs can't meet: the namespace, and the folder of the socket. A guest gets one
-more console, to take commands.
+Only names are other ones, so that two runs can't meet: the namespace, and the folder of the socket.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
+import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +22,21 @@ from tests.by_hand import wait_for
 from tests.test_docs import README, blocks, only
 
 from .guests import images
-from .guests.machine import REPOSITORY, Console, Guest, end, why_no_guest
+from .guests.machine import REPOSITORY, end, why_no_guest
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]
 
-RUN_HERE = {"wire", "wire, meanwhile", "qemu", "guest", "uml", "virtio_user, serve", "virtio_user", "net_vhost"}
+RUN_HERE = {
+    "guests",
+    "wire",
+    "wire, meanwhile",
+    "qemu",
+    "guest",
+    "uml",
+    "virtio_user, serve",
+    "virtio_user",
+    "net_vhost",
+}
 RUN_HERE |= {"net_vhost, drive"}
 
 
@@ -38,7 +48,7 @@ class Shell:
         self._names = {"/tmp/net.sock": f"{folder}/net.sock", **names}
         (folder / "bin").mkdir()
         self.program("vnetdp", f'exec "{sys.executable}" -m vnetdp "$@"')
-        self._env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+        self._env = {**os.environ, "PATH": f"{folder}/bin:{folder}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
         self._env |= {"RUNTIME_DIRECTORY": str(folder)}  # DPDK's, which leaves files behind
 
     def program(self, name: str, text: str) -> None:
@@ -129,58 +139,53 @@ def wire(shell: Shell) -> Iterator[Running]:
         subprocess.run(["ip", "netns", "delete", f"vnetdp-lab-{os.getpid()}"], check=False)
 
 
-def link(folder: Path, image: images.Image) -> None:
-    (folder / "vmlinuz").symlink_to(image.kernel)
-    (folder / "initrd").symlink_to(image.initrd)
+@pytest.fixture
+def guests(shell: Shell) -> None:
+    """Put guests where the reader has them: in the folder that the commands are run in."""
+    try:
+        images.put_into(shell.folder)
+    except images.MissingError as e:
+        pytest.skip(str(e))
+    shell.program("linux.uml", f'TMPDIR=/dev/shm exec {shell.folder}/linux.uml "$@" uml_dir={shell.folder}')
 
 
-def assert_attached(shell: Shell, guest: Guest, serve: Running, mac: str) -> None:
-    guest.boot()
-    assert " 0% packet loss" in guest.run(" && ".join(shell.text("guest").splitlines()))
-    assert guest.run("cat /sys/class/net/eth0/address").strip() == mac
+def assert_attached(shell: Shell, test: str, serve: Running, mac: str) -> None:
+    """Start a guest at a terminal of ours, and type what a reader types there."""
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)  # nothing is echoed: what is found in the log, the guest has said
+    with shell.running(test, stdin=theirs) as guest:
+        guest.wait_until_it_says(" # ")
+        for command in (*shell.text("guest").splitlines(), "cat /sys/class/net/eth0/address"):
+            os.write(ours, f"{command}\n".encode())
+        guest.wait_until_it_says(" 0% packet loss")
+        guest.wait_until_it_says(mac)
+        os.write(ours, b"poweroff -f\n")
+        assert guest.process.wait(30) == 0, guest.said()
+    os.close(ours)
+    os.close(theirs)
     assert "refused" not in serve.said()
 
 
-def test_qemu(shell: Shell, wire: Running) -> None:
-    try:
-        emulator, image = images.qemu(), images.pc()
-    except images.MissingError as e:
-        pytest.skip(str(e))
-    link(shell.folder, image)
-    environment = " ".join(f"{name}={value}" for name, value in emulator.environment.items())
-    # The first serial line, which -nographic would give it, has to be said once a second one is. Its boot ROM is in a
-    # package that was not fetched.
-    shell.program(
-        "qemu-system-x86_64",
-        f'{environment} exec {emulator.binary} {" ".join(emulator.arguments)} "$@" '
-        f"-global virtio-net-pci.romfile= -serial mon:stdio -serial unix:{shell.folder}/line,server=on,wait=off",
-    )
-    with shell.running("qemu"), Guest(shell.folder, "qemu") as guest:
-        line = socket.socket(socket.AF_UNIX)
-        wait_for(lambda: line.connect_ex(str(shell.folder / "line")) == 0, "QEMU runs")
-        guest.console = Console(line)
-        assert_attached(shell, guest, wire, "52:54:00:00:00:02")
+def test_the_folder_of_guests_has_what_the_commands_name(shell: Shell, guests: None) -> None:
+    named = shell.text("guests").split()[3]
+    assert f"cd {named}" in shell.text("guests")
+    for test in ("qemu", "uml"):
+        words = shlex.split(shell.text(test).replace("\\\n", " "))
+        files = [
+            words[0],
+            *(word.removeprefix("initrd=") for word in words if re.fullmatch("vmlinuz|(initrd=)?initrd.*", word)),
+        ]
+        assert len(files) == (3 if test == "qemu" else 2)
+        for name in files:
+            assert (shell.folder / name).exists(), name
 
 
-def test_user_mode_linux(shell: Shell, wire: Running) -> None:
-    try:
-        image = images.uml()
-    except images.MissingError as e:
-        pytest.skip(str(e))
-    link(shell.folder, image)
-    ours, theirs = socket.socketpair()
-    fd = theirs.fileno()
-    shell.program(
-        "linux.uml", f'TMPDIR=/dev/shm exec {image.kernel} "$@" uml_dir={shell.folder} con=null con1=fd:{fd},fd:{fd}'
-    )
-    nobody, terminal = os.openpty()
-    with theirs, shell.running("uml", fd, stdin=terminal), Guest(shell.folder, "uml") as guest:
-        guest.console = Console(ours)
-        assert_attached(shell, guest, wire, "52:54:00:12:34:56")
-        guest.console.send("poweroff -f")
-        time.sleep(1)  # its helpers lead groups of their own, and end with it
-    os.close(nobody)
-    os.close(terminal)
+def test_qemu(shell: Shell, wire: Running, guests: None) -> None:
+    assert_attached(shell, "qemu", wire, "52:54:00:00:00:02")
+
+
+def test_user_mode_linux(shell: Shell, wire: Running, guests: None) -> None:
+    assert_attached(shell, "uml", wire, "52:54:00:12:34:56")
 
 
 # --- DPDK ---

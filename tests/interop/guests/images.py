@@ -1,5 +1,7 @@
 """What guests are made of, fetched as Debian packages and unpacked into a cache; nothing is installed.
 
+`python -m tests.interop.guests.images FOLDER` puts what the README's commands need into FOLDER.
+
 The cache is ~/.cache/vnetdp/guests, or $VNETDP_GUEST. Packages come from the Debian mirror that apt is configured with,
 and from that mirror's backports. A part is made once; delete its folder, or change this file, to have it made again.
 """
@@ -13,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -285,5 +288,28 @@ def _with_libraries(program: Path, root: Path) -> None:
         shutil.copy(library, root / place)
 
 
+def put_into(folder: Path) -> None:
+    """Put what the README's commands name into *folder*: kernels, initial file systems, and a QEMU to run here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    emulator = qemu()
+    for name, target in (
+        *(("vmlinuz", pc().kernel), ("initrd", pc().initrd)),
+        *(("linux.uml", uml().kernel), ("initrd-uml", uml().initrd)),
+    ):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+    environment = " ".join(f"{name}={value}" for name, value in emulator.environment.items())
+    program = folder / "qemu-system-x86_64"
+    # The card's boot ROM is in a package that is not fetched.
+    program.write_text(
+        f"#!/bin/sh\n{environment} exec {emulator.binary} {' '.join(emulator.arguments)} "
+        '-global virtio-net-pci.romfile= "$@"\n'
+    )
+    program.chmod(0o755)
+
+
 if __name__ == "__main__":
-    print(qemu(), pc(), uml(), sep="\n")
+    try:
+        put_into(Path(sys.argv[1]))
+    except MissingError as e:
+        sys.exit(f"no guests: {e}")

@@ -148,6 +148,7 @@ class Uml(Guest):
                     *(str(image.kernel), f"mem={memory_mb}M", f"initrd={image.initrd}"),
                     *(f"virtio_uml.device={sock}:1", f"uml_dir={folder}", "umid=uml", "net.ifnames=0", "panic=-1"),
                     *("con=null", "con0=null,fd:2", "con1=fd:0,fd:1", "ssl=null", "quiet", "loglevel=4"),
+                    "vnetdp.commands",
                 ],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
@@ -254,7 +255,10 @@ class QemuGuest(Guest):
             *("-serial", f"file:{self.log}", "-serial", f"unix:{line},server=on,wait=off"),
             *("-qmp", f"unix:{monitor},server=on,wait=off"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
-            *("-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off tsc=reliable net.ifnames=0"),
+            *(
+                "-append",
+                "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off tsc=reliable net.ifnames=0 vnetdp.commands",
+            ),
         ]
         if sock is not None:
             queues, several = "", ""
