@@ -247,6 +247,13 @@ def test_a_change_arrives(couple: Couple, name: str, point: str) -> None:
     assert_well(couple, result)
 
 
+def test_state_that_does_not_arrive_is_a_violation(couple: Couple) -> None:
+    """Here it has arrived, and the destination has changed it since."""
+    couple.start(config_of())
+    result = couple.migrate(target=Orders(changes=(("mac", "bound"),)))
+    assert result.violations == ["state: mac did not arrive"]
+
+
 @pytest.mark.parametrize("point", ["early", "round", "stopping"])
 def test_a_link_that_goes_down_leaves_the_rings_to_nobody(couple: Couple, point: str) -> None:
     couple.start(config_of(queue_pairs=3))

@@ -17,11 +17,13 @@ import pytest
 from tests.by_hand import no_descriptor_leaks, wait_for
 from vnetdp.errors import EndpointError
 from vnetdp.migration.host import Host, Orders
-from vnetdp.migration.invariants import violations
+from vnetdp.migration.invariants import differences, violations
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.migration.matrix import DEFECTS, RATE, Case, Matrix, Row, cases, chosen, run_all
+from vnetdp.migration.snapshot import FIELDS
 from vnetdp.notify import EventFd
 from vnetdp.owners import Owner
+from vnetdp.state import Control
 from vnetdp_kernels import layout as lay
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
@@ -235,6 +237,27 @@ def test_what_is_broken_is_reported(machine: Machine, break_it: Callable[[Machin
     assert len(found) == len(BROKEN[break_it]), found
     for text, begins in zip(found, BROKEN[break_it], strict=True):
         assert text.startswith(begins)
+
+
+def test_state_that_does_not_arrive_is_reported(machine: Machine) -> None:
+    source = machine.device.save_state()
+    moved = source.copy()
+    moved.queues[1].last_avail_idx += 1
+    assert differences(source, moved) == []
+    others = Control(
+        bytes(6), 1, 2, 3, 4, (bytes(6),), 1, 1, bytes([1]) * 512, 1, True, True, True, 1, 1, (1,), bytes([1]) * 40
+    )
+    for field in FIELDS:
+        target = source.copy()
+        if field.name in ("status", "features"):
+            setattr(target, field.name, 0)
+        else:
+            target.control = replace(target.control, **{field.name: getattr(others, field.name)})
+        assert differences(source, target) == [f"state: {field.name} did not arrive"]
+    for change in ({"enabled": False}, {"used": 0}, {"num": 2 * QUIET.num}):
+        target = source.copy()
+        target.queues[2] = replace(target.queues[2], **change)
+        assert differences(source, target) == ["state: queue 2 did not arrive"]
 
 
 def test_a_second_poller_is_refused(machine: Machine) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, reason
+from ..state import DeviceState
 from ..warmup import warm_up
 from .changes import CHANGES, HALVES, churning
 from .channel import Channel
@@ -161,6 +162,10 @@ class Host:
             "control": machine.device.control,
             "features": machine.device.driver_features,
         }
+
+    def state(self) -> DeviceState:
+        """Return what the device would send of itself now."""
+        return self._one.device.save_state()
 
     def drop(self) -> dict[str, int]:
         """Give the machine up; return what is left of it: descriptors, mappings and threads that were not there before."""

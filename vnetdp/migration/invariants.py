@@ -13,7 +13,9 @@ from vnetdp_kernels import layout
 
 from .. import vhost_net
 from ..owners import Owner
+from ..state import DeviceState
 from .machine import Machine
+from .snapshot import FIELDS, value_of
 
 
 def violations(machine: Machine, final: bool = True) -> list[str]:
@@ -54,6 +56,15 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
         counts = (notifiers.grabs, notifiers.host, notifiers.guest)
         found.append(f"I7: notifiers (grabs, host, guest) {counts} while {owner.value} has the rings")
     found += [f"I2: {error}" for error in device.ring_errors()]
+    return found
+
+
+def differences(source: DeviceState, target: DeviceState) -> list[str]:
+    """Return what *target* has otherwise than *source* had when it stopped, indices aside: those go on moving."""
+    found = [f"state: {f.name} did not arrive" for f in FIELDS if value_of(source, f.name) != value_of(target, f.name)]
+    for n, (theirs, ours) in enumerate(zip(source.queues, target.queues, strict=True)):
+        if (theirs.enabled, theirs.enabled and theirs.setup) != (ours.enabled, ours.enabled and ours.setup):
+            found.append(f"state: queue {n} did not arrive")
     return found
 
 

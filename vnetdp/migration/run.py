@@ -20,6 +20,7 @@ from ..errors import VnetdpError
 from ..memory import Words
 from .channel import POLICIES
 from .host import HostProcess, Orders
+from .invariants import differences
 from .machine import MachineConfig, make_wire
 from .source import Report
 
@@ -210,6 +211,8 @@ class Couple:
             {**received.counts, **sent.counts},
         )
         if outcome in ("vhost", "userspace"):
+            if self.source.alive:
+                result.violations += differences(self.source.call("state"), self.target.call("state"))
             self.source, self.target = self.target, self.source
             self.config = replace(self.config, endpoint=config.endpoint)
         return result
