@@ -79,6 +79,12 @@ def test_every_case_has_an_id_of_its_own() -> None:
         assert len(set(ids)) == len(ids)
 
 
+def test_a_change_that_is_not_made_back_is_found(delta: Matrix) -> None:
+    case = case_of("A6/mac/back")
+    row = delta.run(replace(case, source=replace(case.source, back_at="")), config_of(1))
+    assert row.violations == ["A6: changed back, and not as before: state: mac differs"]
+
+
 def test_cases_are_run_one_by_one_and_told() -> None:
     told: list[tuple[Row, MachineConfig]] = []
     with no_descriptor_leaks():
@@ -253,11 +259,11 @@ def test_state_that_does_not_arrive_is_reported(machine: Machine) -> None:
             setattr(target, field.name, 0)
         else:
             target.control = replace(target.control, **{field.name: getattr(others, field.name)})
-        assert differences(source, target) == [f"state: {field.name} did not arrive"]
+        assert differences(source, target) == [f"state: {field.name} differs"]
     for change in ({"enabled": False}, {"used": 0}, {"num": 2 * QUIET.num}):
         target = source.copy()
         target.queues[2] = replace(target.queues[2], **change)
-        assert differences(source, target) == ["state: queue 2 did not arrive"]
+        assert differences(source, target) == ["state: queue 2 differs"]
 
 
 def test_a_second_poller_is_refused(machine: Machine) -> None:

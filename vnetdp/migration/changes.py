@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from vnetdp_kernels import layout
@@ -17,7 +18,7 @@ from vnetdp_kernels.layout import PAGE_SIZE
 from .. import features as f
 from .. import vhost_net
 from ..errors import VnetdpError
-from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES
+from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES, Control
 from ..virtqueue import ring_len
 from .machine import Machine
 
@@ -145,6 +146,31 @@ CHANGES: Final[dict[str, Callable[[Machine, int], None]]] = {
 }
 # Halves of a change: between them the guest has a queue less.
 HALVES: Final[dict[str, Callable[[Machine, int], None]]] = {"queue_off": _queue_off, "queue_on": _queue_on}
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a machine was like before anything was changed. places: guest address of each queue's rings."""
+
+    control: Control
+    places: list[int]
+
+    @classmethod
+    def of(cls, machine: Machine) -> Before:
+        assert machine.driver is not None
+        places = [machine.driver.place_of(index)[0] for index in range(len(machine.device.queues))]
+        return cls(machine.device.control, places)
+
+
+def change_back(machine: Machine, name: str, n: int, before: Before) -> None:
+    """Undo change *n*: a queue goes back to where it was, and begins at 0 again."""
+    if name == "ring_setup":
+        index = n % len(before.places)
+        _set_up_again(machine, index, before.places[index])
+    elif name in ("queue_reset", "features"):
+        CHANGES[name](machine, n)
+    else:
+        machine.device.set_control(**vars(before.control))
 
 
 def _set_up_again(machine: Machine, index: int, at: int | None) -> None:

@@ -23,7 +23,7 @@ from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, reason
 from ..state import DeviceState
 from ..warmup import warm_up
-from .changes import CHANGES, HALVES, churning
+from .changes import CHANGES, HALVES, Before, change_back, churning
 from .channel import Channel
 from .invariants import resources, violations
 from .machine import Machine, MachineConfig
@@ -39,15 +39,16 @@ _SWITCH_S = 0.0002  # between two threads that both run Python: 5 ms, the defaul
 class Orders:
     """What is to happen in a migration, as one side knows it. Each point is one of that side's POINTS.
 
-    changes: (name, point), made when the point is first reached; churn: a change made 1,000 times a second until the
-    machine stops; cancel_at, die_at: points; check: compare all of guest memory; forget_log: send nothing again that the
-    device wrote, to see that this is found out.
+    changes: (name, point), made when the point is first reached; back_at: where all of them are undone again. churn: a
+    change made 1,000 times a second until the machine stops. cancel_at, die_at: points. check: compare all of guest
+    memory. forget_log: send nothing again that the device wrote, to see that this is found out.
     """
 
     policy: str = "delta"
     check: bool = True
     faults: tuple[str, ...] = ()
     changes: tuple[tuple[str, str], ...] = ()
+    back_at: str = ""
     churn: str = ""
     cancel_at: str = ""
     die_at: str = ""
@@ -60,7 +61,8 @@ class _Points:
     def __init__(self, machine: Machine, orders: Orders) -> None:
         self._machine = machine
         self._orders = orders
-        self._done: set[tuple[str, str]] = set()
+        self._made: list[int] = []  # of the orders' changes, by position
+        self._before: Before | None = None
         self._churning = ExitStack()
 
     def __call__(self, point: str) -> None:
@@ -73,10 +75,15 @@ class _Points:
             self._churning.enter_context(churning(self._machine, orders.churn, 0.001))
         if point == "stopping":
             self.end()
-        for n, change in enumerate(orders.changes):
-            if change[1] == point and change not in self._done:
-                self._done.add(change)
-                (CHANGES | HALVES)[change[0]](self._machine, n + 1)
+        for n, (name, when) in enumerate(orders.changes):
+            if when == point and n not in self._made:
+                self._before = self._before or Before.of(self._machine)
+                self._made.append(n)
+                (CHANGES | HALVES)[name](self._machine, n + 1)
+        if point == orders.back_at and self._before is not None:
+            for n in reversed(self._made):
+                change_back(self._machine, orders.changes[n][0], n + 1, self._before)
+            self._before = None
 
     def end(self) -> None:
         self._churning.close()

@@ -61,10 +61,10 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
 
 def differences(source: DeviceState, target: DeviceState) -> list[str]:
     """Return what *target* has otherwise than *source* had when it stopped, indices aside: those go on moving."""
-    found = [f"state: {f.name} did not arrive" for f in FIELDS if value_of(source, f.name) != value_of(target, f.name)]
+    found = [f"state: {f.name} differs" for f in FIELDS if value_of(source, f.name) != value_of(target, f.name)]
     for n, (theirs, ours) in enumerate(zip(source.queues, target.queues, strict=True)):
         if (theirs.enabled, theirs.enabled and theirs.setup) != (ours.enabled, ours.enabled and ours.setup):
-            found.append(f"state: queue {n} did not arrive")
+            found.append(f"state: queue {n} differs")
     return found
 
 

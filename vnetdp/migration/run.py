@@ -18,6 +18,7 @@ from ..endpoints.base import Endpoint
 from ..endpoints.loopback import Ledger
 from ..errors import VnetdpError
 from ..memory import Words
+from ..state import DeviceState
 from .channel import POLICIES
 from .host import HostProcess, Orders
 from .invariants import differences
@@ -146,6 +147,7 @@ class Couple:
         self.target = self._stack.enter_context(HostProcess(quiet))
         self.config = MachineConfig()
         self.wire: Endpoint | None = None
+        self.booted: DeviceState | None = None
         for wait in [host.begin("warm_up") for host in (self.source, self.target)]:
             wait()
 
@@ -156,6 +158,7 @@ class Couple:
         self.wire = make_wire(config)
         self._make(self.source, config)
         self.source.call("boot")
+        self.booted = self.source.call("state")
 
     def _make(self, host: HostProcess, config: MachineConfig) -> None:
         assert self.wire is not None
