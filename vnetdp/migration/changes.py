@@ -12,17 +12,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from vnetdp_kernels import layout
 from vnetdp_kernels.layout import PAGE_SIZE
 
 from .. import features as f
 from .. import vhost_net
 from ..errors import VnetdpError
+from ..memory import Words
 from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES, Control
 from ..virtqueue import ring_len
 from .machine import Machine
 
 _WAIT_S = 10.0
+LEFT = 3
 
 
 def _mac(machine: Machine, n: int) -> None:
@@ -217,6 +221,54 @@ def _guest_wrote(machine: Machine, index: int) -> None:
     at, _ = machine.driver.place_of(index)
     length = sum(-(-part // PAGE_SIZE) for part in ring_len(machine.config.num))
     ram.wrote(range(at // PAGE_SIZE, at // PAGE_SIZE + length))
+
+
+@contextmanager
+def leaving(machine: Machine, what: str) -> Iterator[None]:
+    """Stop the machine in this block, and LEFT frames of each queue pair are left for whoever has its rings next.
+
+    `sent`: frames that the guest has sent, and its device has not come to. `kick`: the same, and none comes after them,
+    so that there is no other kick. `call`: frames that the guest was called for when it did not look any more, and none
+    comes after them.
+    """
+    if what == "call":
+        _receive_unseen(machine)
+        yield
+        return
+    rows = machine.guest.rows
+    with vhost_net.standing_still(machine.device.owners.backends or ()):
+        _more(machine, rows)
+        if what == "kick":
+            machine.allow(False)
+        yield
+
+
+def _receive_unseen(machine: Machine) -> None:
+    assert machine.driver is not None
+    if not machine.drain():
+        raise VnetdpError("frames are still in flight: there is no last one")
+    machine.driver.stop()
+    receiveqs = machine.device.queues[::2]
+    before = [vhost_net.used_idx(machine.memory, queue) for queue in receiveqs]
+    _more(machine, machine.wire.rows)
+    machine.allow(False)
+    _wait(
+        lambda: all(
+            (vhost_net.used_idx(machine.memory, queue) - idx) & 0xFFFF >= LEFT
+            for queue, idx in zip(receiveqs, before, strict=True)
+        )
+    )
+
+
+def _more(machine: Machine, rows: Words) -> None:
+    """Have one end, the guest's or the wire's, make LEFT frames more on each queue, allowed to or not."""
+    assert machine.driver is not None
+    enough = rows[:, layout.EP_SEQ] + LEFT
+    limits = rows[:, layout.EP_LIMIT]
+    rows[:, layout.EP_LIMIT] = np.where(limits < 0, limits, enough)
+    for bell in (machine.driver.bell, *machine.device.kicks):
+        bell.signal()  # who sleeps does not know of a new limit
+    _wait(lambda: bool((rows[:, layout.EP_SEQ] >= enough).all()))
 
 
 @contextmanager

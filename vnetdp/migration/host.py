@@ -23,7 +23,7 @@ from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, reason
 from ..state import DeviceState
 from ..warmup import warm_up
-from .changes import CHANGES, HALVES, Before, change_back, churning
+from .changes import CHANGES, HALVES, Before, change_back, churning, leaving
 from .channel import Channel
 from .invariants import resources, violations
 from .machine import Machine, MachineConfig
@@ -41,7 +41,8 @@ class Orders:
 
     changes: (name, point), made when the point is first reached; back_at: where all of them are undone again. churn: a
     change made 1,000 times a second until the machine stops. cancel_at, die_at: points. check: compare all of guest
-    memory. forget_log: send nothing again that the device wrote, to see that this is found out.
+    memory. left: what the source leaves in its rings (`changes.leaving`). asleep: the guest that comes in looks at
+    nothing before it is called. forget_log: send nothing again that the device wrote, to see that this is found out.
     """
 
     policy: str = "delta"
@@ -52,6 +53,8 @@ class Orders:
     churn: str = ""
     cancel_at: str = ""
     die_at: str = ""
+    left: str = ""
+    asleep: bool = False
     forget_log: bool = False
 
 
@@ -63,7 +66,7 @@ class _Points:
         self._orders = orders
         self._made: list[int] = []  # of the orders' changes, by position
         self._before: Before | None = None
-        self._churning = ExitStack()
+        self._until_stopped = ExitStack()
 
     def __call__(self, point: str) -> None:
         orders = self._orders
@@ -72,7 +75,7 @@ class _Points:
         if orders.cancel_at == point:
             raise Cancelled(f"cancelled at {point}")
         if orders.churn and point == "logging":
-            self._churning.enter_context(churning(self._machine, orders.churn, 0.001))
+            self._until_stopped.enter_context(churning(self._machine, orders.churn, 0.001))
         if point == "stopping":
             self.end()
         for n, (name, when) in enumerate(orders.changes):
@@ -84,9 +87,13 @@ class _Points:
             for n in reversed(self._made):
                 change_back(self._machine, orders.changes[n][0], n + 1, self._before)
             self._before = None
+        if orders.left and point == "stopping":
+            self._until_stopped.enter_context(leaving(self._machine, orders.left))
+        if point == "stopped":
+            self.end()
 
     def end(self) -> None:
-        self._churning.close()
+        self._until_stopped.close()
 
 
 class Host:
@@ -137,6 +144,7 @@ class Host:
         """Take a machine in, over the socket *fd*."""
         kind = SeedTarget if orders.policy == "seed" else Target
         self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
+        self._one.asleep = orders.asleep
         with Channel(socket.socket(fileno=fd)) as channel:
             report = _uninterrupted(kind(self._one, channel, orders.policy, _Points(self._one, orders)).run)
         report.violations += violations(self._one, final=report.outcome != "source")

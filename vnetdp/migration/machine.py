@@ -8,6 +8,7 @@ whose state both machines reach, and only one of them may poll at a time.
 from __future__ import annotations
 
 import os
+import select
 import time
 import zlib
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from ..errors import ConfigError
 from ..memory import GuestMemory, Region, SharedBlock
 from .ram import RamSource, pages_of
 
+_SLEEP_S = 1.0  # a call that has not come by then was lost
 # What of the guest's end of the traffic stays as it was made; the rest counts, or says what comes next.
 _CONSTANT = [
     slot
@@ -98,6 +100,7 @@ class Machine:
         self.driver: Driver | None = None
         self.ram: RamSource | None = None  # while it migrates
         self.announcer: Announcer | None = None
+        self.asleep = False  # the guest, when it comes in: it looks at nothing before it is called
         self._stack = ExitStack()
         try:
             self._build(wire_fd)
@@ -208,9 +211,10 @@ class Machine:
         self.start_guest()
 
     def start_guest(self) -> None:
-        """Let the guest go on."""
+        """Let the guest go on; one that is asleep and is not called goes on sleeping."""
         assert self.driver is not None
-        self.driver.start()
+        if not self.asleep or select.select(self.device.calls, [], [], _SLEEP_S)[0]:
+            self.driver.start()
 
     def announce(self) -> None:
         """Tell the network where the guest is now; takes 0.8 s, beside everything else."""
@@ -227,10 +231,13 @@ class Machine:
             self.announcer = None
 
     def stop(self) -> None:
-        """Stop the guest, then the device: nobody touches a ring afterwards, and indices are exact."""
+        """Stop the device, then the guest: nobody touches a ring afterwards, and indices are exact.
+
+        What the guest sends meanwhile stays in its rings: vhost is stopped where it is, and finishes nothing first.
+        """
+        self.device.set_running(False)
         if self.driver is not None:
             self.driver.stop()
-        self.device.set_running(False)
 
     def private_ranges(self) -> list[tuple[int, int]]:
         """Return (guest address, bytes) of what the guest alone writes: desc, avail, what it sends, and its memory."""
@@ -254,13 +261,16 @@ class Machine:
             if isinstance(end, GenerateEndpoint):
                 end.rows[:, layout.EP_LIMIT] = limit if traffic else end.rows[:, layout.EP_SEQ]
 
-    def drain(self, seconds: float = 10.0) -> bool:
-        """Make no more frames, and return whether all that were made arrive within so many seconds."""
+    def drain(self, seconds: float = 3.0) -> bool:
+        """Make no more frames, and return whether all that were made arrive; False if none does for so many seconds."""
         self.allow(False)
         self.device.set_link(True)  # frames that wait for it are not lost
-        until = time.monotonic() + seconds
-        while any(ledger.sent != ledger.delivered for ledger in self.ledgers()):
-            if time.monotonic() > until:
+        seen, since = self.ledgers(), time.monotonic()
+        while any(ledger.sent != ledger.delivered for ledger in seen):
+            before, seen = seen, self.ledgers()
+            if seen != before:
+                since = time.monotonic()
+            elif time.monotonic() > since + seconds:
                 return False
             time.sleep(0.0005)
         return True

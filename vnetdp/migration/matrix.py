@@ -120,7 +120,8 @@ def _ends(pairs: int) -> Iterator[Case]:
     faults = ("final.set_backend:0,0:once", "unset_guest_notifiers:always")
     yield Case("D4", "guest notifiers cannot be given back in the unwind", target=Orders(faults=faults))
     fault = Orders(faults=("final.set_backend:always", "retry.set_backend:always"))
-    yield Case("D6", "a kick comes while the end is undone", (USERSPACE,), target=fault)
+    kick = Orders(left="kick")
+    yield Case("D6", "a kick comes while the end is undone", (USERSPACE,), source=kick, target=fault)
 
 
 def _final(row: str, verb: str, ring: str, says: str) -> Iterator[Case]:
@@ -140,12 +141,14 @@ def _others(pairs: int) -> Iterator[Case]:
     yield Case("E6", "the two sides have different policies", (SOURCE,), target_policy="none")
     down = Orders(changes=(("link", "logging"),))
     yield Case("E8", "the link is down when the early state is saved", (USERSPACE,), source=down, after="link")
-    yield Case("E9", "cancelled when all is loaded", (SOURCE,), target=Orders(cancel_at="loaded"))
+    loaded = Orders(cancel_at="loaded")
+    sent = Orders(left="sent")
+    yield Case("E9", "cancelled when all is loaded", (SOURCE,), source=sent, target=loaded)
     torn = Orders(churn="mac_table")
     yield Case("A1", "the guest changes its MAC table while it is saved", source=torn, after="whole")
     for point in Source.POINTS:
         if point not in ("ready", "committed"):
-            cancelled = Orders(cancel_at=point)
+            cancelled = Orders(cancel_at=point, left="sent")
             yield Case(
                 f"A2/{point}", f"cancelled at {point}, and migrated again", (SOURCE,), source=cancelled, after="again"
             )
@@ -158,6 +161,16 @@ def _others(pairs: int) -> Iterator[Case]:
     mutant = Orders(forget_log=True)
     yield Case("A5", "a back end that logs nothing is found out", source=mutant, detects="I8", busy=True)
     yield Case("A7", "back and forth", after="ping-pong")
+    for what, says in (("kick", "frames were sent"), ("call", "frames were received and not looked at")):
+        for owner in (VHOST, USERSPACE):
+            yield Case(
+                f"I9/{what}/{owner}",
+                f"{says}, none comes after them, and {owner} has the rings then",
+                (owner,),
+                source=Orders(left=what),
+                target=Orders(asleep=True),
+                target_vhost=owner == VHOST,
+            )
 
 
 def _changes() -> Iterator[Case]:
@@ -176,9 +189,8 @@ def _changes() -> Iterator[Case]:
         yield Case(f"A6/{one}+{other}", f"{one} and {other} change", expected, source=orders, after=after)
     for name in CHANGES:
         if name not in ONCE_ONLY:
-            expected = (VHOST, USERSPACE) if name == "link" else (VHOST,)
-            says = f"{name} changes 1,000 times a second"
-            yield Case(f"A6/{name}/1000", says, expected, source=Orders(churn=name))
+            ends = (VHOST, USERSPACE) if name == "link" else (VHOST,)
+            yield Case(f"A6/{name}/1000", f"{name} changes 1,000 times a second", ends, source=Orders(churn=name))
 
 
 def _deaths() -> Iterator[Case]:
@@ -189,7 +201,8 @@ def _deaths() -> Iterator[Case]:
     for point in Target.POINTS:
         # Killed between its answer and the commit, it is gone before the source can know, or just after.
         allowed = {"bound": (GONE,), "ready": (SOURCE, GONE)}.get(point, (SOURCE,))
-        yield Case(f"K/target/{point}", f"the destination is killed at {point}", allowed, target=Orders(die_at=point))
+        says = f"the destination is killed at {point}"
+        yield Case(f"K/target/{point}", says, allowed, source=Orders(left="sent"), target=Orders(die_at=point))
 
 
 # --- running them ---
