@@ -10,6 +10,9 @@ import select
 import threading
 from typing import Any
 
+from vnetdp_kernels.atomic import load_u16_acquire
+from vnetdp_kernels.layout import VIRTQ_RING_IDX
+
 from .. import vhost_net
 from ..backends.base import TRANSMITQ, VRINGS, Backend
 from ..errors import BackendError
@@ -27,7 +30,7 @@ class SeedTarget(Target):
         super().__init__(*args, **kwargs)
         self.vhost_started = False
         self._poll_off: set[int] = set()  # pairs that nobody receives for any more (D1, D2)
-        self._kicks_swallowed = False
+        self._kicks_swallowed: set[int] = set()  # queues
         self.handlers["virtio-delta"] = self._load_indices
         self.handlers["virtio-net-vhost"] = self._quickstart
 
@@ -77,10 +80,18 @@ class SeedTarget(Target):
             _log.warning("unable to start vhost net: %s: falling back on userspace virtio", e)
             with spans.span("unwind"):
                 owners.abandon()  # its handlers run while vhost_started is still set, and leave the kicks alone (D6)
-                for kick in self.device.kicks:
-                    kick.clear()
-                self._kicks_swallowed = True
+                kicks = enumerate(self.device.kicks)
+                self._kicks_swallowed = {n for n, kick in kicks if kick.clear() or self._is_kicked(n)}
             self.vhost_started = False
+
+    def _is_kicked(self, n: int) -> bool:
+        """Return whether there is something in a queue, for which whoever releases the notifiers kicks it."""
+        queue = self.device.queues[n]
+        if not queue.enabled:
+            return False
+        memory = self.machine.memory
+        avail_idx = load_u16_acquire(memory.mem, memory.translate(queue.avail + VIRTQ_RING_IDX, 2))
+        return avail_idx != queue.last_avail_idx
 
     def _set_all_vring_bases(self) -> None:
         for pair, backend in enumerate(self._vhost):
@@ -139,7 +150,7 @@ class SeedTarget(Target):
         for pair, backend in enumerate(self.device.owners.userspace):
             if pair in self._poll_off:
                 backend.set_backend(0, None)
-            if self._kicks_swallowed and self.device.queues[VRINGS * pair + TRANSMITQ].enabled:
+            if VRINGS * pair + TRANSMITQ in self._kicks_swallowed:
                 backend.set_backend(TRANSMITQ, None)
                 late.append(pair)
         if late:
