@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ import pytest
 from tests.by_hand import no_descriptor_leaks, wait_for
 from vnetdp.errors import EndpointError
 from vnetdp.migration.changes import LEFT, leaving
-from vnetdp.migration.host import Host, Orders
+from vnetdp.migration.host import Host, HostProcess, Orders
 from vnetdp.migration.invariants import differences, violations
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.migration.matrix import DEFECTS, RATE, Case, Matrix, Row, cases, chosen, run_all
@@ -314,7 +315,37 @@ def test_state_that_does_not_arrive_is_reported(machine: Machine) -> None:
 def test_a_second_poller_is_refused(machine: Machine) -> None:
     with pytest.raises(EndpointError, match="queue 0 is polled by another owner"):
         machine.device.endpoint.start_polling(0, object())
-    assert violations(machine) == []
+    assert violations(machine) == ["I6: a queue that somebody else polled was to be polled 1 times"]
+
+
+def test_a_second_machine_on_the_same_wire_is_refused(machine: Machine) -> None:
+    """Two endpoints over one block, as two processes have them: neither knows of the other's books."""
+    with Machine(QUIET, machine.wire.block.fd) as second:
+        second.boot()
+        second.run()
+        assert second.device.owner is Owner.NOBODY
+        assert any(text.startswith("I6: a queue that somebody else polled") for text in violations(second))
+        assert violations(machine) == []
+        machine.stop()
+        third = Machine(QUIET, machine.wire.block.fd)
+        with third:
+            third.boot()
+            third.run()
+            assert third.device.owner is Owner.VHOST
+
+
+def test_a_poller_that_was_killed_is_in_nobodys_way(machine: Machine) -> None:
+    machine.stop()
+    with HostProcess(quiet=True) as host:
+        host.call("make", QUIET, (), fds=(machine.wire.block.fd,))
+        host.call("boot")
+        assert host.call("look")["owner"] == "vhost"
+        with pytest.raises(EndpointError, match="queue 1 is polled by another owner"):
+            machine.device.endpoint.start_polling(1, machine)
+        os.kill(host.pid, signal.SIGKILL)
+        wait_for(lambda: not host.alive, "the host is dead")
+    machine.device.endpoint.start_polling(1, machine)
+    machine.device.endpoint.stop_polling(1, machine)
 
 
 def test_a_ring_that_breaks_is_reported(machine: Machine) -> None:

@@ -189,8 +189,13 @@ class UserspaceBackend:
         )
         if not ready or dp.memory is None:
             return False
-        for pair in pairs:
-            endpoint.start_polling(pair, dp)
+        try:
+            for pair in pairs:
+                endpoint.start_polling(pair, dp)
+        except EndpointError:
+            for pair in pairs:
+                endpoint.stop_polling(pair, dp)
+            return False
         dp.endpoint = endpoint
         verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array(bases))
         return True

@@ -6,7 +6,10 @@ and `transmit_frames`, which work in batches; one that kernels serve by themselv
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import struct
 from collections.abc import Sequence
 from typing import Self
 
@@ -20,6 +23,7 @@ from ..memory import Bytes, SharedBlock, Words
 _log = logging.getLogger("vnetdp.endpoints")
 
 _VLAN_TAG_LEN = 4
+_FLOCK = struct.Struct("@hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 PYTHON_SLOTS = 64  # frames that go to, or come from, an endpoint in Python in one batch
 
 
@@ -61,27 +65,45 @@ class Endpoint:
             self.rows[:, layout.EP_KIND] = self.kind
             self.rows[:, layout.EP_FLOW] = np.arange(queues)
             self.rows[:, layout.EP_LIMIT] = -1
+        # The kernel keeps claims for each open file, and gives them up with it: so the block, whose descriptor may be a
+        # copy, is opened anew.
+        self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
         self.polls_stopped = 0
+        self.polls_refused = 0
         self.errors = 0
 
     # --- who polls it ---
 
     def start_polling(self, queue: int, owner: object) -> None:
-        """Record that *owner* alone moves frames of *queue* from now on."""
+        """Record that *owner* alone moves frames of *queue* from now on; EndpointError while somebody else does.
+
+        That may be an owner in another process that shares the block. One that has died holds nothing any more.
+        """
         holder = self.polled_by.get(queue)
-        if holder is not None and holder is not owner:
+        if holder is owner:
+            return
+        if holder is not None or not self._claim(queue, fcntl.F_WRLCK):
+            self.polls_refused += 1
             raise EndpointError(f"{self.name}: queue {queue} is polled by another owner")
-        if holder is None:
-            self.polled_by[queue] = owner
-            self.polls_started += 1
+        self.polled_by[queue] = owner
+        self.polls_started += 1
 
     def stop_polling(self, queue: int, owner: object) -> None:
         """Record that *owner* has let go of *queue*; nothing if it did not hold it."""
         if self.polled_by.get(queue) is owner:
             del self.polled_by[queue]
             self.polls_stopped += 1
+            self._claim(queue, fcntl.F_UNLCK)
+
+    def _claim(self, queue: int, kind: int) -> bool:
+        """Lock a queue's byte of the block against all others that share it, or unlock it; False if somebody has it."""
+        try:
+            fcntl.fcntl(self._claims_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, queue, 1, 0))
+        except BlockingIOError:
+            return False
+        return True
 
     # --- the meeting of kernels and Python, in batches ---
 
@@ -198,6 +220,9 @@ class Endpoint:
     def close(self) -> None:
         """Give up descriptors. Whoever polls it has stopped before."""
         self.block.close()
+        if self._claims_fd >= 0:
+            os.close(self._claims_fd)
+            self._claims_fd = -1
 
     def __enter__(self) -> Self:
         return self

@@ -59,11 +59,15 @@ class Orders:
 
 
 class _Points:
-    """Does at each point what the orders say."""
+    """Does at each point what the orders say.
 
-    def __init__(self, machine: Machine, orders: Orders) -> None:
+    channel: the source's. A source that cancels closes it first, as QEMU's does, and the destination lets go of the wire.
+    """
+
+    def __init__(self, machine: Machine, orders: Orders, channel: Channel | None = None) -> None:
         self._machine = machine
         self._orders = orders
+        self._channel = channel
         self._made: list[int] = []  # of the orders' changes, by position
         self._before: Before | None = None
         self._until_stopped = ExitStack()
@@ -73,6 +77,8 @@ class _Points:
         if orders.die_at == point:
             os.kill(os.getpid(), signal.SIGKILL)
         if orders.cancel_at == point:
+            if self._channel is not None:
+                self._channel.drain()
             raise Cancelled(f"cancelled at {point}")
         if orders.churn and point == "logging":
             self._until_stopped.enter_context(churning(self._machine, orders.churn, 0.001))
@@ -128,9 +134,9 @@ class Host:
 
     def send(self, orders: Orders, fd: int) -> Report:
         """Migrate the machine out, over the socket *fd*."""
-        points = _Points(self._one, orders)
         self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
         with Channel(socket.socket(fileno=fd)) as channel:
+            points = _Points(self._one, orders, channel)
             source = Source(self._one, channel, orders.policy, points, orders.check)
             source.forget_log = orders.forget_log
             try:

@@ -48,6 +48,8 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
     )
     if len(endpoint.polled_by) != pollers:
         found.append(f"I6: {len(endpoint.polled_by)} queues of the endpoint are polled, not {pollers}")
+    if endpoint.polls_refused:
+        found.append(f"I6: a queue that somebody else polled was to be polled {endpoint.polls_refused} times")
     if endpoint.polls_started - endpoint.polls_stopped != len(endpoint.polled_by):
         found.append("I7: polling was started and stopped unequally often")
     notifiers = machine.notifiers
