@@ -16,13 +16,18 @@ from dataclasses import replace
 import pytest
 
 from tests.by_hand import no_descriptor_leaks, wait_for
-from vnetdp.errors import EndpointError
+from tests.migration.rig import Tape
+from vnetdp.backends.faulty import Fault
+from vnetdp.errors import BackendError, EndpointError
+from vnetdp.memory import DirtyLog, Words
 from vnetdp.migration.changes import LEFT, leaving
 from vnetdp.migration.host import Host, HostProcess, Orders
 from vnetdp.migration.invariants import differences, violations
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.migration.matrix import DEFECTS, RATE, Case, Matrix, Row, cases, chosen, run_all
+from vnetdp.migration.ram import RamSource
 from vnetdp.migration.snapshot import FIELDS
+from vnetdp.migration.source import MAX_EARLY, MAX_ROUNDS, Source
 from vnetdp.notify import EventFd
 from vnetdp.owners import Owner
 from vnetdp.state import Control
@@ -30,7 +35,7 @@ from vnetdp_kernels import layout as lay
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 EVERY = 25
-QUIET = MachineConfig(queue_pairs=2, num=16, traffic="idle")
+QUIET = MachineConfig(queue_pairs=2, num=16, traffic="idle", faulty=True)
 TRIES = 3  # a defect that needs packets at the right moment
 
 
@@ -85,6 +90,64 @@ def test_a_change_that_is_not_made_back_is_found(delta: Matrix) -> None:
     case = case_of("A6/mac/back")
     row = delta.run(replace(case, source=replace(case.source, back_at="")), config_of(1))
     assert row.violations == ["A6: changed back, and not as before: state: mac differs"]
+
+
+def test_a_fault_that_does_not_strike_is_found(delta: Matrix) -> None:
+    row = delta.run(Case("X", "nobody asks for an index", target=Orders(faults=("get_vring_base",))), config_of(1))
+    assert (row.hits, row.violations, row.ok) == (0, ["faults: none of them struck"], False)
+
+
+def test_a_fault_that_strikes_where_it_should_not_is_found(delta: Matrix) -> None:
+    row = delta.run(replace(case_of("D2/0,0/once"), strikes=("seed",)), config_of(1))
+    assert (row.hits, row.violations, row.ok) == (1, ["faults: they strike, and should not"], False)
+
+
+def test_a_state_that_is_damaged_fails_in_its_load(delta: Matrix, seed: Matrix) -> None:
+    for matrix, error in ((delta, "the delta"), (seed, "the device's state")):
+        row = matrix.run(case_of("C3"), config_of(1))
+        assert row.ok
+        assert f"the destination failed: {error}" in row.error
+    row = delta.run(case_of("B14/version"), config_of(1))
+    assert "version 2" in row.error
+
+
+def test_a_false_delta_is_counted(delta: Matrix) -> None:
+    assert delta.run(case_of("A7"), config_of(1)).false_deltas == 5
+
+
+@pytest.mark.parametrize("verb", ["set_log", "set_features", "set_vring_addr"])
+def test_logging_that_cannot_be_started_is_off(machine: Machine, verb: str) -> None:
+    assert machine.worker is not None
+    log = DirtyLog(machine.memory.end)
+    machine.faults[:] = [Fault(verb, pair=1)]
+    with pytest.raises(BackendError):
+        machine.device.set_log(log)
+    log.close()
+    assert machine.device.log is None
+    assert machine.worker.datapath.log is None
+    assert not machine.worker.datapath.logging
+    assert (machine.device.owner, machine.device.handovers) == (Owner.VHOST, 1)
+
+
+def test_a_guest_that_changes_for_ever_is_saved_so_often_and_no_more(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rounds go on, and before each early state there is another MAC address."""
+
+    class Changing(Source):
+        def _changed(self, ram: RamSource, log: DirtyLog) -> Words:
+            return ram.all_in_use()
+
+        def _send_early(self) -> None:
+            machine.device.set_control(mac=(int.from_bytes(machine.device.control.mac, "big") + 1).to_bytes(6, "big"))
+            super()._send_early()
+
+    monkeypatch.setattr("vnetdp.migration.source._FEW_PAGES", 0)
+    monkeypatch.setattr("vnetdp.migration.source._SHRINKS", 2.0)
+    tape = Tape()
+    report = Changing(machine, tape, "delta").run()
+    assert report.counts["early"] == MAX_EARLY < MAX_ROUNDS
+    assert [section.name for section, _ in tape.sections].count("virtio-net-early") == MAX_EARLY
 
 
 def test_cases_are_run_one_by_one_and_told() -> None:

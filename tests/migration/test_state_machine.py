@@ -32,7 +32,7 @@ from tests.migration.stepwise import (
 from vnetdp.backends.base import VERBS
 from vnetdp.backends.faulty import Fault
 from vnetdp.endpoints.base import Endpoint
-from vnetdp.migration.changes import CHANGES, HALVES
+from vnetdp.migration.changes import CHANGES, EVENTS
 from vnetdp.migration.invariants import resources, violations
 from vnetdp.migration.machine import MachineConfig, make_wire
 from vnetdp.migration.snapshot import decode_early, delta_between, encode_early
@@ -160,7 +160,7 @@ class MovingGuest(RuleBasedStateMachine):
     @precondition(lambda self: (self.off and self.runs) or self.flows)
     @rule()
     def reset_a_queue_or_set_it_up(self) -> None:
-        HALVES["queue_on" if self.off else "queue_off"](self.machine, 0)
+        EVENTS["queue_on" if self.off else "queue_off"](self.machine, 0)
         self.off = not self.off
         self.wake()
         assert self.machine.device.queues[1].enabled is not self.off

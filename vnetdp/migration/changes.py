@@ -121,6 +121,15 @@ def _queue_on(machine: Machine, _n: int) -> None:
     machine.driver.start()
 
 
+def _frames(machine: Machine, _n: int) -> None:
+    """Have LEFT frames go each way on each queue, so that every index moves; then none for a machine without traffic."""
+    ways = (layout.EP_TO_WIRE, layout.EP_FROM_WIRE)
+    enough = machine.wire.rows[:, ways] + LEFT
+    for rows in (machine.wire.rows, machine.guest.rows):
+        _more(machine, rows)
+    _wait(lambda: bool((machine.wire.rows[:, ways] >= enough).all()))
+
+
 def _features(machine: Machine, _n: int) -> None:
     """Reset the device, and bring it up with other features."""
     driver = machine.driver
@@ -148,8 +157,12 @@ CHANGES: Final[dict[str, Callable[[Machine, int], None]]] = {
     "ring_setup": _ring_setup,
     "features": _features,
 }
-# Halves of a change: between them the guest has a queue less.
-HALVES: Final[dict[str, Callable[[Machine, int], None]]] = {"queue_off": _queue_off, "queue_on": _queue_on}
+# What is no change of state by itself: halves of one, between which the guest has a queue less, and frames.
+EVENTS: Final[dict[str, Callable[[Machine, int], None]]] = {
+    "queue_off": _queue_off,
+    "queue_on": _queue_on,
+    "frames": _frames,
+}
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,20 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, reason
 from ..state import DeviceState
 from ..warmup import warm_up
-from .changes import CHANGES, HALVES, Before, change_back, churning, leaving
-from .channel import Channel
+from .changes import CHANGES, EVENTS, Before, change_back, churning, leaving
+from .channel import DELTA, DEVICE, INDICES, Channel
 from .invariants import resources, violations
 from .machine import Machine, MachineConfig
 from .seed import SeedTarget
 from .source import Cancelled, Report, Source
+from .stream import SectionType
 from .target import Target
 
 _MAX_MESSAGE = 1 << 17
@@ -41,8 +42,9 @@ class Orders:
 
     changes: (name, point), made when the point is first reached; back_at: where all of them are undone again. churn: a
     change made 1,000 times a second until the machine stops. cancel_at, die_at: points. check: compare all of guest
-    memory. left: what the source leaves in its rings (`changes.leaving`). asleep: the guest that comes in looks at
-    nothing before it is called. forget_log: send nothing again that the device wrote, to see that this is found out.
+    memory. damage: what the source sends otherwise (`_Damaged`). left: what it leaves in its rings (`changes.leaving`).
+    asleep: the guest that comes in looks at nothing before it is called. forget_log: send nothing again that the device
+    wrote, to see that this is found out.
     """
 
     policy: str = "delta"
@@ -53,9 +55,25 @@ class Orders:
     churn: str = ""
     cancel_at: str = ""
     die_at: str = ""
+    damage: str = ""
     left: str = ""
     asleep: bool = False
     forget_log: bool = False
+
+
+class _Damaged(Channel):
+    """A channel of a source whose final state lacks its last byte (`state`), or is of another version (`version`)."""
+
+    def __init__(self, sock: socket.socket, what: str) -> None:
+        super().__init__(sock)
+        self._what = what
+
+    def send(self, section: SectionType, payload: bytes = b"") -> int:
+        if self._what == "state" and section in (DEVICE, DELTA, INDICES):
+            payload = payload[:-1]
+        if self._what == "version" and section in (DEVICE, DELTA, INDICES):
+            section = replace(section, version=section.version + 1)
+        return super().send(section, payload)
 
 
 class _Points:
@@ -88,7 +106,7 @@ class _Points:
             if when == point and n not in self._made:
                 self._before = self._before or Before.of(self._machine)
                 self._made.append(n)
-                (CHANGES | HALVES)[name](self._machine, n + 1)
+                (CHANGES | EVENTS)[name](self._machine, n + 1)
         if point == orders.back_at and self._before is not None:
             for n in reversed(self._made):
                 change_back(self._machine, orders.changes[n][0], n + 1, self._before)
@@ -135,7 +153,8 @@ class Host:
     def send(self, orders: Orders, fd: int) -> Report:
         """Migrate the machine out, over the socket *fd*."""
         self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
-        with Channel(socket.socket(fileno=fd)) as channel:
+        sock = socket.socket(fileno=fd)
+        with _Damaged(sock, orders.damage) if orders.damage else Channel(sock) as channel:
             points = _Points(self._one, orders, channel)
             source = Source(self._one, channel, orders.policy, points, orders.check)
             source.forget_log = orders.forget_log
@@ -143,6 +162,7 @@ class Host:
                 report = _uninterrupted(source.run)
             finally:
                 points.end()
+        report.counts["hits"] = self._hits()
         report.violations += violations(self._one)
         return report
 
@@ -154,8 +174,11 @@ class Host:
         with Channel(socket.socket(fileno=fd)) as channel:
             report = _uninterrupted(kind(self._one, channel, orders.policy, _Points(self._one, orders)).run)
         report.violations += violations(self._one, final=report.outcome != "source")
-        report.counts["hits"] = sum(fault.hits for fault in self._one.faults)
+        report.counts["hits"] = self._hits()
         return report
+
+    def _hits(self) -> int:
+        return sum(fault.hits for fault in self._one.faults)
 
     def set_status_again(self) -> str:
         """Write the status as it is, which is when vhost is tried again; return the owner."""
@@ -175,9 +198,12 @@ class Host:
     def look(self) -> dict[str, Any]:
         """Return the owner, whether the machine runs, what does not hold, the two ledgers, and what the guest set."""
         machine = self._one
+        datapath = machine.worker.datapath if machine.worker else None
         return {
             "owner": machine.device.owner.value,
             "running": machine.device.running,
+            "handovers": machine.device.handovers,
+            "logging": any(each is not None and each.log is not None for each in (machine.device, datapath)),
             "violations": violations(machine),
             "ledgers": machine.ledgers(),
             "control": machine.device.control,

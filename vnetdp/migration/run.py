@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -87,7 +87,7 @@ class Result:
     samples: Words
     bytes: dict[str, int]
     counts: dict[str, int]
-    left_over: dict[str, int] = field(default_factory=dict)
+    false_deltas: int = 0  # of migrations that came after it
 
     @property
     def spans_us(self) -> dict[str, float]:
@@ -211,7 +211,10 @@ class Couple:
             spans,
             samples,
             sent.bytes,
-            {**received.counts, **sent.counts},
+            {
+                name: sent.counts.get(name, 0) + received.counts.get(name, 0)
+                for name in (*received.counts, *sent.counts)
+            },
         )
         if outcome in ("vhost", "userspace"):
             if self.source.alive:

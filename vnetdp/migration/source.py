@@ -42,8 +42,9 @@ from .stream import Section, SectionType, StreamError
 _log = logging.getLogger("vnetdp.migration")
 
 MAX_ROUNDS = 6
-MAX_EARLY = 8  # early states sent: a guest that changes its configuration for ever delays nothing
+MAX_EARLY = 4  # early states sent: a guest that changes its configuration for ever delays nothing
 _FEW_PAGES = 64
+_SHRINKS = 0.8  # a round that leaves more of the one before is the last
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Source:
         self.forget_log = False  # what a back end without a dirty log is like: tests have to find it out
         self._early: DeviceState | None = None
         self._n_early = 0
+        self._n_changed = 0  # fields and queues of the delta
         self._count = dict.fromkeys(("early", "ram", "final"), 0)
 
     def run(self) -> Report:
@@ -128,7 +130,8 @@ class Source:
                 raise
         finally:
             report.bytes = self._count
-            report.counts = {"early": self._n_early, "pages": machine.ram.sent if machine.ram else 0}
+            pages = machine.ram.sent if machine.ram else 0
+            report.counts = {"early": self._n_early, "changed": self._n_changed, "pages": pages}
             machine.ram = None
             if committed:
                 machine.end_announcing()
@@ -173,7 +176,7 @@ class Source:
             self._listen()
             self._send_early()
             before, pages = len(pages), self._changed(ram, log)
-            if len(pages) < _FEW_PAGES or len(pages) > 0.8 * before:
+            if len(pages) < _FEW_PAGES or len(pages) > _SHRINKS * before:
                 break
         for payload in ram.payloads(pages):
             self._send("ram", RAM, payload)
@@ -219,6 +222,7 @@ class Source:
             assert self._early is not None
             with spans.span("delta_check"):
                 delta = delta_between(self._early, state)
+            self._n_changed = len(delta.registers) + len(delta.control) + len(delta.queues)
             with spans.span("save"):
                 if self._policy == "delta":
                     self._send("final", DELTA, encode_delta(delta))

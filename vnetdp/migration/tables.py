@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from . import channel
-from .changes import CHANGES, HALVES
+from .changes import CHANGES, EVENTS
 from .matrix import Case, cases
 from .snapshot import FIELDS
 from .source import Source
@@ -95,7 +95,7 @@ def _template(case: Case) -> tuple[str, list[str]]:
     """Return what a case says with i, j and * in place of numbers and names, and those names."""
     text = re.sub(r"\bvhost \d+", "vhost i", case.says)
     text = re.sub(r"\bring \d+,\d+", "ring i,j", text)
-    names = {*Source.POINTS, *Target.POINTS, *CHANGES, *HALVES, "set_log", "set_features", "set_vring_addr"}
+    names = {*Source.POINTS, *Target.POINTS, *CHANGES, *EVENTS, "set_log", "set_features", "set_vring_addr"}
     found = []
     for name in (part for parts in case.id.split("/")[1:] for part in parts.split("+")):
         if name in names and re.search(rf"\b{name}\b", text):
@@ -106,8 +106,6 @@ def _template(case: Case) -> tuple[str, list[str]]:
 
 def _end(case: Case) -> str:
     text = " or ".join(case.expected)
-    if case.unless_hit:
-        text += " (vhost if the verb was not needed)"
     return f"{case.detects} is found broken" if case.detects else text
 
 
