@@ -130,6 +130,13 @@ def _frames(machine: Machine, _n: int) -> None:
     _wait(lambda: bool((machine.wire.rows[:, ways] >= enough).all()))
 
 
+def _log_elsewhere(machine: Machine, _n: int) -> None:
+    """Have vhost log its used rings under an address that is not theirs (log_guest_addr)."""
+    for n, queue in enumerate(machine.device.queues):
+        backend = (machine.device.owners.backends or ())[n // 2]
+        backend.set_vring_addr(n % 2, queue.desc, queue.avail, queue.used, queue.desc)
+
+
 def _features(machine: Machine, _n: int) -> None:
     """Reset the device, and bring it up with other features."""
     driver = machine.driver
@@ -157,11 +164,12 @@ CHANGES: Final[dict[str, Callable[[Machine, int], None]]] = {
     "ring_setup": _ring_setup,
     "features": _features,
 }
-# What is no change of state by itself: halves of one, between which the guest has a queue less, and frames.
+# What is no change of state by itself: halves of one, between which the guest has a queue less, frames, and a mistake.
 EVENTS: Final[dict[str, Callable[[Machine, int], None]]] = {
     "queue_off": _queue_off,
     "queue_on": _queue_on,
     "frames": _frames,
+    "log_elsewhere": _log_elsewhere,
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, reason
+from ..owners import Owner
 from ..state import DeviceState
 from ..warmup import warm_up
 from .changes import CHANGES, EVENTS, Before, change_back, churning, leaving
@@ -43,7 +44,8 @@ class Orders:
     changes: (name, point), made when the point is first reached; back_at: where all of them are undone again. churn: a
     change made 1,000 times a second until the machine stops. cancel_at, die_at: points. check: compare all of guest
     memory. damage: what the source sends otherwise (`_Damaged`). left: what it leaves in its rings (`changes.leaving`).
-    asleep: the guest that comes in looks at nothing before it is called. forget_log: send nothing again that the device
+    asleep: the guest that comes in looks at nothing before it is called. look_at: points at which nothing may be wrong
+    yet. forget_log: send nothing again that the device
     wrote, to see that this is found out.
     """
 
@@ -58,6 +60,7 @@ class Orders:
     damage: str = ""
     left: str = ""
     asleep: bool = False
+    look_at: tuple[str, ...] = ()
     forget_log: bool = False
 
 
@@ -88,6 +91,7 @@ class _Points:
         self._channel = channel
         self._made: list[int] = []  # of the orders' changes, by position
         self._before: Before | None = None
+        self.violations: list[str] = []
         self._until_stopped = ExitStack()
 
     def __call__(self, point: str) -> None:
@@ -111,6 +115,11 @@ class _Points:
             for n in reversed(self._made):
                 change_back(self._machine, orders.changes[n][0], n + 1, self._before)
             self._before = None
+        if point in orders.look_at:
+            owner = self._machine.device.owner
+            if owner is not Owner.NOBODY:
+                self.violations.append(f"at {point}: I5: {owner.value} has the rings, which nobody gave up")
+            self.violations += [f"at {point}: {text}" for text in violations(self._machine, final=False)]
         if orders.left and point == "stopping":
             self._until_stopped.enter_context(leaving(self._machine, orders.left))
         if point == "stopped":
@@ -172,7 +181,9 @@ class Host:
         self._one.faults[:] = [Fault.parse(fault) for fault in orders.faults]
         self._one.asleep = orders.asleep
         with Channel(socket.socket(fileno=fd)) as channel:
-            report = _uninterrupted(kind(self._one, channel, orders.policy, _Points(self._one, orders)).run)
+            points = _Points(self._one, orders)
+            report = _uninterrupted(kind(self._one, channel, orders.policy, points).run)
+        report.violations += points.violations
         report.violations += violations(self._one, final=report.outcome != "source")
         report.counts["hits"] = self._hits()
         return report

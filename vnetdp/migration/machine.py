@@ -21,6 +21,7 @@ from vnetdp_kernels import layout
 from ..announce import Announcer
 from ..backends.base import Backend
 from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
+from ..backends.process import WorkerProcess
 from ..backends.worker import Worker
 from ..device import NetDevice
 from ..driver import Driver, driver_block, memory_for
@@ -53,7 +54,7 @@ class MachineConfig:
     size: bytes of a frame. rate: frames a second, queue and direction; 0 = as many as pass. first_idx: where the rings'
     indices begin. traffic: as the guest sees it. endpoint: where the device's frames go: to `generate`, numbered frames
     both ways; `echo`, which sends the guest's back; or any other, such as tap:NAME, which is each machine's own.
-    faulty: verbs can be made to fail.
+    faulty: verbs can be made to fail. process: the vhost worker is a process of its own.
     """
 
     queue_pairs: int = 1
@@ -66,6 +67,7 @@ class MachineConfig:
     mtu: int = 1500
     endpoint: str = "generate"
     faulty: bool = False
+    process: bool = False
 
     @property
     def to_guest(self) -> int:
@@ -117,7 +119,8 @@ class Machine:
         self._block: SharedBlock = driver_block(pairs, config.num)
         self._stack.callback(self._block.close)
         self.memory: GuestMemory = enter(self._guest_memory())
-        self.worker = Worker(pairs) if config.vhost else None
+        kind = WorkerProcess if config.process else Worker
+        self.worker: Worker | WorkerProcess | None = kind(pairs) if config.vhost else None
         vhost: list[Backend] | None = None
         if self.worker is not None:
             self._stack.callback(self.worker.close)

@@ -1,0 +1,56 @@
+"""Two TAPs in a network namespace of their own, as two hosts on one network have them; root only."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import time
+from typing import Self
+
+from ..announce import rarp
+from ..endpoints.netns import run_in
+from ..errors import VnetdpError
+
+_ETH_P_RARP = 0x8035
+_HEARD_S = 2.0
+
+
+class TapNamespace:
+    """A namespace that lasts as long as this. source, target: an endpoint each side can have."""
+
+    def __init__(self) -> None:
+        self._name = f"vnetdp-faults-{os.getpid()}"
+        self.source, self.target = (f"tap:{side},netns={self._name}" for side in ("source", "target"))
+        self._ip("netns", "add", self._name)
+        self._ear = run_in(
+            self._name, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_RARP))
+        )
+
+    def _ip(self, *args: str) -> str:
+        done = subprocess.run(["ip", *args], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise VnetdpError(f"ip {' '.join(args)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def hears_of(self, mac: bytes) -> bool:
+        """Return whether *mac* is announced within 2 s."""
+        until = time.monotonic() + _HEARD_S
+        while select.select([self._ear], [], [], max(0.0, until - time.monotonic()))[0]:
+            if self._ear.recv(2048) == rarp(mac):
+                return True
+        return False
+
+    def interfaces(self) -> list[str]:
+        """Return the interfaces that are there beside lo."""
+        lines = self._ip("-n", self._name, "-o", "link", "show").splitlines()
+        names = [line.split(": ")[1] for line in lines]
+        return [name for name in names if name in ("source", "target")]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ear.close()
+        self._ip("netns", "delete", self._name)
