@@ -350,8 +350,12 @@ def migrate(args: argparse.Namespace) -> int:
         from .migration.plot import draw
 
         draw(result, args.plot)
-    wanted = ("vhost", "userspace") if there or args.target_userspace or "link" in args.change else ("vhost",)
-    return 0 if all(each.outcome in wanted for each in results) and not report["violations"] else 1
+    missed = args.fault and not any(each.counts.get("hits") for each in results)
+    if missed:
+        human(args)(f"no fault struck: {', '.join(args.fault)}")
+    may_fall_back = there or args.target_userspace or "link" in (*args.change, args.churn)
+    wanted = ("vhost", "userspace") if may_fall_back else ("vhost",)
+    return 0 if all(each.outcome in wanted for each in results) and not report["violations"] and not missed else 1
 
 
 def _check_fault(text: str, pairs: int) -> None:
@@ -371,8 +375,9 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
         tell(f"error: {report['error']}")
     for name, us in report["spans_us"].items():
         tell(f"  {name:<20} {us:>10,.0f} µs")
-    tell(f"work at the destination while nobody ran: {report['destination_us']:,.0f} µs; "
-         f"longest time without a packet: {report['blackout_us']:,.0f} µs")  # fmt: skip
+    us = report["blackout_us"]
+    without = "no packet moved after the stop" if us is None else f"longest time without a packet: {us:,.0f} µs"
+    tell(f"work at the destination while nobody ran: {report['destination_us']:,.0f} µs; {without}")
     tell("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
     for text in report["violations"]:
         tell(f"violation: {text}")
@@ -380,7 +385,7 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
 
 def faults(args: argparse.Namespace) -> int:
     from .migration.machine import MachineConfig
-    from .migration.matrix import Row, chosen, run_all
+    from .migration.matrix import DEFECTS, Row, chosen, run_all
 
     tell = human(args)
     traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
@@ -397,13 +402,22 @@ def faults(args: argparse.Namespace) -> int:
             said = time.monotonic()
             say(f"{done} of {len(plan)} rows, {said - began:.0f} s")
         if not row.ok or args.verbose_rows:
-            tell(f"{row.case.id} ({config.traffic}, {config.queue_pairs} pairs): {row.case.says}: {row.outcome}"
+            foreseen = (
+                "" if row.ok or args.policy != "seed" else " (predicted)" if row.predicted else " (not predicted)"
+            )
+            tell(f"{row.case.id} ({config.traffic}, {config.queue_pairs} pairs): {row.case.says}: {row.outcome}{foreseen}"
                  + "".join(f"\n    {text}" for text in row.violations))  # fmt: skip
 
     rows = run_all(args.policy, plan, one)
     ok = all(row.ok for _, row in rows)
     tell(f"{len(rows)} rows, {sum(not row.ok for _, row in rows)} not as they have to be, "
          f"{time.monotonic() - began:.0f} s")  # fmt: skip
+    if args.policy == "seed":
+        wrong = [row for _, row in rows if not row.ok]
+        unseen = [name for name in DEFECTS if not any(row.predicted == name for row in wrong)]
+        foreseen = sum(bool(row.predicted) for row in wrong)
+        tell(f"of these {foreseen} were predicted, and {len(wrong) - foreseen} were not; "
+             f"predicted and not seen: {', '.join(unseen) or 'none'}")  # fmt: skip
     report = {
         "policy": args.policy,
         "ok": ok,

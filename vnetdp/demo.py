@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -75,13 +76,15 @@ def run(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
         and owners == ["userspace", "vhost", "userspace", "vhost", "userspace"]
         and migrated.outcome == "vhost"
         and not migrated.violations
+        and migrated.blackout_us is not None
         and all(p["packets"] for p in phases)
     )
     say("ledger: " + ", ".join(f"{value:,} {key}" for key, value in ledger.as_dict().items()))
     median = handovers_us[len(handovers_us) // 2]
     migration = migrated.as_dict()
+    without_ms = (migrated.blackout_us or math.inf) / 1000
     say(f"{len(handovers_us)} changes of owner, median {median:.0f} µs, and a migration to another process, "
-        f"{migration['blackout_us'] / 1000:.1f} ms without a packet: " + ("none was lost" if ok else "NOT OK"))  # fmt: skip
+        f"{without_ms:.1f} ms without a packet: " + ("none was lost" if ok else "NOT OK"))  # fmt: skip
     for text in migrated.violations:
         say(f"violation: {text}")
     return {

@@ -43,6 +43,7 @@ class Owners:
         self.prepared: vhost_net.Prepared | None = None
         self.withheld = False  # vhost hangs, and may go on with rings that it had: nobody else may get any
         self.fallbacks = 0
+        self.unwound_ns: tuple[int, int] | None = None  # when the last binding that failed was undone, CLOCK_MONOTONIC
         self.handovers = 0
         self.handovers_ns: deque[int] = deque(maxlen=_HANDOVERS_KEPT)
         self.last_error: Exception | None = None
@@ -131,7 +132,10 @@ class Owners:
             vhost_net.configure(self.vhost, rings, self.prepared)
             vhost_net.bind(self.vhost, rings, self.prepared, len(self._sites) == 1)
         except BackendError:
+            prepared = self.prepared
             self.abandon()
+            if prepared is not None and prepared.failed_ns:
+                self.unwound_ns = prepared.failed_ns, time.monotonic_ns()
             raise
 
     def _park(self) -> None:

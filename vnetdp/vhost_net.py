@@ -9,6 +9,7 @@ gives its own, one that never was keeps the old one.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class Prepared:
     memory: tuple[int, int] | None = None  # which table, and which log
     vrings: dict[int, tuple[object, ...]] = field(default_factory=dict)  # by queue: all but its base
     bases: dict[int, int] = field(default_factory=dict)
+    failed_ns: int = 0  # when binding failed, CLOCK_MONOTONIC
 
 
 def one_a_site(backends: Sequence[Backend]) -> list[Backend]:
@@ -150,16 +152,17 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
     wanted = [(n, queue.last_avail_idx) for n, queue in enumerate(rings.queues) if queue.enabled]
     if one_site and wanted and backends[0].bind_rings(wanted, rings.endpoint):
         return
-    for n, base in wanted:
-        if prepared.bases[n] != base:
-            backends[n // VRINGS].set_vring_base(n % VRINGS, base)
-            prepared.bases[n] = base
     tried: list[tuple[int, int]] = []
     try:
+        for n, base in wanted:
+            if prepared.bases[n] != base:
+                backends[n // VRINGS].set_vring_base(n % VRINGS, base)
+                prepared.bases[n] = base
         for n, _ in wanted:
             tried.append((n // VRINGS, n % VRINGS))  # one whose binding fails elsewhere may have run for a moment
             backends[n // VRINGS].set_backend(n % VRINGS, rings.endpoint)
     except BackendError as e:
+        prepared.failed_ns = time.monotonic_ns()
         stop_vrings(backends, rings, reversed(tried), e)
         raise
 

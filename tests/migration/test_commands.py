@@ -27,6 +27,7 @@ SPANS = {
     "delta": {"early_save", "early_load", "early_vhost_start", "delta_check", "save", "load_delta", "bind_backends"},
 }
 ROW = {"id", "says", "outcome", "expected", "violations", "lost", "duplicated", "error", "ok", "traffic", "queue_pairs"}
+ROW |= {"hits", "false_deltas", "predicted"}
 RATE = ("--rate", "2000")
 
 
@@ -56,6 +57,7 @@ def test_a_migration_reports_what_it_did(shell: Shell, policy: str) -> None:
     assert_well(report)
     assert report["policy"] == policy
     assert set(report["spans_us"]) >= SPANS[policy] | BOTH_SIDES
+    assert not {"retry", "unwind"} & set(report["spans_us"])
     assert all(us > 0 for us in report["spans_us"].values())
     assert report["destination_us"] > 0
     assert report["blackout_us"] > 0
@@ -88,6 +90,28 @@ def test_a_fault_that_stays_leaves_the_rings_to_userspace(shell: Shell, fault: s
     report = migrate(shell, "--fault", fault)
     assert_well(report, outcome)
     assert report["counts"]["hits"] == (1 if outcome == "vhost" else 2)
+
+
+def test_what_is_undone_and_tried_again_has_its_spans(shell: Shell) -> None:
+    spans = migrate(shell, "--fault", "final.set_backend:0,1:once")["spans_us"]
+    assert spans["unwind"] > 0
+    assert spans["retry"] > 0
+    for policy in ("seed", "delta"):
+        spans = migrate(shell, "--policy", policy, "--target-userspace")["spans_us"]
+        assert not {"early_vhost_start", "retry", "unwind", "start_vhost"} & set(spans)
+
+
+def test_a_fault_that_does_not_strike_is_exit_status_1(shell: Shell) -> None:
+    done = shell.run("migrate", *RATE, "--fault", "get_vring_base")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "no fault struck: get_vring_base"
+
+
+def test_a_machine_without_packets_has_no_longest_time_without(shell: Shell) -> None:
+    done = shell.run("migrate", "--traffic", "idle", "--json", "report.json")
+    assert done.returncode == 0
+    assert "no packet moved after the stop" in done.stdout
+    assert json.loads((shell.folder / "report.json").read_text())["blackout_us"] is None
 
 
 def test_a_fault_at_the_source_strikes_there(shell: Shell) -> None:
@@ -174,8 +198,14 @@ def test_a_row_that_is_wrong_is_shown(shell: Shell) -> None:
     )
     wrong = [row for row in report["rows"] if not row["ok"]]
     assert [row["id"] for row in wrong] == ["D2/1,0/always"]
-    assert said.startswith("D2/1,0/always (idle, 3 pairs): SET_BACKEND, ring 1,0; E2: the retry fails: userspace\n    ")
+    assert said.startswith(
+        "D2/1,0/always (idle, 3 pairs): SET_BACKEND, ring 1,0; E2: the retry fails: userspace (predicted)\n    "
+    )
     assert "2 rows, 1 not as they have to be" in said
+    assert said.splitlines()[-1].startswith(
+        "of these 1 were predicted, and 0 were not; predicted and not seen: D1, D6,"
+    )
+    assert all(row["predicted"] for row in report["rows"])
 
 
 # --- wrong usage ---
@@ -232,3 +262,8 @@ def test_a_migration_that_fails_before_the_stop_is_reported_and_not_drawn(shell:
 def test_a_link_that_goes_down_is_no_violation(shell: Shell) -> None:
     report = migrate(shell, "--change", "link")
     assert (report["outcome"], report["violations"]) == ("userspace", [])
+    assert migrate(shell, "--churn", "link")["violations"] == []
+
+
+def test_policies_that_differ_are_refused_by_each(shell: Shell) -> None:
+    faults(shell, "--policy", "none", "--only", "E6", "--queue-pairs", "1")

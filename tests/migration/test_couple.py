@@ -10,15 +10,17 @@ import itertools
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from tests.by_hand import no_descriptor_leaks, wait_for
 from vnetdp.errors import VnetdpError
+from vnetdp.memory import Words
 from vnetdp.migration.changes import CHANGES
 from vnetdp.migration.host import HostProcess, Orders
 from vnetdp.migration.invariants import differences
 from vnetdp.migration.machine import MachineConfig
-from vnetdp.migration.run import Couple, Result
+from vnetdp.migration.run import Couple, Result, blackout_us
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
 from vnetdp_kernels import layout as lay
@@ -156,6 +158,20 @@ def test_one_machine_moves_again_and_again(couple: Couple) -> None:
         assert result.violations == []
     assert_well(couple, result)
     assert result.ledger.sent > IN_A_ROW
+
+
+def test_the_longest_time_without_a_frame_goes_on_to_the_end() -> None:
+    us = 1000
+
+    def samples(*moved: int) -> Words:
+        """Return a sample each µs up to the tenth; frames moved in those named."""
+        return np.array([(n * us, sum(m <= n for m in moved), 0) for n in range(11)], np.int64)
+
+    assert blackout_us(samples(1, 2, 5, 9), 3 * us) == 4
+    assert blackout_us(samples(1, 2, 4), 3 * us) == 6  # and then nothing more
+    assert blackout_us(samples(1, 2), 3 * us) is None
+    assert blackout_us(samples(), 0) is None
+    assert blackout_us(samples()[:0], 0) is None
 
 
 # --- where a side dies ---

@@ -5,6 +5,7 @@ Policies take turns, so that what disturbs the machine disturbs them alike; medi
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ..errors import VnetdpError
 from ..memory import DirtyLog
 from ..migration.host import Orders
 from ..migration.machine import Machine, MachineConfig, make_wire
-from ..migration.run import Couple, Result, blackout_us
+from ..migration.run import Couple, Result
 
 PAIRS = (1, 4, 16, 64, 128)
 _WAYS = (
@@ -63,7 +64,7 @@ def _of(couple: Couple, pairs: int, rounds: int) -> list[dict[str, Any]]:
                 "name": f"destination work, {name}, {pairs} pairs",
                 "size": pairs,
                 "us": us,
-                "blackout_us": statistics.median(blackout_us(result.samples) for result in results),
+                "blackout_us": statistics.median(result.blackout_us or math.inf for result in results),
                 "bytes": statistics.median(sum(result.bytes[k] for k in ("early", "final")) for result in results),
                 "peer": "none",
                 "ratio": base / us,

@@ -250,6 +250,11 @@ class Row:
     hits: int = 0
     false_deltas: int = 0
 
+    @property
+    def predicted(self) -> str:
+        """The name in DEFECTS of what the patch gets wrong in this case; empty if it was not foreseen."""
+        return next((name for name in DEFECTS if f"{self.case.id}/".startswith(f"{name}/")), "")
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "id": self.case.id,
@@ -263,6 +268,7 @@ class Row:
             "false_deltas": self.false_deltas,
             "error": self.error,
             "ok": self.ok,
+            "predicted": bool(self.predicted),
         }
 
 
@@ -278,7 +284,6 @@ class Matrix:
         if self._couple is None:
             self._couple = Couple(quiet=True)
         couple = self._couple
-        killed = bool(case.source.die_at or case.target.die_at)
         config = replace(config, vhost=case.source_vhost, process=case.process)
         try:
             with TapNamespace() if case.tap else nullcontext() as taps:
@@ -286,8 +291,7 @@ class Matrix:
         except VnetdpError as e:
             self.close()
             return Row(case, GONE, [f"I6: {e}"], ok=False)
-        if killed:
-            self.close()
+        couple.replace_dead()
         violations = result.violations + [f"leak: {count} {what}" for what, count in left.items()]
         return self._judge(case, result, violations)
 
@@ -421,7 +425,11 @@ DEFECTS: Final[dict[str, str]] = {
     "D2": "the same where binding failed",
     "D6": "kicks that came before userspace took over are swallowed",
     "E4": "vhost counts as started though nothing was bound",
+    "C4": "D2, and the retry fails",
+    "T/userspace": "D2, with TAPs",
     "E9": "the destination moves packets before the source gave up",
+    "A2/saved": "as E9",
+    "K/target/loaded": "as E9",
     "E8": "the link is not looked at before the start",
     "B13": "a second early start on top of the first",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError
-from .run import Result, blackout_us
+from .run import Result
 
 _BEFORE_MS, _AFTER_MS = 4.0, 6.0
 _BINS = 160
@@ -40,8 +40,9 @@ def draw(result: Result, path: str) -> None:
         above.text((ended - stop) / 1e6, row, f" {(ended - began) / 1e3:.0f} µs", va="center", fontsize=7)
     above.set_yticks(range(len(names)), [f"{side}: {name}" for side, name in names], fontsize=8)
     above.invert_yaxis()
+    blackout = "without end" if result.blackout_us is None else f"{result.blackout_us / 1e3:.1f} ms"
     above.set_title(
-        f"policy {result.policy}: {result.outcome}, blackout {blackout_us(result.samples) / 1e3:.1f} ms, "
+        f"policy {result.policy}: {result.outcome}, blackout {blackout}, "
         f"destination work {result.destination_us:.0f} µs"
     )
     at = (result.samples[:, 0] - stop) / 1e6

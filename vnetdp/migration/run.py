@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -64,14 +63,16 @@ class Watch:
         return np.array(self._samples, np.int64).reshape(-1, 3)
 
 
-def blackout_us(samples: Words) -> float:
-    """Return the longest time without a frame either way, between two that moved, in µs; 0 if fewer did."""
-    if len(samples) < 2:
-        return 0.0
-    moved = np.flatnonzero(np.diff(samples[:, 1] + samples[:, 2]) > 0)
-    if len(moved) < 2:
-        return 0.0
-    return float(np.diff(samples[moved + 1, 0]).max()) / 1e3
+def blackout_us(samples: Words, stopped: int) -> float | None:
+    """Return the longest time without a frame either way, in µs, up to the end of the samples.
+
+    None if none moved after *stopped*, a time in ns: nobody knows how long that will last.
+    """
+    moved = np.flatnonzero(np.diff(samples[:, 1] + samples[:, 2]) > 0) + 1
+    times = samples[moved, 0]
+    if not len(times) or times[-1] <= stopped:
+        return None
+    return float(np.diff(np.append(times, samples[-1, 0])).max(initial=0)) / 1e3
 
 
 @dataclass
@@ -96,14 +97,24 @@ class Result:
         for _, name, began, ended in self.spans:
             if ended > began:
                 totals[name] = totals.get(name, 0.0) + (ended - began) / 1e3
-        stopped = [ended for side, name, _, ended in self.spans if (side, name) == ("source", "stop")]
+        stopped = self._stopped
         for column, name in ((1, "first_tx"), (2, "first_rx")):
             if stopped and len(self.samples):
-                later = self.samples[self.samples[:, 0] > stopped[0]]
+                later = self.samples[self.samples[:, 0] > stopped]
                 moved = np.flatnonzero(np.diff(later[:, column]) > 0)
                 if len(moved):
-                    totals[name] = float(later[moved[0] + 1, 0] - stopped[0]) / 1e3
+                    totals[name] = float(later[moved[0] + 1, 0] - stopped) / 1e3
         return totals
+
+    @property
+    def _stopped(self) -> int:
+        """When the source had stopped, in ns; 0 = it did not come to that."""
+        return next((ended for side, name, _, ended in self.spans if (side, name) == ("source", "stop")), 0)
+
+    @property
+    def blackout_us(self) -> float | None:
+        """The longest time without a packet, in µs; None if none came after the stop."""
+        return blackout_us(self.samples, self._stopped)
 
     @property
     def destination_us(self) -> float:
@@ -120,7 +131,7 @@ class Result:
             "violations": self.violations,
             "spans_us": {name: round(us, 1) for name, us in self.spans_us.items()},
             "destination_us": round(self.destination_us, 1),
-            "blackout_us": round(blackout_us(self.samples), 1),
+            "blackout_us": None if self.blackout_us is None else round(self.blackout_us, 1),
             "bytes": self.bytes,
             "counts": self.counts,
         }
@@ -142,9 +153,9 @@ class Couple:
     """Two hosts, and a machine that lives on one of them. `start` it, then `migrate` it as often as you like."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._stack = ExitStack()
-        self.source = self._stack.enter_context(HostProcess(quiet))
-        self.target = self._stack.enter_context(HostProcess(quiet))
+        self._quiet = quiet
+        self.source = HostProcess(quiet)
+        self.target = HostProcess(quiet)
         self.config = MachineConfig()
         self.wire: Endpoint | None = None
         self.booted: DeviceState | None = None
@@ -249,10 +260,21 @@ class Couple:
             self.wire = None
         return left
 
+    def replace_dead(self) -> None:
+        """Put a new host in the place of one that was killed."""
+        for side in ("source", "target"):
+            host: HostProcess = getattr(self, side)
+            if not host.alive:
+                host.close()
+                fresh = HostProcess(self._quiet)
+                setattr(self, side, fresh)
+                fresh.call("warm_up")
+
     def close(self) -> None:
         if self.wire is not None:
             self.wire.close()
-        self._stack.close()
+        for host in (self.source, self.target):
+            host.close()
 
     def __enter__(self) -> Self:
         return self

@@ -29,6 +29,7 @@ class SeedTarget(Target):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vhost_started = False
+        self._failed = False  # so that the start at the end is a retry
         self._poll_off: set[int] = set()  # pairs that nobody receives for any more (D1, D2)
         self._kicks_swallowed: set[int] = set()  # queues
         self.handlers["virtio-delta"] = self._load_indices
@@ -46,6 +47,7 @@ class SeedTarget(Target):
         if owners.prepared is not None:
             owners.notifiers.assign()  # a second time: nobody will give these back
         self.vhost_started = owners.prepare(self.device.rings())
+        self._failed = not self.vhost_started
 
     def _load_indices(self, section: Section) -> None:
         with self.report.spans.span("load_delta"):
@@ -83,6 +85,7 @@ class SeedTarget(Target):
                 kicks = enumerate(self.device.kicks)
                 self._kicks_swallowed = {n for n, kick in kicks if kick.clear() or self._is_kicked(n)}
             self.vhost_started = False
+            self._failed = True
 
     def _is_kicked(self, n: int) -> bool:
         """Return whether there is something in a queue, for which whoever releases the notifiers kicks it."""
@@ -138,7 +141,8 @@ class SeedTarget(Target):
             self.start_guest()
             return
         self.machine.faults.phase = "retry"
-        with self.report.spans.span("retry"), vhost_net.standing_still(owners.userspace):
+        name = "retry" if self._failed else "set_running" if owners.vhost is None else "start_vhost"
+        with self.report.spans.span(name), vhost_net.standing_still(owners.userspace):
             device.set_running(True)
             if device.owner is Owner.USERSPACE:
                 self._leave_what_is_lost()

@@ -173,8 +173,9 @@ class Target:
         with self.report.spans.span("early_load"):
             self.device.load_state(decode_early(section.payload))
         self._at("early")
-        with self.report.spans.span("early_vhost_start"):
-            self.prepare_early()
+        if self.device.owners.vhost is not None:
+            with self.report.spans.span("early_vhost_start"):
+                self.prepare_early()
         self._at("prepared")
 
     def prepare_early(self) -> None:
@@ -253,8 +254,14 @@ class Target:
         if prepared:
             with spans.span("bind_backends"):
                 bound = device.bind_prepared()
+            if device.owners.unwound_ns is not None:
+                spans.spans.append(("unwind", *device.owners.unwound_ns))
         self.machine.faults.phase = "final" if not prepared and self._policy == "none" else "retry"
-        with spans.span("set_running" if bound else "retry" if self._n_early else "start_vhost"):
+        if device.owners.fallbacks and not bound:
+            name = "retry"
+        else:
+            name = "start_vhost" if self._policy == "none" and device.owners.vhost is not None else "set_running"
+        with spans.span(name):
             device.set_running(True)
         self.start_guest()
 
