@@ -285,6 +285,22 @@ def test_a_stop_finishes_nothing_first(machine: Machine, what: str) -> None:
     assert stop_leaving(machine, what)[1::2] == [LEFT] * QUIET.queue_pairs
 
 
+def test_the_guest_goes_on_until_its_device_has_stopped(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = machine.driver
+    assert driver is not None
+    owners = []
+    stop = driver.stop
+
+    def look_and_stop() -> None:
+        owners.append(machine.device.owner)
+        stop()
+
+    monkeypatch.setattr(driver, "stop", look_and_stop)
+    machine.stop()
+    monkeypatch.undo()
+    assert owners == [Owner.NOBODY]
+
+
 def test_a_guest_that_does_not_look_leaves_what_it_was_called_for(machine: Machine) -> None:
     assert machine.driver is not None
     assert stop_leaving(machine, "call")[::2] == [QUIET.num - LEFT] * QUIET.queue_pairs

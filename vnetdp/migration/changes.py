@@ -26,7 +26,7 @@ from ..virtqueue import ring_len
 from .machine import Machine
 
 _WAIT_S = 10.0
-LEFT = 3
+LEFT = 3  # frames a queue that a stop leaves, or that go past on order
 
 
 def _mac(machine: Machine, n: int) -> None:

@@ -44,9 +44,8 @@ class Orders:
     changes: (name, point), made when the point is first reached; back_at: where all of them are undone again. churn: a
     change made 1,000 times a second until the machine stops. cancel_at, die_at: points. check: compare all of guest
     memory. damage: what the source sends otherwise (`_Damaged`). left: what it leaves in its rings (`changes.leaving`).
-    asleep: the guest that comes in looks at nothing before it is called. look_at: points at which nothing may be wrong
-    yet. forget_log: send nothing again that the device
-    wrote, to see that this is found out.
+    asleep: the guest that comes in looks at nothing before it is called. look_at: points at which nobody may have the
+    rings, and nothing may be wrong. forget_log: send nothing again that the device wrote, to see that this is found out.
     """
 
     policy: str = "delta"
