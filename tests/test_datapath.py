@@ -212,20 +212,32 @@ def test_it_is_told_of_each_broken_queue(counting: Counting) -> None:
 
 
 class Failing(Counting):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
-        raise RuntimeError("a defect")
+        raise self.error
 
 
-def test_a_thread_that_dies_stands_still(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), SystemExit("enough"), KeyboardInterrupt()])
+def test_a_thread_that_dies_stands_still_and_says_so(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     gone = threading.Event()
-    # Dying takes its time: the thread is still alive when it will never park again.
-    monkeypatch.setattr(threading, "excepthook", lambda _: gone.wait())
-    failing = Failing()
-    paced = Paced(failing, "failing")
+    told: list[str] = []
+
+    def on_gone() -> None:
+        # Dying takes its time: the thread is still alive when it will never park again.
+        told.append(threading.current_thread().name)
+        gone.wait()
+
+    failing = Failing(error)
+    paced = Paced(failing, "failing", on_gone=on_gone)
+    wait_equal(lambda: told, ["failing"])
     for _ in range(3):
         with paced.paused():
             pass
     gone.set()
     paced.close()
     failing.bell.close()
+    assert paced.error is error
     assert "failing ended" in caplog.text

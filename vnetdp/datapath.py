@@ -176,10 +176,16 @@ class Paced:
 
     `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
     ends. Nests, also across calls. *on_broken* is called in the thread each time a queue broke; it may not pause.
+    *on_gone* is called in the thread, as the last thing, if an exception ended it (`error`).
     """
 
     def __init__(
-        self, target: Runnable, name: str, poll_us: int = 0, on_broken: Callable[[], None] | None = None
+        self,
+        target: Runnable,
+        name: str,
+        poll_us: int = 0,
+        on_broken: Callable[[], None] | None = None,
+        on_gone: Callable[[], None] | None = None,
     ) -> None:
         self._target = target
         self.poll_us = poll_us
@@ -194,6 +200,8 @@ class Paced:
         self._to_signal: list[EventFd] = []
         interrupt.install()
         self.on_broken = on_broken
+        self.on_gone = on_gone
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -212,12 +220,13 @@ class Paced:
                             self._to_signal.pop().signal()
                 else:
                     bell.clear()
-        except Exception:
+        except BaseException as e:  # noqa: BLE001 - SystemExit too: whatever it is, nobody serves the rings any more
             _log.exception("%s ended", self._thread.name)
-            raise
-        finally:
-            self._ended = True
-            self._parked.put(None)
+            self.error = e
+        self._ended = True
+        self._parked.put(None)
+        if self.error is not None and self.on_gone is not None:
+            self.on_gone()
 
     @property
     def native_id(self) -> int:

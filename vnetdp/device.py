@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, Self
 
 from vnetdp_kernels import layout
@@ -116,7 +117,8 @@ class NetDevice:
         self._userspace_worker: Worker | None = None
         self._stepped: Datapath | None = None
         if threaded:
-            self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", self.check_rings)
+            gone = partial(self._restart, Owner.USERSPACE)
+            self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", self.check_rings, gone)
             userspace: Sequence[Backend] = self._userspace_worker.backends
         else:
             self._stepped = Datapath(queue_pairs)
@@ -293,8 +295,11 @@ class NetDevice:
 
     def restart_vhost(self) -> None:
         """Take the rings from a vhost that is gone, or came back, and try to give them to it again."""
+        self._restart(Owner.VHOST)
+
+    def _restart(self, owner: Owner) -> None:
         with self._lock:
-            if self.owner is Owner.VHOST:
+            if self.owner is owner:
                 self._hand_to(Owner.NOBODY)
             self._update_owner()
 
@@ -560,6 +565,7 @@ class NetDevice:
     def close(self) -> None:
         """Stop the rings and give up threads and descriptors that the device made."""
         with self._lock:
+            self._running = False  # nor does a worker that ends now bring the rings back
             self._hand_to(Owner.NOBODY)
             self.owners.abandon()
         if self._userspace_worker:

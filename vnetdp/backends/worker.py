@@ -5,11 +5,13 @@ A verb stops the thread between two kernel calls, is applied by the same code th
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from ..datapath import Datapath, Paced
 from ..endpoints.base import Endpoint
+from ..errors import BackendError
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
 from .userspace import UserspaceBackend
@@ -19,7 +21,7 @@ class Worker:
     """A thread that serves *pairs* vhost devices, `backends[i]` for queue pair i.
 
     poll_us: busy-poll so long before sleeping on the eventfds; 0 sleeps at once, -1 never sleeps. *on_broken* is called
-    in the thread when a ring broke.
+    in the thread when a ring broke, *on_gone* when an exception ended the thread; from then on no ring can be bound (ESRCH).
     """
 
     def __init__(
@@ -28,9 +30,10 @@ class Worker:
         poll_us: int = 0,
         name: str = "vhost-worker",
         on_broken: Callable[[], None] | None = None,
+        on_gone: Callable[[], None] | None = None,
     ) -> None:
         self.datapath = Datapath(pairs)
-        self.paced = Paced(self.datapath, name, poll_us, on_broken)
+        self.paced = Paced(self.datapath, name, poll_us, on_broken, on_gone)
         self.backends = [WorkerBackend(self.paced, self.datapath, pair) for pair in range(pairs)]
 
     @property
@@ -41,6 +44,15 @@ class Worker:
     @on_broken.setter
     def on_broken(self, call: Callable[[], None] | None) -> None:
         self.paced.on_broken = call
+
+    @property
+    def on_gone(self) -> Callable[[], None] | None:
+        """What is called, in the thread, when an exception ended it."""
+        return self.paced.on_gone
+
+    @on_gone.setter
+    def on_gone(self, call: Callable[[], None] | None) -> None:
+        self.paced.on_gone = call
 
     def close(self) -> None:
         """Stop the thread and give up every descriptor. Rings that were bound are not touched any more."""
@@ -107,11 +119,13 @@ class WorkerBackend:
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         with self._paced.paused():
+            if endpoint is not None and self._paced.error is not None:
+                raise BackendError("set_backend", errno.ESRCH, index, "the worker's thread has ended")
             self._inner.set_backend(index, endpoint)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         with self._paced.paused():
-            return self._inner.bind_rings(bases, endpoint)
+            return self._paced.error is None and self._inner.bind_rings(bases, endpoint)
 
     @property
     def site(self) -> object:
