@@ -286,17 +286,19 @@ def test_link_reads_a_capture_to_its_end(shell: Shell) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("datapath", ["userspace", "vhost", "vhost-process"])
 def test_a_signal_ends_a_link_and_it_reports(shell: Shell, datapath: str, number: signal.Signals) -> None:
-    process = shell.start("link", "generate", "generate", "--datapath", datapath, "--json", "report.json")
+    args = ("link", "generate", "generate", "--datapath", datapath, "--json", "report.json")
+    process = shell.start(*args, start_new_session=True)
     assert process.stderr is not None
     while "linked" not in process.stderr.readline():
         assert process.poll() is None, "it ended before it was linked"
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as ^C at a terminal does
     done = shell.finish(process)
     assert done.returncode == 0, done.stderr
     assert "left to right" in done.stdout
     report = json.loads((shell.folder / "report.json").read_text())
     assert report["ledger"]["lost"] == 0
     assert report["errors"] == []
+    assert (report["owner"], report["fallbacks"]) == (datapath.partition("-")[0], 0)
 
 
 # --- serve, drive ---

@@ -145,8 +145,12 @@ class WorkerProcess:
             passed = (theirs.fileno(), events.fileno(), self.datapath.block.fd)
             code = f"from vnetdp.backends.process import main; main({passed}, {pairs}, {poll_us})"
             path = os.pathsep.join(filter(None, sys.path))
+            # In a session of its own: ^C at a terminal is for us, and the child ends with us.
             self._child = subprocess.Popen(
-                [sys.executable, "-c", code], pass_fds=passed, env={**os.environ, "PYTHONPATH": path}
+                [sys.executable, "-c", code],
+                pass_fds=passed,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,
             )
         self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
         self._watch.start()
