@@ -281,6 +281,9 @@ def test_queues_are_checked_when_they_are_set(device: NetDevice) -> None:
     for desc, avail, used in ((0x1008, 0x2000, 0x3000), (0x1000, 0x2001, 0x3000), (0x1000, 0x2000, 0x3002)):
         with pytest.raises(ConfigError, match="aligned"):
             device.set_queue(0, 16, desc, avail, used)
+    for addresses in ((1 << 63, 0, 0), (0, 1 << 64, 0), (0, 0, 1 << 52)):
+        with pytest.raises(ConfigError, match="beyond any guest memory"):
+            device.set_queue(0, 16, *addresses)
     with pytest.raises(ConfigError, match="no addresses"):
         device.enable_queue(0)
     device.set_queue(0, 16, -1, 0x2000, 0x3000)

@@ -343,6 +343,30 @@ def test_a_failure_while_binding_leaves_nothing(bed: Bed, verb: str, undoing: st
         assert bed.owners.hand_to(Owner.NOBODY, bed.rings)
 
 
+@pytest.mark.parametrize("verb", ["set_memory", "set_vring_call", "set_backend"])
+@pytest.mark.parametrize("prepares", [True, False])
+def test_a_defect_leaves_nothing_either(one: Bed, verb: str, prepares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if prepares and verb == "set_backend":
+        assert one.owners.prepare(one.rings)
+    bases, content = one.bases(), one.content()
+
+    def overflows(*args: object) -> None:
+        if args[-1] is not None:  # to unbind never fails
+            raise OverflowError("not foreseen")
+
+    monkeypatch.setattr(one.vhost[1], verb, overflows)
+    with pytest.raises(OverflowError, match="not foreseen"):
+        if prepares and verb != "set_backend":
+            one.owners.prepare(one.rings)
+        else:
+            one.owners.hand_to(Owner.VHOST, one.rings)
+    monkeypatch.undo()
+    assert one.bases() == bases
+    assert one.content() == content
+    one.check(Owner.NOBODY)
+    one.vhost_serves()
+
+
 @pytest.mark.parametrize("undoing", UNDOING)
 @pytest.mark.parametrize("verb", [*NOTIFIERS, *A_DEVICE, *A_RING, "set_backend"])
 def test_a_start_that_fails_leaves_the_rings_to_userspace(one: Bed, verb: str, undoing: str) -> None:

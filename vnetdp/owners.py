@@ -122,46 +122,44 @@ class Owners:
         return True
 
     def _start_vhost(self, rings: vhost_net.Rings) -> None:
-        """Configure what is not, and bind; on BackendError nothing is left of it. The worker stays parked if it succeeds."""
+        """Configure what is not, and bind; on any exception nothing is left. The worker stays parked if it succeeds."""
+        prepared = self._configure(rings)
         assert self.vhost is not None
-        if self.prepared is None:
-            self.notifiers.assign()
-            self._park()
         try:
-            assert self.prepared is not None
-            vhost_net.configure(self.vhost, rings, self.prepared)
-            vhost_net.bind(self.vhost, rings, self.prepared, len(self._sites) == 1)
-        except BackendError:
-            prepared = self.prepared
+            vhost_net.bind(self.vhost, rings, prepared, len(self._sites) == 1)
+        except BaseException:
             self.abandon()
-            if prepared is not None and prepared.failed_ns:
+            if prepared.failed_ns:
                 self.unwound_ns = prepared.failed_ns, time.monotonic_ns()
             raise
 
-    def _park(self) -> None:
-        """Begin to prepare: the worker stands still until its rings are bound, or all is given up."""
+    def _configure(self, rings: vhost_net.Rings) -> vhost_net.Prepared:
+        """Tell vhost what is new; on any exception nothing is left. The worker stands still from here until it is bound."""
         assert self.vhost is not None
-        self.prepared = vhost_net.Prepared()
-        for site in self._sites:
-            site.park(True)  # to stop a thread costs more than all that is told to it meanwhile
+        if self.prepared is None:
+            self.notifiers.assign()
+            self.prepared = vhost_net.Prepared()
+            for site in self._sites:
+                site.park(True)  # to stop a thread costs more than all that is told to it meanwhile
+        try:
+            vhost_net.configure(self.vhost, rings, self.prepared)
+        except BaseException:
+            self.abandon()
+            raise
+        return self.prepared
 
     def prepare(self, rings: vhost_net.Rings) -> bool:
         """Do all of vhost's start but the binding; False, and nothing is left of it, if that fails.
 
         A second call tells vhost only what is new since the first.
         """
-        assert self.vhost is not None and self.owner is Owner.NOBODY
+        assert self.owner is Owner.NOBODY
         try:
-            if self.prepared is None:
-                self.notifiers.assign()
-                self._park()
-            assert self.prepared is not None
-            vhost_net.configure(self.vhost, rings, self.prepared)
+            self._configure(rings)
         except BackendError as e:
             self.last_error = e
             self.fallbacks += 1
             _log.warning("unable to prepare vhost: %s: it is started anew, or userspace goes on", e)
-            self.abandon()
             return False
         return True
 

@@ -145,7 +145,7 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
 
 
 def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool) -> None:
-    """Set every enabled ring's base and bind it; on BackendError those tried are unbound, with their indices.
+    """Set every enabled ring's base and bind it; on any exception those tried are unbound, with their indices.
 
     one_site: one thread runs all *backends*, so it may take all rings at once.
     """
@@ -161,7 +161,7 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
         for n, _ in wanted:
             tried.append((n // VRINGS, n % VRINGS))  # one whose binding fails elsewhere may have run for a moment
             backends[n // VRINGS].set_backend(n % VRINGS, rings.endpoint)
-    except BackendError as e:
+    except BaseException as e:
         prepared.failed_ns = time.monotonic_ns()
         stop_vrings(backends, rings, reversed(tried), e)
         raise
@@ -185,7 +185,7 @@ def stop(backends: Sequence[Backend], rings: Rings) -> None:
 
 
 def stop_vrings(
-    backends: Sequence[Backend], rings: Rings, which: Iterable[tuple[int, int]], cause: BackendError | None = None
+    backends: Sequence[Backend], rings: Rings, which: Iterable[tuple[int, int]], cause: BaseException | None = None
 ) -> None:
     """Take back those rings, (pair, index) each; UnbindError, after all of them, if a backend may go on with one."""
     kept: UnbindError | None = None

@@ -12,6 +12,7 @@ from typing import Any
 from vnetdp_kernels import layout
 
 from .errors import ConfigError
+from .memory import ADDRESS_LIMIT
 
 
 def ring_len(num: int) -> tuple[int, int, int]:
@@ -54,6 +55,9 @@ class Virtqueue:
         check_num(self.num)
         if not 0 <= self.last_avail_idx <= 0xFFFF:
             raise ConfigError(f"last_avail_idx {self.last_avail_idx} is not a u16")
+        for name in ("desc", "avail", "used"):
+            if getattr(self, name) >= ADDRESS_LIMIT:
+                raise ConfigError(f"{name} address {getattr(self, name):#x} is beyond any guest memory")
         if self.has_addresses:
             aligns = (layout.VIRTQ_DESC_ALIGN, layout.VIRTQ_AVAIL_ALIGN, layout.VIRTQ_USED_ALIGN)
             for name, align in zip(("desc", "avail", "used"), aligns, strict=True):

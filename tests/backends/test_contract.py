@@ -70,6 +70,10 @@ def test_addresses_are_aligned_and_in_memory(place: Place) -> None:
         refused(errno.EINVAL, backend.set_vring_addr, TRANSMITQ, *misaligned)
         refused(errno.EFAULT, backend.set_vring_addr, TRANSMITQ, *outside)
         refused(errno.EFAULT, backend.set_vring_addr, TRANSMITQ, *across)
+        for beyond in (1 << 63, 1 << 64, -(1 << 63)):
+            wrong = good.copy()
+            wrong[part] = beyond
+            refused(errno.EFAULT, backend.set_vring_addr, TRANSMITQ, *wrong)
     # Nothing changed: the ring is still where it was.
     backend.set_backend(TRANSMITQ, place.endpoint)
     ring.send(0, frame(0))

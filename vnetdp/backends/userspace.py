@@ -112,6 +112,8 @@ class UserspaceBackend:
         )
         if not aligned:
             raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
+        if not all(0 <= address < ADDRESS_LIMIT for address in (desc, avail, used)):
+            raise BackendError("set_vring_addr", errno.EFAULT, index, "an address is beyond any guest memory")
         if log_used is not None and not 0 <= log_used < ADDRESS_LIMIT:
             raise BackendError("set_vring_addr", errno.EFAULT, index, f"no log has the address {log_used:#x}")
         wanted = row.copy()
