@@ -311,6 +311,11 @@ class Driver:
             self._thread = Paced(self, "guest-driver", poll_us)
 
     @property
+    def error(self) -> BaseException | None:
+        """What ended the thread, if it did not end by `stop`."""
+        return None if self._thread is None else self._thread.error
+
+    @property
     def native_id(self) -> int:
         """The thread id, for setting its affinity."""
         if self._thread is None:

@@ -81,6 +81,11 @@ class Link:
 
     def report(self) -> dict[str, Any]:
         """Return what happened so far, as plain values."""
+        errors = [str(error) for error in self.device.ring_errors()]
+        if self.device.owner is Owner.NOBODY:
+            errors.append(f"nobody runs the rings: {self.device.last_error or 'the driver is not ready'}")
+        if self.driver.error is not None:
+            errors.append(f"the driver's thread ended: {type(self.driver.error).__name__}: {self.driver.error}")
         report: dict[str, Any] = {
             "datapath": self.datapath,
             "owner": self.device.owner.value,
@@ -88,7 +93,7 @@ class Link:
             "handovers": self.device.handovers,
             "fallbacks": self.device.fallbacks,
             "status": self.device.status,
-            "errors": [str(error) for error in self.device.ring_errors()],
+            "errors": errors,
             "left": self.left.counters(),
             "right": self.right.counters(),
             "queues": self.device.counters(),

@@ -10,7 +10,8 @@ import fcntl
 import logging
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
@@ -123,31 +124,37 @@ class Endpoint:
             if row[layout.EP_COUNT] == 0:
                 self._fill(queue, row)
 
-    def _guarded_transmit(self, queue: int, frames: Sequence[bytes]) -> None:
+    @contextmanager
+    def _guarded(self, queue: int, frames: int) -> Iterator[None]:
+        """Run somebody else's code: whatever it raises, sys.exit() too, costs its *frames*, and not the datapath."""
         try:
+            yield
+        except KeyboardInterrupt:
+            raise  # the user's, while a device is stepped
+        except BaseException as e:  # noqa: BLE001
+            self._failed(queue, frames, e)
+
+    def _guarded_transmit(self, queue: int, frames: Sequence[bytes]) -> None:
+        with self._guarded(queue, len(frames)):
             self.transmit_frames(queue, frames)
-        except Exception as e:  # noqa: BLE001 - somebody else's code: it may cost its frames, not the datapath
-            self._failed(queue, len(frames), e)
 
     def _fill(self, queue: int, row: Words) -> None:
-        try:
-            frames = self.receive_frames(queue, PYTHON_SLOTS)
-        except Exception as e:  # noqa: BLE001 - as above
-            self._failed(queue, 0, e)
-            return
         n = 0
-        for frame in frames:
-            if len(frame) > layout.FRAME_SLOT:
-                row[layout.EP_DROP_LONG] += 1
-                continue
-            at = n * layout.FRAME_SLOT
-            self.in_frames[queue, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
-            self.in_lengths[queue, n] = len(frame)
-            n += 1
+        with self._guarded(queue, 0):
+            for frame in self.receive_frames(queue, PYTHON_SLOTS):
+                if n == PYTHON_SLOTS:
+                    row[layout.EP_DROP_ERROR] += 1  # more than were asked for
+                elif len(frame) > layout.FRAME_SLOT:
+                    row[layout.EP_DROP_LONG] += 1
+                else:
+                    at = n * layout.FRAME_SLOT
+                    self.in_frames[queue, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
+                    self.in_lengths[queue, n] = len(frame)
+                    n += 1
         row[layout.EP_FIRST] = 0
         row[layout.EP_COUNT] = n
 
-    def _failed(self, queue: int, frames: int, error: Exception) -> None:
+    def _failed(self, queue: int, frames: int, error: BaseException) -> None:
         self.rows[queue, layout.EP_DROP_ERROR] += frames
         self.errors += 1
         if self.errors == 1:

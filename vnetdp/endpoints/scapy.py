@@ -48,12 +48,10 @@ class ScapyEndpoint(MailboxEndpoint):
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         groups: list[Sequence[bytes]] = [frames] if self.batch else [[frame] for frame in frames]
         for group in groups:
-            try:
+            answers: list[bytes] = []
+            with self._guarded(queue, len(group)):  # it may cost its own packets only
                 packets = [Ether(frame[layout.NET_HDR_LEN :]) for frame in group]
                 answers = _frames(self.function(packets if self.batch else packets[0]))
-            except Exception as e:  # noqa: BLE001 - somebody else's code: it may cost its own packets only
-                self._failed(queue, len(group), e)
-                continue
             for answer in answers:
                 if not self.put(answer, queue=queue):
                     self.rows[queue, layout.EP_DROP_ERROR] += 1

@@ -1,0 +1,94 @@
+"""An endpoint in Python that misbehaves costs its frames, and neither the datapath nor anybody else's frames."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.by_hand import frame, wait_for
+from tests.endpoints.joined import guest_of, receive_all, send_all
+from vnetdp.endpoints.base import PYTHON_SLOTS
+from vnetdp.endpoints.mailbox import MailboxEndpoint
+from vnetdp.endpoints.scapy import ScapyEndpoint
+from vnetdp.errors import EndpointError
+from vnetdp_kernels import layout as lay
+
+HEADER = bytes(lay.NET_HDR_LEN)
+
+
+def _exit() -> Any:
+    sys.exit("enough")
+
+
+def _fail() -> Any:
+    raise EndpointError("not now")
+
+
+class Misbehaving(MailboxEndpoint):
+    """A mailbox whose next batch is what `instead` gives."""
+
+    name = "misbehaving"
+    instead: Callable[[], Any] | None = None
+
+    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
+        if self.instead is None:
+            return super().receive_frames(queue, limit)
+        instead, self.instead = self.instead, None
+        batch: Sequence[bytes] = instead()
+        return batch
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [_exit, _fail, lambda: None, lambda: 7, lambda: [None], lambda: [HEADER, "text"], lambda: [HEADER, 5]],
+)
+def test_what_is_no_batch_of_frames_is_an_error_and_no_more(
+    instead: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), Misbehaving() as endpoint, guest_of(endpoint) as driver:
+        for n in range(1, 4):
+            endpoint.instead = instead
+            endpoint.put(frame(n))
+            assert receive_all(driver, 1)[-1] == frame(n)
+            send_all(driver, [frame(n)])
+            wait_for(lambda n=n: endpoint.counters()["to_wire"] == n, "the other way lives too")  # type: ignore[misc]
+            wait_for(lambda n=n: endpoint.errors == n, "an error is counted")  # type: ignore[misc]
+    assert ["logged once" in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_more_than_was_asked_for_is_dropped_and_counted() -> None:
+    frames = [frame(n) for n in range(PYTHON_SLOTS + 9)]
+    with Misbehaving() as endpoint, guest_of(endpoint) as driver:
+        endpoint.instead = lambda: [HEADER + one for one in frames]
+        endpoint.put(frames[0])
+        got = receive_all(driver, PYTHON_SLOTS + 1)
+        assert got == [*frames[:PYTHON_SLOTS], frames[0]]
+        assert endpoint.counters()["dropped_error"] == 9
+        assert endpoint.errors == 0
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_callable_that_exits_costs_its_packets(batch: bool) -> None:
+    def answer(packets: Any) -> Any:
+        return packets if endpoint.counters()["dropped_error"] else sys.exit("enough")
+
+    with ScapyEndpoint(answer, batch=batch) as endpoint, guest_of(endpoint) as driver:
+        send_all(driver, [frame(0)])
+        wait_for(lambda: endpoint.counters()["dropped_error"] == 1, "it is counted")
+        send_all(driver, [frame(1)])
+        assert receive_all(driver, 1) == [frame(1)]
+        assert endpoint.errors == 1
+
+
+def test_an_interrupt_is_not_the_endpoint_s_to_swallow() -> None:
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    with Misbehaving() as endpoint:
+        endpoint.instead = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            endpoint.service()
