@@ -28,7 +28,7 @@ from vnetdp.device import NetDevice
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
-from vnetdp.errors import ConfigError, GuestError
+from vnetdp.errors import ConfigError, EndpointError, GuestError
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
@@ -210,6 +210,39 @@ def test_offers_are_closed_under_their_needs(memory: GuestMemory) -> None:
             assert device.device_features == f.VIRTIO_NET_F_HOST_TSO6 | f.VIRTIO_NET_F_CSUM | MODERN
     with NullEndpoint() as plain, NetDevice(memory, plain, threaded=False) as device:
         assert not device.device_features & (f.OFFLOADS | f.VIRTIO_NET_F_MTU)
+
+
+def test_an_endpoint_that_is_gone_fails_no_register_write(memory: GuestMemory) -> None:
+    """As a TAP whose interface was deleted."""
+
+    class GoneEndpoint(OffloadEndpoint):
+        gone = False
+
+        def set_offloads(self, mask: int) -> None:
+            if self.gone:
+                raise EndpointError("the interface is gone")
+            super().set_offloads(mask)
+
+    wanted = MODERN | f.VIRTIO_NET_F_GUEST_CSUM
+    with GoneEndpoint() as endpoint, NetDevice(memory, endpoint, threaded=False) as device:
+        bring_up(device, wanted)
+        device.set_status(READY)
+        endpoint.gone = True
+        device.kicks[1].signal()
+        device.set_status(0)
+        assert (device.status, device.driver_features, device.control.guest_offloads) == (0, 0, 0)
+        assert device.owner is Owner.NOBODY
+        assert not any(queue.enabled or queue.has_addresses for queue in device.queues)
+        assert not device.kicks[1].clear()
+        assert endpoint.errors == 1
+        bring_up(device, wanted)
+        assert not device.status & FEATURES_OK
+        assert endpoint.errors == 2
+        assert device.control.guest_offloads == 0
+        endpoint.gone = False
+        bring_up(device, wanted)
+        assert device.status & FEATURES_OK
+        assert endpoint.offloads == device.control.guest_offloads == f.guest_offload_mask(wanted)
 
 
 # --- configuration space ---

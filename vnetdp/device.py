@@ -11,7 +11,7 @@ import logging
 import struct
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -167,9 +167,10 @@ class NetDevice:
                 wanted = self._driver_features
                 if wanted & ~self._offered or f.missing_dependency(wanted):
                     status &= ~agreed
-                else:
+                elif self._told(lambda: self.endpoint.set_offloads(f.guest_offload_mask(wanted))):
                     self.control = replace(self.control, guest_offloads=f.guest_offload_mask(wanted))
-                    self.endpoint.set_offloads(self.control.guest_offloads)
+                else:
+                    status &= ~agreed
             self._status = status | self._status & VIRTIO_CONFIG_S_NEEDS_RESET
             self._update_owner()
 
@@ -483,12 +484,24 @@ class NetDevice:
         self.owners.abandon()
         self._status = 0
         self._driver_features = 0
-        link = self.control.net_status & VIRTIO_NET_S_LINK_UP
-        self._take_control(replace(self._initial, mtu=self.control.mtu, net_status=link))
         self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
         self.endpoint.rows[:, layout.EP_HELD] = 0
         for event in (*self.kicks, *self.calls):
             event.clear()
+        before = self.control
+        self.control = replace(self._initial, mtu=before.mtu, net_status=before.net_status & VIRTIO_NET_S_LINK_UP)
+        self._told(lambda: self._tell_endpoint(before, self.control))
+
+    def _told(self, tell: Callable[[], None]) -> bool:
+        """Tell the endpoint something; False, and an error counted there, if it fails: no register write does for that."""
+        try:
+            tell()
+        except EndpointError as e:
+            self.last_error = e
+            self.endpoint.errors += 1
+            _log.warning("%s", e)
+            return False
+        return True
 
     def _queue(self, index: int) -> Virtqueue:
         if not 0 <= index < len(self.queues):

@@ -333,6 +333,18 @@ def test_one_that_is_deleted_under_us_can_be_closed(spaces: NetnsPair) -> None:
             tap.set_offloads(1)
 
 
+def test_a_guest_can_reset_its_device_once_the_interface_is_deleted(spaces: NetnsPair) -> None:
+    a, b = spaces.names["a"], spaces.names["b"]
+    with TapEndpoint("left", 1, a) as left, TapEndpoint("right", 1, b) as right, guest_of(left, right) as driver:
+        spaces.ip("a", "link delete left")
+        driver.stop()
+        for _ in range(2):
+            driver.device.set_status(0)
+            assert driver.device.status == 0
+        driver.device.set_queue(0, 64, 0, 0x1000, 0x2000)
+        assert left.counters()["errors"] > 0
+
+
 def test_nothing_is_left_open(spaces: NetnsPair) -> None:
     def once() -> None:
         with TapEndpoint("vtap", 3, spaces.names["a"]) as tap:
