@@ -26,9 +26,9 @@ from vnetdp import features as f
 from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice
 from vnetdp.endpoints.base import Endpoint
-from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
+from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
-from vnetdp.errors import ConfigError, EndpointError, GuestError
+from vnetdp.errors import ConfigError, EndpointError
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
@@ -371,77 +371,12 @@ def test_a_queue_may_be_left_out(device: NetDevice) -> None:
 # --- trouble ---
 
 
-def test_a_broken_ring_asks_for_a_reset_while_other_pairs_live(device: NetDevice) -> None:
-    rings = bring_up(device, MODERN)
-    device.set_status(READY)
-    rings[1].put_desc(0, 1 << 50, 60)
-    rings[1].offer(0)
-    device.kicks[1].signal()
-    wait_for(lambda: bool(device.status & NEEDS_RESET), "NEEDS_RESET")
-    assert device.config_call.clear() == 1
-    assert isinstance(device.last_error, GuestError)
-    assert (device.last_error.queue, device.last_error.status) == (1, lay.E_ADDRESS)
-    assert [error.queue for error in device.ring_errors()] == [1]
-    # The other pair goes on, and the other ring of this one.
-    for n in range(3):
-        rings[3].send(n, frame(n))
-        device.kicks[3].signal()
-        wait_equal(lambda: rings[3].used_idx, n + 1)
-    assert rings[1].used_idx == 0
-    # A second queue that breaks is no second notification.
-    rings[2].put_desc(0, rings[2].buffer(0), 60)
-    rings[2].offer(0)
-    device.endpoint.rows[1, lay.EP_LIMIT] = 1
-    device.kicks[3].signal()
-    wait_for(lambda: len(device.ring_errors()) == 2, "a second broken queue")
-    assert device.config_call.clear() == 0
-    rings = bring_up(device, MODERN)
-    device.set_status(READY)
-    assert device.status == READY
-    assert device.ring_errors() == []
-    rings[1].send(0, frame(0))
-    device.kicks[1].signal()
-    wait_for(lambda: rings[1].used_idx == 1, "everything runs after the reset")
-
-
-def test_a_queue_that_was_reset_is_not_broken(device: NetDevice) -> None:
-    rings = bring_up(device, MODERN)
-    device.set_status(READY)
-    rings[1].put_desc(0, 0, 0)
-    rings[1].offer(0)
-    device.kicks[1].signal()
-    wait_for(lambda: bool(device.ring_errors()), "a broken queue")
-    device.reset_queue(1)
-    assert device.ring_errors() == []
-    device.check_rings()
-    fresh = Ring(device.memory, rings[-1].end)
-    fresh.send(0, frame(0))
-    device.set_queue(1, fresh.num, fresh.desc, fresh.avail, fresh.used)
-    device.enable_queue(1)
-    wait_equal(lambda: fresh.used_idx, 1)
-    assert device.status & NEEDS_RESET, "only a reset of the device takes that back"
-
-
 def test_closing_twice_is_closing_once(device: NetDevice) -> None:
     bring_up(device, MODERN)
     device.set_status(READY)
     device.close()
     assert device.owner is Owner.NOBODY
     device.close()
-
-
-def test_a_stepped_device_says_needs_reset_too(memory: GuestMemory) -> None:
-    with EchoEndpoint() as echo, NetDevice(memory, echo, threaded=False) as device:
-        rings = bring_up(device, MODERN)
-        device.set_status(READY)
-        rings[0].post(0)
-        rings[1].send(0, frame(0))
-        assert device.step() == 1
-        assert rings[0].taken() == [(0, 72)]
-        rings[1].avail_idx = 1000
-        assert device.step() == 0
-        assert device.status & NEEDS_RESET
-        assert device.step() == 0
 
 
 # --- link, and a stopped machine ---

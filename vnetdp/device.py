@@ -110,6 +110,11 @@ class NetDevice:
         self.config_call = EventFd()
         self.queues = [Virtqueue(num=min(256, max_num)) for _ in range(VRINGS * queue_pairs)]
         self._lock = threading.RLock()
+        # Of what a worker's thread changes too, `_status` and `_broken`: that thread can't wait for _lock, whose holder
+        # may be waiting for it to stand still.
+        self._trouble = threading.RLock()
+        self._broken: dict[int, int] = {}  # the layout.E_* of each queue that broke, until it is reset
+        self._halted = False  # no ring may run before a reset
         self._status = 0
         self._running = running
         self._driver_features = 0
@@ -123,7 +128,7 @@ class NetDevice:
         else:
             self._stepped = Datapath(queue_pairs)
             userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
-        self.owners = Owners(userspace, vhost, self.notifiers)
+        self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings)
 
     def _can_offer(self) -> int:
         bits = f.RING_FEATURES | f.VIRTIO_NET_F_MRG_RXBUF | f.VIRTIO_NET_F_MAC | f.VIRTIO_NET_F_STATUS
@@ -171,7 +176,8 @@ class NetDevice:
                     self.control = replace(self.control, guest_offloads=f.guest_offload_mask(wanted))
                 else:
                     status &= ~agreed
-            self._status = status | self._status & VIRTIO_CONFIG_S_NEEDS_RESET
+            with self._trouble:
+                self._status = status | self._status & VIRTIO_CONFIG_S_NEEDS_RESET
             self._update_owner()
 
     def set_queue(self, index: int, num: int, desc: int, avail: int, used: int) -> None:
@@ -194,17 +200,18 @@ class NetDevice:
                 raise ConfigError(f"queue {index} has no addresses: set_queue comes first")
             if queue.enabled:
                 return
-            queue.enabled = True
             backends = self._backends()
-            if backends is not None:
+            if backends is None:
+                queue.enabled = True
+            else:
                 pair, vring = divmod(index, VRINGS)
                 try:
                     with backends[pair].hold():
                         vhost_net.start_vring(backends[pair], self.rings(), pair, vring)
                         backends[pair].set_backend(vring, self.endpoint)
+                        queue.enabled = True
                 except BackendError as e:
-                    # The backend was not told this queue's index: what it would give back is of another time.
-                    queue.enabled = False
+                    # Not enabled as yet: the backend does not know its index, and would give back one of another time.
                     self._hand_to(Owner.NOBODY)
                     queue.enabled = True
                     self._restart_after(e)
@@ -220,7 +227,9 @@ class NetDevice:
                     vhost_net.stop_vring(backends[pair], self.rings(), pair, vring)
                 except UnbindError as e:
                     self._restart_after(e)
-            self.queues[index] = Virtqueue(num=min(256, self.max_num))
+            with self._trouble:
+                self.queues[index] = Virtqueue(num=min(256, self.max_num))
+                self._broken.pop(index, None)
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Read the configuration space (5.1.4): mac, status, max_virtqueue_pairs, mtu."""
@@ -325,17 +334,8 @@ class NetDevice:
 
     def _tell_log(self) -> None:
         backends = self._backends()
-        if backends is None:
-            return
-        rings = self.rings()
-        with vhost_net.standing_still(backends):
-            for pair, backend in enumerate(backends):
-                backend.set_log(self.log)
-                backend.set_features(rings.features)
-                for vring in range(VRINGS):
-                    q = self.queues[VRINGS * pair + vring]
-                    if q.enabled:
-                        backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if self.log else None)
+        if backends is not None:
+            vhost_net.set_log(backends, self.rings())
 
     # --- owners ---
 
@@ -361,16 +361,19 @@ class NetDevice:
         """Return what an owner of the rings has to know."""
         features = self._driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
         mtu = self.control.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
-        return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu)
+        return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu,
+                               self._broken)  # fmt: skip
 
     def _backends(self) -> Sequence[Backend] | None:
         return self.owners.backends
 
     @property
     def ready(self) -> bool:
-        """True if the driver is ready and the link up: the rings may have an owner once the machine runs."""
-        broken = self._status & VIRTIO_CONFIG_S_NEEDS_RESET
-        return bool(self._status & VIRTIO_CONFIG_S_DRIVER_OK and not broken and self.control.link_up)
+        """True if the driver is ready and the link up: the rings may have an owner once the machine runs.
+
+        NEEDS_RESET does not say otherwise: it may be one queue that broke, and the others go on.
+        """
+        return bool(self._status & VIRTIO_CONFIG_S_DRIVER_OK and not self._halted and self.control.link_up)
 
     def _update_owner(self) -> None:
         """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace.
@@ -386,7 +389,7 @@ class NetDevice:
             and not self._hand_to(Owner.USERSPACE)
             and not self.owners.withheld
         ):
-            self._needs_reset()
+            self._halt()
 
     def _hand_to(self, owner: Owner) -> bool:
         done = self.owners.hand_to(owner, self.rings())
@@ -435,8 +438,12 @@ class NetDevice:
                 queues[index] = replace(queues[index], last_avail_idx=base)
             self._take_control(control)  # the last that can fail
             self._driver_features = features
-            self._status = delta.registers.get("status", self._status)
-            self.queues[:] = queues
+            with self._trouble:
+                if "status" in delta.registers:
+                    self._status, self._halted = delta.registers["status"], False
+                for index in delta.queues:
+                    self._broken.pop(index, None)
+                self.queues[:] = queues
             self._notify_config()  # a notification that is pending over there is not sent: one too many does no harm
 
     def prepare_vhost(self) -> bool:
@@ -464,7 +471,7 @@ class NetDevice:
     def mark_broken(self) -> None:
         """Have the device say NEEDS_RESET, and no ring run: what came in with a migration can't be."""
         with self._lock:
-            self._needs_reset()
+            self._halt()
             self._update_owner()
 
     def abandon_vhost(self) -> None:
@@ -482,9 +489,12 @@ class NetDevice:
     def _reset(self) -> None:
         self._hand_to(Owner.NOBODY)
         self.owners.abandon()
-        self._status = 0
+        with self._trouble:
+            self._status = 0
+            self._halted = False
+            self._broken.clear()
+            self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
         self._driver_features = 0
-        self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
         self.endpoint.rows[:, layout.EP_HELD] = 0
         for event in (*self.kicks, *self.calls):
             event.clear()
@@ -511,26 +521,35 @@ class NetDevice:
     # --- trouble ---
 
     def check_rings(self) -> None:
-        """Look for broken queues; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke."""
-        for error in self.ring_errors():
-            self.last_error = error
-            _log.warning("%s; the queue is stopped until the driver resets it", error)
-            self._needs_reset()
+        """Look for queues that broke; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke."""
+        with self._trouble:
+            for pair, backend in enumerate(self._backends() or ()):
+                for vring in range(VRINGS):
+                    n = VRINGS * pair + vring
+                    status = backend.status(vring)
+                    # One that was reset is not broken, whatever its backend remembers.
+                    if status and self.queues[n].enabled and n not in self._broken:
+                        self._broken[n] = status
+                        self.last_error = GuestError(n, status)
+                        _log.warning("%s; the queue is stopped until the driver resets it", self.last_error)
+                        self._needs_reset()
 
     def ring_errors(self) -> list[GuestError]:
-        """Return what broke which queue. A queue that was reset since is not broken, whatever its backend remembers."""
-        backends = self._backends() or ()
-        return [
-            GuestError(VRINGS * pair + vring, backend.status(vring))
-            for pair, backend in enumerate(backends)
-            for vring in range(VRINGS)
-            if self.queues[VRINGS * pair + vring].enabled and backend.status(vring)
-        ]
+        """Return what broke which queue, and was not reset since."""
+        self.check_rings()
+        with self._trouble:
+            return [GuestError(n, status) for n, status in sorted(self._broken.items())]
+
+    def _halt(self) -> None:
+        """Give no ring an owner before the driver has reset the device."""
+        self._halted = True
+        self._needs_reset()
 
     def _needs_reset(self) -> None:
-        if not self._status & VIRTIO_CONFIG_S_NEEDS_RESET:
-            self._status |= VIRTIO_CONFIG_S_NEEDS_RESET
-            self._notify_config()
+        with self._trouble:
+            if not self._status & VIRTIO_CONFIG_S_NEEDS_RESET:
+                self._status |= VIRTIO_CONFIG_S_NEEDS_RESET
+                self._notify_config()
 
     def _notify_config(self) -> None:
         if self._status & VIRTIO_CONFIG_S_DRIVER_OK:

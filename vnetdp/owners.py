@@ -10,7 +10,7 @@ import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from . import vhost_net
@@ -32,9 +32,19 @@ class Owner(enum.Enum):
 
 
 class Owners:
-    """The userspace datapath's backends, vhost's if there are any, and which of them has the rings."""
+    """The userspace datapath's backends, vhost's if there are any, and which of them has the rings.
 
-    def __init__(self, userspace: Sequence[Backend], vhost: Sequence[Backend] | None, notifiers: Notifiers) -> None:
+    check: called before rings are taken from an owner, once it stands still.
+    """
+
+    def __init__(
+        self,
+        userspace: Sequence[Backend],
+        vhost: Sequence[Backend] | None,
+        notifiers: Notifiers,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._check = check
         self.userspace = userspace
         self.vhost = vhost
         self._sites = vhost_net.one_a_site(vhost or ())
@@ -68,6 +78,7 @@ class Owners:
         held = [*(self.backends or ()), *wanted]
         with vhost_net.standing_still(held) if held else nullcontext():
             if self.backends is not None:
+                self._check()
                 try:
                     vhost_net.stop(self.backends, rings)
                 except UnbindError as e:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -29,7 +29,10 @@ _log = logging.getLogger("vnetdp.vhost_net")
 
 @dataclass(slots=True)
 class Rings:
-    """What an owner needs to know of a device: its queues (receiveq 2i, transmitq 2i + 1), notifiers and memory."""
+    """What an owner needs to know of a device: its queues (receiveq 2i, transmitq 2i + 1), notifiers and memory.
+
+    broken: queues that no owner gets, until the driver resets them.
+    """
 
     queues: Sequence[Virtqueue]
     kicks: Sequence[EventFd]
@@ -39,6 +42,11 @@ class Rings:
     log: DirtyLog | None
     features: int
     mtu: int | None
+    broken: Container[int] = ()
+
+    def may_run(self, n: int) -> bool:
+        """True if queue *n* is one for an owner to serve: enabled, and not broken."""
+        return self.queues[n].enabled and n not in self.broken
 
 
 @dataclass
@@ -103,6 +111,9 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     except BackendError as e:
         _log.warning("%s; going on from used.idx", e)
         queue.last_avail_idx = used_idx(rings.memory, queue)
+    if VRINGS * pair + index in rings.broken:
+        # Whoever it broke under, the chain that broke it is not used; this backend may never have had it.
+        queue.last_avail_idx = used_idx(rings.memory, queue)
 
 
 def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
@@ -137,7 +148,7 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
         for index in range(VRINGS):
             n = VRINGS * pair + index
             queue = rings.queues[n]
-            if queue.enabled and prepared.vrings.get(n) != queue.setup:
+            if rings.may_run(n) and prepared.vrings.get(n) != queue.setup:
                 start_vring(backend, rings, pair, index)
                 prepared.vrings[n] = queue.setup
                 prepared.bases[n] = queue.last_avail_idx
@@ -145,11 +156,11 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
 
 
 def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool) -> None:
-    """Set every enabled ring's base and bind it; on any exception those tried are unbound, with their indices.
+    """Set the base of every ring that may run and bind it; on any exception those tried are unbound, with their indices.
 
     one_site: one thread runs all *backends*, so it may take all rings at once.
     """
-    wanted = [(n, queue.last_avail_idx) for n, queue in enumerate(rings.queues) if queue.enabled]
+    wanted = [(n, queue.last_avail_idx) for n, queue in enumerate(rings.queues) if rings.may_run(n)]
     if one_site and wanted and backends[0].bind_rings(wanted, rings.endpoint):
         return
     tried: list[tuple[int, int]] = []
@@ -168,11 +179,23 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
 
 
 def start(backends: Sequence[Backend], rings: Rings) -> None:
-    """Give every enabled ring to *backends*; on BackendError everything is undone first."""
+    """Give every ring that may run to *backends*; on BackendError everything is undone first."""
     prepared = Prepared()
     with standing_still(backends):
         configure(backends, rings, prepared)
         bind(backends, rings, prepared, len(one_a_site(backends)) == 1)
+
+
+def set_log(backends: Sequence[Backend], rings: Rings) -> None:
+    """Tell backends that serve *rings* of a dirty log, or that there is none any more; on BackendError some know of it."""
+    with standing_still(backends):
+        for pair, backend in enumerate(backends):
+            backend.set_log(rings.log)
+            backend.set_features(rings.features)
+            for vring in range(VRINGS):
+                if rings.may_run(VRINGS * pair + vring):
+                    q = rings.queues[VRINGS * pair + vring]
+                    backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if rings.log else None)
 
 
 def stop(backends: Sequence[Backend], rings: Rings) -> None:
