@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Shell:
         name, _, value = self._mark.partition("=")
         self._env = {**os.environ, name: value, "COLUMNS": "100"}
 
-    def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
+    def start(self, *args: str | bytes, **options: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "vnetdp", *args],
             cwd=self.folder,
@@ -47,13 +48,13 @@ class Shell:
             **options,
         )
 
-    def run(self, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str | bytes, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; it may not have crashed, nor left a process behind."""
         return self.finish(self.start(*args, **options))
 
     def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
         try:
-            out, err = process.communicate(timeout=_TIMEOUT)
+            out, err = (text or "" for text in process.communicate(timeout=_TIMEOUT))  # None of one that was closed
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -120,8 +121,8 @@ def test_the_installed_command_is_this_one() -> None:
     assert entry.value == "vnetdp.cli:main"
 
 
-BRIDGE = ["vhost-user:left", "vhost-user:right"]
-WRONG = {
+BRIDGE: list[str | bytes] = ["vhost-user:left", "vhost-user:right"]
+WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "no command": ([], "COMMAND"),
     "unknown command": (["teleport"], "teleport"),
     "unknown option": (["demo", "--fast"], "--fast"),
@@ -162,12 +163,18 @@ WRONG = {
     "drive, count without generate": (["drive", "null", "--socket", "s", "--count", "5"], "generate"),
     "drive, ring not a power of two": (["drive", "null", "--socket", "s", "--ring", "100"], "power of two"),
     "report nowhere": (["link", "null", "null", "--json", "no/such/folder/report.json"], "no/such/folder"),
+    "report in a folder's place": (["link", "null", "null", "--json", "/tmp"], "/tmp: it is a folder"),
+    "a capture, and an error": (["link", "pcap:,out.pcap", "nonsense"], "unknown endpoint 'nonsense'"),
+    "a capture, and a value": (["link", "pcap:,out.pcap", "generate:size=5"], "size 5"),
+    "TAP name not UTF-8": (["link", b"tap:\xff", "null"], "\\udcff"),
+    "rate too small": (["link", "generate:rate=0.00000000001", "null"], "rate 1e-11"),
+    "count too large": (["link", f"generate:count={'9' * 400}", "null"], "is not a number"),
     "picture nowhere": (["bench", "ring", "--plot", "no/such/folder/picture.png"], "no/such/folder"),
 }
 
 
 @pytest.mark.parametrize(("args", "told"), WRONG.values(), ids=WRONG)
-def test_wrong_usage_is_told_in_one_line(shell: Shell, args: list[str], told: str) -> None:
+def test_wrong_usage_is_told_in_one_line(shell: Shell, args: list[str | bytes], told: str) -> None:
     before = interfaces()
     done = shell.run(*args)
     assert done.returncode == 2
@@ -194,10 +201,32 @@ def test_tap_without_the_right_to_it(shell: Shell) -> None:
     assert "vnetdp-cli0" not in interfaces()
 
 
-def test_the_second_endpoint_s_error_closes_the_first(shell: Shell) -> None:
-    done = shell.run("link", "pcap:,out.pcap", "nonsense")
+def test_too_few_descriptors(shell: Shell) -> None:
+    def allow(soft: int, hard: int) -> Callable[[], None]:
+        return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    # The soft limit is ours to raise.
+    done = shell.run("link", "null", "null", "--queue-pairs", "64", "--seconds", "0.1", preexec_fn=allow(256, 4096))
+    assert done.returncode == 0, done.stderr
+    done = shell.run("link", "null", "null", "--queue-pairs", "64", preexec_fn=allow(256, 256))
     assert done.returncode == 2
-    assert "nonsense" in done.stderr
+    assert done.stderr.splitlines() == [
+        "vnetdp: Too many open files: it takes more than 256 descriptors; raise the limit: ulimit -n 65536"
+    ]
+
+
+@pytest.mark.parametrize(
+    "args", [["doctor"], ["--help"], ["link", "null", "null", "--seconds", "0.1"], ["link", "null", "null", "--json=-"]]
+)
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]])
+def test_nobody_reads_what_it_prints(shell: Shell, args: list[str], streams: list[str]) -> None:
+    process = shell.start(*args, *(["--seconds", "0.1"] if args[-1] == "--json=-" else []))
+    for name in streams:
+        getattr(process, name).close()
+        setattr(process, name, None)
+    done = shell.finish(process)
+    assert done.returncode == 128 + signal.SIGPIPE or args == ["--help"]
+    assert not re.search("pipe|Exception", done.stderr, re.IGNORECASE)
 
 
 # --- demo ---

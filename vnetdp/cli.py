@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import logging
 import math
+import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +17,8 @@ from typing import Any, NoReturn
 from . import commands
 from ._version import __version__
 from .errors import ConfigError, VnetdpError
+
+_DESCRIPTORS = 1 << 16  # more than any command takes
 
 _ENDPOINTS = """\
 endpoints:
@@ -62,8 +68,14 @@ def _positive(text: str) -> float:
 
 def _file(text: str) -> str:
     """Refuse a file that can't be written before any work is done for it."""
-    if text != "-" and not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text}: there is no folder {Path(text).parent}")
+    path = Path(text)
+    if text != "-":
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"cannot write {text}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"cannot write {text}: no right to")
     return text
 
 
@@ -228,13 +240,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as it may allow itself: a queue pair takes eight or so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input."""
-    args = _parser().parse_args(argv)
+    try:
+        try:
+            return _run(_parser().parse_args(argv))
+        finally:
+            commands.flush()
+    except BrokenPipeError:
+        # Whoever reads our output, such as `head`, has enough of it: what is left goes nowhere, and nothing is said.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    _raise_descriptor_limit()
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
+    except OSError as e:
+        if e.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        commands.say(f"vnetdp: {e.strerror}: it takes more than {limit} descriptors; raise the limit: ulimit -n 65536")
+        return 2
     except VnetdpError as e:
         commands.say(f"vnetdp: {e}")
         return 2

@@ -27,6 +27,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def flush() -> None:
+    """Have everything that was printed go out; BrokenPipeError if nobody reads it any more."""
+    print(end="", flush=True)
+
+
 def human(args: argparse.Namespace) -> Callable[[str], None]:
     """Return what prints a report for people: standard output, unless that is asked to hold JSON alone."""
     return say if args.json == "-" else print
@@ -117,13 +122,14 @@ def _bridge(args: argparse.Namespace) -> int:
 def link(args: argparse.Namespace) -> int:
     if _VHOST_USER in (args.left[: len(_VHOST_USER)], args.right[: len(_VHOST_USER)]):
         return _bridge(args)
-    from .endpoints.spec import parse_endpoint
+    from .endpoints.spec import endpoint_opener
     from .link import Link
     from .warmup import warm_up
 
+    # Both are read before either is opened: to open one may overwrite a capture.
+    openers = [endpoint_opener(text, args.queue_pairs) for text in (args.left, args.right)]
     with _until_signal() as stop, ExitStack() as stack:
-        left = stack.enter_context(parse_endpoint(args.left, args.queue_pairs))
-        right = stack.enter_context(parse_endpoint(args.right, args.queue_pairs))
+        left, right = (stack.enter_context(opener()) for opener in openers)
         warm_up(say)
         link = stack.enter_context(
             Link(

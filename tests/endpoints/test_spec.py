@@ -19,7 +19,7 @@ from vnetdp.endpoints.loopback import (
     ReflectEndpoint,
 )
 from vnetdp.endpoints.scapy import ScapyEndpoint
-from vnetdp.endpoints.spec import parse_endpoint
+from vnetdp.endpoints.spec import endpoint_opener, parse_endpoint
 from vnetdp.errors import ConfigError, VnetdpError
 from vnetdp_kernels import layout as lay
 
@@ -86,6 +86,10 @@ def test_fault_wraps_any_other() -> None:
         ("generate:rate=1T", "generate: rate=1T is not a number"),
         ("generate:size=5", "generate: size 5 is not between"),
         ("generate:rate=2G", "generate: rate 2000000000.0 is not between"),
+        ("generate:rate=0.00000000001", "generate: rate 1e-11 is not between"),
+        ("generate:count=99999999999999999999", "generate: count 100000000000000000000 is not between 0 and 2^62"),
+        (f"generate:count={'9' * 400}", f"generate: count={'9' * 400} is not a number that"),
+        (f"generate:rate={'9' * 308}G", f"generate: rate={'9' * 308}G is not a number that"),
         ("tap", "tap: an interface has to be named: tap:NAME[,netns=NS]"),
         ("tap:,netns=x", "tap: an interface has to be named"),
         ("tap:x,queues=2", "tap: unknown option 'queues=2'; known are netns="),
@@ -108,7 +112,7 @@ def test_fault_wraps_any_other() -> None:
 )
 def test_what_cannot_be_is_said_in_one_line(text: str, says: str) -> None:
     with no_descriptor_leaks(), pytest.raises(VnetdpError) as raised:
-        parse_endpoint(text)
+        endpoint_opener(text)()
     assert str(raised.value).startswith(says)
     assert "\n" not in str(raised.value)
 
@@ -118,6 +122,8 @@ def test_a_scapy_module_is_found_where_one_stands(tmp_path: Path, monkeypatch: p
     module.write_text("class Host:\n    def answer(self, packet): return packet\nhost = Host()\n")
     broken = tmp_path / "broken_of_mine.py"
     broken.write_text("1 / 0\n")
+    script = tmp_path / "script_of_mine.py"
+    script.write_text("import sys; sys.exit('this is a script')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with parse_endpoint("scapy:answers_of_mine:host.answer", 2) as endpoint:
@@ -126,6 +132,16 @@ def test_a_scapy_module_is_found_where_one_stands(tmp_path: Path, monkeypatch: p
         assert endpoint.queues == 2
     with pytest.raises(ConfigError, match="cannot import broken_of_mine: ZeroDivisionError"):
         parse_endpoint("scapy:broken_of_mine:f")
+    with pytest.raises(ConfigError, match="cannot import script_of_mine: SystemExit: this is a script"):
+        parse_endpoint("scapy:script_of_mine:f")
+
+
+@pytest.mark.parametrize("text", ["null", "generate:count=3", "pcap:,out.pcap", "tap:never0", "fault:drop=1:pcap:,o"])
+def test_to_read_is_not_yet_to_open(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with no_descriptor_leaks():
+        endpoint_opener(text)
+    assert not list(tmp_path.iterdir())
 
 
 def test_scapy_is_imported_only_where_it_is_used() -> None:

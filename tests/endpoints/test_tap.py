@@ -237,11 +237,11 @@ def test_namespaces_that_are_none(tmp_path: Path) -> None:
 # --- what cannot be ---
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "a:b", "a\tb", "x" * 16, "é" * 8])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "a:b", "a\tb", "x" * 16, "é" * 8, "a\udcff"])
 def test_a_name_that_no_interface_has(name: str) -> None:
     with no_descriptor_leaks(), pytest.raises(EndpointError) as raised:
         TapEndpoint(name)
-    assert str(raised.value) == f"tap: {name!r} is no interface name: 1 to 15 bytes, without / : or blanks"
+    assert str(raised.value) == f"tap: {name!r} is no interface name: 1 to 15 bytes of UTF-8, without / : or blanks"
 
 
 def test_what_is_there_already_is_said(spaces: NetnsPair) -> None:

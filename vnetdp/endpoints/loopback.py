@@ -9,6 +9,8 @@ from vnetdp_kernels import layout
 from ..errors import EndpointError
 from .base import Endpoint
 
+_MAX_COUNT = 1 << 62
+
 
 class NullEndpoint(Endpoint):
     """Takes every frame and gives none."""
@@ -79,18 +81,25 @@ class GenerateEndpoint(Endpoint):
         count: int = -1,
         block_fd: int | None = None,
     ) -> None:
-        if not layout.LEDGER_MIN_LEN <= size <= layout.MAX_FRAME_LEN:
-            raise EndpointError(
-                f"generate: size {size} is not between {layout.LEDGER_MIN_LEN} and {layout.MAX_FRAME_LEN}"
-            )
-        if rate < 0 or rate > 1e9:
-            raise EndpointError(f"generate: rate {rate} is not between 0 and 1e9 frames a second")
+        self.check(size, rate, count)
         super().__init__(queues, block_fd)
         if block_fd is None:
             self.rows[:, layout.EP_SIZE] = size
             self.rows[:, layout.EP_INTERVAL_NS] = round(1e9 / rate) if rate else 0
             self.rows[:, layout.EP_LIMIT] = count
             self.rows[:, layout.EP_CHECK] = 1
+
+    @staticmethod
+    def check(size: int = 64, rate: float = 0.0, count: int = -1) -> None:
+        """Raise EndpointError for what no generator can do."""
+        if not layout.LEDGER_MIN_LEN <= size <= layout.MAX_FRAME_LEN:
+            raise EndpointError(
+                f"generate: size {size} is not between {layout.LEDGER_MIN_LEN} and {layout.MAX_FRAME_LEN}"
+            )
+        if rate and not 1e-9 <= rate <= 1e9:
+            raise EndpointError(f"generate: rate {rate} is not between 1e-9 and 1e9 frames a second, nor 0")
+        if not -1 <= count <= _MAX_COUNT:
+            raise EndpointError(f"generate: count {count} is not between 0 and 2^62")
 
     @property
     def longest_frame(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +18,16 @@ from .loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpo
 _SUFFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 
+Opener = Callable[[], Endpoint]
+
+
 def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
     """Return the endpoint that *text* names, opened; ConfigError or EndpointError if it can't."""
+    return endpoint_opener(text, queues)()
+
+
+def endpoint_opener(text: str, queues: int = 1) -> Opener:
+    """Return what opens the endpoint that *text* names; ConfigError or EndpointError if nothing is named so."""
     kind, _, rest = text.partition(":")
     if kind not in _KINDS:
         known = ", ".join(syntax for syntax, _ in _KINDS.values())
@@ -26,39 +35,40 @@ def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
     return _KINDS[kind][1](rest, queues)
 
 
-def _plain(endpoint: type[Endpoint]) -> Callable[[str, int], Endpoint]:
-    def make(rest: str, queues: int) -> Endpoint:
+def _plain(endpoint: type[Endpoint]) -> Callable[[str, int], Opener]:
+    def make(rest: str, queues: int) -> Opener:
         if rest:
             raise ConfigError(f"{endpoint.name} takes no options, but got {rest!r}")
-        return endpoint(queues)
+        return partial(endpoint, queues)
 
     return make
 
 
-def _generate(rest: str, queues: int) -> Endpoint:
-    known = {"size": _whole, "rate": _number, "count": _whole}
-    return GenerateEndpoint(queues, **_options("generate", rest, known))
+def _generate(rest: str, queues: int) -> Opener:
+    options = _options("generate", rest, {"size": _whole, "rate": _number, "count": _whole})
+    GenerateEndpoint.check(**options)
+    return partial(GenerateEndpoint, queues, **options)
 
 
-def _tap(rest: str, queues: int) -> Endpoint:
+def _tap(rest: str, queues: int) -> Opener:
     from .tap import TapEndpoint
 
     name, _, options = rest.partition(",")
     if not name:
         raise ConfigError("tap: an interface has to be named: tap:NAME[,netns=NS]")
-    return TapEndpoint(name, queues, **_options("tap", options, {"netns": str}))
+    return partial(TapEndpoint, name, queues, **_options("tap", options, {"netns": str}))
 
 
-def _pcap(rest: str, queues: int) -> Endpoint:
+def _pcap(rest: str, queues: int) -> Opener:
     from .pcap import PcapEndpoint
 
     source, _, sink = rest.partition(",")
     if not rest or "," in sink:
         raise ConfigError(f"pcap: {rest!r} is not pcap:IN[,OUT] (pcap:,OUT only writes)")
-    return PcapEndpoint(source or None, sink or None, queues)
+    return partial(PcapEndpoint, source or None, sink or None, queues)
 
 
-def _scapy(rest: str, queues: int) -> Endpoint:
+def _scapy(rest: str, queues: int) -> Opener:
     module, _, name = rest.partition(":")
     if not module or not name:
         raise ConfigError(f"scapy: {rest!r} is not scapy:MODULE:CALLABLE")
@@ -68,7 +78,7 @@ def _scapy(rest: str, queues: int) -> Endpoint:
 
     try:
         found = importlib.import_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ConfigError(f"scapy: cannot import {module}: {type(e).__name__}: {e}") from e
     try:
         function = reduce(getattr, name.split("."), found)
@@ -76,12 +86,16 @@ def _scapy(rest: str, queues: int) -> Endpoint:
         raise ConfigError(f"scapy: module {module} has no {name}") from e
     if not callable(function):
         raise ConfigError(f"scapy: {module}:{name} is no callable that takes a packet")
-    endpoint = ScapyEndpoint(function, queues)
-    endpoint.name = f"scapy:{rest}"
-    return endpoint
+
+    def make() -> Endpoint:
+        endpoint = ScapyEndpoint(function, queues)
+        endpoint.name = f"scapy:{rest}"
+        return endpoint
+
+    return make
 
 
-def _fault(rest: str, queues: int) -> Endpoint:
+def _fault(rest: str, queues: int) -> Opener:
     from .fault import FaultEndpoint, Faults
 
     options, colon, inner_text = rest.partition(":")
@@ -89,16 +103,21 @@ def _fault(rest: str, queues: int) -> Endpoint:
         raise ConfigError("fault: it has to say around which endpoint: fault:drop=0.1:ENDPOINT")
     probability = dict.fromkeys(("drop", "corrupt", "eio", "eagain"), _number)
     faults = _options("fault", options, {**probability, "delay_ms": _number, "seed": _whole})
-    Faults(**faults)  # before the inner endpoint is opened
-    inner = parse_endpoint(inner_text, queues)
-    try:
-        return FaultEndpoint(inner, **faults)
-    except BaseException:
-        inner.close()
-        raise
+    Faults(**faults)
+    open_inner = endpoint_opener(inner_text, queues)
+
+    def make() -> Endpoint:
+        inner = open_inner()
+        try:
+            return FaultEndpoint(inner, **faults)
+        except BaseException:
+            inner.close()
+            raise
+
+    return make
 
 
-_KINDS: Final[dict[str, tuple[str, Callable[[str, int], Endpoint]]]] = {
+_KINDS: Final[dict[str, tuple[str, Callable[[str, int], Opener]]]] = {
     "null": ("null", _plain(NullEndpoint)),
     "echo": ("echo", _plain(EchoEndpoint)),
     "macswap": ("macswap", _plain(MacswapEndpoint)),
@@ -132,7 +151,10 @@ def _number(text: str) -> float:
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kmg]?)", text, re.IGNORECASE | re.ASCII)
     if match is None:
         raise ValueError("a number (k, M and G may follow it)")
-    return float(match[1]) * _SUFFIXES[match[2].lower()]
+    number = float(match[1]) * _SUFFIXES[match[2].lower()]
+    if math.isinf(number):
+        raise ValueError("a number that anything here can be")
+    return number
 
 
 def _whole(text: str) -> int:

@@ -45,8 +45,9 @@ class TapEndpoint(Endpoint):
     vnet_hdr = True
 
     def __init__(self, name: str, queues: int = 1, netns: str | None = None, persist: bool = False) -> None:
-        if not 0 < len(name.encode()) <= _NAME_LEN or re.search(r"[/:\s]", name) or name in (".", ".."):
-            raise EndpointError(f"tap: {name!r} is no interface name: 1 to 15 bytes, without / : or blanks")
+        length = len(name.encode(errors="surrogateescape"))  # what is no UTF-8 comes from a command line so
+        if not 0 < length <= _NAME_LEN or re.search(r"[/:\s\udc80-\udcff]", name) or name in (".", ".."):
+            raise EndpointError(f"tap: {name!r} is no interface name: 1 to 15 bytes of UTF-8, without / : or blanks")
         if queues > MAX_QUEUES:
             raise EndpointError(f"tap:{name}: {queues} queues: a TAP has at most {MAX_QUEUES}")
         super().__init__(queues)
