@@ -169,6 +169,7 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "TAP name not UTF-8": (["link", b"tap:\xff", "null"], "\\udcff"),
     "rate too small": (["link", "generate:rate=0.00000000001", "null"], "rate 1e-11"),
     "count too large": (["link", f"generate:count={'9' * 400}", "null"], "is not a number"),
+    "Python in another process": (["link", "fault::echo", "null", "--datapath=vhost-process"], "runs in Python"),
     "picture nowhere": (["bench", "ring", "--plot", "no/such/folder/picture.png"], "no/such/folder"),
 }
 
@@ -328,6 +329,23 @@ def test_a_signal_ends_a_link_and_it_reports(shell: Shell, datapath: str, number
     assert report["ledger"]["lost"] == 0
     assert report["errors"] == []
     assert (report["owner"], report["fallbacks"]) == (datapath.partition("-")[0], 0)
+
+
+def test_another_owner_than_was_asked_for_is_no_success(shell: Shell) -> None:
+    process = shell.start("link", "generate:rate=100", "null", "--datapath", "vhost-process", "--json", "report.json")
+    assert process.stderr is not None
+    while "linked" not in process.stderr.readline():
+        assert process.poll() is None, "it ended before it was linked"
+    (child,) = set(shell.processes()) - {process.pid}
+    os.kill(child, signal.SIGKILL)
+    while "falling back on userspace" not in process.stderr.readline():
+        assert process.poll() is None, "it ended before it fell back"
+    process.send_signal(signal.SIGTERM)
+    done = shell.finish(process)
+    assert done.returncode == 1
+    report = json.loads((shell.folder / "report.json").read_text())
+    assert (report["owner"], report["fallbacks"]) == ("userspace", 1)
+    assert "owner userspace" in done.stdout
 
 
 # --- serve, drive ---

@@ -6,6 +6,8 @@ import time
 from contextlib import ExitStack
 from typing import Any, Self
 
+from vnetdp_kernels import layout
+
 from .backends.base import Backend
 from .backends.process import WorkerProcess
 from .backends.worker import Worker
@@ -40,6 +42,8 @@ class Link:
     ) -> None:
         if datapath not in DATAPATHS:
             raise ConfigError(f"datapath {datapath!r} is not one of {', '.join(DATAPATHS)}")
+        if datapath == "vhost-process" and left.kind == layout.KIND_PYTHON:
+            raise ConfigError(f"{left.name} runs in Python, in this process: a worker process can't serve it")
         with ExitStack() as stack:
             self.memory = stack.enter_context(memory_for(queue_pairs, num))
             self.worker: Worker | WorkerProcess | None = None
