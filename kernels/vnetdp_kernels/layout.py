@@ -210,6 +210,7 @@ EP_BYTES_FROM_WIRE: Final = 20
 EP_HELD: Final = 21  # bytes of the frame in hand, wire to guest, that found no receive buffer yet; 0 = none
 EP_DROP_OFFLOAD: Final = 22  # the frame needs an offload that its receiver did not negotiate
 EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled; not polled any more
+EP_BLOCKED: Final = 24  # 1: an endpoint in Python takes no more frames now, and does not say when it will
 EP_SLOTS: Final = 32
 
 # EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches.

@@ -19,6 +19,7 @@ from .layout import (
     DVQ_KICKS,
     DVQ_NUM_FREE,
     DVQ_STATUS,
+    EP_BLOCKED,
     EP_GONE,
     EP_HELD,
     EP_KIND,
@@ -44,6 +45,7 @@ from .port import CLOCK_AT, due_in_ns
 
 BATCH = 64  # frames a queue moves before the next has its turn, and before its indices are published
 POLL_WITHOUT_KICK_MS = 1  # a driver that gave no kick descriptor is looked at this often
+_BLOCKED_MS = 1  # an endpoint in Python that takes no frames is asked this often
 _CONTROL = -1  # what a pollfd stands for, beside the number of a queue
 _ENDPOINT = -2  # the endpoint of pair 0; -3 that of pair 1, ...
 
@@ -183,7 +185,7 @@ def serve(
                         scratch, rows, turn,
                     )  # fmt: skip
                     moved += frames_rx
-                python |= ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] > 0
+                python |= ep[EP_OUT_COUNT] > 0 and ep[EP_KIND] == KIND_PYTHON and not ep[EP_BLOCKED]
             if serve_tx and (chains_tx or txq[VQ_CALL_DUE]):
                 call(mem, txq, notify[2 * q + 1, 1], pollfds, one)
             if serve_rx and (frames_rx or rxq[VQ_CALL_DUE]):
@@ -216,6 +218,7 @@ def serve(
         wait_ms = timeout_ms if timeout_ms < 0 else timeout_ms - waited
         again = False
         control = False
+        blocked = False
         n = add_pollfd(pollfds, 0, ctl_fd, POLLIN, _CONTROL)
         for q in range(n_pairs):
             rxq = vqs[2 * q]
@@ -230,7 +233,8 @@ def serve(
                 # enable_kicks to find: taken for held up, it would be slept on.
                 if ring.known_available(txq) > 0:
                     no_room = forwards
-                    events |= POLLOUT
+                    if ep[EP_KIND] != KIND_PYTHON:
+                        events |= POLLOUT
                 else:
                     again |= ring.enable_kicks(mem, txq, log)
                     n = add_pollfd(pollfds, n, notify[2 * q + 1, 0], POLLIN, 2 * q + 1)
@@ -246,9 +250,13 @@ def serve(
                     wait_ms = _due_ms(ep, scratch, wait_ms)
             if events and _is_polled(ep):
                 n = add_pollfd(pollfds, n, ep_fds[q], events, _ENDPOINT - q)
+            if txq[VQ_BOUND] and ep[EP_BLOCKED]:
+                blocked = True
+                wait_ms = _BLOCKED_MS if wait_ms < 0 else min(wait_ms, _BLOCKED_MS)
         if not again:
             ctl[CTL_SLEEPS] += 1
             woken = poll(pollfds[0], n, wait_ms)
+            python |= blocked
             if woken < 0 and woken != -EINTR and woken != -EAGAIN:
                 return LOOP_CONTROL, moved
             if woken == 0:
@@ -346,7 +354,7 @@ def drive(
             _kick(mem, rxq, notify[2 * q, 0], one)
             if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
                 return LOOP_BROKEN, moved
-            python |= ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] > 0
+            python |= ep[EP_OUT_COUNT] > 0 and ep[EP_KIND] == KIND_PYTHON and not ep[EP_BLOCKED]
         # Asked for only after a pass: whoever is halted again and again still gets one each time.
         if load_i64_acquire(ctl, CTL_DOORBELL):
             return LOOP_CONTROL, moved
@@ -371,6 +379,7 @@ def drive(
         wait_ms = timeout_ms if timeout_ms < 0 else timeout_ms - waited
         again = False
         control = False
+        blocked = False
         n = add_pollfd(pollfds, 0, ctl_fd, POLLIN, _CONTROL)
         for q in range(n_pairs):
             rxq = dvqs[2 * q]
@@ -378,7 +387,10 @@ def drive(
             ep = eps[q]
             if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
                 continue
-            if txq[DVQ_NUM_FREE] or not KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT:
+            if ep[EP_BLOCKED]:
+                blocked = True  # what has been received waits in the ring
+                wait_ms = _BLOCKED_MS if wait_ms < 0 else min(wait_ms, _BLOCKED_MS)
+            elif txq[DVQ_NUM_FREE] or not KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT:
                 again |= ring.enable_calls(mem, rxq)
                 n = add_pollfd(pollfds, n, notify[2 * q, 1], POLLIN, 2 * q)
             if txq[DVQ_NUM_FREE] == 0:
@@ -391,6 +403,7 @@ def drive(
         if not again:
             ctl[CTL_SLEEPS] += 1
             woken = poll(pollfds[0], n, wait_ms)
+            python |= blocked
             if woken < 0 and woken != -EINTR and woken != -EAGAIN:
                 return LOOP_CONTROL, moved
             if woken == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from scapy.utils import wrpcap
 from tests.by_hand import no_descriptor_leaks, scaled, wait_for
 from tests.endpoints.joined import guest_of, receive_all, send_all
 from vnetdp.bench.netns import NetnsPair
+from vnetdp.device import NetDevice
+from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import (
@@ -204,6 +207,46 @@ def test_a_wire_that_never_takes_a_frame_fills_up_and_loses_none() -> None:
         assert fault.inner.counters()["to_wire"] == fault.errors == 0
 
 
+class Watched(FaultEndpoint):
+    """Counts how often it is served."""
+
+    served = 0
+
+    def service(self) -> None:
+        self.served += 1
+        super().service()
+
+    def rests(self, seconds: float) -> bool:
+        """Return whether it is served no more often than somebody who looks each ms would."""
+        began, before = time.monotonic(), self.served
+        time.sleep(seconds)
+        return self.served - before < 1000 * (time.monotonic() - began) * 1.5 + 10
+
+
+@pytest.mark.parametrize("side", ["device", "guest"])
+def test_a_full_line_is_waited_for_and_not_spun_on(side: str) -> None:
+    with GenerateEndpoint() as source, Watched(NullEndpoint(), delay_ms=3000) as fault:
+        ends = (fault, source) if side == "device" else (source, fault)
+        with guest_of(*ends):
+            wait_for(lambda: fault.rows[0, lay.EP_OUT_COUNT] == 64, "the line is full, and the slots before it")
+            assert fault.rests(0.3)
+            wait_for(lambda: fault.inner.counters()["to_wire"] > 5000, "it goes on once the first are due")
+
+
+def test_a_step_ends_while_a_line_is_full() -> None:
+    with (
+        GenerateEndpoint() as guest,
+        FaultEndpoint(NullEndpoint(), delay_ms=60_000) as fault,
+        memory_for() as memory,
+        NetDevice(memory, fault, threaded=False) as device,
+        Driver(device, memory, guest) as driver,
+    ):
+        while driver.step(256) + device.step(256):
+            pass
+        assert fault._to_wire[0].full
+        assert fault.rows[0, lay.EP_OUT_COUNT] == 64
+
+
 def test_a_delayed_frame_is_under_way() -> None:
     with FaultEndpoint(EchoEndpoint(), delay_ms=60_000) as fault, guest_of(fault) as driver:
         send_all(driver, [frame(1)])
@@ -267,6 +310,34 @@ def test_a_tap_behind_it(spaces: NetnsPair) -> None:
             spaces.ip("b", "address add 10.9.9.2/24 dev right")
             spaces.run("a", ["ping", "-c", "5", "-i", "0.05", "-w", "20", "10.9.9.2"])
             assert fault.counters()["to_wire"] >= 5
+
+
+def test_a_tap_that_is_deleted_behind_it(spaces: NetnsPair) -> None:
+    tap = TapEndpoint("left", netns=spaces.names["a"])
+    with Watched(tap, drop=0.01) as fault, guest_of(fault) as driver:
+        spaces.ip("a", "link delete left")
+        wait_for(lambda: bool(tap.rows[0, lay.EP_GONE]), "it is noticed")
+        assert fault.rests(0.3)
+        send_all(driver, [frame(n) for n in range(50)])
+        wait_for(lambda: tap.counters()["dropped_error"] >= 50 - fault.struck["drop"], "all were refused")
+        assert fault.counters()["dropped_error"] == tap.counters()["dropped_error"]
+
+
+def test_a_queue_is_put_to_rest_behind_it_and_woken(spaces: NetnsPair) -> None:
+    tap = TapEndpoint("left", 2, spaces.names["a"])
+    with Watched(tap) as fault, guest_of(fault) as driver:
+        device = driver.device
+        assert isinstance(device, NetDevice)
+        device.set_control(curr_queue_pairs=1)
+        assert "numdisabled 1" in spaces.ip("a", "-details link show dev left")
+        tap.rows[1, lay.EP_GONE] = 1  # as once its descriptor was looked at meanwhile
+        fault._alarms[1].ring()
+        wait_for(lambda: not fault._alarms[1]._watched, "it is watched no more")
+        assert fault.rests(0.3)
+        device.set_control(curr_queue_pairs=2)
+        wait_for(lambda: fault._alarms[1]._watched, "it is watched again")
+        assert not tap.rows[1, lay.EP_GONE]
+        assert "numdisabled 0" in spaces.ip("a", "-details link show dev left")
 
 
 # --- what cannot be ---

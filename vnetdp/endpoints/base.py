@@ -114,7 +114,8 @@ class Endpoint:
             return
         for queue, row in enumerate(self.rows):
             n = int(row[layout.EP_OUT_COUNT])
-            if n and self.takes_frames(queue):
+            row[layout.EP_BLOCKED] = n > 0 and not self.takes_frames(queue)
+            if n and not row[layout.EP_BLOCKED]:
                 frames = [
                     self.out_frames[queue, slot * layout.FRAME_SLOT :][: self.out_lengths[queue, slot]].tobytes()
                     for slot in range(n)

@@ -141,7 +141,10 @@ class FaultEndpoint(Endpoint):
             self._send_on(queue)
         super().service()
         for queue, alarm in enumerate(self._alarms):
-            alarm.set(self._next_ns(queue), not self._from_wire[queue].full)
+            inner = self.inner.rows[queue]
+            if alarm.broke:
+                inner[layout.EP_GONE] = 1
+            alarm.set(self._next_ns(queue), not self._from_wire[queue].full and not inner[layout.EP_GONE])
         waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
         self._ended = self.inner.finished and not waiting and not self.rows[:, layout.EP_COUNT].any()
 
@@ -264,6 +267,10 @@ class FaultEndpoint(Endpoint):
     def set_offloads(self, mask: int) -> None:
         self.inner.set_offloads(mask)
 
+    def set_queue_active(self, queue: int, active: bool) -> None:
+        self.inner.set_queue_active(queue, active)
+        self._alarms[queue].ring()  # whether it is to be watched is looked at in `service`
+
     @property
     def mtu(self) -> int | None:
         return self.inner.mtu
@@ -285,8 +292,10 @@ class FaultEndpoint(Endpoint):
         return self._ended and not self.rows[:, layout.EP_HELD].any()
 
     def counters(self) -> dict[str, int]:
-        """Return the counters of an endpoint, and how often each fault struck."""
-        return super().counters() | {f"fault_{name}": n for name, n in self.struck.items()}
+        """Return the counters of an endpoint, what *inner* lost among them, and how often each fault struck."""
+        own, inner = super().counters(), self.inner.counters()
+        lost = {key: n + inner[key] for key, n in own.items() if key.startswith("dropped_") or key == "errors"}
+        return own | lost | {f"fault_{name}": n for name, n in self.struck.items()}
 
     def close(self) -> None:
         for alarm in self._alarms:
@@ -318,13 +327,25 @@ class _Alarm:
     def set(self, at_ns: int, watch: bool) -> None:
         """Ring at *at_ns* (CLOCK_MONOTONIC; _NEVER = not); if *watch*, also when the other is readable."""
         if watch != self._watched and self._fd >= 0:
-            self._poll.modify(self._fd, select.EPOLLIN if watch else 0)
+            if watch:
+                self._poll.register(self._fd, select.EPOLLIN)
+            else:
+                self._poll.unregister(self._fd)  # an error would be reported whatever it is asked for
             self._watched = watch
         if at_ns != self._at:
             # struct itimerspec: interval, value. Setting it also makes the descriptor unreadable until then.
             when = (ctypes.c_long * 4)(0, 0, *divmod(at_ns, 1_000_000_000))
             _libc.timerfd_settime(self._timer, _TFD_TIMER_ABSTIME, when, None)
             self._at = at_ns
+
+    def ring(self) -> None:
+        """Ring now."""
+        self.set(_NOW, self._watched)
+
+    @property
+    def broke(self) -> bool:
+        """True if the other descriptor reports an error, as that of a TAP that was deleted does for good."""
+        return any(events & (select.EPOLLERR | select.EPOLLHUP) for _, events in self._poll.poll(0))
 
     def close(self) -> None:
         self._poll.close()
