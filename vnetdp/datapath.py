@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -65,18 +65,20 @@ class Datapath:
 
     def __init__(self, pairs: int, block_fd: int | None = None) -> None:
         self.pairs = pairs
-        self.block = SharedBlock(2 * pairs * layout.VQ_SLOTS * 8 + layout.PAGE_SIZE, block_fd)
+        with ExitStack() as made:
+            self.block = SharedBlock(2 * pairs * layout.VQ_SLOTS * 8 + layout.PAGE_SIZE, block_fd)
+            made.callback(self.block.close)
+            self._own_endpoint = self.endpoint = made.enter_context(Endpoint(pairs))
+            self.bell = EventFd()
+            made.pop_all()
         self.vqs: Words = self.block.carve(np.int64, 2 * pairs, layout.VQ_SLOTS)
         self.ctl: Words = self.block.carve(np.int64, layout.CTL_SLOTS)
         self.memory: GuestMemory | None = None
         self.log: DirtyLog | None = None
         self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
         self.translated: list[GuestMemory | None] = [None] * (2 * pairs)  # by which table a ring's offsets are
-        self.endpoint: Endpoint = Endpoint(pairs)
         self.notify: Words = np.full((2 * pairs, 2), -1, np.int64)
-        self.bell = EventFd()
         self._scratch = Scratch(pairs)
-        self._own_endpoint = self.endpoint
         if block_fd is None:
             for slot in _UNSET:
                 self.vqs[:, slot] = -1

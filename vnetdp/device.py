@@ -12,7 +12,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, Self
@@ -104,10 +104,22 @@ class NetDevice:
         self.log: DirtyLog | None = None
         self.use_vhost = vhost is not None
         self.last_error: Exception | None = None
-        self.notifiers = notifiers or Notifiers(queue_pairs)
+        self._userspace_worker: Worker | None = None
+        self._stepped: Datapath | None = None
+        with ExitStack() as made:
+            self.notifiers = notifiers or Notifiers(queue_pairs)
+            made.callback(self.notifiers.close)
+            self.config_call = made.enter_context(EventFd())
+            if threaded:
+                gone = partial(self._restart, Owner.USERSPACE)
+                self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", self.check_rings, gone)
+                userspace: Sequence[Backend] = self._userspace_worker.backends
+            else:
+                self._stepped = Datapath(queue_pairs)
+                userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
+            made.pop_all()
         self.kicks = self.notifiers.kicks
         self.calls = self.notifiers.calls
-        self.config_call = EventFd()
         self.queues = [Virtqueue(num=min(256, max_num)) for _ in range(VRINGS * queue_pairs)]
         self._lock = threading.RLock()
         # Of what a worker's thread changes too, `_status` and `_broken`: that thread can't wait for _lock, whose holder
@@ -119,15 +131,6 @@ class NetDevice:
         self._running = running
         self._driver_features = 0
         self._offered = self._can_offer() if offered is None else f.closure(offered & self._can_offer())
-        self._userspace_worker: Worker | None = None
-        self._stepped: Datapath | None = None
-        if threaded:
-            gone = partial(self._restart, Owner.USERSPACE)
-            self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", self.check_rings, gone)
-            userspace: Sequence[Backend] = self._userspace_worker.backends
-        else:
-            self._stepped = Datapath(queue_pairs)
-            userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
         self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings)
 
     def _can_offer(self) -> int:

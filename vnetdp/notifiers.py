@@ -24,8 +24,10 @@ class Notifiers:
 
     def __init__(self, queue_pairs: int) -> None:
         self.queue_pairs = queue_pairs
-        self.kicks = [EventFd() for _ in range(2 * queue_pairs)]
-        self.calls = [EventFd() for _ in range(2 * queue_pairs)]
+        with ExitStack() as made:
+            self.kicks = [made.enter_context(EventFd()) for _ in range(2 * queue_pairs)]
+            self.calls = [made.enter_context(EventFd()) for _ in range(2 * queue_pairs)]
+            made.pop_all()
         self.grabs = 0
         self.host = 0
         self.guest = 0

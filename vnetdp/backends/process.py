@@ -136,13 +136,16 @@ class WorkerProcess:
         self.on_broken: Callable[[], None] | None = None
         self.on_gone: Callable[[], None] | None = None
         self.memory: GuestMemory | None = None  # the table that the child has
-        self.datapath = Datapath(pairs)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._sock = ours
-        self._events, events = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
-        with theirs, events:
-            passed = (theirs.fileno(), events.fileno(), self.datapath.block.fd)
+        with ExitStack() as made, ExitStack() as childs:
+            self.datapath = Datapath(pairs)
+            made.callback(self.datapath.close)
+            pairs_of_sockets = []
+            for _ in range(2):
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                pairs_of_sockets.append((made.enter_context(ours), childs.enter_context(theirs)))
+            (self._sock, verbs), (self._events, events) = pairs_of_sockets
+            passed = (verbs.fileno(), events.fileno(), self.datapath.block.fd)
             code = f"from vnetdp.backends.process import main; main({passed}, {pairs}, {poll_us})"
             path = os.pathsep.join(filter(None, sys.path))
             # In a session of its own: ^C at a terminal is for us, and the child ends with us.
@@ -152,6 +155,7 @@ class WorkerProcess:
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
             )
+            made.pop_all()
         self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
         self._watch.start()
         self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]

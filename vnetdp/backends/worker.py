@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from ..datapath import Datapath, Paced
 from ..endpoints.base import Endpoint
@@ -32,8 +32,11 @@ class Worker:
         on_broken: Callable[[], None] | None = None,
         on_gone: Callable[[], None] | None = None,
     ) -> None:
-        self.datapath = Datapath(pairs)
-        self.paced = Paced(self.datapath, name, poll_us, on_broken, on_gone)
+        with ExitStack() as made:
+            self.datapath = Datapath(pairs)
+            made.callback(self.datapath.close)
+            self.paced = Paced(self.datapath, name, poll_us, on_broken, on_gone)
+            made.pop_all()
         self.backends = [WorkerBackend(self.paced, self.datapath, pair) for pair in range(pairs)]
 
     @property

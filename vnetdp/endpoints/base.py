@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
 import numpy as np
@@ -52,7 +52,13 @@ class Endpoint:
         words = queues * (layout.EP_SLOTS + layout.LEDGER_SLOTS + 2 * slots)
         frames = queues * (layout.FRAME_SLOT * (1 + 2 * slots) + layout.LEDGER_WINDOW)
         self.queues = queues
-        self.block = SharedBlock(8 * words + frames + 8 * layout.PAGE_SIZE, block_fd)
+        with ExitStack() as made:
+            self.block = SharedBlock(8 * words + frames + 8 * layout.PAGE_SIZE, block_fd)
+            made.callback(self.block.close)
+            # The kernel keeps claims for each open file, and gives them up with it: so the block, whose descriptor may be
+            # a copy, is opened anew.
+            self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
+            made.pop_all()
         self.rows: Words = self.block.carve(np.int64, queues, layout.EP_SLOTS)
         self.ledger: Words = self.block.carve(np.int64, queues, layout.LEDGER_SLOTS)
         self.in_lengths: Words = self.block.carve(np.int64, queues, slots)
@@ -66,9 +72,6 @@ class Endpoint:
             self.rows[:, layout.EP_KIND] = self.kind
             self.rows[:, layout.EP_FLOW] = np.arange(queues)
             self.rows[:, layout.EP_LIMIT] = -1
-        # The kernel keeps claims for each open file, and gives them up with it: so the block, whose descriptor may be a
-        # copy, is opened anew.
-        self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
         self.polls_stopped = 0

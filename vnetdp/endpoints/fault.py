@@ -14,6 +14,7 @@ import select
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +121,14 @@ class FaultEndpoint(Endpoint):
         seed: int = 0,
     ) -> None:
         self.faults = Faults(drop, corrupt, eio, eagain, delay_ms, seed)
-        super().__init__(inner.queues)
+        with ExitStack() as made:
+            super().__init__(inner.queues)
+            made.callback(super().close)
+            self._alarms: list[_Alarm] = []
+            for fd in inner.fds:
+                self._alarms.append(_Alarm(int(fd)))
+                made.callback(self._alarms[-1].close)
+            made.pop_all()
         self.inner = inner
         self.name = f"fault:{inner.name}"
         self.vnet_hdr = inner.vnet_hdr
@@ -131,7 +139,6 @@ class FaultEndpoint(Endpoint):
         self._iov: Words = np.zeros((1, layout.IOV_SLOTS), np.int64)
         self._scratch: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
         self._ended = False
-        self._alarms = [_Alarm(int(fd)) for fd in inner.fds]
         self.fds[:] = np.array([alarm.fileno() for alarm in self._alarms])
 
     # --- frames, to the inner endpoint and from it ---
@@ -316,10 +323,13 @@ class _Alarm:
         self._fd = fd
         self._watched = fd >= 0
         self._at = _NEVER
-        self._poll = select.epoll()
-        self._poll.register(self._timer, select.EPOLLIN)
-        if fd >= 0:
-            self._poll.register(fd, select.EPOLLIN)
+        with ExitStack() as made:
+            made.callback(os.close, self._timer)
+            self._poll = made.enter_context(select.epoll())
+            self._poll.register(self._timer, select.EPOLLIN)
+            if fd >= 0:
+                self._poll.register(fd, select.EPOLLIN)
+            made.pop_all()
 
     def fileno(self) -> int:
         return self._poll.fileno()

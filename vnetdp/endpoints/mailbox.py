@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -26,14 +27,17 @@ class MailboxEndpoint(Endpoint):
     name = "mailbox"
 
     def __init__(self, queues: int = 1, limit: int = 4096) -> None:
-        super().__init__(queues)
+        with ExitStack() as made:
+            super().__init__(queues)
+            made.callback(super().close)
+            self.ready = made.enter_context(EventFd())
+            self._wake = [made.enter_context(EventFd()) for _ in range(queues)]
+            made.pop_all()
         self.limit = limit
         self.dropped = 0
-        self.ready = EventFd()
         self._lock = threading.Lock()
         self._to_ring: list[deque[bytes]] = [deque() for _ in range(queues)]
         self._from_ring: deque[bytes] = deque()
-        self._wake = [EventFd() for _ in range(queues)]
         self.fds[:] = np.array([event.fd for event in self._wake])
 
     def put(self, frame: bytes, header: bytes = _NO_HEADER, queue: int = 0) -> bool:

@@ -10,7 +10,7 @@ import struct
 import time
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,11 @@ class PcapEndpoint(Endpoint):
         self._next: bytes | None = None  # one frame ahead of the ring
         self._read = 0
         self._gone = False  # the kernels have taken every frame
-        super().__init__(queues)
-        self._wake = EventFd()
+        with ExitStack() as made:
+            super().__init__(queues)
+            made.callback(super().close)
+            self._wake = EventFd()
+            made.pop_all()
         self.fds[0] = self._wake.fd
         try:
             if source is not None:

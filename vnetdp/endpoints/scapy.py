@@ -10,6 +10,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from scapy.layers import inet, inet6  # what lies in a frame is parsed only once its layers are known
@@ -113,10 +114,12 @@ class VnetdpSocket(SuperSocket):
         self._port = port
         self._received: deque[bytes] = deque()
         port_fd = port.fileno()
-        self._more = EventFd()  # readable while frames lie in _received
-        self._poll = select.epoll()
-        self._poll.register(port_fd, select.EPOLLIN)
-        self._poll.register(self._more.fd, select.EPOLLIN)
+        with ExitStack() as made:
+            self._more = made.enter_context(EventFd())  # readable while frames lie in _received
+            self._poll = made.enter_context(select.epoll())
+            self._poll.register(port_fd, select.EPOLLIN)
+            self._poll.register(self._more.fd, select.EPOLLIN)
+            made.pop_all()
         self.closed = False
 
     def fileno(self) -> int:
