@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytun
 
 from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.endpoints.joined import guest_of
@@ -75,6 +78,30 @@ def test_one_that_persists_is_attached_to_and_left(spaces: NetnsPair) -> None:
     with TapEndpoint("vtap", netns=spaces.names["a"]):
         assert "UP" not in interface(spaces, "vtap")["flags"], "an interface of the user's is left as it is"
     assert spaces.has_interface("a", "vtap")
+
+
+@pytest.mark.parametrize("header_len", [10, 20])
+def test_one_that_persists_is_left_as_it_was(spaces: NetnsPair, header_len: int) -> None:
+    spaces.add_tap("a", "vtap")
+    spaces.ip("a", "link set dev vtap mtu 1400")
+
+    def header(wanted: int | None = None) -> int:
+        device = pytun.TunTapDevice("vtap", pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR)
+        try:
+            if wanted is not None:
+                fcntl.ioctl(device.fileno(), 0x400454D8, struct.pack("i", wanted))  # TUNSETVNETHDRSZ
+            found: int = struct.unpack("i", fcntl.ioctl(device.fileno(), 0x800454D7, bytes(4)))[0]  # TUNGETVNETHDRSZ
+            return found
+        finally:
+            device.close()
+
+    assert run_in(spaces.names["a"], lambda: header(header_len)) == header_len
+    with TapEndpoint("vtap", netns=spaces.names["a"]) as tap:
+        tap.set_mtu(9000)
+        tap.set_mtu(1300)
+        assert interface(spaces, "vtap")["mtu"] == 1300
+    assert run_in(spaces.names["a"], header) == header_len
+    assert interface(spaces, "vtap")["mtu"] == 1400
 
 
 def test_one_queue_of_an_interface_with_several(spaces: NetnsPair) -> None:

@@ -31,6 +31,7 @@ _NAME_LEN: Final = 15  # IFNAMSIZ - 1
 
 # linux/if_tun.h
 _TUNSETOFFLOAD: Final = 0x400454D0  # the mask itself is the argument, not its address
+_TUNGETVNETHDRSZ: Final = 0x800454D7
 _TUNSETVNETHDRSZ: Final = 0x400454D8
 
 
@@ -38,7 +39,8 @@ class TapEndpoint(Endpoint):
     """TAP *name*, attached to if it exists, else created and set up; addresses are the user's to give.
 
     netns: the namespace it is in, by name or path; None = ours. A TAP that exists may belong to a user, who
-    then needs no rights beyond that. One created here goes away on `close`, unless *persist*.
+    then needs no rights beyond that. One created here goes away on `close`, unless *persist*; one that stays is left with
+    the MTU, and the length of virtio_net_hdr, that it was found with.
     """
 
     kind = layout.KIND_TAP
@@ -54,6 +56,8 @@ class TapEndpoint(Endpoint):
         self.name = f"tap:{name}"
         self.netns = netns
         self._devices: list[pytun.TunTapDevice] = []
+        self._found_header_len = 0  # 0: as it was found
+        self._found_mtu = 0
         try:
             self._inside(lambda: self._open(name, persist))
         except BaseException:
@@ -83,7 +87,9 @@ class TapEndpoint(Endpoint):
                 os.set_inheritable(fd, False)
                 os.set_blocking(fd, False)
                 self.fds[len(self._devices) - 1] = fd
-            fcntl.ioctl(self._devices[0].fileno(), _TUNSETVNETHDRSZ, struct.pack("i", layout.NET_HDR_LEN))
+            found = fcntl.ioctl(self._devices[0].fileno(), _TUNGETVNETHDRSZ, bytes(4))
+            self._set_header_len(layout.NET_HDR_LEN)
+            (self._found_header_len,) = struct.unpack("i", found)
             self.set_offloads(0)
             if persist:
                 self._devices[0].persist(True)
@@ -91,6 +97,9 @@ class TapEndpoint(Endpoint):
                 self._devices[0].up()
         except OSError as e:
             raise EndpointError(f"{self.name}: {_advice(name, self.queues, e)}") from e
+
+    def _set_header_len(self, length: int) -> None:
+        fcntl.ioctl(self._devices[0].fileno(), _TUNSETVNETHDRSZ, struct.pack("i", length))
 
     def set_offloads(self, mask: int) -> None:
         """Have the kernel leave to us what *mask* (layout.OFFLOAD_*) says, in frames that it sends."""
@@ -126,8 +135,10 @@ class TapEndpoint(Endpoint):
         """Give the interface that MTU, unless it has it."""
 
         def change() -> None:
-            if self._devices[0].mtu != mtu:
+            before = int(self._devices[0].mtu)
+            if before != mtu:
                 self._devices[0].mtu = mtu
+                self._found_mtu = self._found_mtu or before
 
         try:
             self._inside(change)
@@ -144,10 +155,14 @@ class TapEndpoint(Endpoint):
 
     def close(self) -> None:
         if self._devices:
-            # One that persists is left as the next program expects it: without frames longer than its MTU.
+            # One that persists is left as the next program expects it: as it was, and without frames longer than its MTU.
             # One that somebody deleted has nothing to be reset.
-            with suppress(EndpointError):
+            with suppress(EndpointError, OSError):
                 self.set_offloads(0)
+                if self._found_header_len:
+                    self._set_header_len(self._found_header_len)
+                if self._found_mtu:
+                    self.set_mtu(self._found_mtu)
         for device in self._devices:
             device.close()
         self._devices = []
