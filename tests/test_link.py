@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from tests.by_hand import wait_for
+from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.link import Link
 
@@ -27,3 +31,25 @@ def test_a_thread_that_ended_is_an_error(side: str, says: str, monkeypatch: pyte
         monkeypatch.setattr(end, "service", _fails)
         end.put(bytes(60))
         wait_for(lambda: link.report()["errors"] == [says], says)
+
+
+def test_frames_on_their_way_are_waited_for_however_slow_a_thread_is() -> None:
+    with GenerateEndpoint() as left, GenerateEndpoint() as right, Link(left, right) as link:
+        wait_for(lambda: right.counters()["to_wire"] > 1000, "traffic")
+        assert link.driver._thread is not None
+        with link.driver._thread.paused():
+            wait_for(lambda: link.report()["ledger"]["lost"] > 0, "frames are on their way")
+            drain = threading.Thread(target=link.drain)
+            drain.start()
+            time.sleep(0.3)  # as a machine that is busy with something else does
+            assert drain.is_alive()
+        drain.join()
+        ledger = link.report()["ledger"]
+        assert ledger["sent"] == ledger["delivered"] > 0
+
+
+def test_what_comes_from_elsewhere_is_not_waited_for() -> None:
+    with MailboxEndpoint() as left, MailboxEndpoint() as right, Link(left, right) as link:
+        began = time.monotonic()
+        link.drain()
+        assert time.monotonic() - began < 0.2
