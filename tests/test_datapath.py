@@ -86,6 +86,18 @@ def test_the_bell_ends_a_wait(bench: Bench) -> None:
     assert bench.datapath.run(-1, 10, 1) == (lay.LOOP_IDLE, 0)
 
 
+def test_whoever_never_sleeps_takes_back_that_a_ring_just_bound_asks_for_kicks(bench: Bench) -> None:
+    assert (bench.receiveq.used_flags, bench.transmitq.used_flags) == (0, 0)
+    bench.datapath.run()
+    assert (bench.receiveq.used_flags, bench.transmitq.used_flags) == (0, 0), (
+        "one that is stepped is kicked to be stepped"
+    )
+    bench.datapath.ctl[lay.CTL_DOORBELL] = 1
+    assert bench.datapath.run(-1, -1, -1) == (lay.LOOP_CONTROL, 0)
+    no_notify = lay.VIRTQ_USED_F_NO_NOTIFY
+    assert (bench.receiveq.used_flags, bench.transmitq.used_flags) == (no_notify, no_notify)
+
+
 def test_a_broken_queue_ends_it_once(bench: Bench) -> None:
     bench.transmitq.send(0, frame(0))
     bench.transmitq.put_desc(1, 0, 0)

@@ -130,6 +130,11 @@ def serve(
     moved = 0
     waited = 0
     idle_since = 0
+    if poll_us:
+        # A ring just bound asks for kicks, and whoever never sleeps would never take that back.
+        for q in range(2 * n_pairs):
+            if vqs[q, VQ_BOUND]:
+                ring.disable_kicks(mem, vqs[q], log)
     while True:
         before = moved
         python = False
