@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -169,3 +171,14 @@ def test_an_index_that_is_not_told_is_used_idx(bed: Bed) -> None:
     vhost_net.stop(bed.backends, bed.rings)
     assert bed.rings.queues[1].last_avail_idx == (BASE + 5) & 0xFFFF
     assert bed.bound == [0] * 2 * PAIRS
+
+
+def test_what_was_told_last_is_kept_so_that_nothing_new_can_pass_for_it(bed: Bed) -> None:
+    prepared = vhost_net.Prepared()
+    with GuestMemory(bed.memory.regions) as memory:
+        rings = replace(bed.rings, memory=memory)
+        vhost_net.configure([], rings, prepared)
+        known = weakref.ref(memory)
+    del memory, rings
+    gc.collect()
+    assert known() is not None

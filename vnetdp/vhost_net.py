@@ -55,7 +55,7 @@ class Prepared:
 
     mtu: int | None = None
     features: int | None = None
-    memory: tuple[int, int] | None = None  # which table, and which log
+    memory: tuple[GuestMemory, DirtyLog | None] | None = None
     vrings: dict[int, tuple[object, ...]] = field(default_factory=dict)  # by queue: all but its base
     bases: dict[int, int] = field(default_factory=dict)
     failed_ns: int = 0  # when binding failed, CLOCK_MONOTONIC
@@ -131,7 +131,7 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
 
     None of their rings may be bound. On BackendError forget *prepared*: nothing is bound, so there is nothing to undo.
     """
-    memory = id(rings.memory), id(rings.log)
+    memory = rings.memory, rings.log
     new_mtu = rings.mtu is not None and prepared.mtu != rings.mtu
     new_features = prepared.features != rings.features
     new_memory = prepared.memory != memory
