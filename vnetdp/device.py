@@ -35,12 +35,12 @@ from .state import (
     MAX_QUEUE_PAIRS,
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_CONFIG_S_NEEDS_RESET,
     VIRTIO_NET_S_LINK_UP,
     Control,
     DeviceState,
     StateDelta,
 )
+from .trouble import Trouble
 from .virtqueue import Virtqueue, check_num
 
 _log = logging.getLogger("vnetdp.device")
@@ -122,12 +122,7 @@ class NetDevice:
         self.calls = self.notifiers.calls
         self.queues = [Virtqueue(num=min(256, max_num)) for _ in range(VRINGS * queue_pairs)]
         self._lock = threading.RLock()
-        # Of what a worker's thread changes too, `_status` and `_broken`: that thread can't wait for _lock, whose holder
-        # may be waiting for it to stand still.
-        self._trouble = threading.RLock()
-        self._broken: dict[int, int] = {}  # the layout.E_* of each queue that broke, until it is reset
-        self._halted = False  # no ring may run before a reset
-        self._status = 0
+        self._trouble = Trouble(self._notify_config)
         self._running = running
         self._driver_features = 0
         self._offered = self._can_offer() if offered is None else f.closure(offered & self._can_offer())
@@ -146,7 +141,7 @@ class NetDevice:
     @property
     def status(self) -> int:
         """The device status field (2.1)."""
-        return self._status
+        return self._trouble.status
 
     @property
     def device_features(self) -> int:
@@ -159,7 +154,7 @@ class NetDevice:
     def set_driver_features(self, features: int) -> None:
         """Take the driver's choice; whether it stands shows in FEATURES_OK (3.1.1)."""
         with self._lock:
-            if self._status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK):
+            if self.status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK):
                 raise ConfigError("features can't change after FEATURES_OK: reset the device first")
             self._driver_features = features
 
@@ -171,7 +166,7 @@ class NetDevice:
                 return
             # A legacy driver goes to DRIVER_OK without FEATURES_OK; nothing runs with features that were not agreed on.
             agreed = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
-            if status & agreed and not self._status & agreed:
+            if status & agreed and not self.status & agreed:
                 wanted = self._driver_features
                 if wanted & ~self._offered or f.missing_dependency(wanted):
                     status &= ~agreed
@@ -179,8 +174,7 @@ class NetDevice:
                     self.control = replace(self.control, guest_offloads=f.guest_offload_mask(wanted))
                 else:
                     status &= ~agreed
-            with self._trouble:
-                self._status = status | self._status & VIRTIO_CONFIG_S_NEEDS_RESET
+            self._trouble.write_status(status)
             self._update_owner()
 
     def set_queue(self, index: int, num: int, desc: int, avail: int, used: int) -> None:
@@ -230,9 +224,9 @@ class NetDevice:
                     vhost_net.stop_vring(backends[pair], self.rings(), pair, vring)
                 except UnbindError as e:
                     self._restart_after(e)
-            with self._trouble:
+            with self._trouble.lock:
                 self.queues[index] = Virtqueue(num=min(256, self.max_num))
-                self._broken.pop(index, None)
+                self._trouble.broken.pop(index, None)
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Read the configuration space (5.1.4): mac, status, max_virtqueue_pairs, mtu."""
@@ -365,7 +359,7 @@ class NetDevice:
         features = self._driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
         mtu = self.control.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
         return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu,
-                               self._broken)  # fmt: skip
+                               self._trouble.broken)  # fmt: skip
 
     def _backends(self) -> Sequence[Backend] | None:
         return self.owners.backends
@@ -376,7 +370,7 @@ class NetDevice:
 
         NEEDS_RESET does not say otherwise: it may be one queue that broke, and the others go on.
         """
-        return bool(self._status & VIRTIO_CONFIG_S_DRIVER_OK and not self._halted and self.control.link_up)
+        return self._trouble.driver_ok and not self._trouble.halted and self.control.link_up
 
     def _update_owner(self) -> None:
         """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace.
@@ -392,7 +386,7 @@ class NetDevice:
             and not self._hand_to(Owner.USERSPACE)
             and not self.owners.withheld
         ):
-            self._halt()
+            self._trouble.halt()
 
     def _hand_to(self, owner: Owner) -> bool:
         done = self.owners.hand_to(owner, self.rings())
@@ -405,7 +399,7 @@ class NetDevice:
     def save_state(self) -> DeviceState:
         """Return all that another device needs to go on. Indices are exact while nobody owns the rings."""
         with self._lock:
-            return DeviceState(self._status, self._driver_features, self.control, self.queues).copy()
+            return DeviceState(self.status, self._driver_features, self.control, self.queues).copy()
 
     def load_state(self, state: DeviceState) -> None:
         """Take over the state of another device; only while the machine does not run. ConfigError if it can't be."""
@@ -441,11 +435,11 @@ class NetDevice:
                 queues[index] = replace(queues[index], last_avail_idx=base)
             self._take_control(control)  # the last that can fail
             self._driver_features = features
-            with self._trouble:
+            with self._trouble.lock:
                 if "status" in delta.registers:
-                    self._status, self._halted = delta.registers["status"], False
+                    self._trouble.status, self._trouble.halted = delta.registers["status"], False
                 for index in delta.queues:
-                    self._broken.pop(index, None)
+                    self._trouble.broken.pop(index, None)
                 self.queues[:] = queues
             self._notify_config()  # a notification that is pending over there is not sent: one too many does no harm
 
@@ -474,7 +468,7 @@ class NetDevice:
     def mark_broken(self) -> None:
         """Have the device say NEEDS_RESET, and no ring run: what came in with a migration can't be."""
         with self._lock:
-            self._halt()
+            self._trouble.halt()
             self._update_owner()
 
     def abandon_vhost(self) -> None:
@@ -492,10 +486,8 @@ class NetDevice:
     def _reset(self) -> None:
         self._hand_to(Owner.NOBODY)
         self.owners.abandon()
-        with self._trouble:
-            self._status = 0
-            self._halted = False
-            self._broken.clear()
+        with self._trouble.lock:
+            self._trouble.reset()
             self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
         self._driver_features = 0
         self.endpoint.rows[:, layout.EP_HELD] = 0
@@ -525,37 +517,19 @@ class NetDevice:
 
     def check_rings(self) -> None:
         """Look for queues that broke; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke."""
-        with self._trouble:
-            for pair, backend in enumerate(self._backends() or ()):
-                for vring in range(VRINGS):
-                    n = VRINGS * pair + vring
-                    status = backend.status(vring)
-                    # One that was reset is not broken, whatever its backend remembers.
-                    if status and self.queues[n].enabled and n not in self._broken:
-                        self._broken[n] = status
-                        self.last_error = GuestError(n, status)
-                        _log.warning("%s; the queue is stopped until the driver resets it", self.last_error)
-                        self._needs_reset()
+        with self._trouble.lock:
+            error = self._trouble.look(self._backends() or (), self.queues)
+            if error is not None:
+                self.last_error = error
+                self._trouble.needs_reset()
 
     def ring_errors(self) -> list[GuestError]:
         """Return what broke which queue, and was not reset since."""
         self.check_rings()
-        with self._trouble:
-            return [GuestError(n, status) for n, status in sorted(self._broken.items())]
-
-    def _halt(self) -> None:
-        """Give no ring an owner before the driver has reset the device."""
-        self._halted = True
-        self._needs_reset()
-
-    def _needs_reset(self) -> None:
-        with self._trouble:
-            if not self._status & VIRTIO_CONFIG_S_NEEDS_RESET:
-                self._status |= VIRTIO_CONFIG_S_NEEDS_RESET
-                self._notify_config()
+        return self._trouble.errors()
 
     def _notify_config(self) -> None:
-        if self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+        if self._trouble.driver_ok:
             self.config_call.signal()
 
     # --- running it by hand ---

@@ -1,0 +1,73 @@
+"""Trouble: a device's status field, and the queues that broke: what a worker's thread changes beside the driver."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from .backends.base import VRINGS, Backend
+from .errors import GuestError
+from .state import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
+from .virtqueue import Virtqueue
+
+_log = logging.getLogger("vnetdp.device")
+
+
+class Trouble:
+    """status: as the driver reads it (Virtio 1.2, 2.1). broken: the layout.E_* of each queue that broke, until it is reset.
+    halted: no ring may run before the device is reset.
+
+    `lock` is held for moments only: a worker's thread, which finds what broke, can't wait for the lock of the device, whose
+    holder may be waiting for that thread to stand still. *notify* sends a configuration change notification.
+    """
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self.lock = threading.RLock()
+        self.status = 0
+        self.broken: dict[int, int] = {}
+        self.halted = False
+        self._notify = notify
+
+    @property
+    def driver_ok(self) -> bool:
+        return bool(self.status & VIRTIO_CONFIG_S_DRIVER_OK)
+
+    def write_status(self, status: int) -> None:
+        """Take what the driver wrote: only a reset takes NEEDS_RESET back."""
+        with self.lock:
+            self.status = status | self.status & VIRTIO_CONFIG_S_NEEDS_RESET
+
+    def look(self, backends: Sequence[Backend], queues: Sequence[Virtqueue]) -> GuestError | None:
+        """Enter which queues broke since the last look, and return the last of them; hold `lock`."""
+        found = None
+        for n, queue in enumerate(queues[: VRINGS * len(backends)]):
+            status = backends[n // VRINGS].status(n % VRINGS)
+            # One that was reset is not broken, whatever its backend remembers.
+            if status and queue.enabled and n not in self.broken:
+                self.broken[n] = status
+                found = GuestError(n, status)
+                _log.warning("%s; the queue is stopped until the driver resets it", found)
+        return found
+
+    def errors(self) -> list[GuestError]:
+        with self.lock:
+            return [GuestError(n, status) for n, status in sorted(self.broken.items())]
+
+    def needs_reset(self) -> None:
+        """Say so (2.1.2), once."""
+        with self.lock:
+            if not self.status & VIRTIO_CONFIG_S_NEEDS_RESET:
+                self.status |= VIRTIO_CONFIG_S_NEEDS_RESET
+                self._notify()
+
+    def halt(self) -> None:
+        """Have no ring run before a reset."""
+        self.halted = True
+        self.needs_reset()
+
+    def reset(self) -> None:
+        """Forget everything; hold `lock`."""
+        self.status = 0
+        self.broken.clear()
+        self.halted = False
