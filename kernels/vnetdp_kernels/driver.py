@@ -46,9 +46,13 @@ from .layout import (
     DVQ_USED_IDX,
     E_FULL,
     E_NUM_BUFFERS,
+    EP_BYTES_FROM_WIRE,
+    EP_BYTES_TO_WIRE,
     EP_DROP_LONG,
+    EP_FROM_WIRE,
     EP_KIND,
     EP_OUT_COUNT,
+    EP_TO_WIRE,
     IOV_LEN,
     IOV_OFFSET,
     KIND_ECHO,
@@ -134,21 +138,25 @@ def post_receive(mem: Bytes, dvq: Words, state: Words) -> None:
 
 
 @inlined
-def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int, frame_len: int, kind: int) -> bool:
-    """Send a received frame back as *kind* wants it; False if it is too long. A frame without an answer is done with."""
+def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int, frame_len: int, ep: Words) -> None:
+    """Send a received frame back as the endpoint wants it, if it fits; one without an answer is done with."""
     if NET_HDR_LEN + frame_len > tx[DVQ_BUF_LEN]:
-        return False
+        ep[EP_DROP_LONG] += 1
+        return
+    ep[EP_TO_WIRE] += 1
+    ep[EP_BYTES_TO_WIRE] += frame_len
     at = tx[DVQ_BUF_OFFSET] + tx[DVQ_FREE_HEAD] * tx[DVQ_BUF_LEN]
     store_u64_unaligned(mem, at, 0)
     store_u64_unaligned(mem, at + 4, 0)
     linearize(mem, iov, row, n, mem, at + NET_HDR_LEN)
-    if kind == KIND_MACSWAP:
+    if ep[EP_KIND] == KIND_MACSWAP:
         swap_macs(mem, at + NET_HDR_LEN)
-    elif kind == KIND_REFLECT:
+    elif ep[EP_KIND] == KIND_REFLECT:
         frame_len = answer(mem, at + NET_HDR_LEN, frame_len)
     if frame_len:
         _put_frame(mem, tx, tx_state, NET_HDR_LEN + frame_len)
-    return True
+        ep[EP_FROM_WIRE] += 1
+        ep[EP_BYTES_FROM_WIRE] += frame_len
 
 
 @kernel
@@ -218,8 +226,7 @@ def receive(
         if frame_len == 0:
             dvq[DVQ_DROPPED] += 1
         elif answers:
-            if not _answer(mem, tx, tx_state, iov, row, n, frame_len, ep[EP_KIND]):
-                ep[EP_DROP_LONG] += 1
+            _answer(mem, tx, tx_state, iov, row, n, frame_len, ep)
         elif emit(mem, iov, row, n, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
             # A TAP that takes no more: the buffer goes back to the device all the same.
             dvq[DVQ_DROPPED] += 1

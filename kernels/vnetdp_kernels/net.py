@@ -13,6 +13,7 @@ from .jit import inlined, kernel
 from .layout import (
     E_DIRECTION,
     E_TOO_BIG,
+    EP_BYTES_FROM_WIRE,
     EP_BYTES_TO_WIRE,
     EP_DROP_LONG,
     EP_DROP_NO_BUFFER,
@@ -399,6 +400,12 @@ def forward(
                 )
                 if got == 0:
                     break
+            else:
+                # Taken, and not answered.
+                ep[EP_TO_WIRE] += 1
+                ep[EP_BYTES_TO_WIRE] += frame_len
+                txq[VQ_PACKETS] += 1
+                txq[VQ_BYTES] += frame_len
         else:
             extra = 0
             if kind == KIND_MACSWAP:
@@ -436,6 +443,8 @@ def forward(
         rxq[VQ_CHAINS] += used_rx
         ep[EP_TO_WIRE] += frames
         ep[EP_FROM_WIRE] += frames
+        ep[EP_BYTES_TO_WIRE] += size
+        ep[EP_BYTES_FROM_WIRE] += size
     if used_tx:
         ring.publish_used(src_mem, txq, src_log, used_tx)
         txq[VQ_PACKETS] += frames

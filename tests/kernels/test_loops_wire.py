@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.rig import INDIRECT, NEXT, WRITE, Rig, pattern, scaled
 from vnetdp_kernels import layout as lay
+from vnetdp_kernels.atomic import Words
 
 HEADER = bytes(lay.NET_HDR_LEN)
 FRAME = HEADER + pattern(1)
@@ -299,19 +300,25 @@ def test_driver_and_device(
     assert rig.memory.intact()
 
 
+ARP = bytes.fromhex("ffffffffffff 525400123456 0806 0001 0800 06 04 0001 525400123456 0a000002 000000000000 0a000001")
+
+
+def counted(row: Words) -> list[int]:
+    """Return frames and bytes to the wire, then those from it."""
+    slots = (lay.EP_TO_WIRE, lay.EP_BYTES_TO_WIRE, lay.EP_FROM_WIRE, lay.EP_BYTES_FROM_WIRE)
+    return [int(row[slot]) for slot in slots]
+
+
 @pytest.mark.parametrize(("mergeable", "hdr_len"), LAYOUTS)
 @pytest.mark.parametrize("kind", [lay.KIND_ECHO, lay.KIND_MACSWAP, lay.KIND_REFLECT])
 def test_a_guest_that_answers(kind: int, mergeable: bool, hdr_len: int) -> None:
     """Echoed as it came, MACs exchanged, or answered; a frame longer than a transmit buffer is dropped."""
     rig = Rig(8, guest=kind, mergeable=mergeable, hdr_len=hdr_len, buf_len=256)
     rig.post_receive()
-    arp = bytes.fromhex(
-        "ffffffffffff 525400123456 0806 0001 0800 06 04 0001 525400123456 0a000002 000000000000 0a000001"
-    )
     answered = bytes.fromhex(
         "525400123456 0202020202020806 0001 0800 06 04 0002 020202020202 0a000001 525400123456 0a000002"
     )
-    frames = [pattern(7, 100), arp, pattern(8, 244 - 12), pattern(9, 600)]
+    frames = [pattern(7, 100), ARP, pattern(8, 244 - 12), pattern(9, 600)]
     got: list[bytes] = []
     for _ in range(3):
         rig.device.feed(*[HEADER + frame for frame in frames])
@@ -324,6 +331,28 @@ def test_a_guest_that_answers(kind: int, mergeable: bool, hdr_len: int) -> None:
     assert got == [HEADER + frame for frame in expected] * 3
     if kind != lay.KIND_REFLECT and mergeable:
         assert rig.guest.eps[0, lay.EP_DROP_LONG] == 3
+    taken = 3 * [len(frame) for frame in frames[:3]]
+    assert counted(rig.guest.eps[0]) == [
+        len(taken),
+        sum(taken),
+        len(got),
+        sum(len(frame) - len(HEADER) for frame in got),
+    ]
+
+
+@pytest.mark.parametrize("kind", [lay.KIND_ECHO, lay.KIND_MACSWAP, lay.KIND_REFLECT])
+def test_a_device_that_answers_counts_both_ways(kind: int) -> None:
+    rig = Rig(8, device=kind)
+    rig.post_receive()
+    rig.guest.feed(HEADER + pattern(7, 100), HEADER + ARP)
+    rig.drive()
+    rig.serve()
+    rig.drive()
+    back = [len(frame) - len(HEADER) for frame in rig.guest.collect()]
+    assert back == ([len(ARP)] if kind == lay.KIND_REFLECT else [100, len(ARP)])
+    assert counted(rig.device.eps[0]) == [2, 100 + len(ARP), len(back), sum(back)]
+    assert rig.vqs[:, lay.VQ_PACKETS].tolist() == [len(back), 2]
+    assert rig.vqs[:, lay.VQ_BYTES].tolist() == [sum(back), 100 + len(ARP)]
 
 
 def test_a_guest_that_answers_waits_for_descriptors() -> None:
