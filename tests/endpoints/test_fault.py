@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,25 @@ def test_a_step_ends_while_a_line_is_full() -> None:
             pass
         assert fault._to_wire[0].full
         assert fault.rows[0, lay.EP_OUT_COUNT] == 64
+
+
+def test_frames_of_our_own_may_come_from_any_thread() -> None:
+    """As an announcement does, while the datapath's thread sends on."""
+    n = scaled(2000, 200)
+    with FaultEndpoint(mailbox(), eagain=0.5) as fault:
+
+        def announce() -> None:
+            for k in range(n):
+                fault.send_to_wire(frame(k))
+
+        announcers = [threading.Thread(target=announce) for _ in range(4)]
+        for thread in announcers:
+            thread.start()
+        while any(thread.is_alive() for thread in announcers) or fault._to_wire[0].waiting:
+            fault.service()
+        assert isinstance(fault.inner, MailboxEndpoint)
+        assert len(fault.inner.take()) == 4 * n
+        assert fault.errors == 0
 
 
 def test_a_delayed_frame_is_under_way() -> None:

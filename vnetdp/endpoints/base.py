@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Self
@@ -72,6 +73,8 @@ class Endpoint:
             self.rows[:, layout.EP_KIND] = self.kind
             self.rows[:, layout.EP_FLOW] = np.arange(queues)
             self.rows[:, layout.EP_LIMIT] = -1
+        # Whoever polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
+        self._python_side = threading.RLock()
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
         self.polls_stopped = 0
@@ -132,7 +135,8 @@ class Endpoint:
     def _guarded(self, queue: int, frames: int) -> Iterator[None]:
         """Run somebody else's code: whatever it raises, sys.exit() too, costs its *frames*, and not the datapath."""
         try:
-            yield
+            with self._python_side:
+                yield
         except KeyboardInterrupt:
             raise  # the user's, while a device is stepped
         except BaseException as e:  # noqa: BLE001

@@ -144,16 +144,17 @@ class FaultEndpoint(Endpoint):
     # --- frames, to the inner endpoint and from it ---
 
     def service(self) -> None:
-        for queue in range(self.queues):
-            self._send_on(queue)
-        super().service()
-        for queue, alarm in enumerate(self._alarms):
-            inner = self.inner.rows[queue]
-            if alarm.broke:
-                inner[layout.EP_GONE] = 1
-            alarm.set(self._next_ns(queue), not self._from_wire[queue].full and not inner[layout.EP_GONE])
-        waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
-        self._ended = self.inner.finished and not waiting and not self.rows[:, layout.EP_COUNT].any()
+        with self._python_side:
+            for queue in range(self.queues):
+                self._send_on(queue)
+            super().service()
+            for queue, alarm in enumerate(self._alarms):
+                inner = self.inner.rows[queue]
+                if alarm.broke:
+                    inner[layout.EP_GONE] = 1
+                alarm.set(self._next_ns(queue), not self._from_wire[queue].full and not inner[layout.EP_GONE])
+            waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
+            self._ended = self.inner.finished and not waiting and not self.rows[:, layout.EP_COUNT].any()
 
     def takes_frames(self, queue: int) -> bool:
         return not self._to_wire[queue].full
