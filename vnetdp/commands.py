@@ -306,7 +306,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def migrate(args: argparse.Namespace) -> int:
     from .migration.host import Orders
-    from .migration.machine import MachineConfig
+    from .migration.machine import MachineConfig, check_endpoint
     from .migration.run import Couple, Result
 
     config = MachineConfig(
@@ -328,9 +328,11 @@ def migrate(args: argparse.Namespace) -> int:
     changes = tuple((name, "stopping") for name in args.change)
     source = Orders(faults=here, changes=changes, churn=args.churn or "", check=not args.no_check)
     results: list[Result] = []
+    there_endpoint = args.target_endpoint or args.endpoint
+    for endpoint in (args.endpoint, there_endpoint):
+        check_endpoint(endpoint)
     with Couple() as couple:
         couple.start(config)
-        there_endpoint = args.target_endpoint or args.endpoint
         for n in range(args.repeat):
             time.sleep(0.05)
             result = couple.migrate(

@@ -44,6 +44,7 @@ _CONSTANT = [
         *(layout.EP_DROP_OFFLOAD, layout.EP_BYTES_TO_WIRE, layout.EP_BYTES_FROM_WIRE),
     )
 ]
+_OF_ONE_PROCESS = ("fault", "pcap", "scapy")  # what a destination's would know nothing of
 _HEADROOM = 64 + layout.NET_HDR_LEN
 
 
@@ -84,6 +85,15 @@ class _Numbered(GenerateEndpoint):
     """Either end of the numbered traffic: no frame of it needs an offload, so all of them can be negotiated."""
 
     vnet_hdr = True
+
+
+def check_endpoint(text: str) -> None:
+    """Raise ConfigError if a machine that is to migrate can't have the endpoint that *text* spells."""
+    kind, colon, _ = text.partition(":")
+    if kind == "generate" and colon:
+        raise ConfigError("generate has no options here: --size, --rate and --traffic say what is sent")
+    if kind in _OF_ONE_PROCESS:
+        raise ConfigError(f"{kind}: what it holds stays in its process, and does not migrate: take another endpoint")
 
 
 def make_wire(config: MachineConfig) -> Endpoint:
@@ -147,8 +157,6 @@ class Machine:
             return _Numbered(config.queue_pairs, config.size, config.rate, block_fd=os.dup(wire_fd))
         if config.endpoint == "echo":
             return EchoEndpoint(config.queue_pairs, os.dup(wire_fd))
-        if config.endpoint.startswith("generate:"):
-            raise ConfigError("generate has no options here: --size, --rate and --traffic say what is sent")
         return parse_endpoint(config.endpoint, config.queue_pairs)
 
     @property
