@@ -133,15 +133,20 @@ class Server:
             transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, self.inband, self.protocol_features
         )  # fmt: skip
         self.worker.on_broken = session.ring_broke
-        self.served += 1
-        _log.info("%s: front end %d attached", self.path, self.served)
+        spoke = False
         try:
             while not stop():
                 events = {transport.fileno(): select.POLLIN, wake_fd: select.POLLIN}
                 ready = _ready(events | session.descriptors())
                 session.tell_front_end(ready)
-                if transport.fileno() in ready and not session.handle_one():
-                    _log.info("%s: front end %d left", self.path, self.served)
+                if transport.fileno() not in ready:
+                    continue
+                if not spoke and transport.sock.recv(1, socket.MSG_PEEK):
+                    spoke = True  # who only looks whether somebody listens is no front end
+                    self.served += 1
+                    _log.info("%s: front end %d attached", self.path, self.served)
+                if not session.handle_one():
+                    _log.info("%s: the connection was closed by its other end", self.path)
                     return
         except (ProtocolError, BackendError) as e:
             self.refused += 1

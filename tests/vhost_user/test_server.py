@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,22 @@ def test_more_queue_pairs_than_a_message_can_name(tmp_path: Path) -> None:
 
 
 @contextmanager
-def hanging_up(path: Path) -> Iterator[None]:
-    """Be a front end that accepts whoever comes, and hangs up."""
+def hanging_up(path: Path) -> Iterator[list[int]]:
+    """Be a front end that accepts whoever comes, and hangs up; give the list of those who came."""
+    came: list[int] = []
     with listening(path) as listener:
         listener.settimeout(None)
 
         def run() -> None:
             with pytest.raises(OSError, match="Invalid argument"):  # once it is shut down
                 while True:
-                    listener.accept()[0].close()
+                    sock = listener.accept()[0]
+                    came.append(sock.fileno())
+                    sock.close()
 
         thread = threading.Thread(target=run)
         thread.start()
-        yield
+        yield came
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
 
@@ -104,14 +107,16 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return told
 
 
-def run_until(path: Path, sessions: int) -> None:
+def run_until(path: Path, ended: Callable[[], bool]) -> Server:
     with EchoEndpoint() as endpoint, Server(endpoint, str(path), connect=True) as server, EventFd() as wake:
-        server.run(lambda: server.served >= sessions, wake.fd)
+        server.run(ended, wake.fd)
+    return server
 
 
 def test_a_front_end_that_hangs_up_is_asked_less_and_less_often(tmp_path: Path, waits: list[float]) -> None:
     with hanging_up(tmp_path / "socket"):
-        run_until(tmp_path / "socket", 8)
+        server = run_until(tmp_path / "socket", lambda: len(waits) >= 8)
+    assert server.served == 0  # nobody said a word
     assert waits == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
 
 
@@ -119,8 +124,8 @@ def test_one_that_stayed_for_a_while_is_asked_again_at_once(
     tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_module, "_SHORT_S", 0.0)
-    with hanging_up(tmp_path / "socket"):
-        run_until(tmp_path / "socket", 8)
+    with hanging_up(tmp_path / "socket") as came:
+        run_until(tmp_path / "socket", lambda: len(came) >= 8)
     assert not waits
 
 
