@@ -99,6 +99,16 @@ def test_what_is_no_frame_is_dropped_and_counted() -> None:
         assert (counters["dropped_short"], counters["dropped_long"]) == (2, 2)
 
 
+def test_what_cannot_be_sent_at_all_is_said_at_once() -> None:
+    with echoing(pairs=2) as (_, driver):
+        for queue in (-1, 2, 7):
+            with pytest.raises(ConfigError, match=f"queue pair {queue}: the last one is 1"):
+                driver.send(frame(1), queue)
+        for nothing in ("text", None, 7):
+            with pytest.raises(TypeError, match="a frame is bytes, not"):
+                driver.send(nothing)  # type: ignore[arg-type]
+
+
 def test_each_pair_has_its_queue() -> None:
     with echoing(pairs=3) as (device, driver):
         for n in range(3):

@@ -366,7 +366,10 @@ class Driver:
     # --- frames by hand ---
 
     def send(self, frame: bytes, queue: int = 0) -> bool:
-        """Send an Ethernet frame (no FCS); False if too many wait already. Needs the mailbox."""
+        """Send an Ethernet frame (no FCS) on a queue pair; False if too many wait already. Needs the mailbox.
+
+        A frame that can't be sent is taken, and then dropped and counted: see `MailboxEndpoint.put`, also for errors.
+        """
         return self._box().put(frame, queue=queue)
 
     def receive(self) -> list[bytes]:

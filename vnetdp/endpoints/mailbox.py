@@ -11,6 +11,7 @@ import numpy as np
 
 from vnetdp_kernels import layout
 
+from ..errors import ConfigError
 from ..notify import EventFd
 from .base import Endpoint
 
@@ -41,7 +42,16 @@ class MailboxEndpoint(Endpoint):
         self.fds[:] = np.array([event.fd for event in self._wake])
 
     def put(self, frame: bytes, header: bytes = _NO_HEADER, queue: int = 0) -> bool:
-        """Give an Ethernet frame (no FCS), with its virtio_net_hdr of 12 bytes, to the ring of a queue pair."""
+        """Give an Ethernet frame (no FCS), with its virtio_net_hdr of 12 bytes, to the ring of a queue pair.
+
+        False if too many wait already. One that no buffer can hold, or of less than 14 bytes, is taken all the same, and
+        is dropped and counted (`counters`) when its turn comes. TypeError if it is not bytes; ConfigError for a queue
+        pair that there is not.
+        """
+        if not isinstance(frame, bytes | bytearray):
+            raise TypeError(f"a frame is bytes, not {type(frame).__name__}")
+        if not 0 <= queue < self.queues:
+            raise ConfigError(f"queue pair {queue}: the last one is {self.queues - 1}")
         with self._lock:
             if len(self._to_ring[queue]) >= self.limit:
                 return False
