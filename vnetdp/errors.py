@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sysconfig
+import traceback
+from pathlib import Path
 
 from vnetdp_kernels import layout
 
+_NOT_THE_USERS = (Path(__file__).parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
 STATUS_TEXT: dict[int, str] = {
     layout.E_ADDRESS: "a buffer or table lies outside guest memory",
     layout.E_HEAD: "avail.ring holds a descriptor index outside the table",
@@ -35,6 +39,14 @@ class VnetdpError(Exception):
 def reason(error: BaseException) -> str:
     """Return what to say of *error*: one that nobody raised on purpose is told by its kind, too."""
     return str(error) if isinstance(error, VnetdpError) else f"{type(error).__name__}: {error}"
+
+
+def place(error: BaseException) -> str:
+    """Return ` at FILE:LINE`, the innermost line that *error* came from in code that is neither ours nor a library's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in _NOT_THE_USERS):
+            return f" at {frame.filename}:{frame.lineno}"
+    return ""
 
 
 class ConfigError(VnetdpError):

@@ -93,9 +93,9 @@ def test_one_that_raises_costs_itself_alone(caplog: pytest.LogCaptureFixture) ->
         endpoint.transmit_frames(0, batch)
         assert ports([one[12:] for one in endpoint.receive_frames(0, 64)]) == list(range(0, 40, 4))
         assert endpoint.errors == endpoint.counters()["dropped_error"] == 30
-    assert [r.getMessage() for r in caplog.records] == [
-        "scapy: ZeroDivisionError: integer division or modulo by zero (logged once; counted from now on)"
-    ]
+    raised_at = touchy.__code__.co_firstlineno + 3
+    says = f"scapy: ZeroDivisionError: integer division or modulo by zero at {__file__}:{raised_at}"
+    assert [r.getMessage() for r in caplog.records] == [f"{says} (logged once; counted from now on)"]
 
 
 def test_a_batch_is_one_call() -> None:

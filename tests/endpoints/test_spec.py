@@ -98,6 +98,7 @@ def test_fault_wraps_any_other() -> None:
         ("pcap:,", "pcap: neither a capture to read nor one to write"),
         ("scapy:json", "scapy: 'json' is not scapy:MODULE:CALLABLE"),
         ("scapy::loads", "scapy: ':loads' is not scapy:MODULE:CALLABLE"),
+        ("scapy:mk.py:echo", "scapy: a module is named without .py: scapy:mk:echo"),
         ("scapy:no_such_module:f", "scapy: cannot import no_such_module: ModuleNotFoundError"),
         ("scapy:json:no_such_name", "scapy: module json has no no_such_name"),
         ("scapy:json:__name__", "scapy: json:__name__ is no callable"),

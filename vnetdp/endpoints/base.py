@@ -19,7 +19,7 @@ import numpy as np
 
 from vnetdp_kernels import layout
 
-from ..errors import EndpointError
+from ..errors import EndpointError, place
 from ..memory import Bytes, SharedBlock, Words
 
 _log = logging.getLogger("vnetdp.endpoints")
@@ -166,7 +166,8 @@ class Endpoint:
         self.rows[queue, layout.EP_DROP_ERROR] += frames
         self.errors += 1
         if self.errors == 1:
-            _log.warning("%s: %s: %s (logged once; counted from now on)", self.name, type(error).__name__, error)
+            what = f"{type(error).__name__}: {error}{place(error)}"
+            _log.warning("%s: %s (logged once; counted from now on)", self.name, what)
             _log.debug("%s: where that came from:", self.name, exc_info=error)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:

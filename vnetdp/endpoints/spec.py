@@ -72,6 +72,8 @@ def _scapy(rest: str, queues: int) -> Opener:
     module, _, name = rest.partition(":")
     if not module or not name:
         raise ConfigError(f"scapy: {rest!r} is not scapy:MODULE:CALLABLE")
+    if module.endswith(".py"):
+        raise ConfigError(f"scapy: a module is named without .py: scapy:{module.removesuffix('.py')}:{name}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does
     from .scapy import ScapyEndpoint
