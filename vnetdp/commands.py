@@ -289,10 +289,12 @@ def bench(args: argparse.Namespace) -> int:
         from .bench.link import run as run_link
 
         results = run_link(args.seconds, args.rounds, None, say)
+    if results and all(row.get("skipped") for row in results):
+        raise ConfigError(f"nothing can be measured here: {results[0]['skipped']}")
     report = finish(args.what, results, args.plot, human(args))
     if args.json:
         write_json(args.json, report)
-    return 0
+    return 1 if any(row.get("failed") for row in results) else 0
 
 
 def doctor(args: argparse.Namespace) -> int:

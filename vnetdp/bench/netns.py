@@ -182,7 +182,8 @@ def why_no_netns() -> str | None:
         with NetnsPair() as pair:
             pair.add_tap("a", "probe")
     except NetnsError as error:
-        return f"network namespaces or TAPs are refused: {error}"
+        hint = "" if os.geteuid() == 0 else "run as root; "
+        return f"{hint}network namespaces or TAPs are refused: {error}"
     return None
 
 

@@ -37,8 +37,9 @@ def finish(what: str, results: Sequence[Row], plot: str | None, say: Callable[[s
     say(", ".join(f"{key} {value}" for key, value in about.items()))
     for row in results:
         label = f"{row['name']}, {row['size']} B" if row.get("size") else row["name"]
-        if row.get("skipped"):
-            say(f"  {label:<40} {row.get('peer') or '':<24} skipped: {row['skipped']}")
+        why_not = next((f"{what}: {row[what]}" for what in ("skipped", "failed") if row.get(what)), None)
+        if why_not:
+            say(f"  {label:<40} {row.get('peer') or '':<24} {why_not}")
             continue
         figures = "  ".join(f"{row[key]:10.3f} {unit}" for key, unit in _UNITS if row.get(key) is not None)
         ratio = f"  x{row['ratio']:.2f}" if row.get("ratio") is not None else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 
 from vnetdp_kernels import layout
@@ -61,6 +62,9 @@ class Ledger:
     def __add__(self, other: Ledger) -> Ledger:
         mine, theirs = asdict(self), asdict(other)
         return Ledger(**{key: mine[key] + theirs[key] for key in mine})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {what}" for what, count in asdict(self).items())
 
 
 class GenerateEndpoint(Endpoint):
@@ -131,3 +135,21 @@ class GenerateEndpoint(Endpoint):
             reordered=int(total[layout.LEDGER_REORDERED]),
             corrupted=int(total[layout.LEDGER_CORRUPTED]),
         )
+
+
+def drained(one: GenerateEndpoint, other: GenerateEndpoint, quiet_s: float = 5.0) -> Ledger:
+    """Have both make no more frames, wait until those made have arrived, and return what became of them, both ways.
+
+    Given up once none has arrived for *quiet_s* seconds: on a machine that is busy elsewhere they take their time.
+    """
+    one.stop()
+    other.stop()
+    delivered, since = -1, 0.0
+    while True:
+        ledger = one.ledger_against(other) + other.ledger_against(one)
+        now = time.monotonic()
+        if ledger.delivered != delivered:
+            delivered, since = ledger.delivered, now
+        if ledger.lost <= 0 or now - since > quiet_s:
+            return ledger
+        time.sleep(0.01)

@@ -1,0 +1,57 @@
+"""What benchmarks do about failures: one costs no other its result, and each is said in words."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Never
+
+import pytest
+
+from vnetdp import cli
+from vnetdp.bench import link, ring
+from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, drained
+from vnetdp_kernels import layout as lay
+
+
+def fail(*_: Any) -> Never:
+    raise ring.CountError(str(Ledger(sent=1003, delivered=1000, lost=3)))
+
+
+def test_a_measurement_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row: dict[str, Any] = {"name": "some figure", "mpps": 1.5}
+    monkeypatch.setattr(ring, "one_core", lambda *_: [row])
+    monkeypatch.setattr(ring, "logging_cost", fail)
+    monkeypatch.setattr(ring, "two_cores", lambda *_: [row])
+    monkeypatch.setattr(ring, "handovers", lambda *_: row)
+    assert cli.main(["bench", "ring"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("1.500 Mpps") == 4
+    assert "failed: 1,003 sent, 1,000 delivered, 3 lost, 0 duplicated, 0 reordered, 0 corrupted" in said
+
+
+def test_nothing_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    skipped = {"name": "link", "peer": "x", "skipped": "run as root; TAPs are refused"}
+    monkeypatch.setattr(link, "run", lambda *_: [skipped] * 3)
+    assert cli.main(["bench", "link"]) == 2
+    assert capsys.readouterr().err == "vnetdp: nothing can be measured here: run as root; TAPs are refused\n"
+
+
+@pytest.mark.parametrize("arrive", [10, 7])
+def test_drained_waits_as_long_as_frames_arrive(arrive: int) -> None:
+    with GenerateEndpoint() as one, GenerateEndpoint() as other:
+        one.rows[0, lay.EP_SEQ] = 10
+
+        def deliver() -> None:
+            for _ in range(arrive):
+                time.sleep(0.1)
+                other.ledger[0, lay.LEDGER_DELIVERED] += 1
+
+        thread = threading.Thread(target=deliver)
+        thread.start()
+        ledger = drained(one, other, quiet_s=0.5)
+        thread.join()
+        assert one.finished
+        assert ledger == Ledger(sent=10, delivered=arrive, lost=10 - arrive)
