@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_a_long_frame_needs_buffers_that_merge_or_are_long_enough(
             report = driven(guest, path, features, mtu=mtu, seconds=1.0)
         dropped = endpoint.counters()["dropped_no_buffer"]
     assert (report["rx_packets"], dropped) == ((count, 0) if fits else (0, count))
+
+
+def test_a_back_end_with_fewer_queue_pairs_is_told_at_once(path: Path) -> None:
+    with (
+        EchoEndpoint() as endpoint,
+        GenerateEndpoint(2, count=1) as guest,
+        served(endpoint, path),
+        pytest.raises(ConfigError, match="the back end's queue pairs are 1, and 2 are asked for"),
+    ):
+        driven(guest, path, queue_pairs=2, wait_s=600.0)
+
+
+def test_the_rate_is_of_the_time_between_the_first_and_the_last_frame(path: Path) -> None:
+    count = scaled(200, 50)
+    with EchoEndpoint() as endpoint, GenerateEndpoint(rate=1000.0, count=count) as guest, served(endpoint, path):
+        began = time.monotonic()
+        report = driven(guest, path)
+        took = time.monotonic() - began
+    assert 0.9 * count / 1000 < report["seconds"] < took - 0.4
+    assert report["mpps"] == report["rx_packets"] / report["seconds"] / 1e6
 
 
 def test_a_front_end_takes_over_the_socket_file_of_one_that_died_and_leaves_that_of_another(path: Path) -> None:

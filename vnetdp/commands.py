@@ -37,6 +37,10 @@ def human(args: argparse.Namespace) -> Callable[[str], None]:
     return say if args.json == "-" else print
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def write_json(path: str, report: dict[str, Any]) -> None:
     text = json.dumps(report, indent=2) + "\n"
     if path == "-":
@@ -261,9 +265,18 @@ def _print_link(report: dict[str, Any], tell: Callable[[str], None]) -> None:
         for key in report[side]
         if key.startswith("dropped_") and report[side][key]
     }
+    faults = [
+        f"{side} {report[side][key]:,} {key.removeprefix('fault_')}"
+        for side in ("left", "right")
+        for key in report[side]
+        if key.startswith("fault_") and report[side][key]
+    ]
+    if faults:
+        tell("faults made: " + ", ".join(faults))
     if dropped:
         tell("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
-    tell(f"owner {report['owner']}, {report['handovers']} hand-overs, {report['fallbacks']} fallbacks")
+    changes = f"{counted(report['handovers'], 'hand-over')}, {counted(report['fallbacks'], 'fallback')}"
+    tell(f"owner {report['owner']}, {changes}")
     if "ledger" in report:
         tell("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
     for error in report["errors"]:

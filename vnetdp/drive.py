@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,8 +21,10 @@ from .state import VIRTIO_NET_S_LINK_UP, Control
 from .watch import Watch
 
 _TICK_S = 0.02
-_QUIET_S = 0.5  # nothing came for so long: nothing more will
-_SETTLE_S = 3.0  # for what is on its way in the end
+_LOOK_S = 0.001  # so exact is the time that frames took
+_QUIET_S = 0.5  # nothing moved for so long: nothing more will
+_LOSS_S = 3.0  # the same while numbered frames are missing
+_SETTLE_S = 3.0  # for what is on its way when the time is up
 
 
 def drive(
@@ -43,8 +46,9 @@ def drive(
 
     mtu: of what the other side sends, if it does not say so itself; a receive buffer holds a frame of that size even if
     buffers can't be merged.
-    Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign), mpps
-    (received), and with a generator the ledger of what came back.
+    Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign),
+    seconds from the first frame received to the last, mpps (received in these), and with a generator the ledger of what
+    came back.
     """
     with ExitStack() as stack:
         front_end = VhostUserFrontEnd(path, queue_pairs, listen=listen, queue_size=num, watched=True)
@@ -67,11 +71,9 @@ def drive(
             raise ConfigError(f"{path}: {device.last_error}")
         stack.enter_context(Watch(front_end, device))
         _wait_for_owner(device, path, until, stop)
-        say(f"driving {path}: {queue_pairs} queue pairs of {num}")
+        say(f"driving {path}: {queue_pairs} queue pair{'s' * (queue_pairs > 1)} of {num}")
         driver.start(poll_us)
-        began = time.monotonic()
-        took = _run(front_end, driver, stop, None if seconds is None else began + seconds) - began
-        _settle(endpoint, driver)
+        took = _run(front_end, driver, stop, math.inf if seconds is None else time.monotonic() + seconds)
         return _report(endpoint, driver, took, front_end.connections)
 
 
@@ -95,28 +97,41 @@ def _wait_for_owner(device: NetDevice, path: str, until: float, stop: Callable[[
         time.sleep(_TICK_S)
 
 
-def _run(front_end: VhostUserFrontEnd, driver: Driver, stop: Callable[[], bool], until: float | None) -> float:
-    """Watch over the driver until the work is done, and return when that was; a back end that dies is waited for."""
-    last, quiet_since = -1, time.monotonic()
-    while not stop() and (until is None or time.monotonic() < until):
-        time.sleep(_TICK_S)
+def _run(front_end: VhostUserFrontEnd, driver: Driver, stop: Callable[[], bool], until: float) -> float:
+    """Watch over the driver until the work is done, and return the seconds from the first frame received to the last.
+
+    Once it has to end, nothing more is sent, and what is on its way is waited for; not for ever, as a back end may have its
+    own to send. A back end that dies is waited for, too.
+    """
+    generator = _generator(driver.endpoint)
+    looked = first = last = quiet_since = time.monotonic()
+    moved = received = 0
+    settled = math.inf
+    while looked < settled:
+        time.sleep(_LOOK_S)
         driver.check()
-        received = sum(queue["packets"] for queue in driver.counters())
-        if received != last or not front_end.connected:
-            last, quiet_since = received, time.monotonic()
-        elif driver.endpoint.finished and time.monotonic() - quiet_since > _QUIET_S:
-            return quiet_since
-    return time.monotonic()
+        before, looked = looked, time.monotonic()
+        packets = driver.dvqs[:, layout.DVQ_PACKETS].copy()
+        if packets[0::2].sum() != received:
+            first, last = first if received else before, looked
+            received = int(packets[0::2].sum())
+        if packets.sum() != moved or not front_end.connected:
+            moved, quiet_since = int(packets.sum()), looked
+        if settled == math.inf and (stop() or looked >= until):
+            settled = looked + _SETTLE_S
+            if generator is not None:
+                generator.stop()
+        missing = generator is not None and generator.ledger_against(generator).lost > 0
+        if (driver.endpoint.finished or settled < math.inf) and looked - quiet_since > (
+            _LOSS_S if missing else _QUIET_S
+        ):
+            break
+    return last - first
 
 
-def _settle(endpoint: Endpoint, driver: Driver) -> None:
-    """Send nothing more, and wait until nothing comes any more; not for ever, as a back end may have its own to send."""
-    if isinstance(endpoint, GenerateEndpoint):
-        endpoint.stop()
-    last, until = -1, time.monotonic() + _SETTLE_S
-    while (now := sum(queue["packets"] for queue in driver.counters())) != last and time.monotonic() < until:
-        last = now
-        time.sleep(0.1)
+def _generator(endpoint: Endpoint) -> GenerateEndpoint | None:
+    """Return what makes numbered frames in *endpoint*, be it behind faults."""
+    return endpoint.innermost if isinstance(endpoint.innermost, GenerateEndpoint) else None
 
 
 def _report(endpoint: Endpoint, driver: Driver, took: float, connections: int) -> dict[str, Any]:
@@ -126,14 +141,15 @@ def _report(endpoint: Endpoint, driver: Driver, took: float, connections: int) -
         "tx_packets": sum(queue["packets"] for queue in queues[1::2]),
         "rx_packets": received,
         "bad_packets": 0,
-        "mpps": received / took / 1e6,
+        "mpps": received / took / 1e6 if took else 0.0,
         "seconds": took,
         "connections": connections,
         "endpoint": endpoint.counters(),
     }
-    if isinstance(endpoint, GenerateEndpoint):
-        ledger = endpoint.ledger_against(endpoint)
-        foreign = int(endpoint.ledger[:, layout.LEDGER_FOREIGN].sum())
+    generator = _generator(endpoint)
+    if generator is not None:
+        ledger = generator.ledger_against(generator)
+        foreign = int(generator.ledger[:, layout.LEDGER_FOREIGN].sum())
         report["ledger"] = ledger.as_dict()
         report["bad_packets"] = ledger.corrupted + ledger.duplicated + foreign
     return report

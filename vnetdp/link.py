@@ -116,9 +116,9 @@ class Link:
         a second in which nothing moves is taken for it, and after 5 s it is given up.
         """
         ends = (self.left, self.right)
-        for end in ends:
-            if isinstance(end, GenerateEndpoint):
-                end.stop()
+        for inner in (end.innermost for end in ends):
+            if isinstance(inner, GenerateEndpoint):
+                inner.stop()
         if not any(end.finished for end in ends):
             return  # what comes from elsewhere never ends
         began = moved = time.monotonic()
@@ -136,9 +136,10 @@ class Link:
             time.sleep(0.01)
 
     def _ledger(self) -> Ledger | None:
-        """Return what became of the frames of two generators; None if the ends are others."""
-        if isinstance(self.left, GenerateEndpoint) and isinstance(self.right, GenerateEndpoint):
-            return self.left.ledger_against(self.right) + self.right.ledger_against(self.left)
+        """Return what became of the frames of two generators, be it behind faults; None if the ends are others."""
+        left, right = self.left.innermost, self.right.innermost
+        if isinstance(left, GenerateEndpoint) and isinstance(right, GenerateEndpoint):
+            return left.ledger_against(right) + right.ledger_against(left)
         return None
 
     def close(self) -> None:

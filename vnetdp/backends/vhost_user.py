@@ -159,7 +159,9 @@ class VhostUserFrontEnd:
             conn.protocol_features = wanted
         limit = conversation.ask(Request.GET_QUEUE_NUM, U64).value if conn.has(_F.MQ) else 1
         if limit < self.queue_pairs:
-            raise ConfigError(f"{self.path}: the back end has {limit} queue pairs, {self.queue_pairs} are asked for")
+            raise ConfigError(
+                f"{self.path}: the back end's queue pairs are {limit}, and {self.queue_pairs} are asked for"
+            )
         self.config = _ask_config(conversation)
         if conn.has(_F.BACKEND_REQ):
             self._requests = BackendRequests()

@@ -213,6 +213,11 @@ class Endpoint:
         return self.kind != layout.KIND_NULL
 
     @property
+    def innermost(self) -> Endpoint:
+        """Itself, or what it is wrapped around, however often."""
+        return self
+
+    @property
     def finished(self) -> bool:
         """True once no frame will ever come from it again (a pcap read to its end)."""
         return False

@@ -295,6 +295,10 @@ class FaultEndpoint(Endpoint):
         return self.inner.gives
 
     @property
+    def innermost(self) -> Endpoint:
+        return self.inner.innermost
+
+    @property
     def finished(self) -> bool:
         # Seen in `service`, where no frame is between two places.
         return self._ended and not self.rows[:, layout.EP_HELD].any()

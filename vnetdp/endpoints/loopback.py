@@ -87,6 +87,7 @@ class GenerateEndpoint(Endpoint):
     ) -> None:
         self.check(size, rate, count)
         super().__init__(queues, block_fd)
+        self.count = count
         if block_fd is None:
             self.rows[:, layout.EP_SIZE] = size
             self.rows[:, layout.EP_INTERVAL_NS] = round(1e9 / rate) if rate else 0
