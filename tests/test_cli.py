@@ -159,6 +159,7 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "serve without a socket": (["serve", "null"], "--socket"),
     "serve in no folder": (["serve", "null", "--socket", "no/such/folder/s"], "no/such/folder/s"),
     "serve, unknown feature": (["serve", "null", "--socket", "s", "--features=-teleport"], "teleport"),
+    "serve, two kinds of lists": (["serve", "null", "--socket", "s", "--features", "-csum,mq"], "with a minus"),
     "drive, nobody there": (["drive", "null", "--socket", "s", "--wait", "0.1"], "s"),
     "drive, count without generate": (["drive", "null", "--socket", "s", "--count", "5"], "generate"),
     "drive, ring not a power of two": (["drive", "null", "--socket", "s", "--ring", "100"], "power of two"),
@@ -348,6 +349,30 @@ def test_another_owner_than_was_asked_for_is_no_success(shell: Shell) -> None:
     assert "owner userspace" in done.stdout
 
 
+def test_link_with_an_end_that_answers_counts_both_ways(shell: Shell) -> None:
+    done = shell.run("link", "generate:count=100", "macswap", "--seconds", "1", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for side, way in (("left", "from_wire"), ("left", "to_wire"), ("right", "to_wire"), ("right", "from_wire")):
+        assert (report[side][way], report[side][f"bytes_{way}"]) == (100, 6400)
+    assert "right to left: 100 frames" in done.stderr
+
+
+def test_frames_that_a_fault_drops_are_lost(shell: Shell) -> None:
+    end = "generate:count=1000"
+    done = shell.run("link", f"fault:drop=0.1:{end}", end, "--json", "report.json")
+    assert done.returncode == 1, done.stderr
+    report = json.loads((shell.folder / "report.json").read_text())
+    dropped = report["left"]["fault_drop"]
+    assert report["ledger"] == {**dict.fromkeys(_LEDGER, 0), "sent": 2000, "delivered": 2000 - dropped, "lost": dropped}
+    assert f"faults made: left {dropped} drop\n" in done.stdout
+
+
+def test_more_is_logged_wherever_that_is_asked_for(shell: Shell) -> None:
+    for args in (("-v", "link", "null", "null"), ("link", "null", "null", "-v")):
+        assert shell.run(*args, "--seconds", "0.1").returncode == 0
+
+
 # --- serve, drive ---
 
 
@@ -369,12 +394,28 @@ def test_drive_against_serve(shell: Shell) -> None:
     assert not (shell.folder / "s").exists()
 
 
+@pytest.mark.parametrize(("count", "exits"), [("", 0), (",count=1000", 1)])
+def test_frames_that_do_not_come_back_are_lost(shell: Shell, count: str, exits: int) -> None:
+    server = shell.start("serve", "null", "--socket", "s", "--features", "-mrg_rxbuf")
+    try:
+        driven = shell.start("drive", f"generate:rate=10k{count}", "--socket", "s", "--seconds", "0.5", "--json", "r")
+        out, err = driven.communicate(timeout=_TIMEOUT)
+        assert driven.returncode == exits, err
+    finally:
+        server.send_signal(signal.SIGTERM)
+        served = shell.finish(server)
+    report = json.loads((shell.folder / "r").read_text())
+    assert report["ledger"]["lost"] == report["tx_packets"] > 0
+    assert f", lost {report['tx_packets']:,}\n" in out
+    assert "served 1 front end, " in served.stdout
+
+
 # --- bench, doctor ---
 
 
 @pytest.mark.skipif(not COMPILED, reason="a benchmark of plain Python measures nothing")
 def test_bench_ring(shell: Shell) -> None:
-    done = shell.run("bench", "ring", "--rounds", "1", "--seconds", "0.2", "--json", "-")
+    done = shell.run("bench", "ring", "--rounds", "1", "--seconds", "1", "--json", "-")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["results"]

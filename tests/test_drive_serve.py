@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.by_hand import frame, no_descriptor_leaks, scaled, wait_for
-from tests.interop.peers import ALL, SIZES, driven, exchanged, read_pcap, write_pcap
+from tests.interop.peers import SIZES, driven, exchanged, read_pcap, write_pcap
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.drive import drive
 from vnetdp.endpoints.base import Endpoint
@@ -106,7 +106,7 @@ def test_a_guest_sends_a_capture_of_the_back_ends_back(path: Path, tmp_path: Pat
     with capture as endpoint, EchoEndpoint() as guest, served(endpoint, path):
         thread = threading.Thread(
             target=drive, args=(guest, str(path), enough.is_set, lambda _: None),
-            kwargs={"mtu": 9000, "features": parse(features, ALL)},
+            kwargs={"mtu": 9000, "features": parse(features)},
         )  # fmt: skip
         thread.start()
         wait_for(lambda: endpoint.counters()["to_wire"] == len(frames), "all frames are back")

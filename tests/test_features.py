@@ -76,15 +76,26 @@ def test_names_say_every_bit() -> None:
 @given(ANY)
 def test_names_are_read_back(features: int) -> None:
     features &= sum(f.NAMES.values())
-    assert f.parse(",".join(f.names(features)), 0) == features
-    assert f.parse(",".join("-" + name for name in f.names(features)), features) == 0
+    everything = (1 << 64) - 1
+    assert f.parse(",".join(f.names(features))) == (features or everything)
+    assert f.parse(",".join("-" + name for name in f.names(features))) == everything & ~features
 
 
-def test_lists_of_features_change_a_default() -> None:
-    assert f.parse("", 5) == 5
-    assert f.parse(" +CSUM , -guest_csum,,", f.VIRTIO_NET_F_GUEST_CSUM) == f.VIRTIO_NET_F_CSUM
+def test_lists_of_features_say_what_is_left_or_what_is_left_out() -> None:
+    assert f.parse("") == (1 << 64) - 1
+    assert f.parse(" CSUM , guest_csum,,") == f.VIRTIO_NET_F_CSUM | f.VIRTIO_NET_F_GUEST_CSUM
     with pytest.raises(ConfigError, match="unknown feature 'tso'"):
-        f.parse("csum,-tso", 0)
+        f.parse("csum,tso")
+    with pytest.raises(ConfigError, match="either what is left out, each with a minus, or all that is left"):
+        f.parse("csum,-guest_csum")
+
+
+@given(ANY)
+def test_what_is_needed_is_added(features: int) -> None:
+    added = f.with_needs(features)
+    assert added & features == features
+    assert f.closure(added) == added
+    assert added == features or f.missing_dependency(features) is not None
 
 
 @pytest.mark.parametrize("features", [0, f.VIRTIO_F_VERSION_1, f.VIRTIO_NET_F_MRG_RXBUF, f.VIRTIO_RING_F_EVENT_IDX])

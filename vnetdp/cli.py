@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,10 +31,15 @@ endpoints:
   tap:NAME[,netns=NS]         a TAP interface, made if it is not there
   pcap:IN[,OUT]               frames from one capture file, and into another
   scapy:MODULE:CALLABLE       a Python function on Scapy packets
-  fault:drop=0.01,...:ENDPOINT
-                              any other, with faults
+  fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT
+                              any other, with faults: P of each frame is a probability from 0 to 1; eio (it is lost)
+                              and eagain (it is put off) on the way to the wire alone
   vhost-user:SOCKET           in link, on both sides: two guests, copied once from ring to ring
 """
+
+
+_VERBOSE = "log what happens, not only what goes wrong"
+_FEATURE_LISTS = ("--features", "--protocol-features")
 
 
 def _number(low: int, high: int, what: str) -> Callable[[str], int]:
@@ -151,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vnetdp {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
+    parser.add_argument("-v", "--verbose", action="store_true", help=_VERBOSE)
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any) -> argparse.ArgumentParser:
@@ -159,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--json", type=_file, metavar="PATH", help="write the report as JSON to PATH; - is standard output"
         )
-        sub.set_defaults(run=run)
+        # As before the command, which it does not undo.
+        sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=_VERBOSE)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     demo = command(
@@ -198,8 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("endpoint", metavar="ENDPOINT")
     serve.add_argument("--socket", required=True, metavar="PATH")
     serve.add_argument("--connect", action="store_true", help="the front end listens: connect, again and again")
-    serve.add_argument("--features", metavar="LIST", help="offer less: -mrg_rxbuf,-event_idx,...")
-    serve.add_argument("--protocol-features", metavar="LIST", help="offer less: -inflight_shmfd,-status,...")
+    serve.add_argument("--features", metavar="LIST",
+                       help="offer less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
+                            "only these, and what they need")  # fmt: skip
+    serve.add_argument("--protocol-features", metavar="LIST",
+                       help="offer less: -inflight_shmfd,-status,... all but these; mq,config,... only these")  # fmt: skip
     serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
     serve.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     serve.add_argument(
@@ -224,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     drive.add_argument("--wait", type=_positive, default=30.0, metavar="S", help="for a back end (default 30 s)")
     drive.add_argument("--mtu", type=_number(68, 65535, "an MTU"), default=1500, metavar="N",
                        help="of what the other side sends (default 1500)")  # fmt: skip
-    drive.add_argument("--features", metavar="LIST", help="take less: -mrg_rxbuf,-event_idx,...")
+    drive.add_argument("--features", metavar="LIST",
+                       help="take less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
+                            "only these, and what they need")  # fmt: skip
     drive.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
     drive.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
     _polling(drive)
@@ -248,11 +261,29 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
+def _joined(argv: list[str]) -> list[str]:
+    """Return *argv* with lists of features joined to their options: argparse takes `-mrg_rxbuf` for another option."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1] in _FEATURE_LISTS and word.startswith("-") and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    args, unknown = _parser().parse_known_args(_joined(argv))
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input."""
     try:
         try:
-            return _run(_parser().parse_args(argv))
+            return _run(_parse(sys.argv[1:] if argv is None else argv))
         finally:
             commands.flush()
     except BrokenPipeError:

@@ -129,12 +129,25 @@ def closure(features: int) -> int:
     return features
 
 
-def parse(text: str, default: int, known: Mapping[str, int] = NAMES) -> int:
-    """Return *default* changed by a comma-separated list of *known* names: `name` or `+name` adds, `-name` takes away."""
-    features = default
-    for word in filter(None, (part.strip().lower() for part in text.split(","))):
-        name = word.lstrip("+-")
+def with_needs(features: int) -> int:
+    """Return *features* and what they need: of several that would do, the lowest."""
+    while (unmet := missing_dependency(features)) is not None:
+        features |= unmet[1] & -unmet[1]
+    return features
+
+
+def parse(text: str, known: Mapping[str, int] = NAMES) -> int:
+    """Return the bits that a comma-separated list of *known* names stands for.
+
+    `-name`: all but that; `name`: only that. A list has one kind or the other.
+    """
+    words = [word for part in text.split(",") if (word := part.strip().lower())]
+    features = 0
+    for word in words:
+        name = word.removeprefix("-")
         if name not in known:
             raise ConfigError(f"unknown feature {name!r}; known are {', '.join(sorted(known))}")
-        features = features & ~known[name] if word.startswith("-") else features | known[name]
-    return features
+        if word.startswith("-") != words[0].startswith("-"):
+            raise ConfigError(f"features {text!r}: either what is left out, each with a minus, or all that is left")
+        features |= known[name]
+    return features if words and not words[0].startswith("-") else ~features & (1 << 64) - 1

@@ -49,7 +49,7 @@ def exchanged(frame: bytes) -> bytes:
 
 def driven(endpoint: Endpoint, path: Path, features: str = "", **options: Any) -> dict[str, Any]:
     """Drive *endpoint* on the socket *path* until it is done, in this process; *features* as --features has them."""
-    return drive(endpoint, str(path), lambda: False, lambda _: None, features=parse(features, ALL), **options)
+    return drive(endpoint, str(path), lambda: False, lambda _: None, features=parse(features), **options)
 
 
 class Command:
