@@ -107,7 +107,7 @@ def _polling(command: argparse.ArgumentParser) -> None:
 
 
 def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
-    from .migration.names import CHANGES, POLICIES, TRAFFIC
+    from .migration.names import CHANGES, FAULT_POINTS, POLICIES, TRAFFIC
 
     migrate = command("migrate", commands.migrate, "Migrate a machine under traffic from one process to another.")
     migrate.add_argument("--policy", choices=POLICIES, default="delta", help="how much is done early (default delta)")
@@ -122,8 +122,10 @@ def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
     migrate.add_argument("--change", action="append", default=[], choices=CHANGES, metavar="FIELD",
                          help=f"change it between the early state and the stop: {', '.join(CHANGES)}")  # fmt: skip
     migrate.add_argument("--churn", choices=CHANGES, metavar="FIELD", help="change it 1,000 times a second")
-    migrate.add_argument("--fault", action="append", default=[], metavar="POINT[:I[,J]][:once|always]",
-                         help="a verb that fails there: [early.|final.|retry.]VERB; source:VERB fails here")  # fmt: skip
+    migrate.add_argument("--fault", action="append", default=[], metavar="FAULT",
+                         help="a verb that fails at the destination: [PHASE.]VERB[:PAIR[,VRING]][:once|always]; phases "
+                              "are early, final and retry; verbs are " + ", ".join(FAULT_POINTS) +
+                              "; source:FAULT is one at the source")  # fmt: skip
     migrate.add_argument("--endpoint", default="generate", metavar="ENDPOINT",
                          help="of the device: generate (default), echo, tap:NAME")  # fmt: skip
     migrate.add_argument("--target-endpoint", metavar="ENDPOINT", help="the destination's, such as a second TAP")
@@ -137,7 +139,10 @@ def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     faults = command("faults", commands.faults, "Run the fault matrix: each thing that can go wrong in a migration.")
     faults.add_argument("--policy", choices=POLICIES, default="delta")
-    faults.add_argument("--only", default="", metavar="ID", help="rows whose id begins so, such as D1 or A6/mac")
+    faults.add_argument(
+        "--only", default="", metavar="ID", help="rows whose id begins with these parts, such as D1 or A6/mac"
+    )
+    faults.add_argument("--list", action="store_true", help="show the ids of the rows, and run none")
     faults.add_argument("--queue-pairs", type=_number(1, 64, "the number of queue pairs"), action="append", metavar="N",
                         help="may be given more than once (default 1 and 4)")  # fmt: skip
     faults.add_argument("--traffic", choices=TRAFFIC, help="(default: idle, then both)")

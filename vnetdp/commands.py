@@ -415,13 +415,18 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
 
 def faults(args: argparse.Namespace) -> int:
     from .migration.machine import MachineConfig
-    from .migration.matrix import DEFECTS, Row, chosen, run_all
+    from .migration.matrix import DEFECTS, Row, cases, chosen, run_all
 
     tell = human(args)
     traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
     plan = chosen(args.queue_pairs or (1, 4), traffics, args.only)
     if not plan:
-        raise ConfigError(f"no row of the matrix begins with {args.only!r}")
+        names = dict.fromkeys(case.id.partition("/")[0] for case in cases(1))
+        raise ConfigError(f"no row of the matrix is {args.only!r}; rows are {', '.join(names)}")
+    if args.list:
+        for name, says in {case.id: case.says for _, case in plan}.items():
+            tell(f"{name}: {says}")
+        return 0
     began = said = time.monotonic()
     done = 0
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from tests.test_cli import Shell, shell
+from vnetdp.backends.faulty import POINTS
 from vnetdp.migration.matrix import cases
+from vnetdp.migration.names import FAULT_POINTS
 
 __all__ = ["shell"]  # the fixture
 
@@ -206,6 +208,19 @@ def test_a_row_that_is_wrong_is_shown(shell: Shell) -> None:
         "of these 1 were predicted, and 0 were not; predicted and not seen: D1, D6,"
     )
     assert all(row["predicted"] for row in report["rows"])
+
+
+def test_rows_are_listed_and_not_run(shell: Shell) -> None:
+    done = shell.run("faults", "--list", "--only", "a6/MAC", "--queue-pairs", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    ids = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert ids == [case.id for case in cases(1) if case.id.startswith("A6/mac/")]
+
+
+def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
+    assert FAULT_POINTS == POINTS
+    said = " ".join(shell.run("migrate", "--help").stdout.split())
+    assert "[PHASE.]VERB[:PAIR[,VRING]][:once|always]; phases are early, final and retry; verbs are set_mtu, " in said
 
 
 # --- wrong usage ---

@@ -441,12 +441,16 @@ def can_run(case: Case) -> bool:
 
 
 def chosen(pairs: Iterable[int], traffics: Iterable[str], only: str) -> list[tuple[MachineConfig, Case]]:
-    """Return every case whose id begins with *only*, for each number of pairs and traffic, with its machine."""
+    """Return every case whose id begins with the parts of *only*, for each number of pairs and traffic, with its machine.
+
+    Parts are what lies between slashes: A6/mac is no beginning of A6/mac_table/back. Upper and lower case are the same.
+    """
+    wanted = only.lower().split("/") if only else []
     return [
         (MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE, faulty=True), case)
         for n_pairs, traffic in itertools.product(pairs, traffics)
         for case in cases(n_pairs)
-        if case.id.startswith(only) and can_run(case)
+        if case.id.lower().split("/")[: len(wanted)] == wanted and can_run(case)
     ]
 
 
