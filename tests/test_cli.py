@@ -152,6 +152,8 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "scapy without a callable": (["link", "scapy:os", "null"], "scapy:MODULE:CALLABLE"),
     "scapy, no such module": (["link", "scapy:no_such_module:f", "null"], "no_such_module"),
     "scapy, no such callable": (["link", "scapy:os:no_such_callable", "null"], "no_such_callable"),
+    "scapy, a file": (["link", "scapy:mk.py:f", "null"], "without .py: scapy:mk:f"),
+    "switches without their time": (["link", "null", "null", "--switches", "3"], "--switches goes with --switch-ms"),
     "bridge of one side": (["link", "vhost-user:s", "null"], "both sides"),
     "bridge, options of rings": (["link", *BRIDGE, "--ring", "256"], "--ring means nothing"),
     "bridge, options of hand-overs": (["link", *BRIDGE, "--switch-ms", "5"], "--switch-ms means nothing"),

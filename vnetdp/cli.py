@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     _polling(link)
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
                       help="hand the rings to the other owner every N ms")  # fmt: skip
-    link.add_argument("--switches", type=int, metavar="N", help="stop switching after N hand-overs")
+    link.add_argument("--switches", type=int, metavar="N", help="stop switching after N hand-overs (with --switch-ms)")
     link.add_argument("--seconds", type=_positive, help="end after so long (default: a signal ends it)")
 
     serve = command(

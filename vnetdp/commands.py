@@ -117,7 +117,7 @@ def _bridge(args: argparse.Namespace) -> int:
         bridge.serve(lambda: stop.is_set() or time.monotonic() >= until)
         report = bridge.report()
     for name in ("left_to_right", "right_to_left"):
-        human(args)(f"{name.replace('_', ' ')}: {report[name]['packets']:,} packets")
+        human(args)(f"{name.replace('_', ' ')}: {counted(report[name]['packets'], 'packet')}")
     if args.json:
         write_json(args.json, report)
     return 0
@@ -126,6 +126,8 @@ def _bridge(args: argparse.Namespace) -> int:
 def link(args: argparse.Namespace) -> int:
     if _VHOST_USER in (args.left[: len(_VHOST_USER)], args.right[: len(_VHOST_USER)]):
         return _bridge(args)
+    if args.switches is not None and args.switch_ms is None:
+        raise ConfigError("--switches goes with --switch-ms, which says how often")
     from .endpoints.spec import endpoint_opener
     from .link import Link
     from .warmup import warm_up
@@ -209,8 +211,8 @@ def serve(args: argparse.Namespace) -> int:
         server.run(stop.is_set, wake)
         counters = endpoint.counters()
         report = {"served": server.served, "refused": server.refused, "endpoint": counters}
-    human(args)(f"served {report['served']} front ends, {counters['to_wire']:,} frames to the endpoint, "
-          f"{counters['from_wire']:,} from it")  # fmt: skip
+    human(args)(f"served {counted(server.served, 'front end')}, {counted(counters['to_wire'], 'frame')} to the "
+                f"endpoint, {counters['from_wire']:,} from it")  # fmt: skip
     if args.json:
         write_json(args.json, report)
     return 0
@@ -262,7 +264,8 @@ def _print_link(report: dict[str, Any], tell: Callable[[str], None]) -> None:
         counters = report[side]
         frames, size = counters["from_wire"], counters["bytes_from_wire"]
         tell(
-            f"{side} to {other}: {frames:,} frames, {frames / seconds / 1e6:.3f} Mpps, {size * 8 / seconds / 1e9:.3f} Gbit/s"
+            f"{side} to {other}: {counted(frames, 'frame')}, {frames / seconds / 1e6:.3f} Mpps, "
+            f"{size * 8 / seconds / 1e9:.3f} Gbit/s"
         )
     dropped = {
         f"{side} {key.removeprefix('dropped_')}": report[side][key]
@@ -440,12 +443,13 @@ def faults(args: argparse.Namespace) -> int:
             foreseen = (
                 "" if row.ok or args.policy != "seed" else " (predicted)" if row.predicted else " (not predicted)"
             )
-            tell(f"{row.case.id} ({config.traffic}, {config.queue_pairs} pairs): {row.case.says}: {row.outcome}{foreseen}"
+            machine = f"{config.traffic}, {counted(config.queue_pairs, 'pair')}"
+            tell(f"{row.case.id} ({machine}): {row.case.says}: {row.outcome}{foreseen}"
                  + "".join(f"\n    {text}" for text in row.violations))  # fmt: skip
 
     rows = run_all(args.policy, plan, one)
     ok = all(row.ok for _, row in rows)
-    tell(f"{len(rows)} rows, {sum(not row.ok for _, row in rows)} not as they have to be, "
+    tell(f"{counted(len(rows), 'row')}, {sum(not row.ok for _, row in rows)} not as they have to be, "
          f"{time.monotonic() - began:.0f} s")  # fmt: skip
     if args.policy == "seed":
         wrong = [row for _, row in rows if not row.ok]
