@@ -53,8 +53,11 @@ def test_a_ring_waits_until_it_is_enabled(back_end: BackEnd) -> None:
 
 
 def test_rings_that_are_disabled_and_set_up_anew(back_end: BackEnd) -> None:
-    """No GET_VRING_BASE between: the driver was unloaded, and its memory is somebody else's."""
-    with costs_nothing(back_end, 0), ByHand.dial(back_end.path) as end:
+    """No GET_VRING_BASE between: the driver was unloaded, and its memory is somebody else's.
+
+    A transmitq that is disabled is still emptied, and may meet what the memory holds now: then it says so, and stands still.
+    """
+    with costs_nothing(back_end, None), ByHand.dial(back_end.path) as end:
         end.shake_hands()
         with Guest(end) as guest:
             guest.share()
