@@ -88,12 +88,13 @@ class Move:
             assert time.monotonic() < until
             time.sleep(0.01)
         self.source.close()
+        self.target.run(":", check=False)  # the serial line may lose a part of what it gets first
         return said
 
     def output(self, file: str, mark: str, timeout: float = 60) -> str:
         """Return what a command that runs on in the guest has written into *file*, once *mark* is in it."""
         until = time.monotonic() + timeout
-        while mark not in (said := self.target.run(f"cat {file}")):
+        while mark not in (said := self.target.run(f"cat {file}", check=False)):
             assert time.monotonic() < until, f"no {mark} in: {said}\n{self.target.last_words()}"
             time.sleep(0.2)
         return said
