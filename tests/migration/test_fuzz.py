@@ -96,7 +96,7 @@ def test_whatever_is_committed_does_no_harm(policy: str) -> None:
         assert child.stdout is not None
         assert child.stderr is not None
         while readable(child.stdout, HANG_S) and (data := os.read(child.stdout.fileno(), 1 << 16)):
-            said = (said + data)[-4096:]
+            said = (said + data)[-(1 << 20) :]
         with suppress(subprocess.TimeoutExpired):
             child.wait(1)
         if child.returncode is None:
