@@ -443,15 +443,25 @@ def can_run(case: Case) -> bool:
 def chosen(pairs: Iterable[int], traffics: Iterable[str], only: str) -> list[tuple[MachineConfig, Case]]:
     """Return every case whose id begins with the parts of *only*, for each number of pairs and traffic, with its machine.
 
-    Parts are what lies between slashes: A6/mac is no beginning of A6/mac_table/back. Upper and lower case are the same.
+    Parts are what lies between slashes: A6/mac is no beginning of A6/mac_table/back. A row's letter stands for all of its
+    rows, and B11 for B11a to B11i, but B1 not for B10. Upper and lower case are the same.
     """
-    wanted = only.lower().split("/") if only else []
     return [
         (MachineConfig(queue_pairs=n_pairs, traffic=traffic, rate=RATE, faulty=True), case)
         for n_pairs, traffic in itertools.product(pairs, traffics)
         for case in cases(n_pairs)
-        if case.id.lower().split("/")[: len(wanted)] == wanted and can_run(case)
+        if _begins(case.id.lower(), only.lower()) and can_run(case)
     ]
+
+
+def _begins(case_id: str, only: str) -> bool:
+    if not only:
+        return True
+    row, *rest = case_id.split("/")
+    wanted, *more = only.split("/")
+    follows = row[len(wanted) : len(wanted) + 1]
+    in_row = row == wanted or (not more and row.startswith(wanted) and follows.isdigit() != wanted[-1:].isdigit())
+    return in_row and rest[: len(more)] == more
 
 
 def run_all(
