@@ -461,7 +461,8 @@ def costs_nothing(back_end: BackEnd, refusals: int | None = 1) -> Iterator[None]
     yield
     ping(back_end)
     after = back_end.holds()
-    assert after == before, (after, before, mappings())
+    # A process may have held more before: what its own collector had not come to yet.
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (after, before, mappings())
     lines = back_end.lines()
     assert not any("Traceback" in line for line in lines), lines
     assert refusals is None or len(lines) == refusals, lines
