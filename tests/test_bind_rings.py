@@ -29,19 +29,10 @@ from vnetdp.errors import BackendError
 from vnetdp_kernels import layout as lay
 
 
-@pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
-def bed(request: pytest.FixtureRequest) -> Iterator[Bed]:
-    with no_descriptor_leaks(), bed_of(request.param) as bed:
-        yield bed
-
-
 @pytest.fixture
 def one() -> Iterator[Bed]:
     with no_descriptor_leaks(), bed_of() as bed:
         yield bed
-
-
-# --- all rings at once ---
 
 
 @contextmanager
