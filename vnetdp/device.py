@@ -428,11 +428,10 @@ class NetDevice:
                 if queue.enabled and queue.num > self.max_num:
                     raise ConfigError(f"queue {index}: size {queue.num} is larger than {self.max_num}")
                 queues[index] = queue
-            for index, base in delta.bases:
+            for index, _ in delta.bases:
                 self._queue(index)
                 if not queues[index].enabled:
                     raise ConfigError(f"an index for queue {index}, which is not enabled")
-                queues[index] = replace(queues[index], last_avail_idx=base)
             self._take_control(control)  # the last that can fail
             self._driver_features = features
             with self._trouble.lock:
@@ -441,6 +440,8 @@ class NetDevice:
                 for index in delta.queues:
                     self._trouble.broken.pop(index, None)
                 self.queues[:] = queues
+                for index, base in delta.bases:
+                    queues[index].last_avail_idx = base
             self._notify_config()  # a notification that is pending over there is not sent: one too many does no harm
 
     def prepare_vhost(self) -> bool:
