@@ -16,7 +16,7 @@ import struct
 import numpy as np
 
 from vnetdp_kernels import layout
-from vnetdp_kernels.atomic import load_u16_acquire, store_u16_release
+from vnetdp_kernels.atomic import load_u16_acquire, store_u16, store_u16_release
 
 from .errors import ConfigError, RequestRefused
 from .memory import Bytes, GuestMemory, Region, create_memfd
@@ -99,7 +99,9 @@ class InflightArea:
             raise RequestRefused(str(e)) from e
         version, desc_num = struct.unpack_from("<HH", raw, area + layout.INFLIGHT_VERSION)
         if version == 0:
-            struct.pack_into("<HH", raw, area + layout.INFLIGHT_VERSION, _VERSION, num)
+            # The version last: whoever comes after us, if we are killed here, finds no area, or the whole of one.
+            store_u16(mem, area + layout.INFLIGHT_DESC_NUM, num)
+            store_u16_release(mem, area + layout.INFLIGHT_VERSION, _VERSION)
         elif version != _VERSION or desc_num != num:
             raise RequestRefused(f"vring {index}: inflight area of version {version} for {desc_num} descriptors")
         journal = self.journal_at(index)
@@ -110,7 +112,7 @@ class InflightArea:
                 ahead = (transmitq_idx - load_u16_acquire(mem, used_at)) & 0xFFFF
                 if ahead <= num:
                     store_u16_release(mem, used_at, transmitq_idx)
-            struct.pack_into("<H", raw, at + layout.JOURNAL_VALID, 0)
+            store_u16_release(mem, at + layout.JOURNAL_VALID, 0)
         idx = load_u16_acquire(mem, used_at)
         entries = mem[area + layout.INFLIGHT_HEADER_LEN :][: num * layout.INFLIGHT_DESC_LEN]
         last_batch_head, used_idx = struct.unpack_from("<HH", raw, area + layout.INFLIGHT_LAST_BATCH_HEAD)
@@ -120,7 +122,7 @@ class InflightArea:
                 f"vring {index}: the back end before had chains in flight that are not the next ones: {heads[:8]}"
             )
         entries.view(_DESC)["inflight"] = 0
-        struct.pack_into("<H", raw, area + layout.INFLIGHT_USED_IDX, idx)
+        store_u16(mem, area + layout.INFLIGHT_USED_IDX, idx)
         return idx
 
     def forget(self, index: int, memory: GuestMemory) -> None:

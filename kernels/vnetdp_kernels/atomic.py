@@ -5,13 +5,17 @@ kernels get the LLVM one. Values are int64 in both: loads extend with zeros, sto
 therefore reads as negative). *offset* is in bytes for a uint8 array, and an index for an int64 array. Offsets of
 the u16, u32 and u64 forms must be aligned to their size, except where the name says `unaligned`.
 
-In plain Python an interpreter runs one thread at a time, and one struct access of up to 8 bytes is one copy, so
-order and atomicity are the interpreter's; the two that read and then write take a lock.
+In plain Python an interpreter runs one thread at a time, but memory is shared with other processes too, and with compiled
+threads. So a load or store of up to 8 bytes is one access there as well, and the two that read and then write take a lock
+that holds against other processes in plain Python.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import functools
+import os
 import struct
 import threading
 from collections.abc import Callable
@@ -29,6 +33,24 @@ Words = npt.NDArray[np.int64]
 
 _RELAXED = "monotonic"
 _LOCK = threading.Lock()
+_LOCK_FILE = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC) if config.DISABLE_JIT else -1
+
+
+class _Alone:
+    """Of all threads, and of all processes that run this file in plain Python, one is inside."""
+
+    def __enter__(self) -> None:
+        _LOCK.acquire()
+        if _LOCK_FILE >= 0:
+            fcntl.flock(_LOCK_FILE, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: object) -> None:
+        if _LOCK_FILE >= 0:
+            fcntl.flock(_LOCK_FILE, fcntl.LOCK_UN)
+        _LOCK.release()
+
+
+_ALONE = _Alone()
 
 
 def compiled_as(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
@@ -96,17 +118,17 @@ def _load(bits: int, order: str, align: int) -> Callable[[Any, int], int]:
 
 
 def _store(bits: int, order: str, align: int) -> Callable[[Any, int, int], None]:
-    code = {8: "<B", 16: "<H", 32: "<I", 64: "<q"}[bits]
     size = bits // 8
-    mask = (1 << bits) - 1
+    c_type: Any = {8: ctypes.c_uint8, 16: ctypes.c_uint16, 32: ctypes.c_uint32, 64: ctypes.c_int64}[bits]
 
     def store(array: Any, offset: int, value: int) -> None:
         if array.itemsize == 8:
             array[offset] = value
             return
-        if offset < 0:
+        if not 0 <= offset <= array.size - size:
             raise IndexError(offset)
-        struct.pack_into(code, array.data, offset, value if bits == 64 else value & mask)
+        # Not struct.pack_into, which writes zeros first: whoever shares the memory would read them.
+        c_type.from_buffer(array, offset).value = value
 
     @intrinsic  # type: ignore[untyped-decorator]
     def store_llvm(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
@@ -170,6 +192,8 @@ def _fence_llvm(typing_context: Any) -> Any:
 
 def fence() -> None:
     """Order all accesses before it with all after it, stores before loads too (a full barrier)."""
+    with _LOCK:
+        pass  # the barrier is the lock's: the other side may be a process, which does not wait for this interpreter
 
 
 @compiled_as(fence)
@@ -190,7 +214,7 @@ def _fetch_or_llvm(typing_context: Any, array: Any, offset: Any, value: Any) -> 
 
 def fetch_or_u8(array: Bytes, offset: int, value: int) -> int:
     """Set bits of one byte atomically (a full barrier); return the byte as it was."""
-    with _LOCK:
+    with _ALONE:
         before = int(array[offset])
         array[offset] = before | value
     return before
@@ -212,9 +236,9 @@ def _exchange_llvm(typing_context: Any, array: Any, offset: Any, value: Any) -> 
 
 def exchange_u64(array: Bytes, offset: int, value: int) -> int:
     """Swap 8 aligned bytes atomically (a full barrier); return them as they were."""
-    with _LOCK:
-        before = int(struct.unpack_from("<q", array.data, offset)[0])
-        struct.pack_into("<q", array.data, offset, value)
+    with _ALONE:
+        before = int(load_u64(array, offset))
+        store_u64(array, offset, value)
     return before
 
 

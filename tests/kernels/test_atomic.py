@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numba
 import numpy as np
 import pytest
 
+from tests.by_hand import PATIENCE, wait_for
 from tests.kernels.rig import CANARY, COMPILED, scaled
 from vnetdp_kernels import atomic
 from vnetdp_kernels.atomic import (
@@ -233,3 +238,89 @@ def test_no_dirty_page_is_lost(writers: int) -> None:
     assert found >= n_pages
     assert data.sum() == writers * rounds
     assert (data == copied).all()
+
+
+# --- processes ---
+
+# What another process does to the first page of the memory that it shares, in plain Python, until its parent ends it.
+_BEGIN = """
+import mmap, sys
+import numpy as np
+from vnetdp_kernels.atomic import *
+mem = np.frombuffer(mmap.mmap(int(sys.argv[1]), 4096), np.uint8)
+"""
+
+
+@contextmanager
+def another_process(mem_fd: int, code: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", _BEGIN + code, str(mem_fd)]
+    path = os.pathsep.join(filter(None, sys.path))
+    environ = {**os.environ, "PYTHONPATH": path, "NUMBA_DISABLE_JIT": "1"}
+    with subprocess.Popen(command, pass_fds=(mem_fd,), env=environ, stdin=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def shared() -> Iterator[tuple[int, Bytes]]:
+    """A page of memory that other processes can have too: its descriptor, and it."""
+    fd = os.memfd_create("vnetdp-test")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    yield fd, np.frombuffer(mmap.mmap(fd, mmap.PAGESIZE), np.uint8)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("load", "store"),
+    [
+        (load_u16, "store_u16"),
+        (load_u16_acquire, "store_u16_release"),
+        (load_u32, "store_u32"),
+        (load_u64, "store_u64"),
+    ],
+)
+def test_a_store_of_another_process_is_seen_as_a_whole(
+    shared: tuple[int, Bytes], load: Callable[[Bytes, int], int], store: str
+) -> None:
+    """It has no moment in which something else is there, such as an index of 0."""
+    fd, mem = shared
+    writer = f"while True:\n    {store}(mem, 64, 0x1234)\n    {store}(mem, 64, 0x5678)\n"
+    with another_process(fd, writer) as process:
+        seen: set[int] = set()
+        while len(seen - {0}) < 2:
+            assert process.poll() is None
+            seen.add(load(mem, 64))
+        seen = {load(mem, 64) for _ in range(200_000)}
+    assert seen <= {0x1234, 0x5678}
+
+
+def test_no_bit_is_lost_that_another_process_sets_in_plain_python(shared: tuple[int, Bytes]) -> None:
+    """Two set bits of one word, each once it is found clear; a third takes them all, again and again, and counts."""
+    fd, mem = shared
+    bits = 2000
+    setter = f"""
+at = int(sys.stdin.readline())
+for n in range({bits}):
+    while fetch_or_u8(mem, at, 1 << n % 4) & 1 << n % 4:
+        pass
+"""
+    taker = """
+taken = passes = 0
+while True:
+    taken += exchange_u64(mem, 0, 0).bit_count()
+    passes += 1
+    store_u64(mem, 8, taken)
+    store_u64(mem, 16, passes)
+"""
+    with another_process(fd, taker) as third, another_process(fd, setter) as one, another_process(fd, setter) as two:
+        for process, word in ((one, b"1\n"), (two, b"4\n")):
+            assert process.stdin is not None
+            process.stdin.write(word)
+            process.stdin.close()
+        assert [one.wait(PATIENCE), two.wait(PATIENCE)] == [0, 0]
+        passes = load_u64(mem, 16)
+        wait_for(lambda: load_u64(mem, 16) > passes + 1, "the word is taken once more")
+        assert third.poll() is None
+        assert load_u64(mem, 8) == 2 * bits
