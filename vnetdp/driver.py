@@ -6,6 +6,7 @@ buffers, sends and receives. Its other end is an endpoint, as the device's is; w
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Protocol, Self
 
@@ -309,6 +310,10 @@ class Driver:
         """Run in a thread of its own from now on; poll_us as in `Datapath.run`."""
         if self._thread is None:
             self._thread = Paced(self, "guest-driver", poll_us)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Have the thread, if there is one, stand still outside the kernels for the length of the block."""
+        return nullcontext() if self._thread is None else self._thread.paused()
 
     @property
     def error(self) -> BaseException | None:

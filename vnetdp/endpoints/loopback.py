@@ -127,11 +127,11 @@ class GenerateEndpoint(Endpoint):
     def ledger_against(self, sender: GenerateEndpoint) -> Ledger:
         """Return what became of the frames that *sender*, across the rings, has made."""
         total = self.ledger.sum(axis=0)
-        delivered = int(total[layout.LEDGER_DELIVERED])
+        delivered, sent = int(total[layout.LEDGER_DELIVERED]), sender.sent
         return Ledger(
-            sent=sender.sent,
+            sent=sent,
             delivered=delivered,
-            lost=sender.sent - delivered,
+            lost=sent - delivered,
             duplicated=int(total[layout.LEDGER_DUPLICATED]),
             reordered=int(total[layout.LEDGER_REORDERED]),
             corrupted=int(total[layout.LEDGER_CORRUPTED]),

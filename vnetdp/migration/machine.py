@@ -12,12 +12,13 @@ import select
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
 from vnetdp_kernels import layout
 
+from .. import vhost_net
 from ..announce import Announcer
 from ..backends.base import Backend
 from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
@@ -267,10 +268,16 @@ class Machine:
         return Ledger(), Ledger()
 
     def allow(self, traffic: bool) -> None:
-        """Let both ends make frames, as the traffic asked for says, or none after those made by now."""
-        for end, limit in ((self.wire, self.config.to_guest), (self.guest, self.config.to_wire)):
-            if isinstance(end, GenerateEndpoint):
-                end.rows[:, layout.EP_LIMIT] = limit if traffic else end.rows[:, layout.EP_SEQ]
+        """Let both ends make frames, as the traffic asked for says, or none after those made by now.
+
+        Whoever makes them stands still meanwhile: a frame that was begun under the limit before would be made, and
+        counted, after all were seen to have arrived.
+        """
+        standing_still = vhost_net.standing_still(self.device.owners.backends or ())
+        with standing_still, self.driver.paused() if self.driver is not None else nullcontext():
+            for end, limit in ((self.wire, self.config.to_guest), (self.guest, self.config.to_wire)):
+                if isinstance(end, GenerateEndpoint):
+                    end.rows[:, layout.EP_LIMIT] = limit if traffic else end.rows[:, layout.EP_SEQ]
 
     def drain(self, seconds: float = 3.0) -> bool:
         """Make no more frames, and return whether all that were made arrive; False if none does for so many seconds."""
