@@ -168,6 +168,12 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "report nowhere": (["link", "null", "null", "--json", "no/such/folder/report.json"], "no/such/folder"),
     "report in a folder's place": (["link", "null", "null", "--json", "/tmp"], "/tmp: it is a folder"),
     "a capture, and an error": (["link", "pcap:,out.pcap", "nonsense"], "unknown endpoint 'nonsense'"),
+    "a capture, and none": (["link", "pcap:,out.pcap", "pcap:missing.pcap"], "missing.pcap: No such file"),
+    "a capture, and none behind faults": (
+        ["link", "fault:drop=0:pcap:,out.pcap", "pcap:missing.pcap,other.pcap"],
+        "missing.pcap: No such file",
+    ),
+    "a capture, and a TAP nowhere": (["link", "pcap:,out.pcap", "tap:t0,netns=nowhere-at-all"], "ip netns add"),
     "a capture, and a value": (["link", "pcap:,out.pcap", "generate:size=5"], "size 5"),
     "TAP name not UTF-8": (["link", b"tap:\xff", "null"], "\\udcff"),
     "rate too small": (["link", "generate:rate=0.00000000001", "null"], "rate 1e-11"),

@@ -132,10 +132,12 @@ def link(args: argparse.Namespace) -> int:
     from .link import Link
     from .warmup import warm_up
 
-    # Both are read before either is opened: to open one may overwrite a capture.
+    # Both are read before either is opened, and both are opened before a capture is overwritten.
     openers = [endpoint_opener(text, args.queue_pairs) for text in (args.left, args.right)]
     with _until_signal() as stop, ExitStack() as stack:
         left, right = (stack.enter_context(opener()) for opener in openers)
+        for end in (left, right):
+            end.open_sink()
         warm_up(say)
         link = stack.enter_context(
             Link(

@@ -194,6 +194,9 @@ class Endpoint:
         if self.kind == layout.KIND_PYTHON:
             self._guarded_transmit(0, [bytes(layout.NET_HDR_LEN) + frame])
 
+    def open_sink(self) -> None:
+        """Create or overwrite what frames are written to, if that was put off when it was made."""
+
     @property
     def mtu(self) -> int | None:
         """The MTU of its interface; None if it has none, or it can't be told."""

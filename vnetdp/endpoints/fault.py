@@ -279,6 +279,9 @@ class FaultEndpoint(Endpoint):
         self.inner.set_queue_active(queue, active)
         self._alarms[queue].ring()  # whether it is to be watched is looked at in `service`
 
+    def open_sink(self) -> None:
+        self.inner.open_sink()
+
     @property
     def mtu(self) -> int | None:
         return self.inner.mtu

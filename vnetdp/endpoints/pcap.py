@@ -35,12 +35,17 @@ class PcapEndpoint(Endpoint):
 
     Either file may be None. source: pcap or pcapng, also gzipped. sink: pcapng if its name ends so, else pcap;
     it is overwritten; timestamps in ns. A frame that was captured only in part is sent as far as it goes.
+    sink_later: the sink is left alone until `open_sink`, so that all else can be opened, and found wrong, before.
     """
 
-    def __init__(self, source: str | Path | None, sink: str | Path | None = None, queues: int = 1) -> None:
+    def __init__(
+        self, source: str | Path | None, sink: str | Path | None = None, queues: int = 1, *, sink_later: bool = False
+    ) -> None:
         if source is None and sink is None:
             raise EndpointError("pcap: neither a capture to read nor one to write: pcap:IN[,OUT]")
         self.name = f"pcap:{source or ''}{f',{sink}' if sink else ''}"
+        self._source = None if source is None else Path(source)
+        self._sink = None if sink is None else Path(sink)
         self._reader: Any = None  # _PcapReader or _PcapNgReader
         self._writer: RawPcapWriter | RawPcapNgWriter | None = None
         self._next: bytes | None = None  # one frame ahead of the ring
@@ -53,16 +58,20 @@ class PcapEndpoint(Endpoint):
             made.pop_all()
         self.fds[0] = self._wake.fd
         try:
-            if source is not None:
-                self._reader = _open_source(Path(source))
+            if self._source is not None:
+                self._reader = _open_source(self._source)
                 self._next = self._read_frame()
-            if sink is not None:
-                self._writer = _open_sink(Path(sink), None if source is None else Path(source))
+            if not sink_later:
+                self.open_sink()
         except BaseException:
             self.close()
             raise
         if source is not None:
             self._wake.signal()
+
+    def open_sink(self) -> None:
+        if self._sink is not None and self._writer is None:
+            self._writer = _open_sink(self._sink, self._source)
 
     def _read_frame(self) -> bytes | None:
         """Return the next frame, None at the end; EndpointError if the file can't be sent from here on."""

@@ -23,11 +23,20 @@ Opener = Callable[[], Endpoint]
 
 def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
     """Return the endpoint that *text* names, opened; ConfigError or EndpointError if it can't."""
-    return endpoint_opener(text, queues)()
+    endpoint = endpoint_opener(text, queues)()
+    try:
+        endpoint.open_sink()
+    except BaseException:
+        endpoint.close()
+        raise
+    return endpoint
 
 
 def endpoint_opener(text: str, queues: int = 1) -> Opener:
-    """Return what opens the endpoint that *text* names; ConfigError or EndpointError if nothing is named so."""
+    """Return what opens the endpoint that *text* names; ConfigError or EndpointError if nothing is named so.
+
+    What it writes to is left alone until `Endpoint.open_sink`.
+    """
     kind, _, rest = text.partition(":")
     if kind not in _KINDS:
         known = ", ".join(syntax for syntax, _ in _KINDS.values())
@@ -65,7 +74,7 @@ def _pcap(rest: str, queues: int) -> Opener:
     source, _, sink = rest.partition(",")
     if not rest or "," in sink:
         raise ConfigError(f"pcap: {rest!r} is not pcap:IN[,OUT] (pcap:,OUT only writes)")
-    return partial(PcapEndpoint, source or None, sink or None, queues)
+    return partial(PcapEndpoint, source or None, sink or None, queues, sink_later=True)
 
 
 def _scapy(rest: str, queues: int) -> Opener:
