@@ -8,6 +8,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,57 @@ import pytest
 
 from tests.by_hand import no_descriptor_leaks
 from vnetdp.backends.process import WorkerProcess
+from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.backends.worker import Worker
+from vnetdp.bridge import Bridge
 from vnetdp.datapath import Datapath
 from vnetdp.device import NetDevice
-from vnetdp.driver import memory_for
+from vnetdp.driver import Driver, driver_block, memory_for
 from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.endpoints.scapy import SocketEndpoint, VnetdpSocket
-from vnetdp.errors import EndpointError
+from vnetdp.errors import ConfigError, EndpointError
+from vnetdp.link import Link
 from vnetdp.memory import GuestMemory
+from vnetdp.migration.host import HostProcess
+from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.notifiers import Notifiers
+from vnetdp.server import Server
 
-KINDS: dict[str, Callable[[GuestMemory, SocketEndpoint], Any]] = {
-    "notifiers": lambda _m, _e: Notifiers(2),
-    "datapath": lambda _m, _e: Datapath(2),
-    "worker": lambda _m, _e: Worker(2),
-    "process": lambda _m, _e: WorkerProcess(1),
-    "device": lambda memory, endpoint: NetDevice(memory, endpoint, queue_pairs=2),
-    "stepped device": lambda memory, endpoint: NetDevice(memory, endpoint, queue_pairs=2, threaded=False),
-    "mailbox": lambda _m, _e: MailboxEndpoint(3),
-    "fault": lambda _m, endpoint: FaultEndpoint(endpoint),
-    "pcap": lambda _m, _e: PcapEndpoint(None, "/dev/null"),
-    "socket": lambda _m, endpoint: VnetdpSocket(endpoint),
+
+@dataclass
+class Given:
+    """What is there before, and may be used."""
+
+    memory: GuestMemory
+    endpoint: SocketEndpoint
+    device: NetDevice
+    folder: Path
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+KINDS: dict[str, Callable[[Given], Any]] = {
+    "notifiers": lambda _: Notifiers(2),
+    "datapath": lambda _: Datapath(2),
+    "worker": lambda _: Worker(2),
+    "process": lambda _: WorkerProcess(1),
+    "device": lambda given: NetDevice(given.memory, given.endpoint, queue_pairs=2),
+    "stepped device": lambda given: NetDevice(given.memory, given.endpoint, queue_pairs=2, threaded=False),
+    "mailbox": lambda _: MailboxEndpoint(3),
+    "fault": lambda given: FaultEndpoint(given.endpoint),
+    "pcap": lambda _: PcapEndpoint(None, "/dev/null"),
+    "socket": lambda given: VnetdpSocket(given.endpoint),
+    "driver": lambda given: Driver(given.device, given.memory),
+    "driver of a block": lambda given: Driver(given.device, given.memory, given.endpoint, block=driver_block(1, 256)),
+    "link": lambda given: Link(given.endpoint, given.endpoint, "vhost"),
+    "server": lambda given: Server(given.endpoint, given.path("served")),
+    "front end": lambda given: VhostUserFrontEnd(given.path("listens"), listen=True),
+    "bridge": lambda given: Bridge(given.path("left"), given.path("right")),
+    "machine": lambda given: Machine(MachineConfig(), given.device.endpoint.block.fd),
+    "host process": lambda _: HostProcess(quiet=True),
 }
 
 
@@ -66,19 +95,26 @@ def descriptors(more: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_can_t_be_made_leaves_nothing(kind: str) -> None:
-    with memory_for(2) as memory, Shared(2) as endpoint:
-        KINDS[kind](memory, endpoint).close()  # what is opened once for all is opened by the first of a kind
+def test_what_can_t_be_made_leaves_nothing(kind: str, tmp_path: Path) -> None:
+    with (
+        memory_for(2) as memory,
+        Shared(2) as endpoint,
+        make_wire(MachineConfig()) as wire,
+        NetDevice(memory, wire, threaded=False) as device,
+    ):
+        given = Given(memory, endpoint, device, tmp_path)
+        KINDS[kind](given).close()  # what is opened once for all is opened by the first of a kind
         threads = threading.active_count()
         made = None
         for more in range(100):
             with no_descriptor_leaks():
                 try:
                     with descriptors(more):
-                        made = KINDS[kind](memory, endpoint)
-                except (OSError, EndpointError) as e:
+                        made = KINDS[kind](given)
+                except (OSError, EndpointError, ConfigError) as e:
                     assert getattr(e, "errno", errno.EMFILE) == errno.EMFILE
                     assert threading.active_count() == threads
+                    assert not list(tmp_path.iterdir())
                 else:
                     made.close()
             if made is not None:

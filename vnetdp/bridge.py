@@ -43,9 +43,10 @@ class Bridge:
 
     def __init__(self, left: str, right: str, *, queue_pairs: int = 1, poll_us: int = 0) -> None:
         with ExitStack() as stack:
-            self._datapaths = [Datapath(queue_pairs), Datapath(queue_pairs)]
-            for datapath in self._datapaths:
-                stack.callback(datapath.close)
+            self._datapaths: list[Datapath] = []
+            for _ in range(2):
+                self._datapaths.append(Datapath(queue_pairs))
+                stack.callback(self._datapaths[-1].close)
             self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
             self.bell = stack.enter_context(EventFd())
             self._wire: Words = np.zeros((2, layout.EP_SLOTS), np.int64)

@@ -6,7 +6,7 @@ buffers, sends and receives. Its other end is an endpoint, as the device's is; w
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import pairwise
 from typing import Protocol, Self
 
@@ -113,25 +113,31 @@ class Driver:
         adopt: bool = False,
         first_idx: int = 0,
     ) -> None:
-        check_num(num)
-        if queue_pairs < 1:
-            raise ConfigError(f"{queue_pairs} queue pairs: a driver needs at least one")
         self.device = device
         self.memory = memory
         self.queue_pairs = queue_pairs
         self.num = num
         self.mailbox: MailboxEndpoint | None = None
-        if endpoint is None:
-            endpoint = self.mailbox = MailboxEndpoint(queue_pairs)
-        if endpoint.queues < queue_pairs:
-            raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the driver needs {queue_pairs}")
+        with ExitStack() as made:
+            if block is not None:
+                made.callback(block.close)
+            check_num(num)
+            if queue_pairs < 1:
+                raise ConfigError(f"{queue_pairs} queue pairs: a driver needs at least one")
+            if endpoint is None:
+                endpoint = self.mailbox = made.enter_context(MailboxEndpoint(queue_pairs))
+            if endpoint.queues < queue_pairs:
+                raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the driver needs {queue_pairs}")
+            if block is None:
+                block = driver_block(queue_pairs, num)
+                made.callback(block.close)
+            self.bell = made.enter_context(EventFd())
+            made.pop_all()
         self.endpoint = endpoint
-        self._block = block or driver_block(queue_pairs, num)
-        block = self._block
+        self._block = block
         self.dvqs: Words = block.carve(np.int64, 2 * queue_pairs, layout.DVQ_SLOTS)
         self.states: Words = block.carve(np.int64, 2 * queue_pairs, num, layout.DESC_STATE_SLOTS)
         self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
-        self.bell = EventFd()
         self.features = 0
         self._wanted = wanted
         self._frame_len = max(frame_len, endpoint.longest_frame)

@@ -233,10 +233,15 @@ class SharedBlock:
         """*offset*: where in the file of *fd* the block begins, a multiple of 4096."""
         self.length = -(-length // PAGE_SIZE) * PAGE_SIZE
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
-        if os.fstat(self.fd).st_size < offset + length:
-            raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
-        # Not the mmap module: it would keep a second descriptor until the last array is gone.
-        at = _map(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, self.fd, offset)
+        try:
+            if os.fstat(self.fd).st_size < offset + length:
+                raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
+            # Not the mmap module: it would keep a second descriptor until the last array is gone.
+            at = _map(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, self.fd, offset)
+        except (OSError, ConfigError):
+            if fd is None:
+                os.close(self.fd)  # one that was given stays the caller's
+            raise
         self._map = (ctypes.c_uint8 * self.length).from_address(at)
         weakref.finalize(self._map, _libc.munmap, at, self.length).atexit = False
         self._at = 0

@@ -13,6 +13,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Self
 
 from .backends.base import VRINGS
@@ -74,10 +75,14 @@ class Server:
         self.refused = 0
         if mtu is not None:
             endpoint.set_mtu(mtu)
-        self._listener = None if connect else Listener(path, 8)
         self._own_worker: Worker | None = None
-        if worker is None:
-            worker = self._own_worker = Worker(queue_pairs, poll_us, "vhost-worker")
+        with ExitStack() as made:
+            self._listener = None if connect else Listener(path, 8)
+            if self._listener is not None:
+                made.callback(self._listener.close)
+            if worker is None:
+                worker = self._own_worker = Worker(queue_pairs, poll_us, "vhost-worker")
+            made.pop_all()
         self.worker: Served = worker
 
     def run(self, stop: Callable[[], bool], wake_fd: int) -> None:

@@ -250,13 +250,15 @@ class HostProcess:
     def __init__(self, quiet: bool = False) -> None:
         """*quiet*: it logs nothing, since what fails in it is meant to."""
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with ExitStack() as made, theirs:
+            made.callback(self._sock.close)
             path = os.pathsep.join(filter(None, sys.path))
             self._child = subprocess.Popen(
                 [sys.executable, "-c", f"from vnetdp.migration.host import main; main({theirs.fileno()}, {quiet})"],
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path},
             )
+            made.pop_all()
         self._lock = threading.Lock()
 
     @property

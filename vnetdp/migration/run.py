@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -143,7 +144,11 @@ def socket_pair(tcp: bool = False) -> tuple[socket.socket, socket.socket]:
         return socket.socketpair()
     with socket.create_server(("127.0.0.1", 0)) as server:
         one = socket.create_connection(server.getsockname())
-        other, _ = server.accept()
+        try:
+            other, _ = server.accept()
+        except OSError:
+            one.close()
+            raise
     for sock in (one, other):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return one, other
@@ -154,13 +159,15 @@ class Couple:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self.source = HostProcess(quiet)
-        self.target = HostProcess(quiet)
         self.config = MachineConfig()
         self.wire: Endpoint | None = None
         self.booted: DeviceState | None = None
-        for wait in [host.begin("warm_up") for host in (self.source, self.target)]:
-            wait()
+        with ExitStack() as made:
+            self.source = made.enter_context(HostProcess(quiet))
+            self.target = made.enter_context(HostProcess(quiet))
+            for wait in [host.begin("warm_up") for host in (self.source, self.target)]:
+                wait()
+            made.pop_all()
 
     def start(self, config: MachineConfig) -> None:
         """Boot a machine at the source. The one before is gone, wherever it was."""

@@ -22,11 +22,11 @@ class Listener:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._sock.bind(path)
+            self._sock.listen(backlog)
+            found = self._path.stat()
         except OSError as e:
             self._sock.close()
             raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
-        self._sock.listen(backlog)
-        found = self._path.stat()
         self._inode = (found.st_dev, found.st_ino)
 
     def fileno(self) -> int:
