@@ -7,13 +7,14 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.by_hand import frame, scaled, wait_equal, wait_for
+from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
 from tests.vhost_user.rig import SPOKEN, UNTOLD, ByHand, u64
 from tests.vhost_user.rig import Guest as GuestByHand
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
@@ -21,6 +22,7 @@ from vnetdp.bridge import Bridge
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
+from vnetdp.errors import VnetdpError
 from vnetdp.vhost_user.message import ProtocolFeature, Request
 from vnetdp_kernels import interrupt
 from vnetdp_kernels import layout as lay
@@ -223,3 +225,30 @@ def test_frames_wait_for_receive_buffers_without_a_busy_loop(tmp_path: Path) -> 
             receiver.kicks[0].signal()
             wait_equal(lambda: receiver.rings[0].used_idx, n + 1)
             assert receiver.memory.read(receiver.rings[0].buffer(n) + 12, 60) == frame(n)
+
+
+class Mortal(Bridge):
+    """One with a defect: asked to, it ends the thread that joins the guests."""
+
+    deadly = False
+
+    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
+        if self.deadly:
+            raise RuntimeError("a defect")
+        return super().run(budget, poll_us, timeout_ms)
+
+
+def test_guests_are_left_when_what_joins_them_has_ended(tmp_path: Path) -> None:
+    left, right = str(tmp_path / "left"), str(tmp_path / "right")
+    with no_descriptor_leaks(), ThreadPoolExecutor(1) as pool, Mortal(left, right) as bridge:
+        serving = pool.submit(bridge.serve, lambda: False)
+        with ByHand.dial(left) as one, ByHand.dial(right) as other:
+            for end in (one, other):
+                assert end.ask(Request.GET_FEATURES)
+            bridge.deadly = True
+            with bridge._paced.paused():
+                pass
+            assert one.left()
+            assert other.left()
+        with pytest.raises(VnetdpError, match="what serves the rings has ended: RuntimeError: a defect"):
+            serving.result(PATIENCE)

@@ -19,7 +19,8 @@ from typing import Self
 from .backends.base import VRINGS
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
-from .errors import BackendError, ConfigError, ProtocolError
+from .errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
+from .notify import EventFd
 from .session import Session
 from .vhost_user.listener import Listener
 from .vhost_user.message import MAX_VRINGS
@@ -76,19 +77,37 @@ class Server:
         if mtu is not None:
             endpoint.set_mtu(mtu)
         self._own_worker: Worker | None = None
+        self._queue_pairs = queue_pairs
+        self._poll_us = poll_us
         with ExitStack() as made:
             self._listener = None if connect else Listener(path, 8)
             if self._listener is not None:
                 made.callback(self._listener.close)
+            self._worker_ended = made.enter_context(EventFd())
             if worker is None:
-                worker = self._own_worker = Worker(queue_pairs, poll_us, "vhost-worker")
+                worker = self._own_worker = self._make_worker()
             made.pop_all()
         self.worker: Served = worker
+
+    def _make_worker(self) -> Worker:
+        return Worker(self._queue_pairs, self._poll_us, "vhost-worker")
+
+    def _renew_worker(self) -> None:
+        """Put another in the place of a worker that ended by itself; VnetdpError if it was not ours to make."""
+        error = self.worker.paced.error
+        if error is None:
+            return
+        if self._own_worker is None:
+            raise VnetdpError(f"{self.path}: what serves the rings has ended: {reason(error)}")
+        before, self._own_worker = self._own_worker, self._make_worker()
+        self.worker = self._own_worker
+        before.close()
 
     def run(self, stop: Callable[[], bool], wake_fd: int) -> None:
         """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked.
 
-        ConfigError if there never was a front end, and there never will be one at *path*.
+        ConfigError if there never was a front end, and there never will be one at *path*. VnetdpError if a worker that was
+        given has ended by itself; our own is made anew for the next front end.
         """
         backoff = _BACKOFF_S[0]
         said = ""
@@ -96,6 +115,7 @@ class Server:
             began = time.monotonic()
             failed = False
             try:
+                self._renew_worker()
                 transport = self._accept(wake_fd) if self._listener is not None else self._dial()
                 if transport is not None:
                     said = ""
@@ -137,11 +157,17 @@ class Server:
         session = Session(
             transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, self.inband, self.protocol_features
         )  # fmt: skip
+        self._worker_ended.clear()
         self.worker.on_broken = session.ring_broke
+        self.worker.on_gone = self._worker_ended.signal
         spoke = False
         try:
             while not stop():
-                events = {transport.fileno(): select.POLLIN, wake_fd: select.POLLIN}
+                if (error := self.worker.paced.error) is not None:
+                    # No ring moves any more. The front end may come back: the next worker goes on with what it has.
+                    _log.error("%s: the worker has ended: %s; the connection is closed", self.path, reason(error))
+                    return
+                events = dict.fromkeys((transport.fileno(), wake_fd, self._worker_ended.fd), select.POLLIN)
                 ready = _ready(events | session.descriptors())
                 session.tell_front_end(ready)
                 if transport.fileno() not in ready:
@@ -159,7 +185,7 @@ class Server:
         except OSError as e:
             _log.warning("%s: the connection broke: %s", self.path, e)
         finally:
-            self.worker.on_broken = None
+            self.worker.on_broken = self.worker.on_gone = None
             session.close()
             transport.close()
 
@@ -167,6 +193,7 @@ class Server:
         """Stop the worker, and remove the socket if it is ours."""
         if self._own_worker is not None:
             self._own_worker.close()
+        self._worker_ended.close()
         if self._listener is not None:
             self._listener.close()
 

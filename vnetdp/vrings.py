@@ -42,6 +42,7 @@ class Served(Protocol):
     datapath: Datapath
     backends: list[WorkerBackend]
     on_broken: Callable[[], None] | None
+    on_gone: Callable[[], None] | None
 
 
 @dataclass

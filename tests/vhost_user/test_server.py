@@ -6,16 +6,17 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_equal, wait_for
-from tests.vhost_user.rig import ByHand, InProcess, InThread, open_files, ping
+from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.vhost_user.rig import ByHand, Guest, InProcess, InThread, open_files, ping
 from vnetdp import server as server_module
+from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import ConfigError
 from vnetdp.notify import EventFd
@@ -182,6 +183,65 @@ def test_it_ends_while_the_front_ends_backlog_is_full(tmp_path: Path) -> None:
                 sock.connect(str(path))
         with connecting(path) as server:
             assert server.served == 0
+
+
+# --- a worker that ends ---
+
+
+class Mortal(Endpoint):
+    """Takes every frame, and counts them. It has a defect: asked to, it ends the thread that serves it."""
+
+    deadly = False
+    taken = 0
+
+    def service(self) -> None:
+        if self.deadly:
+            self.deadly = False
+            raise RuntimeError("a defect")
+        super().service()
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        self.taken += len(frames)
+
+
+@contextmanager
+def running(server: Server) -> Iterator[None]:
+    """Run a server in a thread, and stop it at the end."""
+    stop = threading.Event()
+    with EventFd() as wake:
+        thread = threading.Thread(target=server.run, args=(stop.is_set, wake.fd), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            wake.signal()
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+def test_a_front_end_whose_worker_has_ended_is_told_so_and_may_come_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "socket")
+    with no_descriptor_leaks(), Mortal() as endpoint, Server(endpoint, path) as server, running(server):
+        for n in range(3):
+            caplog.clear()
+            with ByHand.dial(path) as end, Guest(end, 1) as guest:
+                end.shake_hands()
+                guest.share()
+                guest.start(0, 1)
+                guest.rings[1].send(0, frame(n))
+                guest.kicks[1].signal()
+                wait_for(lambda n=n: endpoint.taken == n + 1, "the frame is taken")  # type: ignore[misc]
+                endpoint.deadly = True
+                guest.rings[1].send(1, frame(n))
+                guest.kicks[1].signal()
+                assert end.left()
+            endpoint.taken = n + 1  # the other may have been taken, too
+            lines = [record.getMessage() for record in caplog.records if record.name == "vnetdp.server"]
+            assert lines == [f"{path}: the worker has ended: RuntimeError: a defect; the connection is closed"]
+        assert server.served == 3
 
 
 # --- no descriptors left ---
