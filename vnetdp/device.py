@@ -8,14 +8,13 @@ set tries again. A hand-over may happen at any moment, under traffic.
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from vnetdp_kernels import layout
 
@@ -31,8 +30,8 @@ from .memory import DirtyLog, GuestMemory, Words
 from .notifiers import Notifiers
 from .notify import EventFd
 from .owners import Owner, Owners
+from .registers import Registers
 from .state import (
-    MAX_QUEUE_PAIRS,
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_NET_S_LINK_UP,
@@ -41,17 +40,9 @@ from .state import (
     StateDelta,
 )
 from .trouble import Trouble
-from .virtqueue import Virtqueue, check_num
+from .virtqueue import Virtqueue
 
 _log = logging.getLogger("vnetdp.device")
-
-
-class VhostSide(Protocol):
-    """A vhost worker that a device can be given: one backend a queue pair."""
-
-    backends: Sequence[Backend]
-
-    def close(self) -> None: ...
 
 
 class NetDevice:
@@ -82,23 +73,13 @@ class NetDevice:
         running: bool = True,
         notifiers: Notifiers | None = None,
     ) -> None:
-        if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
-            raise ConfigError(f"{queue_pairs} queue pairs: a device has 1 to {MAX_QUEUE_PAIRS}")
-        if endpoint.queues < queue_pairs:
-            raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the device needs {queue_pairs}")
-        if len(mac) != 6:
-            raise ConfigError("a MAC address has 6 bytes")
-        if mtu is not None and not 68 <= mtu <= 65535:
-            raise ConfigError(f"MTU {mtu} is not between 68 and 65535")
         if vhost is not None and len(vhost) != queue_pairs:
             raise ConfigError(f"{len(vhost)} vhost backends for {queue_pairs} queue pairs")
-        check_num(max_num)
-        if mtu is not None:
-            endpoint.set_mtu(mtu)
+        self._registers = Registers(endpoint, queue_pairs, mac, mtu, offered, max_num)
+        self.queues = self._registers.queues
         self.memory = memory
         self.endpoint = endpoint
         self.queue_pairs = queue_pairs
-        self.control = self._initial = Control(mac=mac, mtu=mtu or 0, curr_queue_pairs=queue_pairs)
         self.max_num = max_num
         self.fallback = fallback
         self.log: DirtyLog | None = None
@@ -120,21 +101,10 @@ class NetDevice:
             made.pop_all()
         self.kicks = self.notifiers.kicks
         self.calls = self.notifiers.calls
-        self.queues = [Virtqueue(num=min(256, max_num)) for _ in range(VRINGS * queue_pairs)]
         self._lock = threading.RLock()
         self._trouble = Trouble(self._notify_config)
         self._running = running
-        self._driver_features = 0
-        self._offered = self._can_offer() if offered is None else f.closure(offered & self._can_offer())
         self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings)
-
-    def _can_offer(self) -> int:
-        bits = f.RING_FEATURES | f.VIRTIO_NET_F_MRG_RXBUF | f.VIRTIO_NET_F_MAC | f.VIRTIO_NET_F_STATUS
-        if self.control.mtu:
-            bits |= f.VIRTIO_NET_F_MTU
-        if self.endpoint.vnet_hdr:
-            bits |= f.OFFLOADS
-        return bits
 
     # --- registers, as a driver uses them ---
 
@@ -145,18 +115,23 @@ class NetDevice:
 
     @property
     def device_features(self) -> int:
-        return self._offered
+        return self._registers.offered
 
     @property
     def driver_features(self) -> int:
-        return self._driver_features
+        return self._registers.features
+
+    @property
+    def control(self) -> Control:
+        """What control commands, or the host, set."""
+        return self._registers.control
 
     def set_driver_features(self, features: int) -> None:
         """Take the driver's choice; whether it stands shows in FEATURES_OK (3.1.1)."""
         with self._lock:
             if self.status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK):
                 raise ConfigError("features can't change after FEATURES_OK: reset the device first")
-            self._driver_features = features
+            self._registers.features = features
 
     def set_status(self, status: int) -> None:
         """Write the status field; 0 resets the device. DRIVER_OK gives the rings an owner."""
@@ -167,12 +142,8 @@ class NetDevice:
             # A legacy driver goes to DRIVER_OK without FEATURES_OK; nothing runs with features that were not agreed on.
             agreed = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
             if status & agreed and not self.status & agreed:
-                wanted = self._driver_features
-                if wanted & ~self._offered or f.missing_dependency(wanted):
-                    status &= ~agreed
-                elif self._told(lambda: self.endpoint.set_offloads(f.guest_offload_mask(wanted))):
-                    self.control = replace(self.control, guest_offloads=f.guest_offload_mask(wanted))
-                else:
+                registers = self._registers
+                if not (registers.acceptable and self._told(registers.take_offloads)):
                     status &= ~agreed
             self._trouble.write_status(status)
             self._update_owner()
@@ -180,19 +151,12 @@ class NetDevice:
     def set_queue(self, index: int, num: int, desc: int, avail: int, used: int) -> None:
         """Set a queue's size and guest addresses; only while it is not enabled (4.1.4.3)."""
         with self._lock:
-            queue = self._queue(index)
-            if queue.enabled:
-                raise ConfigError(f"queue {index} is enabled: reset it before it is set up again")
-            wanted = Virtqueue(num, desc, avail, used)
-            wanted.validate()
-            if num > self.max_num:
-                raise ConfigError(f"queue {index}: size {num} is larger than {self.max_num}")
-            self.queues[index] = wanted
+            self._registers.set_queue(index, Virtqueue(num, desc, avail, used))
 
     def enable_queue(self, index: int) -> None:
         """Enable a queue; after DRIVER_OK (a queue that was reset) its owner starts it at once."""
         with self._lock:
-            queue = self._queue(index)
+            queue = self._registers.queue(index)
             if not queue.has_addresses:
                 raise ConfigError(f"queue {index} has no addresses: set_queue comes first")
             if queue.enabled:
@@ -216,7 +180,7 @@ class NetDevice:
     def reset_queue(self, index: int) -> None:
         """Reset one queue (2.6.1): the others go on. Its state is as after a device reset."""
         with self._lock:
-            queue = self._queue(index)
+            queue = self._registers.queue(index)
             backends = self._backends()
             if queue.enabled and backends is not None:
                 pair, vring = divmod(index, VRINGS)
@@ -225,16 +189,12 @@ class NetDevice:
                 except UnbindError as e:
                     self._restart_after(e)
             with self._trouble.lock:
-                self.queues[index] = Virtqueue(num=min(256, self.max_num))
+                self._registers.reset_queue(index)
                 self._trouble.broken.pop(index, None)
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Read the configuration space (5.1.4): mac, status, max_virtqueue_pairs, mtu."""
-        control = self.control
-        space = control.mac + struct.pack("<HHH", control.net_status, self.queue_pairs, control.mtu)
-        if offset < 0 or length < 0 or offset + length > len(space):
-            raise ConfigError(f"config space has {len(space)} bytes, not {offset}+{length}")
-        return space[offset : offset + length]
+        return self._registers.read_config(offset, length)
 
     def set_link(self, up: bool) -> None:
         """Set the link state; while it is down nobody owns the rings."""
@@ -246,40 +206,12 @@ class NetDevice:
         """Change what control commands, or the host, set: any fields of `Control`. ConfigError, and no change, if wrong."""
         with self._lock:
             before, wanted = self.control, replace(self.control, **changes)
-            self._check_control(wanted, self._driver_features)
-            self._take_control(wanted)
+            self._registers.check_control(wanted, self.driver_features)
+            self._registers.take_control(wanted)
             if (wanted.mac, wanted.mtu, wanted.net_status) != (before.mac, before.mtu, before.net_status):
                 self._notify_config()
             if wanted.link_up != before.link_up:
                 self._update_owner()
-
-    def _check_control(self, control: Control, features: int) -> None:
-        """Raise ConfigError for what no driver that negotiated *features* could have set."""
-        control.validate(self.queue_pairs)
-        extra = control.guest_offloads & ~f.guest_offload_mask(features)
-        if extra:
-            raise ConfigError(f"receive offloads {extra:#x} were not negotiated")
-
-    def _take_control(self, control: Control) -> None:
-        """Have the endpoint know what concerns it, then hold *control*. If it refuses, both are as before."""
-        before = self.control
-        try:
-            self._tell_endpoint(before, control)
-        except Exception:
-            with suppress(EndpointError):
-                self._tell_endpoint(control, before)
-            raise
-        self.control = control
-
-    def _tell_endpoint(self, before: Control, control: Control) -> None:
-        """Tell the endpoint what of *control* concerns it, and is not as *before*."""
-        if control.mtu != before.mtu and control.mtu:
-            self.endpoint.set_mtu(control.mtu)
-        if control.curr_queue_pairs != before.curr_queue_pairs:
-            for pair in range(self.queue_pairs):
-                self.endpoint.set_queue_active(pair, pair < control.curr_queue_pairs)
-        if control.guest_offloads != before.guest_offloads:
-            self.endpoint.set_offloads(control.guest_offloads)
 
     def set_running(self, running: bool) -> None:
         """Stop or resume the device, as a stopped virtual machine does; while it is stopped nobody owns the rings."""
@@ -356,8 +288,8 @@ class NetDevice:
 
     def rings(self) -> vhost_net.Rings:
         """Return what an owner of the rings has to know."""
-        features = self._driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
-        mtu = self.control.mtu if self._driver_features & f.VIRTIO_NET_F_MTU else None
+        features = self.driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
+        mtu = self.control.mtu if self.driver_features & f.VIRTIO_NET_F_MTU else None
         return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu,
                                self._trouble.broken)  # fmt: skip
 
@@ -399,7 +331,7 @@ class NetDevice:
     def save_state(self) -> DeviceState:
         """Return all that another device needs to go on. Indices are exact while nobody owns the rings."""
         with self._lock:
-            return DeviceState(self.status, self._driver_features, self.control, self.queues).copy()
+            return DeviceState(self.status, self.driver_features, self.control, self.queues).copy()
 
     def load_state(self, state: DeviceState) -> None:
         """Take over the state of another device; only while the machine does not run. ConfigError if it can't be."""
@@ -414,26 +346,9 @@ class NetDevice:
         with self._lock:
             if self._running:
                 raise ConfigError("the device runs: state is loaded into one that does not")
-            features = delta.registers.get("features", self._driver_features)
-            if features & ~self._offered or f.missing_dependency(features):
-                refused = ", ".join(f.names(features & ~self._offered)) or "a feature without what it needs"
-                raise ConfigError(f"the driver uses what this device can't offer: {refused}")
-            control = replace(self.control, **delta.control) if delta.control else self.control
-            if delta.control or delta.registers:
-                self._check_control(control, features)
-            queues = self.queues.copy()
-            for index, queue in delta.queues.items():
-                self._queue(index)
-                queue.validate()
-                if queue.enabled and queue.num > self.max_num:
-                    raise ConfigError(f"queue {index}: size {queue.num} is larger than {self.max_num}")
-                queues[index] = queue
-            for index, _ in delta.bases:
-                self._queue(index)
-                if not queues[index].enabled:
-                    raise ConfigError(f"an index for queue {index}, which is not enabled")
-            self._take_control(control)  # the last that can fail
-            self._driver_features = features
+            features, control, queues = self._registers.after(delta)
+            self._registers.take_control(control)  # the last that can fail
+            self._registers.features = features
             with self._trouble.lock:
                 if "status" in delta.registers:
                     self._trouble.status, self._trouble.halted = delta.registers["status"], False
@@ -489,14 +404,11 @@ class NetDevice:
         self.owners.abandon()
         with self._trouble.lock:
             self._trouble.reset()
-            self.queues[:] = [Virtqueue(num=min(256, self.max_num)) for _ in self.queues]
-        self._driver_features = 0
+            self._registers.reset_queues()
         self.endpoint.rows[:, layout.EP_HELD] = 0
         for event in (*self.kicks, *self.calls):
             event.clear()
-        before = self.control
-        self.control = replace(self._initial, mtu=before.mtu, net_status=before.net_status & VIRTIO_NET_S_LINK_UP)
-        self._told(lambda: self._tell_endpoint(before, self.control))
+        self._told(self._registers.reset)
 
     def _told(self, tell: Callable[[], None]) -> bool:
         """Tell the endpoint something; False, and an error counted there, if it fails: no register write does for that."""
@@ -508,11 +420,6 @@ class NetDevice:
             _log.warning("%s", e)
             return False
         return True
-
-    def _queue(self, index: int) -> Virtqueue:
-        if not 0 <= index < len(self.queues):
-            raise ConfigError(f"queue {index}: the device has queues 0 to {len(self.queues) - 1}")
-        return self.queues[index]
 
     # --- trouble ---
 
@@ -565,12 +472,7 @@ class NetDevice:
 
     def counters(self) -> list[dict[str, int]]:
         """Return packets, bytes, drops, calls and kicks of each queue, over all its owners."""
-        totals = []
-        for pair in range(self.queue_pairs):
-            for vring in range(VRINGS):
-                parts = [b[pair].counters(vring) for b in (self.owners.userspace, self.owners.vhost) if b is not None]
-                totals.append({key: sum(part[key] for part in parts) for key in parts[0]})
-        return totals
+        return self.owners.counters()
 
     def close(self) -> None:
         """Stop the rings and give up threads and descriptors that the device made."""

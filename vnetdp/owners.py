@@ -65,6 +65,15 @@ class Owners:
             return self.vhost
         return self.userspace if self.owner is Owner.USERSPACE else None
 
+    def counters(self) -> list[dict[str, int]]:
+        """Return packets, bytes, drops, calls and kicks of each queue, over both owners."""
+        totals = []
+        for pair in range(len(self.userspace)):
+            for vring in range(VRINGS):
+                parts = [b[pair].counters(vring) for b in (self.userspace, self.vhost) if b is not None]
+                totals.append({key: sum(part[key] for part in parts) for key in parts[0]})
+        return totals
+
     def hand_to(self, owner: Owner, rings: vhost_net.Rings) -> bool:
         """Stop the present owner and start *owner*; False if either can't be, and nobody owns the rings then."""
         if owner is self.owner:

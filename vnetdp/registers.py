@@ -1,0 +1,153 @@
+"""Registers: what a driver, and the host, set on a device, with the checks of each value (Virtio 1.2, 4.1.4.3 and 5.1).
+
+They know neither locks nor owners: `NetDevice` holds its lock around every call, and has the owner of the rings follow.
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import suppress
+from dataclasses import replace
+
+from . import features as f
+from .backends.base import VRINGS
+from .endpoints.base import Endpoint
+from .errors import ConfigError, EndpointError
+from .state import MAX_QUEUE_PAIRS, VIRTIO_NET_S_LINK_UP, Control, StateDelta
+from .virtqueue import Virtqueue, check_num
+
+
+class Registers:
+    """offered, features: the bits that the device offers, and those that the driver chose. control: what control commands
+    set; the endpoint knows what of it concerns it. queues: as the driver set them up.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, queue_pairs: int, mac: bytes, mtu: int | None, offered: int | None, max_num: int
+    ) -> None:
+        if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
+            raise ConfigError(f"{queue_pairs} queue pairs: a device has 1 to {MAX_QUEUE_PAIRS}")
+        if endpoint.queues < queue_pairs:
+            raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the device needs {queue_pairs}")
+        if len(mac) != 6:
+            raise ConfigError("a MAC address has 6 bytes")
+        if mtu is not None and not 68 <= mtu <= 65535:
+            raise ConfigError(f"MTU {mtu} is not between 68 and 65535")
+        check_num(max_num)
+        if mtu is not None:
+            endpoint.set_mtu(mtu)
+        self.endpoint = endpoint
+        self.queue_pairs = queue_pairs
+        self.max_num = max_num
+        self.control = self._initial = Control(mac=mac, mtu=mtu or 0, curr_queue_pairs=queue_pairs)
+        self.queues = [self._unset() for _ in range(VRINGS * queue_pairs)]
+        self.features = 0
+        self.offered = self._can_offer() if offered is None else f.closure(offered & self._can_offer())
+
+    def _can_offer(self) -> int:
+        bits = f.RING_FEATURES | f.VIRTIO_NET_F_MRG_RXBUF | f.VIRTIO_NET_F_MAC | f.VIRTIO_NET_F_STATUS
+        if self.control.mtu:
+            bits |= f.VIRTIO_NET_F_MTU
+        if self.endpoint.vnet_hdr:
+            bits |= f.OFFLOADS
+        return bits
+
+    def _unset(self) -> Virtqueue:
+        return Virtqueue(num=min(256, self.max_num))
+
+    def queue(self, index: int) -> Virtqueue:
+        if not 0 <= index < len(self.queues):
+            raise ConfigError(f"queue {index}: the device has queues 0 to {len(self.queues) - 1}")
+        return self.queues[index]
+
+    def set_queue(self, index: int, wanted: Virtqueue) -> None:
+        if self.queue(index).enabled:
+            raise ConfigError(f"queue {index} is enabled: reset it before it is set up again")
+        wanted.validate()
+        if wanted.num > self.max_num:
+            raise ConfigError(f"queue {index}: size {wanted.num} is larger than {self.max_num}")
+        self.queues[index] = wanted
+
+    def reset_queue(self, index: int) -> None:
+        self.queues[index] = self._unset()
+
+    def reset_queues(self) -> None:
+        self.queues[:] = [self._unset() for _ in self.queues]
+
+    def reset(self) -> None:
+        """Forget all that the driver set but the queues, even if the endpoint then refuses what it is told."""
+        self.features = 0
+        before = self.control
+        self.control = replace(self._initial, mtu=before.mtu, net_status=before.net_status & VIRTIO_NET_S_LINK_UP)
+        self._tell_endpoint(before, self.control)
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        control = self.control
+        space = control.mac + struct.pack("<HHH", control.net_status, self.queue_pairs, control.mtu)
+        if offset < 0 or length < 0 or offset + length > len(space):
+            raise ConfigError(f"config space has {len(space)} bytes, not {offset}+{length}")
+        return space[offset : offset + length]
+
+    @property
+    def acceptable(self) -> bool:
+        """True if the features that the driver chose can be agreed on."""
+        return not (self.features & ~self.offered or f.missing_dependency(self.features))
+
+    def take_offloads(self) -> None:
+        """Have the endpoint send what the driver's features let it receive."""
+        offloads = f.guest_offload_mask(self.features)
+        self.endpoint.set_offloads(offloads)
+        self.control = replace(self.control, guest_offloads=offloads)
+
+    def check_control(self, control: Control, features: int) -> None:
+        """Raise ConfigError for what no driver that negotiated *features* could have set."""
+        control.validate(self.queue_pairs)
+        extra = control.guest_offloads & ~f.guest_offload_mask(features)
+        if extra:
+            raise ConfigError(f"receive offloads {extra:#x} were not negotiated")
+
+    def take_control(self, control: Control) -> None:
+        """Have the endpoint know what concerns it, then hold *control*. If it refuses, both are as before."""
+        before = self.control
+        try:
+            self._tell_endpoint(before, control)
+        except Exception:
+            with suppress(EndpointError):
+                self._tell_endpoint(control, before)
+            raise
+        self.control = control
+
+    def _tell_endpoint(self, before: Control, control: Control) -> None:
+        """Tell the endpoint what of *control* concerns it, and is not as *before*."""
+        if control.mtu != before.mtu and control.mtu:
+            self.endpoint.set_mtu(control.mtu)
+        if control.curr_queue_pairs != before.curr_queue_pairs:
+            for pair in range(self.queue_pairs):
+                self.endpoint.set_queue_active(pair, pair < control.curr_queue_pairs)
+        if control.guest_offloads != before.guest_offloads:
+            self.endpoint.set_offloads(control.guest_offloads)
+
+    def after(self, delta: StateDelta) -> tuple[int, Control, list[Virtqueue]]:
+        """Return features, control and queues as *delta* has them, and change nothing. ConfigError if they can't be.
+
+        The indices in `delta.bases` are checked only: they belong into queues that are not replaced.
+        """
+        features = delta.registers.get("features", self.features)
+        if features & ~self.offered or f.missing_dependency(features):
+            refused = ", ".join(f.names(features & ~self.offered)) or "a feature without what it needs"
+            raise ConfigError(f"the driver uses what this device can't offer: {refused}")
+        control = replace(self.control, **delta.control) if delta.control else self.control
+        if delta.control or delta.registers:
+            self.check_control(control, features)
+        queues = self.queues.copy()
+        for index, queue in delta.queues.items():
+            self.queue(index)
+            queue.validate()
+            if queue.enabled and queue.num > self.max_num:
+                raise ConfigError(f"queue {index}: size {queue.num} is larger than {self.max_num}")
+            queues[index] = queue
+        for index, _ in delta.bases:
+            self.queue(index)
+            if not queues[index].enabled:
+                raise ConfigError(f"an index for queue {index}, which is not enabled")
+        return features, control, queues
