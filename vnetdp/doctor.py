@@ -162,7 +162,8 @@ def _tun() -> Check:
         return Check("tun", False, False, f"no tap: endpoints: {_TUN}: {e.strerror}", f"sudo chmod 666 {_TUN}")
     if _has_capability(_CAP_NET_ADMIN):
         return Check("tun", True, False, f"{_TUN} opens, and we may make TAP interfaces")
-    advice = "run as root, or have root make one for you: sudo ip tuntap add dev tap0 mode tap user $USER"
+    made = "sudo ip tuntap add dev tap0 mode tap user $USER && sudo ip link set tap0 up"
+    advice = f"run as root, or have root make one for you: {made}"
     return Check("tun", False, False, f"{_TUN} opens, but without CAP_NET_ADMIN only TAPs made for us", advice)
 
 

@@ -71,12 +71,16 @@ def test_as_many_queues_as_the_kernel_has(spaces: NetnsPair) -> None:
             TapEndpoint("vtap", queues=257, netns=spaces.names["a"])
 
 
-def test_one_that_persists_is_attached_to_and_left(spaces: NetnsPair) -> None:
-    with TapEndpoint("vtap", netns=spaces.names["a"], persist=True):
+def test_one_that_persists_is_attached_to_and_left(spaces: NetnsPair, caplog: pytest.LogCaptureFixture) -> None:
+    a = spaces.names["a"]
+    with TapEndpoint("vtap", netns=a, persist=True):
         pass
+    with TapEndpoint("vtap", netns=a):
+        assert caplog.messages == []
     spaces.ip("a", "link set dev vtap down")
-    with TapEndpoint("vtap", netns=spaces.names["a"]):
+    with TapEndpoint("vtap", netns=a):
         assert "UP" not in interface(spaces, "vtap")["flags"], "an interface of the user's is left as it is"
+    assert caplog.messages == [f"tap:vtap is down, and takes no frame until: sudo ip -n {a} link set vtap up"]
     assert spaces.has_interface("a", "vtap")
 
 
@@ -315,8 +319,8 @@ with TapEndpoint("mine") as tap:
     add = "no right to create or open it: run as root (with CAP_NET_ADMIN) or: sudo ip tuntap add dev"
     assert python(spaces, code).splitlines() == [
         "tap:mine: cannot set its MTU to 9000: run as root or: sudo ip link set dev mine mtu 9000",
-        f"tap:theirs: {add} theirs mode tap user $USER",
-        f"tap:other: {add} other mode tap user $USER multi_queue",
+        f"tap:theirs: {add} theirs mode tap user $USER && sudo ip link set theirs up",
+        f"tap:other: {add} other mode tap user $USER multi_queue && sudo ip link set other up",
         "cannot enter network namespace /proc/self/ns/net: run as root",
     ]
     assert spaces.has_interface("a", "mine")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import socket
@@ -26,6 +27,8 @@ from .netns import run_in
 
 T = TypeVar("T")
 
+_log = logging.getLogger("vnetdp.tap")
+
 MAX_QUEUES: Final = 256  # MAX_TAP_QUEUES of the kernel
 _NAME_LEN: Final = 15  # IFNAMSIZ - 1
 
@@ -33,6 +36,8 @@ _NAME_LEN: Final = 15  # IFNAMSIZ - 1
 _TUNSETOFFLOAD: Final = 0x400454D0  # the mask itself is the argument, not its address
 _TUNGETVNETHDRSZ: Final = 0x800454D7
 _TUNSETVNETHDRSZ: Final = 0x400454D8
+_SIOCGIFFLAGS: Final = 0x8913
+_IFF_UP: Final = 1
 
 
 class TapEndpoint(Endpoint):
@@ -95,6 +100,11 @@ class TapEndpoint(Endpoint):
                 self._devices[0].persist(True)
             if not existed:
                 self._devices[0].up()
+            elif not _is_up(
+                name
+            ):  # whose it is decides when it is up; who forgot that would see frames go lost, and not why
+                where = f"-n {self.netns} " if self.netns and "/" not in self.netns else ""
+                _log.warning("%s is down, and takes no frame until: sudo ip %slink set %s up", self.name, where, name)
         except OSError as e:
             raise EndpointError(f"{self.name}: {_advice(name, self.queues, e)}") from e
 
@@ -170,6 +180,12 @@ class TapEndpoint(Endpoint):
         super().close()
 
 
+def _is_up(name: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        flags = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16s16x", os.fsencode(name)))
+    return bool(struct.unpack_from("H", flags, 16)[0] & _IFF_UP)
+
+
 def _dependable(mask: int) -> int:
     """Return *mask* less what the kernel refuses: all without CSUM, ECN without TSO, one of the two USO."""
     tso = layout.OFFLOAD_TSO4 | layout.OFFLOAD_TSO6
@@ -193,7 +209,8 @@ def _advice(name: str, queues: int, error: OSError) -> str:
             return "no right to open /dev/net/tun: run as root or: sudo chmod 666 /dev/net/tun"
         case errno.EPERM:
             add = f"sudo ip tuntap add dev {name} mode tap user $USER{multi_queue}"
-            return f"no right to create or open it: run as root (with CAP_NET_ADMIN) or: {add}"
+            up = f"sudo ip link set {name} up"
+            return f"no right to create or open it: run as root (with CAP_NET_ADMIN) or: {add} && {up}"
         case errno.EBUSY:
             return "another program has it open: end that, or take another name"
         case errno.EINVAL:
