@@ -84,7 +84,8 @@ def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool])
         if front_end.connect(max(until - time.monotonic(), _TICK_S), stop):
             return
         if time.monotonic() >= until:
-            raise ConfigError(f"no vhost-user back end on {front_end.path} within {wait_s:g} s")
+            own = f"one of ours: vnetdp serve macswap --socket {front_end.path}"
+            raise ConfigError(f"no vhost-user back end on {front_end.path} within {wait_s:g} s: start it first; {own}")
         time.sleep(_TICK_S)
     raise ConfigError(f"ended before a back end was on {front_end.path}")
 
