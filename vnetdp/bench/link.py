@@ -92,7 +92,8 @@ def run(
         if reason is None:
             able.append(contender)
         else:
-            progress(f"{contender.name}: skipped, {reason}")
+            if load_missing is None:  # else nothing runs, for one reason, and that is said once
+                progress(f"{contender.name}: skipped, {reason}")
             rows.append({"name": "link", "peer": contender.name, "skipped": reason})
 
     gbps: dict[str, list[float]] = {contender.name: [] for contender in able}
