@@ -81,7 +81,7 @@ def _file(text: str) -> str:
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"cannot write {text}: no right to")
+            raise argparse.ArgumentTypeError(f"cannot write {text}: no right to write there")
     return text
 
 

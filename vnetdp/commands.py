@@ -440,7 +440,7 @@ def faults(args: argparse.Namespace) -> int:
         done += 1
         if time.monotonic() - said > _PROGRESS_S:
             said = time.monotonic()
-            say(f"{done} of {len(plan)} rows, {said - began:.0f} s")
+            say(f"{done} of {len(plan)} cases, {said - began:.0f} s")
         if not row.ok or args.verbose_rows:
             foreseen = (
                 "" if row.ok or args.policy != "seed" else " (predicted)" if row.predicted else " (not predicted)"
@@ -451,7 +451,7 @@ def faults(args: argparse.Namespace) -> int:
 
     rows = run_all(args.policy, plan, one)
     ok = all(row.ok for _, row in rows)
-    tell(f"{counted(len(rows), 'row')}, {sum(not row.ok for _, row in rows)} not as they have to be, "
+    tell(f"{counted(len(rows), 'case')}, {sum(not row.ok for _, row in rows)} not as they have to be, "
          f"{time.monotonic() - began:.0f} s")  # fmt: skip
     if args.policy == "seed":
         wrong = [row for _, row in rows if not row.ok]

@@ -183,7 +183,7 @@ def test_one_row_of_the_matrix_can_be_run(shell: Shell) -> None:
     report, said = faults(shell, "--policy", "delta", "--only", "D1", "--queue-pairs", "2", "--traffic", "both")
     assert [row["id"] for row in report["rows"]] == [case.id for case in cases(2) if case.id.startswith("D1")]
     assert {(row["traffic"], row["queue_pairs"], row["ok"]) for row in report["rows"]} == {("both", 2, True)}
-    assert re.fullmatch(r"8 rows, 0 not as they have to be, \d+ s\n", said)
+    assert re.fullmatch(r"8 cases, 0 not as they have to be, \d+ s\n", said)
 
 
 def test_pairs_and_traffic_are_all_run_unless_named(shell: Shell) -> None:
@@ -203,7 +203,7 @@ def test_a_row_that_is_wrong_is_shown(shell: Shell) -> None:
     assert said.startswith(
         "D2/1,0/always (idle, 3 pairs): SET_BACKEND, ring 1,0; E2: the retry fails: userspace (predicted)\n    "
     )
-    assert "2 rows, 1 not as they have to be" in said
+    assert "2 cases, 1 not as they have to be" in said
     assert said.splitlines()[-1].startswith(
         "of these 1 were predicted, and 0 were not; predicted and not seen: D1, D6,"
     )
