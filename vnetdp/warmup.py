@@ -45,7 +45,7 @@ def _load(say: Callable[[str], None] | None) -> None:
     began = time.perf_counter()
     cold = not all(jit.cache_is_warm(loop) for loop in _LOOPS)
     if cold and say:
-        say("compiling the kernels (the first run after an installation: about 20 s; cached from then on) ...")
+        say("compiling the kernels, once for an installation: about 20 s, a minute on a busy machine ...")
     with (
         memory_for(num=2) as memory,
         NullEndpoint() as left,
