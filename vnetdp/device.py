@@ -347,7 +347,8 @@ class NetDevice:
             if self._running:
                 raise ConfigError("the device runs: state is loaded into one that does not")
             features, control, queues = self._registers.after(delta)
-            self._registers.take_control(control)  # the last that can fail
+            if delta.control:
+                self._registers.take_control(control)  # the last that can fail
             self._registers.features = features
             with self._trouble.lock:
                 if "status" in delta.registers:

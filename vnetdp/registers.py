@@ -147,7 +147,6 @@ class Registers:
                 raise ConfigError(f"queue {index}: size {queue.num} is larger than {self.max_num}")
             queues[index] = queue
         for index, _ in delta.bases:
-            self.queue(index)
-            if not queues[index].enabled:
+            if not (0 <= index < len(queues) and queues[index].enabled):
                 raise ConfigError(f"an index for queue {index}, which is not enabled")
         return features, control, queues

@@ -110,3 +110,8 @@ class StateDelta:
     def empty(self) -> bool:
         """True if nothing but indices changed."""
         return not (self.registers or self.control or self.queues)
+
+    @property
+    def concerns_vhost(self) -> bool:
+        """True if vhost may have to be told of something; indices aside, which it is told when it is bound."""
+        return bool(self.registers or self.queues or "mtu" in self.control)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from vnetdp_kernels.atomic import load_u16_acquire
 from vnetdp_kernels.layout import VIRTQ_RING_IDX
@@ -25,6 +26,9 @@ from .notify import EventFd
 from .virtqueue import Virtqueue
 
 _log = logging.getLogger("vnetdp.vhost_net")
+
+# Compared for all queues at once while nobody runs: written out, a property a queue costs three times as much.
+_setup_of = attrgetter("enabled", "num", "desc", "avail", "used")
 
 
 @dataclass(slots=True)
@@ -42,11 +46,17 @@ class Rings:
     log: DirtyLog | None
     features: int
     mtu: int | None
-    broken: Container[int] = ()
+    broken: Collection[int] = ()
 
     def may_run(self, n: int) -> bool:
         """True if queue *n* is one for an owner to serve: enabled, and not broken."""
         return self.queues[n].enabled and n not in self.broken
+
+    def setups(self) -> list[object]:
+        """Return of each queue what an owner has to be told, its base aside; None if it may not run."""
+        if self.broken:
+            return [_setup_of(queue) if self.may_run(n) else None for n, queue in enumerate(self.queues)]
+        return [setup if setup[0] else None for setup in map(_setup_of, self.queues)]
 
 
 @dataclass
@@ -56,7 +66,7 @@ class Prepared:
     mtu: int | None = None
     features: int | None = None
     memory: tuple[GuestMemory, DirtyLog | None] | None = None
-    vrings: dict[int, tuple[object, ...]] = field(default_factory=dict)  # by queue: all but its base
+    setups: list[object] = field(default_factory=list)  # by queue
     bases: dict[int, int] = field(default_factory=dict)
     failed_ns: int = 0  # when binding failed, CLOCK_MONOTONIC
 
@@ -121,11 +131,6 @@ def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
     return load_u16_acquire(memory.mem, memory.translate(queue.used + VIRTQ_RING_IDX, 2))
 
 
-def avail_idx(memory: GuestMemory, queue: Virtqueue) -> int:
-    """Return avail.idx of a queue as it stands in guest memory."""
-    return load_u16_acquire(memory.mem, memory.translate(queue.avail + VIRTQ_RING_IDX, 2))
-
-
 def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> None:
     """Tell *backends* what *prepared* says they don't know yet; bind nothing, and leave a known ring's base to `bind`.
 
@@ -135,8 +140,10 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
     new_mtu = rings.mtu is not None and prepared.mtu != rings.mtu
     new_features = prepared.features != rings.features
     new_memory = prepared.memory != memory
-    if new_memory:
-        prepared.vrings.clear()
+    setups = rings.setups()
+    known = [None] * len(setups) if new_memory or not prepared.setups else prepared.setups
+    if not (new_mtu or new_features or new_memory) and setups == known:
+        return
     for pair, backend in enumerate(backends):
         if new_mtu and rings.mtu is not None:
             backend.set_mtu(rings.mtu)
@@ -147,12 +154,11 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
             backend.set_log(rings.log)
         for index in range(VRINGS):
             n = VRINGS * pair + index
-            queue = rings.queues[n]
-            if rings.may_run(n) and prepared.vrings.get(n) != queue.setup:
+            if setups[n] is not None and setups[n] != known[n]:
                 start_vring(backend, rings, pair, index)
-                prepared.vrings[n] = queue.setup
-                prepared.bases[n] = queue.last_avail_idx
+                prepared.bases[n] = rings.queues[n].last_avail_idx
     prepared.mtu, prepared.features, prepared.memory = rings.mtu, rings.features, memory
+    prepared.setups = setups
 
 
 def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool) -> None:
@@ -160,7 +166,8 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
 
     one_site: one thread runs all *backends*, so it may take all rings at once.
     """
-    wanted = [(n, queue.last_avail_idx) for n, queue in enumerate(rings.queues) if rings.may_run(n)]
+    broken = rings.broken
+    wanted = [(n, queue.last_avail_idx) for n, queue in enumerate(rings.queues) if queue.enabled and n not in broken]
     if one_site and wanted and backends[0].bind_rings(wanted, rings.endpoint):
         return
     tried: list[tuple[int, int]] = []

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vnetdp_kernels import jit, loops
+import numpy as np
+
+from vnetdp_kernels import jit, loops, verbs
 
 from .device import NetDevice
 from .driver import Driver, memory_for
@@ -56,5 +58,6 @@ def _load(say: Callable[[str], None] | None) -> None:
         driver.step()
         device.step()
         driver.check_adopted(memory.end)
+        verbs.check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
     if cold and say:
         say(f"compiled in {time.perf_counter() - began:.1f} s")

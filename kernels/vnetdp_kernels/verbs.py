@@ -1,13 +1,16 @@
-"""What vhost's verbs do to the rows of queues, many at once: a migration binds all rings while nobody serves them."""
+"""What a migration does to all rings of a device at once, while nobody serves them: check their indices, and bind them."""
 
 from __future__ import annotations
 
 from .atomic import Bytes, Words, load_u16_acquire, store_u16
-from .guest import mark_dirty
+from .guest import mark_dirty, translate
 from .jit import kernel
 from .layout import (
     EP_GONE,
+    VIRTQ_DESC_SIZE,
+    VIRTQ_RING_ENTRIES,
     VIRTQ_RING_IDX,
+    VIRTQ_USED_ELEM_SIZE,
     VQ_AVAIL_IDX,
     VQ_BOUND,
     VQ_CALL_DUE,
@@ -45,3 +48,32 @@ def bind(mem: Bytes, vqs: Words, eps: Words, log: Bytes, bases: Words) -> None:
         vq[VQ_STATUS] = 0
         eps[n // 2, EP_GONE] = 0
         vq[VQ_BOUND] = 1
+
+
+RING_OUTSIDE = 3  # a part of a ring is not wholly inside guest memory
+RING_APART = 2  # last_avail_idx and used.idx are further apart than the ring is long
+RING_MOVED = 1  # avail.idx is further ahead than that: the driver's own doing
+
+
+@kernel
+def check_rings(mem: Bytes, regions: Words, rings: Words) -> tuple[int, int]:
+    """Hold the index of each ring against guest memory, as virtio_load does; return (0 or RING_*, ring).
+
+    rings int64[k, 6]: enabled, size, addresses of desc, avail and used, next avail index, each such as a device can have.
+    The first ring that is outside or apart counts; only without one a ring that was moved.
+    """
+    found, which = 0, 0
+    for n in range(rings.shape[0]):
+        num, last = rings[n, 1], rings[n, 5]
+        if not rings[n, 0]:
+            continue
+        desc = translate(regions, rings[n, 2], VIRTQ_DESC_SIZE * num)
+        avail = translate(regions, rings[n, 3], VIRTQ_RING_ENTRIES + 2 * num + 2)
+        used = translate(regions, rings[n, 4], VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * num + 2)
+        if desc < 0 or avail < 0 or used < 0:
+            return RING_OUTSIDE, n
+        if (last - load_u16_acquire(mem, used + VIRTQ_RING_IDX)) & 0xFFFF > num:
+            return RING_APART, n
+        if (load_u16_acquire(mem, avail + VIRTQ_RING_IDX) - last) & 0xFFFF > num and not found:
+            found, which = RING_MOVED, n
+    return found, which

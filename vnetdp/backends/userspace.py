@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 
@@ -181,25 +182,21 @@ class UserspaceBackend:
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         dp = self.datapath
-        pairs = sorted({n // VRINGS for n, _ in bases})
-        ready = (
-            dp.memory is not None
-            and pairs[-1] < endpoint.queues
-            and not any(map(endpoint.polled_by.get, pairs))
-            and all(dp.translated[n] is dp.memory for n, _ in bases)
-            and not dp.bound
-        )
-        if not ready or dp.memory is None:
-            return False
-        try:
-            for pair in pairs:
-                endpoint.start_polling(pair, dp)
-        except EndpointError:
-            for pair in pairs:
-                endpoint.stop_polling(pair, dp)
+        memory, known = dp.memory, dp.translated
+        pairs = {n // VRINGS for n, _ in bases}
+        queues = range(min(pairs), max(pairs) + 1)
+        if (
+            memory is None
+            or dp.bound
+            or len(queues) != len(pairs)
+            or queues.stop > endpoint.queues
+            or not all(known[n] is memory for n, _ in bases)
+            or not endpoint.start_polling_all(queues, dp)
+        ):
             return False
         dp.endpoint = endpoint
-        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array(bases))
+        rows = np.fromiter(chain.from_iterable(bases), np.int64, 2 * len(bases)).reshape(-1, 2)
+        verbs.bind(memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, rows)
         return True
 
     @property

@@ -91,23 +91,31 @@ class Endpoint:
         holder = self.polled_by.get(queue)
         if holder is owner:
             return
-        if holder is not None or not self._claim(queue, fcntl.F_WRLCK):
+        if holder is not None or not self._claim(queue, 1, fcntl.F_WRLCK):
             self.polls_refused += 1
             raise EndpointError(f"{self.name}: queue {queue} is polled by another owner")
         self.polled_by[queue] = owner
         self.polls_started += 1
+
+    def start_polling_all(self, queues: range, owner: object) -> bool:
+        """`start_polling` of neighbours, all with one claim; False, and none is taken, if one of them is polled."""
+        if not self.polled_by.keys().isdisjoint(queues) or not self._claim(queues[0], len(queues), fcntl.F_WRLCK):
+            return False
+        self.polled_by.update(dict.fromkeys(queues, owner))
+        self.polls_started += len(queues)
+        return True
 
     def stop_polling(self, queue: int, owner: object) -> None:
         """Record that *owner* has let go of *queue*; nothing if it did not hold it."""
         if self.polled_by.get(queue) is owner:
             del self.polled_by[queue]
             self.polls_stopped += 1
-            self._claim(queue, fcntl.F_UNLCK)
+            self._claim(queue, 1, fcntl.F_UNLCK)
 
-    def _claim(self, queue: int, kind: int) -> bool:
-        """Lock a queue's byte of the block against all others that share it, or unlock it; False if somebody has it."""
+    def _claim(self, queue: int, n: int, kind: int) -> bool:
+        """Lock the block's bytes of *n* queues against all others that share it, or unlock them; False if one is taken."""
         try:
-            fcntl.fcntl(self._claims_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, queue, 1, 0))
+            fcntl.fcntl(self._claims_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, queue, n, 0))
         except BlockingIOError:
             return False
         return True

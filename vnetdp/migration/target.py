@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from .. import vhost_net
+from vnetdp_kernels import verbs
+
 from ..errors import ConfigError, reason
 from ..owners import Owner
 from ..state import VIRTIO_CONFIG_S_DRIVER_OK
-from ..virtqueue import ring_len
 from .channel import COMMIT, END, FAILED, POLICIES, READY, RUNNING, Channel
 from .machine import Machine
 from .ram import RamTarget
@@ -26,6 +28,8 @@ from .source import MAX_EARLY, Report
 from .stream import Phase, Section, StreamError
 
 _log = logging.getLogger("vnetdp.migration")
+
+_ring_of = attrgetter("enabled", "num", "desc", "avail", "used", "last_avail_idx")  # as `verbs.check_rings` takes it
 
 
 class Target:
@@ -191,30 +195,25 @@ class Target:
         if not self._n_early:
             raise StreamError("a delta comes without an early state")
         with self.report.spans.span("load_delta"):
-            self.device.load_delta(decode_delta(section.payload, len(self.device.queues)))
+            delta = decode_delta(section.payload, len(self.device.queues))
+            self.device.load_delta(delta)
         with self.report.spans.span("index_check"):
             self.check_indices()
         with self.report.spans.span("configure"):
-            if self.device.owners.prepared is not None or not self.device.ready:
+            known = self.device.owners.prepared is not None
+            if (known and delta.concerns_vhost) or not self.device.ready:
                 self.device.prepare_vhost()
 
     def check_indices(self) -> None:
         """Hold each index against final guest memory, as virtio_load does: one that can't be fails the migration."""
-        memory = self.machine.memory
-        broken = False
-        for n, queue in enumerate(self.device.queues):
-            if not queue.enabled:
-                continue
-            try:
-                for at, length in zip((queue.desc, queue.avail, queue.used), ring_len(queue.num), strict=True):
-                    memory.translate(at, length)
-            except ConfigError as e:
-                raise StreamError(f"queue {n}: a ring lies outside guest memory") from e
-            used_idx = vhost_net.used_idx(memory, queue)
-            if (queue.last_avail_idx - used_idx) & 0xFFFF > queue.num:
-                raise StreamError(f"queue {n}: last_avail_idx and used.idx are further apart than the queue is long")
-            broken |= (vhost_net.avail_idx(memory, queue) - queue.last_avail_idx) & 0xFFFF > queue.num
-        if broken:
+        memory, queues = self.machine.memory, self.device.queues
+        rings = np.fromiter(chain.from_iterable(map(_ring_of, queues)), np.int64, 6 * len(queues)).reshape(-1, 6)
+        found, n = verbs.check_rings(memory.mem, memory.table, rings)
+        if found == verbs.RING_OUTSIDE:
+            raise StreamError(f"queue {n}: a ring lies outside guest memory")
+        if found == verbs.RING_APART:
+            raise StreamError(f"queue {n}: last_avail_idx and used.idx are further apart than the queue is long")
+        if found == verbs.RING_MOVED:
             _log.warning("the guest moved avail.idx by more than a queue's size: the device needs a reset")
             self.device.mark_broken()
 
