@@ -84,12 +84,13 @@ class Owners:
         wanted = self.userspace if owner is Owner.USERSPACE else (self.vhost or ()) if owner is Owner.VHOST else ()
         if self.prepared is not None and owner is Owner.VHOST:
             wanted = ()  # parked already
-        held = [*(self.backends or ()), *wanted]
+        present = self.backends
+        held = [*(present or ()), *wanted]
         with vhost_net.standing_still(held) if held else nullcontext():
-            if self.backends is not None:
+            if present is not None:
                 self._check()
                 try:
-                    vhost_net.stop(self.backends, rings)
+                    vhost_net.stop(present, rings)
                 except UnbindError as e:
                     self._withhold(e)
             was, self.owner = self.owner, Owner.NOBODY

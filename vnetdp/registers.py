@@ -136,7 +136,7 @@ class Registers:
         if features & ~self.offered or f.missing_dependency(features):
             refused = ", ".join(f.names(features & ~self.offered)) or "a feature without what it needs"
             raise ConfigError(f"the driver uses what this device can't offer: {refused}")
-        control = replace(self.control, **delta.control) if delta.control else self.control
+        control = self.control.changed(delta.control)
         if delta.control or delta.registers:
             self.check_control(control, features)
         queues = self.queues.copy()

@@ -75,6 +75,14 @@ class Control:
             if text:
                 raise ConfigError(str(text))
 
+    def changed(self, changes: dict[str, Any]) -> Control:
+        """Return a copy with other values: what `replace` does, without setting each of the other fields anew."""
+        if not changes.keys() <= vars(self).keys():
+            raise TypeError(f"no fields of Control: {', '.join(changes.keys() - vars(self).keys())}")
+        made = object.__new__(Control)
+        vars(made).update(vars(self), **changes)
+        return made
+
     @property
     def link_up(self) -> bool:
         return bool(self.net_status & VIRTIO_NET_S_LINK_UP)

@@ -99,25 +99,32 @@ class Cursor:
     """Reads a payload from its start; StreamError when it is too short, or too long at the end."""
 
     def __init__(self, payload: bytes | memoryview, what: str) -> None:
-        self._left = memoryview(payload)
+        self._payload = memoryview(payload)
+        self._at = 0
         self._what = what
 
-    def take(self, length: int) -> memoryview:
-        if length > len(self._left):
+    def _skip(self, length: int) -> int:
+        """Go on by so many bytes; return where they begin."""
+        at, end = self._at, self._at + length
+        if end > len(self._payload):
             raise StreamError(f"{self._what} is cut off")
-        part, self._left = self._left[:length], self._left[length:]
-        return part
+        self._at = end
+        return at
+
+    def take(self, length: int) -> memoryview:
+        at = self._skip(length)
+        return self._payload[at : at + length]
 
     def unpack(self, form: struct.Struct) -> tuple[int, ...]:
-        return form.unpack(self.take(form.size))
+        return form.unpack_from(self._payload, self._skip(form.size))
 
     def end(self) -> None:
-        if len(self._left):
-            raise StreamError(f"{self._what} has {len(self._left)} bytes too many")
+        if self.left:
+            raise StreamError(f"{self._what} has {self.left} bytes too many")
 
     @property
     def left(self) -> int:
-        return len(self._left)
+        return len(self._payload) - self._at
 
 
 def from_bytes(data: bytes | memoryview) -> Callable[[int], memoryview]:
