@@ -12,6 +12,7 @@ from .atomic import (
     copy,
     exchange_u64,
     fetch_or_u8,
+    load_u8,
     load_u16_unaligned,
     load_u64_unaligned,
     store_u8,
@@ -19,7 +20,7 @@ from .atomic import (
     store_u64_unaligned,
 )
 from .jit import inlined, kernel
-from .layout import E_ADDRESS, PAGE_SHIFT, REGION_GPA, REGION_LEN, REGION_OFFSET
+from .layout import E_ADDRESS, PAGE_SHIFT, REGION_GPA, REGION_LEN, REGION_OFFSET, VQ_NOTED
 
 
 @inlined
@@ -58,15 +59,62 @@ def mark_dirty(log: Bytes, gpa: int, length: int) -> None:
 
 
 @inlined
-def write(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, length: int) -> None:
-    """Copy *length* bytes into guest memory, and log it. Every write to a guest's buffer comes through here."""
-    copy(mem, offset, src, src_offset, length)
-    if log.size > 0:
-        mark_dirty(log, gpa, length)
+def mark_behind_fence(log: Bytes, gpa: int, length: int) -> None:
+    """`mark_dirty` for writes with a `fence` behind them: then a bit that is set already can stay as it is.
+
+    Whoever takes it later reads the page later, and the writes were there before this looked.
+    """
+    if length <= 0:
+        return
+    page = gpa >> PAGE_SHIFT
+    last = (gpa + length - 1) >> PAGE_SHIFT
+    while page <= last:
+        at = page >> 3
+        if 0 <= at < log.size and not load_u8(log, at) >> (page & 7) & 1:
+            fetch_or_u8(log, at, 1 << (page & 7))
+        page += 1
 
 
 @inlined
-def write_header(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, num_buffers: int) -> None:
+def mark_noted(vq: Words, log: Bytes) -> None:
+    """Set the bit of the page that `write` left to be marked. It has to be, before the driver hears of the buffer."""
+    if vq[VQ_NOTED]:
+        mark_dirty(log, (vq[VQ_NOTED] - 1) << PAGE_SHIFT, 1)
+        vq[VQ_NOTED] = 0
+
+
+@inlined
+def _note(vq: Words, log: Bytes, gpa: int, length: int) -> None:
+    """Have the pages of a write marked, but the last one later: the next write is often to the same.
+
+    Each mark is a full barrier, for which all stores before it have to arrive, those to lines of the driver's core too.
+    """
+    if length <= 0:
+        return
+    page = (gpa >> PAGE_SHIFT) + 1
+    last = ((gpa + length - 1) >> PAGE_SHIFT) + 1
+    while page <= last:
+        if page != vq[VQ_NOTED]:
+            mark_noted(vq, log)
+            vq[VQ_NOTED] = page
+        page += 1
+
+
+@inlined
+def write(mem: Bytes, vq: Words, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, length: int) -> None:
+    """Copy *length* bytes into guest memory for queue *vq*, and log it, at the latest with the next `mark_noted`.
+
+    Every write to a guest's buffer comes through here.
+    """
+    copy(mem, offset, src, src_offset, length)
+    if log.size > 0:
+        _note(vq, log, gpa, length)
+
+
+@inlined
+def write_header(
+    mem: Bytes, vq: Words, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, num_buffers: int
+) -> None:
     """`write` for a virtio_net_hdr of 12 bytes, which is not worth a call of memcpy.
 
     num_buffers goes straight to the guest: read back from *src* right after it was stored there, it would stall.
@@ -75,7 +123,7 @@ def write_header(mem: Bytes, log: Bytes, offset: int, gpa: int, src: Bytes, src_
     store_u16_unaligned(mem, offset + 8, load_u16_unaligned(src, src_offset + 8))
     store_u16_unaligned(mem, offset + 10, num_buffers)
     if log.size > 0:
-        mark_dirty(log, gpa, 12)
+        _note(vq, log, gpa, 12)
 
 
 @inlined

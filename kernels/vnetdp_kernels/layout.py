@@ -94,7 +94,8 @@ VQ_INFLIGHT: Final = 28  # window offset of the queue's part of the inflight are
 VQ_JOURNAL: Final = 29  # transmitq: window offset of the journal of ring-to-ring moves; 0 = none
 VQ_CALL_DUE: Final = 30  # 1: bound a moment ago; the driver may wait for a call that was never decided on
 VQ_MAX_FRAME: Final = 31  # bytes of the longest frame to the guest that is no segment, by the MTU negotiated; 0 = any
-VQ_SLOTS: Final = 32
+VQ_NOTED: Final = 32  # in a batch: 1 + the number of a page that was written and not marked dirty yet; 0 = none
+VQ_SLOTS: Final = 40
 
 # vhost-user's inflight area, split rings: a header a queue, then 16 bytes a descriptor.
 INFLIGHT_VERSION: Final = 8  # u16; 1

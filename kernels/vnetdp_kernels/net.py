@@ -55,13 +55,13 @@ _MACS_LEN = 12  # bytes of an Ethernet header that macswap rewrites
 
 @inlined
 def _scatter(
-    mem: Bytes, log: Bytes, iov: Words, row: int, into: int, src: Bytes, src_offset: int, length: int
+    mem: Bytes, vq: Words, log: Bytes, iov: Words, row: int, into: int, src: Bytes, src_offset: int, length: int
 ) -> tuple[int, int]:
     """Write *length* bytes into *iov* from byte *into* of *row* on; return where the next byte goes."""
     done = 0
     while done < length:
         part = min(length - done, iov[row, IOV_LEN] - into)
-        write(mem, log, iov[row, IOV_OFFSET] + into, iov[row, IOV_GPA] + into, src, src_offset + done, part)
+        write(mem, vq, log, iov[row, IOV_OFFSET] + into, iov[row, IOV_GPA] + into, src, src_offset + done, part)
         done += part
         into += part
         if into == iov[row, IOV_LEN]:
@@ -105,12 +105,12 @@ def place(
             if n_out == 0 and n_in == 1 and iov[0, IOV_LEN] >= need:
                 to = iov[0, IOV_OFFSET]
                 gpa = iov[0, IOV_GPA]
-                write_header(mem, log, to, gpa, hdr, hdr_at, 1)
+                write_header(mem, vq, log, to, gpa, hdr, hdr_at, 1)
                 to += NET_HDR_LEN
                 gpa += NET_HDR_LEN
                 if extra:
-                    write(mem, log, to, gpa, hdr, hdr_at + NET_HDR_LEN, extra)
-                write(mem, log, to + extra, gpa + extra, src, rows[row, IOV_OFFSET], body_len)
+                    write(mem, vq, log, to, gpa, hdr, hdr_at + NET_HDR_LEN, extra)
+                write(mem, vq, log, to + extra, gpa + extra, src, rows[row, IOV_OFFSET], body_len)
                 ring.put_used(mem, vq, ahead, head, need)
                 return 1
     room = 0
@@ -156,12 +156,12 @@ def place(
     at = 0
     into = 0
     if hdr_len == NET_HDR_LEN:
-        at, into = _scatter(mem, log, iov, at, into, hdr, hdr_at, NET_HDR_LEN + extra)
+        at, into = _scatter(mem, vq, log, iov, at, into, hdr, hdr_at, NET_HDR_LEN + extra)
     else:
-        at, into = _scatter(mem, log, iov, at, into, hdr, hdr_at, hdr_len)
-        at, into = _scatter(mem, log, iov, at, into, hdr, hdr_at + NET_HDR_LEN, extra)
+        at, into = _scatter(mem, vq, log, iov, at, into, hdr, hdr_at, hdr_len)
+        at, into = _scatter(mem, vq, log, iov, at, into, hdr, hdr_at + NET_HDR_LEN, extra)
     for k in range(row, n_rows):
-        at, into = _scatter(mem, log, iov, at, into, src, rows[k, IOV_OFFSET], rows[k, IOV_LEN])
+        at, into = _scatter(mem, vq, log, iov, at, into, src, rows[k, IOV_OFFSET], rows[k, IOV_LEN])
     left = need
     for k in range(taken):
         part = min(left, chains[k, 1])

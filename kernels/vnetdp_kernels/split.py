@@ -25,7 +25,7 @@ from .atomic import (
     store_u32,
     store_u64_unaligned,
 )
-from .guest import mark_dirty, translate
+from .guest import mark_behind_fence, mark_dirty, mark_noted, translate
 from .jit import inlined, kernel
 from .layout import (
     DS_LEN_IN,
@@ -235,6 +235,8 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
     idx = (first + n) & 0xFFFF
     vq[VQ_LAST_USED_IDX] = idx
     vq[VQ_LAST_AVAIL_IDX] = (vq[VQ_LAST_AVAIL_IDX] + n) & 0xFFFF
+    if log.size > 0:
+        mark_noted(vq, log)  # first: should this process end here, the next owner writes what was not published again
     # Barrier B: pairs with the acquire in take_used.
     store_u16_release(mem, vq[VQ_USED] + VIRTQ_RING_IDX, idx)
     if vq[VQ_INFLIGHT]:
@@ -244,9 +246,12 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
         slot = first & (num - 1)
         before_wrap = min(n, num - slot)
         base = vq[VQ_LOG_USED]
-        mark_dirty(log, base, VIRTQ_RING_ENTRIES)
-        mark_dirty(log, base + VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap)
-        mark_dirty(log, base + VIRTQ_RING_ENTRIES, VIRTQ_USED_ELEM_SIZE * (n - before_wrap))
+        elements = base + VIRTQ_RING_ENTRIES
+        # Pairs with the exchange in take_dirty.
+        fence()
+        mark_behind_fence(log, base, VIRTQ_RING_ENTRIES)
+        mark_behind_fence(log, elements + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap)
+        mark_behind_fence(log, elements, VIRTQ_USED_ELEM_SIZE * (n - before_wrap))
 
 
 @inlined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tests.by_hand import frame, wait_for
 from tests.endpoints.joined import guest_of, receive_all, send_all
 from vnetdp.endpoints.base import PYTHON_SLOTS
+from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.scapy import ScapyEndpoint
 from vnetdp.errors import EndpointError
@@ -92,3 +94,24 @@ def test_an_interrupt_is_not_the_endpoint_s_to_swallow() -> None:
         endpoint.instead = interrupted
         with pytest.raises(KeyboardInterrupt):
             endpoint.service()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_neighbours_are_claimed_all_or_none(shared: bool) -> None:
+    """Beside somebody in the same process, and beside one who has the block elsewhere."""
+    one, two = object(), object()
+    with NullEndpoint(6) as here, NullEndpoint(6, os.dup(here.block.fd) if shared else None) as there:
+        other = there if shared else here
+        other.start_polling(3, two)
+        for queues in (range(6), range(3, 4), range(1, 4), range(3, 6)):
+            assert not here.start_polling_all(queues, one)
+        assert one not in here.polled_by.values()
+        assert here.start_polling_all(range(3), one)
+        assert here.start_polling_all(range(4, 6), one)
+        assert here.polls_started - here.polls_stopped == len(here.polled_by) == (5 if shared else 6)
+        here.stop_polling(1, one)  # by itself
+        with pytest.raises(EndpointError):
+            other.start_polling(2, two)
+        other.start_polling(1, two)
+        other.stop_polling(3, two)
+        here.start_polling(3, one)

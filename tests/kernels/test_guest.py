@@ -122,13 +122,50 @@ def test_writes_are_marked(gpa: int, length: int, log: bool) -> None:
     data = np.arange(length + 7, dtype=np.uint8)
     around = [(gpa - 8, 8), (gpa + length, 8)]
     before = [memory.read(*range_) for range_ in around]
-    guest.write(memory.mem, memory.log, memory.at(gpa, max(length, 1)), gpa, data, 7, length)
+    vq = np.zeros(lay.VQ_SLOTS, np.int64)
+    guest.write(memory.mem, vq, memory.log, memory.at(gpa, max(length, 1)), gpa, data, 7, length)
     assert memory.read(gpa, max(length, 1))[:length] == data[7:].tobytes()
     assert [memory.read(*range_) for range_ in around] == before
+    guest.mark_noted(vq, memory.log)
+    assert not vq.any()
     assert memory.dirty() == (pages_of(gpa, length) if log else set())
     guest.write_u8(memory.mem, memory.log, memory.at(gpa), gpa, 0x1EE)
     assert memory.read(gpa, 1) == b"\xee"
     assert memory.dirty() == (pages_of(gpa, max(length, 1)) if log else set())
+
+
+@EXAMPLES
+@given(
+    st.lists(st.tuples(st.integers(0, 12 << 12), st.integers(0, 9000)), max_size=12),
+    st.integers(0, 12),
+)
+def test_pages_of_many_writes_are_all_marked(ranges: list[tuple[int, int]], taken_at: int) -> None:
+    """The log may be taken in between: a page that waits to be marked then is found the next time."""
+    memory = MEMORY
+    memory.log_on()
+    vq = np.zeros(lay.VQ_SLOTS, np.int64)
+    data = np.zeros(9000, np.uint8)
+    wanted: set[int] = set()
+    for n, (at, length) in enumerate(ranges):
+        if n == taken_at:
+            wanted = (wanted - memory.dirty()) | ({int(vq[lay.VQ_NOTED]) - 1} - {-1})
+            memory.log[:] = 0
+        gpa = HIGH_GPA + at
+        guest.write(memory.mem, vq, memory.log, memory.at(gpa, max(length, 1)), gpa, data, 0, length)
+        wanted |= pages_of(gpa, length)
+    guest.mark_noted(vq, memory.log)
+    assert memory.dirty() == wanted
+    assert not vq.any()
+
+
+@pytest.mark.parametrize("before", [0x00, 0x20, 0xFF])
+def test_a_mark_behind_a_fence_sets_what_is_clear(before: int) -> None:
+    log = np.full(8, before, np.uint8)
+    guest.mark_behind_fence(log, 4 << 12, 2 * 4096 + 1)
+    guest.mark_behind_fence(log, 63 << 12, 4096)
+    guest.mark_behind_fence(log, 64 << 12, 1)  # behind the log
+    guest.mark_behind_fence(log, 0, 0)
+    assert log.tolist() == [before | 0x70, *[before] * 6, before | 0x80]
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -139,7 +176,9 @@ def test_a_header_is_written_and_marked(log: bool) -> None:
         memory.log_on()
     source = np.arange(32, dtype=np.uint8)
     gpa = HIGH_GPA + 4096 - 5
-    guest.write_header(memory.mem, memory.log, memory.at(gpa, 12), gpa, source, 3, 0x12345)
+    vq = np.zeros(lay.VQ_SLOTS, np.int64)
+    guest.write_header(memory.mem, vq, memory.log, memory.at(gpa, 12), gpa, source, 3, 0x12345)
+    guest.mark_noted(vq, memory.log)
     assert memory.read(gpa - 1, 14) == b"\0" + bytes(range(3, 13)) + b"\x45\x23" + b"\0"
     assert source.tolist() == list(range(32))
     assert memory.dirty() == (pages_of(gpa, 12) if log else set())

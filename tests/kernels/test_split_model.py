@@ -227,7 +227,7 @@ class SplitRing(RuleBasedStateMachine):
         done = 0
         for at, length, gpa in expected[chain.n_out :]:
             part = min(length, chain.written - done)
-            guest.write(self.mem, self.memory.log, at, gpa, data, done, part)
+            guest.write(self.mem, self.vq, self.memory.log, at, gpa, data, done, part)
             self.write_log(gpa, part)
             done += part
         return chain
