@@ -258,6 +258,22 @@ def _copy_llvm(typing_context: Any, dst: Any, dst_offset: Any, src: Any, src_off
     return types.void(dst, types.int64, src, types.int64, types.int64), codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _copy_64_llvm(typing_context: Any, dst: Any, dst_offset: Any, src: Any, src_offset: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = ir.VectorType(ir.IntType(64), 4).as_pointer()
+        to = builder.bitcast(_pointer(context, builder, signature.args[0], args[0], args[1], 8), half)
+        source = builder.bitcast(_pointer(context, builder, signature.args[2], args[2], args[3], 8), half)
+        second = [ir.IntType(64)(1)]
+        low = builder.load(source, align=1)
+        high = builder.load(builder.gep(source, second), align=1)
+        builder.store(low, to, align=1)
+        builder.store(high, builder.gep(to, second), align=1)
+        return context.get_dummy_value()
+
+    return types.void(dst, types.int64, src, types.int64), codegen
+
+
 def copy(dst: Bytes, dst_offset: int, src: Bytes, src_offset: int, length: int) -> None:
     """Copy *length* bytes; the ranges may not overlap."""
     if length:
@@ -277,7 +293,20 @@ def _copy_overload(dst: Any, dst_offset: Any, src: Any, src_offset: Any, length:
             _copy_llvm(dst, dst_offset, src, src_offset, length)
 
         return checked
-    return lambda dst, dst_offset, src, src_offset, length: _copy_llvm(dst, dst_offset, src, src_offset, length)
+
+    # A call of memcpy costs as much as some lines, and the C library's takes a sixth longer for 1,500 bytes in step.
+    def by_64(dst: Any, dst_offset: int, src: Any, src_offset: int, length: int) -> None:
+        if length < 64:
+            _copy_llvm(dst, dst_offset, src, src_offset, length)
+            return
+        last = length - 64
+        done = 0
+        while done < last:
+            _copy_64_llvm(dst, dst_offset + done, src, src_offset + done)
+            done += 64
+        _copy_64_llvm(dst, dst_offset + last, src, src_offset + last)
+
+    return by_64
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -337,3 +366,26 @@ def poke_i64(typing_context: Any, at: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.uintp, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch_to_write_llvm(typing_context: Any, array: Any, offset: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], args[0], args[1], 8)
+        word = ir.IntType(32)
+        shape = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, shape, "llvm.prefetch.p0")
+        to_write, keep_near, data = word(1), word(3), word(1)
+        builder.call(function, [pointer, to_write, keep_near, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+def prefetch_to_write(array: Bytes, offset: int) -> None:
+    """Have the cache fetch the line of a byte that will be written soon. A hint, which faults nowhere."""
+
+
+@compiled_as(prefetch_to_write)
+def _prefetch_to_write_overload(array: Any, offset: Any) -> Any:
+    return lambda array, offset: _prefetch_to_write_llvm(array, offset)

@@ -150,7 +150,7 @@ def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int
     store_u64_unaligned(mem, at + 4, 0)
     linearize(mem, iov, row, n, mem, at + NET_HDR_LEN)
     if ep[EP_KIND] == KIND_MACSWAP:
-        swap_macs(mem, at + NET_HDR_LEN)
+        swap_macs(mem, at + NET_HDR_LEN, mem, at + NET_HDR_LEN)
     elif ep[EP_KIND] == KIND_REFLECT:
         frame_len = answer(mem, at + NET_HDR_LEN, frame_len)
     if frame_len:
@@ -205,6 +205,7 @@ def receive(
         ring.release(dvq, state, head)
         taken += 1
         n = 1
+        total = length
         if dvq[DVQ_MRG_RXBUF]:
             n = load_u16_unaligned(mem, at + NET_HDR_NUM_BUFFERS) if length >= NET_HDR_LEN else 0
             # All buffers of a frame become used together (5.1.6.4.1).
@@ -218,11 +219,12 @@ def receive(
                     break
                 iov[k, IOV_OFFSET] = dvq[DVQ_BUF_OFFSET] + head * dvq[DVQ_BUF_LEN]
                 iov[k, IOV_LEN] = length
+                total += length
                 ring.release(dvq, state, head)
                 taken += 1
             if dvq[DVQ_STATUS]:
                 break
-        row, frame_len = split_header(mem, iov, n, dvq[DVQ_HDR_LEN], hdr)
+        row, frame_len = split_header(mem, iov, n, total, dvq[DVQ_HDR_LEN], hdr)
         if frame_len == 0:
             dvq[DVQ_DROPPED] += 1
         elif answers:

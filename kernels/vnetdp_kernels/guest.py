@@ -84,7 +84,7 @@ def mark_noted(vq: Words, log: Bytes) -> None:
 
 
 @inlined
-def _note(vq: Words, log: Bytes, gpa: int, length: int) -> None:
+def note(vq: Words, log: Bytes, gpa: int, length: int) -> None:
     """Have the pages of a write marked, but the last one later: the next write is often to the same.
 
     Each mark is a full barrier, for which all stores before it have to arrive, those to lines of the driver's core too.
@@ -104,26 +104,22 @@ def _note(vq: Words, log: Bytes, gpa: int, length: int) -> None:
 def write(mem: Bytes, vq: Words, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, length: int) -> None:
     """Copy *length* bytes into guest memory for queue *vq*, and log it, at the latest with the next `mark_noted`.
 
-    Every write to a guest's buffer comes through here.
+    Every write to a guest's buffer comes through here, or calls `note` behind it.
     """
     copy(mem, offset, src, src_offset, length)
     if log.size > 0:
-        _note(vq, log, gpa, length)
+        note(vq, log, gpa, length)
 
 
 @inlined
-def write_header(
-    mem: Bytes, vq: Words, log: Bytes, offset: int, gpa: int, src: Bytes, src_offset: int, num_buffers: int
-) -> None:
-    """`write` for a virtio_net_hdr of 12 bytes, which is not worth a call of memcpy.
+def write_header(mem: Bytes, offset: int, src: Bytes, src_offset: int, num_buffers: int) -> None:
+    """Write a virtio_net_hdr of 12 bytes, which is not worth a call of memcpy; to `note` it is the caller's, with its frame.
 
     num_buffers goes straight to the guest: read back from *src* right after it was stored there, it would stall.
     """
     store_u64_unaligned(mem, offset, load_u64_unaligned(src, src_offset))
     store_u16_unaligned(mem, offset + 8, load_u16_unaligned(src, src_offset + 8))
     store_u16_unaligned(mem, offset + 10, num_buffers)
-    if log.size > 0:
-        _note(vq, log, gpa, 12)
 
 
 @inlined

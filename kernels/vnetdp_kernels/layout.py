@@ -163,6 +163,7 @@ IOV_SLOTS: Final = 3
 
 PAGE_SIZE: Final = 4096  # of the dirty log (VHOST_PAGE_SIZE)
 PAGE_SHIFT: Final = 12
+CACHE_LINE: Final = 64  # bytes that caches of x86-64, and of most aarch64, move at once
 
 # Status codes: what a kernel returns in place of a count. Each breaks the queue, except E_TOO_BIG and E_BLOCKED.
 E_ADDRESS: Final = -1  # a range is not wholly inside guest memory

@@ -1,14 +1,14 @@
 """virtio-net, the device's side (Virtio 1.2, 5.1.6): transmitq to an endpoint, an endpoint to receiveq, ring to ring.
 
-A frame that must go to the guest is described by a header (virtio_net_hdr, and with MACs exchanged the first 12 bytes
-of the frame behind it), and by rows (offset, length) of the rest: so it is copied once, wherever it lies.
+A frame that must go to the guest is described by a virtio_net_hdr, and by rows (offset, length) of the rest: so it is
+copied once, wherever it lies.
 """
 
 from __future__ import annotations
 
 from . import split as ring
-from .atomic import Bytes, Words, store_u16, store_u16_release, store_u16_unaligned, store_u64_unaligned
-from .guest import write, write_header
+from .atomic import Bytes, Words, copy, store_u16, store_u16_release, store_u16_unaligned, store_u64_unaligned
+from .guest import note, write, write_header
 from .jit import inlined, kernel
 from .layout import (
     E_DIRECTION,
@@ -50,7 +50,7 @@ from .layout import (
 from .port import accepts, emit, exceeds_mtu, linearize, now_ns, produce, split_header, swap_macs, take_front
 from .reflect import answer
 
-_MACS_LEN = 12  # bytes of an Ethernet header that macswap rewrites
+_MACS_LEN = 12  # the two addresses of an Ethernet header
 
 
 @inlined
@@ -81,36 +81,36 @@ def place(
     ahead: int,
     hdr: Bytes,
     hdr_at: int,
-    extra: int,
+    swap: bool,
     src: Bytes,
     rows: Words,
     row: int,
     n_rows: int,
-    body_len: int,
+    frame_len: int,
 ) -> int:
     """Put one frame into receive buffers, *ahead* chains behind the next one; return the chains it took.
 
-    The frame: virtio_net_hdr at hdr[hdr_at], *extra* bytes behind it (from hdr[hdr_at + 12]), then rows
-    [row, n_rows) of *rows* in *src*, *body_len* bytes. chains int64[n, 2] and iov int64[m, 3] are scratch.
+    The frame: virtio_net_hdr at hdr[hdr_at], then rows [row, n_rows) of *rows* in *src*, *frame_len* bytes. swap: exchange
+    its MAC addresses; *hdr* then has room for them behind the header. chains int64[n, 2] and iov int64[m, 3] are scratch.
     Returns 0 if the driver has not made enough buffers available yet, E_TOO_BIG if no buffers could hold the frame,
     or the E_* of a malformed chain. Nothing is published.
     """
     hdr_len = vq[VQ_HDR_LEN]
-    need = hdr_len + extra + body_len
+    need = hdr_len + frame_len
     if ahead < ring.available(mem, vq) and hdr_len == NET_HDR_LEN and n_rows - row == 1:
         # The common shape: one piece, into one buffer of one descriptor.
         head = ring.head_at(mem, vq, ahead)
         if head >= 0:
-            n_out, n_in = ring.gather(mem, regions, vq, head, iov)
-            if n_out == 0 and n_in == 1 and iov[0, IOV_LEN] >= need:
+            n_out, n_in, _, size = ring.gather(mem, regions, vq, head, iov)
+            if n_out == 0 and n_in == 1 and size >= need:
                 to = iov[0, IOV_OFFSET]
-                gpa = iov[0, IOV_GPA]
-                write_header(mem, vq, log, to, gpa, hdr, hdr_at, 1)
-                to += NET_HDR_LEN
-                gpa += NET_HDR_LEN
-                if extra:
-                    write(mem, vq, log, to, gpa, hdr, hdr_at + NET_HDR_LEN, extra)
-                write(mem, vq, log, to + extra, gpa + extra, src, rows[row, IOV_OFFSET], body_len)
+                at = rows[row, IOV_OFFSET]
+                write_header(mem, to, hdr, hdr_at, 1)
+                copy(mem, to + NET_HDR_LEN, src, at, frame_len)
+                if swap:
+                    swap_macs(mem, to + NET_HDR_LEN, src, at)
+                if log.size > 0:
+                    note(vq, log, iov[0, IOV_GPA], need)
                 ring.put_used(mem, vq, ahead, head, need)
                 return 1
     room = 0
@@ -132,7 +132,7 @@ def place(
         head = ring.head_at(mem, vq, ahead + taken)
         if head < 0:
             return head
-        n_out, n_in = ring.gather(mem, regions, vq, head, iov[filled:])
+        n_out, n_in, _, size = ring.gather(mem, regions, vq, head, iov[filled:])
         if n_out < 0 and filled:
             # Rows used up by the merge are no fault of the driver's: look at this chain by itself.
             filled = 0
@@ -144,22 +144,18 @@ def place(
             return E_DIRECTION
         if alone:
             return E_TOO_BIG
-        size = 0
-        for k in range(filled, filled + n_in):
-            size += iov[k, IOV_LEN]
         chains[taken, 0] = head
         chains[taken, 1] = size
         filled += n_in
         room += size
         taken += 1
     store_u16_unaligned(hdr, hdr_at + NET_HDR_NUM_BUFFERS, taken)
-    at = 0
-    into = 0
-    if hdr_len == NET_HDR_LEN:
-        at, into = _scatter(mem, vq, log, iov, at, into, hdr, hdr_at, NET_HDR_LEN + extra)
-    else:
-        at, into = _scatter(mem, vq, log, iov, at, into, hdr, hdr_at, hdr_len)
-        at, into = _scatter(mem, vq, log, iov, at, into, hdr, hdr_at + NET_HDR_LEN, extra)
+    at, into = _scatter(mem, vq, log, iov, 0, 0, hdr, hdr_at, hdr_len)
+    if swap:
+        macs = hdr_at + NET_HDR_LEN
+        row = take_front(src, rows, row, n_rows, _MACS_LEN, hdr, macs)
+        swap_macs(hdr, macs, hdr, macs)
+        at, into = _scatter(mem, vq, log, iov, at, into, hdr, macs, _MACS_LEN)
     for k in range(row, n_rows):
         at, into = _scatter(mem, vq, log, iov, at, into, src, rows[k, IOV_OFFSET], rows[k, IOV_LEN])
     left = need
@@ -202,11 +198,11 @@ def drain_transmitq(
         if head < 0:
             status = head
             break
-        n_out, _ = ring.gather(mem, regions, vq, head, iov)
+        n_out, _, length, _ = ring.gather(mem, regions, vq, head, iov)
         if n_out <= 0:
             status = n_out if n_out < 0 else E_DIRECTION
             break
-        row, frame_len = split_header(mem, iov, n_out, vq[VQ_HDR_LEN], hdr)
+        row, frame_len = split_header(mem, iov, n_out, length, vq[VQ_HDR_LEN], hdr)
         if emit(mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
             break
         ring.put_used(mem, vq, used, head, 0)
@@ -299,7 +295,7 @@ def fill_receiveq(
         body_len = ep[EP_HELD] - NET_HDR_LEN
         rows[0, IOV_OFFSET] = NET_HDR_LEN
         rows[0, IOV_LEN] = body_len
-        n = place(mem, regions, vq, log, iov, chains, used, held, 0, 0, held, rows, 0, 1, body_len)
+        n = place(mem, regions, vq, log, iov, chains, used, held, 0, False, held, rows, 0, 1, body_len)
         if n == E_TOO_BIG:
             ep[EP_DROP_NO_BUFFER] += 1
             ep[EP_HELD] = 0
@@ -358,11 +354,12 @@ def forward(
         if head < 0:
             status_tx = head
             break
-        n_out, _ = ring.gather(src_mem, src_regions, txq, head, rows)
+        n_out, _, length, _ = ring.gather(src_mem, src_regions, txq, head, rows)
         if n_out <= 0:
             status_tx = n_out if n_out < 0 else E_DIRECTION
             break
-        row, frame_len = split_header(src_mem, rows, n_out, txq[VQ_HDR_LEN], hdr)
+        row, frame_len = split_header(src_mem, rows, n_out, length, txq[VQ_HDR_LEN], hdr)
+        ring.expect_write(dst_mem, dst_regions, rxq, used_rx + 1, NET_HDR_LEN + frame_len)
         got = 0
         if frame_len < ETH_HLEN:
             ep[EP_DROP_SHORT] += 1
@@ -375,29 +372,16 @@ def forward(
             txq[VQ_DROPPED] += 1
         elif kind == KIND_REFLECT:
             linearize(src_mem, rows, row, n_out, held, NET_HDR_LEN)
-            length = answer(held, NET_HDR_LEN, frame_len)
-            if length:
+            answer_len = answer(held, NET_HDR_LEN, frame_len)
+            if answer_len:
                 store_u64_unaligned(held, 0, 0)
                 store_u16_unaligned(held, 8, 0)
                 rows[0, IOV_OFFSET] = NET_HDR_LEN
-                rows[0, IOV_LEN] = length
+                rows[0, IOV_LEN] = answer_len
                 got = place(
-                    dst_mem,
-                    dst_regions,
-                    rxq,
-                    dst_log,
-                    iov,
-                    chains,
-                    used_rx,
-                    held,
-                    0,
-                    0,
-                    held,
-                    rows,
-                    0,
-                    1,
-                    length,
-                )
+                    dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, held, 0, False, held, rows, 0, 1,
+                    answer_len,
+                )  # fmt: skip
                 if got == 0:
                     break
             else:
@@ -407,14 +391,9 @@ def forward(
                 txq[VQ_PACKETS] += 1
                 txq[VQ_BYTES] += frame_len
         else:
-            extra = 0
-            if kind == KIND_MACSWAP:
-                extra = _MACS_LEN
-                row = take_front(src_mem, rows, row, n_out, extra, hdr, NET_HDR_LEN)
-                swap_macs(hdr, NET_HDR_LEN)
             got = place(
-                dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, hdr, 0, extra, src_mem, rows, row, n_out,
-                frame_len - extra,
+                dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, hdr, 0, kind == KIND_MACSWAP, src_mem, rows, row,
+                n_out, frame_len,
             )  # fmt: skip
             if got == 0:
                 break

@@ -96,8 +96,8 @@ def take_front(mem: Bytes, iov: Words, row: int, n: int, length: int, dst: Bytes
 
 
 @inlined
-def split_header(mem: Bytes, iov: Words, n: int, hdr_len: int, hdr: Bytes) -> tuple[int, int]:
-    """Move the virtio_net_hdr off the front of *iov* into *hdr* (uint8[HDR_SCRATCH]).
+def split_header(mem: Bytes, iov: Words, n: int, length: int, hdr_len: int, hdr: Bytes) -> tuple[int, int]:
+    """Move the virtio_net_hdr off the front of *iov*, *length* bytes in *n* rows, into *hdr* (uint8[HDR_SCRATCH]).
 
     Returns (first row of the frame, bytes of the frame); (n, 0) if the chain is no longer than the header.
     """
@@ -108,15 +108,10 @@ def split_header(mem: Bytes, iov: Words, n: int, hdr_len: int, hdr: Bytes) -> tu
         store_u32_unaligned(hdr, 8, load_u32_unaligned(mem, at + 8))
         iov[0, IOV_OFFSET] = at + NET_HDR_LEN
         iov[0, IOV_LEN] = first - NET_HDR_LEN
-        if n == 1:
-            return 0, int(first - NET_HDR_LEN)
         row = 0
     else:
         row = take_front(mem, iov, 0, n, hdr_len, hdr, 0)
-    frame_len = 0
-    for k in range(row, n):
-        frame_len += iov[k, IOV_LEN]
-    return row, frame_len
+    return row, max(length - hdr_len, 0)
 
 
 @inlined
@@ -324,11 +319,13 @@ def now_ns(ep: Words, scratch: Words) -> int:
 
 
 @inlined
-def swap_macs(frame: Bytes, at: int) -> None:
-    """Exchange the source and destination address of the Ethernet frame at *at*."""
-    low = load_u32_unaligned(frame, at)
-    high = load_u16_unaligned(frame, at + 4)
-    store_u32_unaligned(frame, at, load_u32_unaligned(frame, at + 6))
-    store_u16_unaligned(frame, at + 4, load_u16_unaligned(frame, at + 10))
-    store_u32_unaligned(frame, at + 6, low)
-    store_u16_unaligned(frame, at + 10, high)
+def swap_macs(dst: Bytes, to: int, src: Bytes, at: int) -> None:
+    """Write the two addresses of the Ethernet frame at *at* to *to* (the same place, too), exchanged."""
+    low = load_u32_unaligned(src, at)
+    high = load_u16_unaligned(src, at + 4)
+    from_low = load_u32_unaligned(src, at + 6)
+    from_high = load_u16_unaligned(src, at + 10)
+    store_u32_unaligned(dst, to, from_low)
+    store_u16_unaligned(dst, to + 4, from_high)
+    store_u32_unaligned(dst, to + 6, low)
+    store_u16_unaligned(dst, to + 10, high)

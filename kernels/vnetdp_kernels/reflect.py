@@ -71,7 +71,7 @@ def answer(frame: Bytes, at: int, length: int) -> int:
             return 0
         if _u16(frame, net + 6) & 0x3FFF:
             return 0
-        swap_macs(frame, at)
+        swap_macs(frame, at, frame, at)
         _exchange(frame, net + 12, net + 16, 4)
         store_u8(frame, icmp, 0)
         _put_u16(frame, icmp + 2, 0)

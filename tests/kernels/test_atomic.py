@@ -97,6 +97,12 @@ def modify(mem: Bytes, value: int, out: Words) -> None:
     out[4] = address(mem, 7) - address(mem, 0)
 
 
+def copy_all(dst: Bytes, src: Bytes) -> None:
+    """Copy 0, 1, 2, ... bytes, each into a row of 512 of its own."""
+    for length in range(300):
+        copy(dst, 512 * length + 7, src, length & 63, length)
+
+
 def both(function: Callable[..., None]) -> pytest.MarkDecorator:
     """Run a test with the plain body, and with the compiled one where there is a compiler."""
     bodies = [pytest.param(function, id="plain")]
@@ -134,6 +140,16 @@ def test_stores_mask_and_touch_no_neighbour(body: Callable[..., None], value: in
     for k, (n, skew) in enumerate([(1, 0), (2, 0), (4, 0), (8, 0), (2, 0), (8, 0), (2, 1), (4, 1), (8, 1)]):
         expected[16 * k + skew : 16 * k + skew + n] = packed[:n]
     assert mem.tobytes() == bytes(expected)
+
+
+@both(copy_all)
+def test_a_copy_of_any_length_writes_that_and_no_more(body: Callable[..., None]) -> None:
+    src = np.random.default_rng(1).integers(0, 256, 512, np.uint8)
+    dst = np.full((300, 512), 0xEE, np.uint8)
+    body(dst.reshape(-1), src)
+    for length, row in enumerate(dst):
+        at = length & 63
+        assert row.tobytes() == b"\xee" * 7 + src[at : at + length].tobytes() + b"\xee" * (505 - length)
 
 
 @both(words)

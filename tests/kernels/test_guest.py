@@ -168,17 +168,11 @@ def test_a_mark_behind_a_fence_sets_what_is_clear(before: int) -> None:
     assert log.tolist() == [before | 0x70, *[before] * 6, before | 0x80]
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_a_header_is_written_and_marked(log: bool) -> None:
+def test_a_header_is_written() -> None:
     """Twelve bytes across a page boundary, num_buffers from the argument, the source as it was."""
     memory = Memory()
-    if log:
-        memory.log_on()
     source = np.arange(32, dtype=np.uint8)
     gpa = HIGH_GPA + 4096 - 5
-    vq = np.zeros(lay.VQ_SLOTS, np.int64)
-    guest.write_header(memory.mem, vq, memory.log, memory.at(gpa, 12), gpa, source, 3, 0x12345)
-    guest.mark_noted(vq, memory.log)
+    guest.write_header(memory.mem, memory.at(gpa, 12), source, 3, 0x12345)
     assert memory.read(gpa - 1, 14) == b"\0" + bytes(range(3, 13)) + b"\x45\x23" + b"\0"
     assert source.tolist() == list(range(32))
-    assert memory.dirty() == (pages_of(gpa, 12) if log else set())

@@ -216,7 +216,9 @@ class SplitRing(RuleBasedStateMachine):
         iov[:] = -1
         n = len(chain.segments)
         n_in = n - chain.n_out
-        assert split.gather(self.mem, self.memory.regions, self.vq, chain.head, iov) == (chain.n_out, n_in)
+        lengths = [length for _, length in chain.segments]
+        sizes = (sum(lengths[: chain.n_out]), sum(lengths[chain.n_out :]))
+        assert split.gather(self.mem, self.memory.regions, self.vq, chain.head, iov) == (chain.n_out, n_in, *sizes)
         expected = [(self.memory.at(gpa, length), length, gpa) for gpa, length in chain.segments]
         assert [tuple(row) for row in iov[:n].tolist()] == expected
         assert (iov[n:] == -1).all()
@@ -371,7 +373,7 @@ def test_a_ring_filled_to_the_last_descriptor(num: int, in_order: bool) -> None:
         assert split.available(mem, queue.vq) == num
         for k, head in enumerate(heads):
             assert split.head_at(mem, queue.vq, k) == head
-            assert split.gather(mem, regions, queue.vq, head, rig.device.iov) == (1, 0)
+            assert split.gather(mem, regions, queue.vq, head, rig.device.iov) == (1, 0, 1 + k % 64, 0)
             assert rig.device.iov[0, lay.IOV_LEN] == 1 + k % 64
         token_of = {head: k for k, head in enumerate(heads)}
         order = heads if in_order else heads[::-1]

@@ -241,7 +241,7 @@ class FaultEndpoint(Endpoint):
         row[layout.EP_TO_WIRE] += 1
         row[layout.EP_BYTES_TO_WIRE] += length - layout.NET_HDR_LEN
         if self.inner.kind == layout.KIND_MACSWAP:
-            port.swap_macs(self._frame, layout.NET_HDR_LEN)
+            port.swap_macs(self._frame, layout.NET_HDR_LEN, self._frame, layout.NET_HDR_LEN)
         elif self.inner.kind == layout.KIND_REFLECT:
             answer_len = reflect.answer(self._frame, layout.NET_HDR_LEN, length - layout.NET_HDR_LEN)
             if not answer_len:
