@@ -23,7 +23,7 @@ from vnetdp.memory import GuestMemory
 from vnetdp.virtqueue import ring_len
 from vnetdp_kernels import driver as kernels
 from vnetdp_kernels import layout as lay
-from vnetdp_kernels import split
+from vnetdp_kernels import split_driver
 
 COMPILED = not config.DISABLE_JIT
 PATIENCE = 60.0  # seconds until a wait is given up: far more than anything here takes
@@ -211,7 +211,7 @@ def rebase(driver: Driver, start: int, queues: Sequence[int] | None = None) -> N
         num = int(row[lay.DVQ_NUM])
         for slot, length in zip((lay.DVQ_DESC, lay.DVQ_AVAIL, lay.DVQ_USED), ring_len(num), strict=True):
             mem[int(row[slot]) : int(row[slot]) + length] = 0
-        split.reset_driver(row, state)
+        split_driver.reset_driver(row, state)
         for slot in (lay.DVQ_AVAIL_IDX, lay.DVQ_PUBLISHED_IDX, lay.DVQ_KICKED_IDX, lay.DVQ_LAST_USED_IDX):
             row[slot] = start
         row[lay.DVQ_USED_IDX] = start
@@ -219,7 +219,7 @@ def rebase(driver: Driver, start: int, queues: Sequence[int] | None = None) -> N
         mem[at : at + 2] = np.frombuffer(struct.pack("<H", start), np.uint8)
         if index % 2 == 0:
             kernels.post_receive(mem, row, state)
-        split.publish_available(mem, row)
+        split_driver.publish_available(mem, row)
 
 
 class Traffic:

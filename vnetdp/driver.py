@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from vnetdp_kernels import driver as kernels
-from vnetdp_kernels import layout, loops, split
+from vnetdp_kernels import layout, loops, split_driver
 
 from . import features as f
 from .datapath import Paced, Scratch
@@ -215,7 +215,7 @@ class Driver:
         for slot, value in values.items():
             row[slot] = value
         row[layout.DVQ_CALLS_ON] = 1
-        split.reset_driver(row, state)
+        split_driver.reset_driver(row, state)
         if first_idx:
             for slot in _INDICES:
                 row[slot] = first_idx
@@ -223,7 +223,7 @@ class Driver:
                 self.memory.write(ring + layout.VIRTQ_RING_IDX, first_idx.to_bytes(2, "little"))
         if index % 2 == 0:
             kernels.post_receive(mem, row, state)
-            split.publish_available(mem, row)
+            split_driver.publish_available(mem, row)
         self.device.set_queue(index, self.num, *addresses)
         self.device.enable_queue(index)
         return end

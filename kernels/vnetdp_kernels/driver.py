@@ -6,7 +6,7 @@ received in one piece. Frames go from the endpoint straight into guest memory, a
 
 from __future__ import annotations
 
-from . import split as ring
+from . import split_driver as ring
 from .atomic import (
     Bytes,
     Words,

@@ -7,7 +7,7 @@ endpoints, without the GIL; before it, notifications are asked for and the rings
 
 from __future__ import annotations
 
-from . import driver
+from . import driver, split_driver
 from . import split as ring
 from .atomic import Bytes, Words, load_i64_acquire
 from .io import EAGAIN, EINTR, POLLGONE, POLLIN, POLLOUT, clock_ns, poll, read, signal
@@ -301,7 +301,7 @@ def _any_python(eps: Words) -> bool:
 
 @kernel
 def _kick(mem: Bytes, dvq: Words, fd: int, one: Words) -> None:
-    if ring.needs_kick(mem, dvq):
+    if split_driver.needs_kick(mem, dvq):
         dvq[DVQ_KICKS] += 1
         signal(fd, one)
 
@@ -396,10 +396,10 @@ def drive(
                 blocked = True  # what has been received waits in the ring
                 wait_ms = _BLOCKED_MS if wait_ms < 0 else min(wait_ms, _BLOCKED_MS)
             elif txq[DVQ_NUM_FREE] or not KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT:
-                again |= ring.enable_calls(mem, rxq)
+                again |= split_driver.enable_calls(mem, rxq)
                 n = add_pollfd(pollfds, n, notify[2 * q, 1], POLLIN, 2 * q)
             if txq[DVQ_NUM_FREE] == 0:
-                again |= ring.enable_calls(mem, txq)
+                again |= split_driver.enable_calls(mem, txq)
                 n = add_pollfd(pollfds, n, notify[2 * q + 1, 1], POLLIN, 2 * q + 1)
             else:
                 wait_ms = _due_ms(ep, scratch, wait_ms)
@@ -428,7 +428,7 @@ def drive(
                             # A TAP whose interface was deleted: polled again, it would never let the loop sleep.
                             eps[_ENDPOINT - what, EP_GONE] = 1
         for q in range(2 * n_pairs):
-            ring.disable_calls(mem, dvqs[q])
+            split_driver.disable_calls(mem, dvqs[q])
         if control:
             return LOOP_CONTROL, moved
         if python and _any_python(eps):

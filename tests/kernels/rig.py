@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vnetdp_kernels import driver, loops, net, port, split
+from vnetdp_kernels import driver, loops, net, port, split, split_driver
 from vnetdp_kernels import layout as lay
 from vnetdp_kernels.atomic import Bytes, Words
 
@@ -171,7 +171,7 @@ class Queue:
         vq[lay.VQ_LOG_USED] = self.used_gpa
         vq[lay.VQ_BOUND] = vq[lay.VQ_ENABLED] = vq[lay.VQ_KICKS_ON] = vq[lay.VQ_INDIRECT] = 1
         dvq[lay.DVQ_CALLS_ON] = 1
-        split.reset_driver(dvq, state)
+        split_driver.reset_driver(dvq, state)
         for slot in (lay.VQ_LAST_AVAIL_IDX, lay.VQ_LAST_USED_IDX, lay.VQ_AVAIL_IDX, lay.VQ_SIGNALLED_USED):
             vq[slot] = start
         for slot in (lay.DVQ_AVAIL_IDX, lay.DVQ_PUBLISHED_IDX, lay.DVQ_KICKED_IDX):
@@ -203,8 +203,8 @@ class Queue:
         mem = self.memory.mem
         if n == direct == 1:
             gpa, length = int(iov[0, lay.IOV_GPA]), int(iov[0, lay.IOV_LEN])
-            return split.put_single(mem, self.dvq, self.state, gpa, length, 1 - n_out, token)
-        return split.put_chain(mem, self.dvq, self.state, iov, n_out, n - n_out, direct, table, token)
+            return split_driver.put_single(mem, self.dvq, self.state, gpa, length, 1 - n_out, token)
+        return split_driver.put_chain(mem, self.dvq, self.state, iov, n_out, n - n_out, direct, table, token)
 
     def offer(self, *heads: int) -> None:
         """Make chains available behind the driver kernels' back."""
@@ -381,7 +381,7 @@ class Rig:
         """Fill a receiveq with the driver's own buffers."""
         queue = self.queues[2 * pair]
         driver.post_receive(self.memory.mem, queue.dvq, queue.state)
-        split.publish_available(self.memory.mem, queue.dvq)
+        split_driver.publish_available(self.memory.mem, queue.dvq)
 
     def drain(self, budget: int = 64, pair: int = 0) -> int:
         m, s, p = self.memory, self.device, pair

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.kernels.rig import Queue, Rig, pattern
-from vnetdp_kernels import driver, split
+from vnetdp_kernels import driver, split_driver
 from vnetdp_kernels import layout as lay
 
 NUM = 16
@@ -159,20 +159,20 @@ def put_chains(rig: Rig, lengths: list[int]) -> list[int]:
         gpa = rig.memory.low(n)
         iov = np.array([(rig.memory.at(gpa + k), 1, gpa + k) for k in range(n)], np.int64)
         heads.append(rig.tx.put(iov, 0, n, np.zeros(2, np.int64), 0))
-    split.publish_available(rig.memory.mem, rig.tx.dvq)
+    split_driver.publish_available(rig.memory.mem, rig.tx.dvq)
     return heads
 
 
 def take_all(rig: Rig) -> tuple[list[tuple[int, int]], int]:
     """Take what is used; return it, and the status that ended it (0 = all taken)."""
     taken: list[tuple[int, int]] = []
-    n = split.used_ready(rig.memory.mem, rig.tx.dvq)
+    n = split_driver.used_ready(rig.memory.mem, rig.tx.dvq)
     for _ in range(n):
-        head, length = split.take_used(rig.memory.mem, rig.tx.dvq, rig.tx.state)
+        head, length = split_driver.take_used(rig.memory.mem, rig.tx.dvq, rig.tx.state)
         if head < 0:
             return taken, head
         taken.append((head, length))
-        split.release(rig.tx.dvq, rig.tx.state, head)
+        split_driver.release(rig.tx.dvq, rig.tx.state, head)
     return taken, min(n, 0)
 
 

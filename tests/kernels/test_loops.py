@@ -11,7 +11,7 @@ import pytest
 
 from tests.kernels.rig import WRITE, Rig, pattern
 from vnetdp_kernels import layout as lay
-from vnetdp_kernels import loops, split
+from vnetdp_kernels import loops, split_driver
 
 HEADER = bytes(lay.NET_HDR_LEN)
 FRAME = HEADER + pattern(1)
@@ -173,7 +173,7 @@ def test_a_kick_wakes_the_device(rigs: Make, device: int, event_idx: bool) -> No
         sleeps = int(rig.device.ctl[lay.CTL_SLEEPS])
         rig.guest.feed(FRAME)
         assert rig.send() == 1
-        assert split.needs_kick(rig.memory.mem, rig.tx.dvq)
+        assert split_driver.needs_kick(rig.memory.mem, rig.tx.dvq)
         os.eventfd_write(int(rig.notify[1, 0]), 1)
         wait_until(lambda k=k: rig.tx.used_idx == k, "the frame was not taken")  # type: ignore[misc]
         rig.receive()

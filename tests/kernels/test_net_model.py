@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.kernels.rig import Arena, Rig, pages_of, pattern, scaled
 from vnetdp_kernels import layout as lay
-from vnetdp_kernels import split
+from vnetdp_kernels import split_driver
 
 WIRE_SLOTS = 4
 LENGTHS = st.integers(14, 1600) | st.sampled_from((0, 1, 13, 14, 60, 1514, 3000))
@@ -121,7 +121,7 @@ class NetDevice(RuleBasedStateMachine):
         if queue.put(iov, n_out, min(direct, len(lengths)), table, sent.slot) >= 0:
             self.tx_arena.free.popleft()
             self.sent.append(sent)
-        split.publish_available(self.rig.memory.mem, queue.dvq)
+        split_driver.publish_available(self.rig.memory.mem, queue.dvq)
 
     @precondition(lambda self: self.rx_arena.free)
     @rule(
@@ -137,7 +137,7 @@ class NetDevice(RuleBasedStateMachine):
         if head >= 0:
             self.rx_arena.free.popleft()
             self.posted.append(Buffer(head, slot, segments))
-        split.publish_available(self.rig.memory.mem, queue.dvq)
+        split_driver.publish_available(self.rig.memory.mem, queue.dvq)
 
     @rule()
     def find_received(self) -> None:
@@ -159,9 +159,9 @@ class NetDevice(RuleBasedStateMachine):
             if self.hdr_len == lay.NET_HDR_LEN:
                 assert int.from_bytes(data[10:12], "little") == len(placed.buffers)
             for buffer in placed.buffers:
-                assert split.used_ready(memory.mem, queue.dvq) > 0
-                assert split.take_used(memory.mem, queue.dvq, queue.state)[0] == buffer.head
-                split.release(queue.dvq, queue.state, buffer.head)
+                assert split_driver.used_ready(memory.mem, queue.dvq) > 0
+                assert split_driver.take_used(memory.mem, queue.dvq, queue.state)[0] == buffer.head
+                split_driver.release(queue.dvq, queue.state, buffer.head)
                 self.rx_arena.free.append(buffer.slot)
         assert not self.placed
 
@@ -170,10 +170,10 @@ class NetDevice(RuleBasedStateMachine):
         queue, mem = self.rig.tx, self.rig.memory.mem
         for head, length in queue.used():
             assert length == 0
-            assert split.used_ready(mem, queue.dvq) > 0
-            assert split.take_used(mem, queue.dvq, queue.state) == (head, 0)
+            assert split_driver.used_ready(mem, queue.dvq) > 0
+            assert split_driver.take_used(mem, queue.dvq, queue.state) == (head, 0)
             self.tx_arena.free.append(int(queue.state[head, lay.DS_TOKEN]))
-            split.release(queue.dvq, queue.state, head)
+            split_driver.release(queue.dvq, queue.state, head)
 
     # --- the wire ---
 

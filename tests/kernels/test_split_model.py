@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.kernels.rig import Arena, Rig, pages_of, pattern, scaled
-from vnetdp_kernels import guest, split
+from vnetdp_kernels import guest, split, split_driver
 from vnetdp_kernels import layout as lay
 
 SIZES = (1, 2, 2, 4, 4, 8, 8, 16, 32, 64, 256, 1024, 32768)
@@ -129,7 +129,7 @@ class SplitRing(RuleBasedStateMachine):
 
     @rule()
     def publish(self) -> None:
-        split.publish_available(self.mem, self.dvq)
+        split_driver.publish_available(self.mem, self.dvq)
         self.driver.published += len(self.put)
         self.driver.chains.extend(self.put)
         self.put.clear()
@@ -144,7 +144,7 @@ class SplitRing(RuleBasedStateMachine):
             expected = in_interval(self.queue.avail_event, old, new)
         else:
             expected = side.published != side.decided and not self.queue.used_flags & 1
-        kicked = split.needs_kick(self.mem, self.dvq)
+        kicked = split_driver.needs_kick(self.mem, self.dvq)
         assert kicked == expected
         side.decided = side.published
         if self.device.sleeps_at is not None and side.published > self.device.sleeps_at:
@@ -156,7 +156,7 @@ class SplitRing(RuleBasedStateMachine):
         side = self.driver
         if fresh or not side.known():
             side.seen = self.device.published
-        look = split.refresh_used if fresh else split.used_ready
+        look = split_driver.refresh_used if fresh else split_driver.used_ready
         assert look(self.mem, self.dvq) == side.known()
 
     @precondition(lambda self: self.driver.known())
@@ -164,7 +164,7 @@ class SplitRing(RuleBasedStateMachine):
     def take_used(self, n: int) -> None:
         for _ in range(min(n, self.driver.known())):
             chain = self.device.chains.popleft()
-            head, length = split.take_used(self.mem, self.dvq, self.state)
+            head, length = split_driver.take_used(self.mem, self.dvq, self.state)
             assert (head, length) == (chain.head, chain.written)
             assert self.state[head, lay.DS_TOKEN] == chain.token
             got = b"".join(self.memory.read(*segment) for segment in chain.segments[chain.n_out :])
@@ -178,19 +178,19 @@ class SplitRing(RuleBasedStateMachine):
     def release(self, n: int) -> None:
         for _ in range(min(n, len(self.unreleased))):
             chain = self.unreleased.popleft()
-            split.release(self.dvq, self.state, chain.head)
+            split_driver.release(self.dvq, self.state, chain.head)
             self.arena.free.append(chain.slot)
 
     @rule()
     def enable_calls(self) -> None:
-        again = split.enable_calls(self.mem, self.dvq)
+        again = split_driver.enable_calls(self.mem, self.dvq)
         assert again == (self.device.published != self.driver.taken)
         self.driver.sleeps_at = None if again else self.device.published
         self.drivers_parts = self.queue.drivers_parts()
 
     @rule()
     def disable_calls(self) -> None:
-        split.disable_calls(self.mem, self.dvq)
+        split_driver.disable_calls(self.mem, self.dvq)
         self.driver.sleeps_at = None
         self.drivers_parts = self.queue.drivers_parts()
 
@@ -366,10 +366,10 @@ def test_a_ring_filled_to_the_last_descriptor(num: int, in_order: bool) -> None:
     queue, mem, regions = rig.tx, rig.memory.mem, rig.memory.regions
     gpa = rig.memory.low(64)
     for lap in range(3):
-        heads = [split.put_single(mem, queue.dvq, queue.state, gpa, 1 + k % 64, 0, k) for k in range(num)]
+        heads = [split_driver.put_single(mem, queue.dvq, queue.state, gpa, 1 + k % 64, 0, k) for k in range(num)]
         assert sorted(heads) == list(range(num))
-        assert split.put_single(mem, queue.dvq, queue.state, gpa, 1, 0, 0) == lay.E_FULL
-        split.publish_available(mem, queue.dvq)
+        assert split_driver.put_single(mem, queue.dvq, queue.state, gpa, 1, 0, 0) == lay.E_FULL
+        split_driver.publish_available(mem, queue.dvq)
         assert split.available(mem, queue.vq) == num
         for k, head in enumerate(heads):
             assert split.head_at(mem, queue.vq, k) == head
@@ -380,11 +380,11 @@ def test_a_ring_filled_to_the_last_descriptor(num: int, in_order: bool) -> None:
         for k, head in enumerate(order):
             split.put_used(mem, queue.vq, k, head, 0)
         split.publish_used(mem, queue.vq, rig.memory.log, num)
-        assert split.used_ready(mem, queue.dvq) == num
+        assert split_driver.used_ready(mem, queue.dvq) == num
         for head in order:
-            assert split.take_used(mem, queue.dvq, queue.state) == (head, 0)
+            assert split_driver.take_used(mem, queue.dvq, queue.state) == (head, 0)
             assert queue.state[head, lay.DS_TOKEN] == token_of[head]
-            split.release(queue.dvq, queue.state, head)
+            split_driver.release(queue.dvq, queue.state, head)
         assert queue.used_idx == (65530 + num * (lap + 1)) & 0xFFFF
         assert split.available(mem, queue.vq) == 0
     assert rig.memory.intact()
