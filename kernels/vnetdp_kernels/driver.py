@@ -15,6 +15,7 @@ from .atomic import (
     store_u16_unaligned,
     store_u64_unaligned,
 )
+from .guest import expect_write
 from .jit import inlined, kernel
 from .layout import (
     DS_LEN_IN,
@@ -123,6 +124,9 @@ def send(
         if length == 0:
             break
         _put_frame(mem, dvq, state, length)
+        if dvq[DVQ_NUM_FREE] > 1:
+            following = state[dvq[DVQ_FREE_HEAD], DS_NEXT]
+            expect_write(mem, dvq[DVQ_BUF_OFFSET] + following * dvq[DVQ_BUF_LEN], length)
         sent += 1
     if sent:
         ring.publish_available(mem, dvq)

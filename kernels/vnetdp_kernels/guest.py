@@ -15,12 +15,15 @@ from .atomic import (
     load_u8,
     load_u16_unaligned,
     load_u64_unaligned,
+    prefetch_to_write,
     store_u8,
     store_u16_unaligned,
     store_u64_unaligned,
 )
 from .jit import inlined, kernel
-from .layout import E_ADDRESS, PAGE_SHIFT, REGION_GPA, REGION_LEN, REGION_OFFSET, VQ_NOTED
+from .layout import CACHE_LINE, E_ADDRESS, PAGE_SHIFT, REGION_GPA, REGION_LEN, REGION_OFFSET, VQ_NOTED
+
+_AHEAD = 2048
 
 
 @inlined
@@ -37,6 +40,18 @@ def translate(regions: Words, gpa: int, length: int) -> int:
         if 0 <= into <= regions[i, REGION_LEN] - length:
             return int(regions[i, REGION_OFFSET]) + into
     return E_ADDRESS
+
+
+@inlined
+def expect_write(mem: Bytes, offset: int, length: int) -> None:
+    """Have the cache fetch *length* bytes, which are written soon: stores wait for their lines one after another.
+
+    A hint, for what is in guest memory; more than 2 KiB would push out what is needed before.
+    """
+    end = offset + min(length, _AHEAD)
+    while offset < end:
+        prefetch_to_write(mem, offset)
+        offset += CACHE_LINE
 
 
 @inlined

@@ -50,6 +50,7 @@ from .layout import (
 from .port import accepts, emit, exceeds_mtu, linearize, now_ns, produce, split_header, swap_macs, take_front
 from .reflect import answer
 
+_SHORT = 128  # bytes of a frame that is written as soon as asked for
 _MACS_LEN = 12  # the two addresses of an Ethernet header
 
 
@@ -293,6 +294,8 @@ def fill_receiveq(
                 continue
             ep[EP_HELD] = length
         body_len = ep[EP_HELD] - NET_HDR_LEN
+        if ep[EP_HELD] > _SHORT:
+            ring.expect_frame(mem, regions, vq, used + 1, ep[EP_HELD])  # the next one often is as long
         rows[0, IOV_OFFSET] = NET_HDR_LEN
         rows[0, IOV_LEN] = body_len
         n = place(mem, regions, vq, log, iov, chains, used, held, 0, False, held, rows, 0, 1, body_len)
@@ -359,7 +362,7 @@ def forward(
             status_tx = n_out if n_out < 0 else E_DIRECTION
             break
         row, frame_len = split_header(src_mem, rows, n_out, length, txq[VQ_HDR_LEN], hdr)
-        ring.expect_write(dst_mem, dst_regions, rxq, used_rx + 1, NET_HDR_LEN + frame_len)
+        ring.expect_frame(dst_mem, dst_regions, rxq, used_rx + 1, NET_HDR_LEN + frame_len)
         got = 0
         if frame_len < ETH_HLEN:
             ep[EP_DROP_SHORT] += 1

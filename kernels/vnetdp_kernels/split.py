@@ -19,15 +19,13 @@ from .atomic import (
     load_u16_acquire,
     load_u32,
     load_u64_unaligned,
-    prefetch_to_write,
     store_u16,
     store_u16_release,
     store_u32,
 )
-from .guest import mark_behind_fence, mark_dirty, mark_noted, translate
+from .guest import expect_write, mark_behind_fence, mark_dirty, mark_noted, translate
 from .jit import inlined
 from .layout import (
-    CACHE_LINE,
     E_ADDRESS,
     E_AVAIL_IDX,
     E_HEAD,
@@ -189,11 +187,11 @@ def gather(mem: Bytes, regions: Words, vq: Words, head: int, iov: Words) -> tupl
 
 
 @inlined
-def expect_write(mem: Bytes, regions: Words, vq: Words, ahead: int, length: int) -> None:
-    """Have the cache fetch the first *length* bytes of the chain *ahead* of the next one, if it is there: to be written.
+def expect_frame(mem: Bytes, regions: Words, vq: Words, ahead: int, length: int) -> None:
+    """Have the cache fetch what a frame of *length* bytes will take of the chain *ahead* of the next one, if it is there.
 
-    A hint, a frame ahead: stores wait for their lines one after another. What the driver wrote is read here for an
-    address inside guest memory and nothing else, and read and checked again by whoever takes the chain.
+    What the driver wrote is read here for an address inside guest memory and nothing else, and read and checked again by
+    whoever takes the chain.
     """
     if ahead >= known_available(vq):
         return
@@ -204,10 +202,7 @@ def expect_write(mem: Bytes, regions: Words, vq: Words, ahead: int, length: int)
     length = min(length, load_u64_unaligned(mem, at + 8) & 0xFFFFFFFF)
     offset = translate(regions, load_u64_unaligned(mem, at), length)
     if offset >= 0:
-        end = offset + length
-        while offset < end:
-            prefetch_to_write(mem, offset)
-            offset += CACHE_LINE
+        expect_write(mem, offset, length)
 
 
 @inlined
