@@ -132,6 +132,18 @@ def test_used_rings_are_logged_under_their_own_address(bed: Bed) -> None:
     vhost_net.stop(bed.backends, bed.rings)
 
 
+@pytest.mark.parametrize("logged", [False, True])
+def test_the_used_rings_of_one_that_is_gone_are_sent_again(bed: Bed, logged: bool) -> None:
+    """It may have been killed after it published, and before it marked that."""
+    rings = replace(bed.rings, log=bed.log, features=bed.rings.features | f.VHOST_F_LOG_ALL) if logged else bed.rings
+    vhost_net.start(bed.backends, rings)
+    bed.log.take()
+    bed.faults.append(Fault("get_vring_base", times=-1))
+    vhost_net.stop(bed.backends, rings)
+    pages = {at // lay.PAGE_SIZE for queue in rings.queues for at in (queue.used, queue.used + 6 + 8 * 8 - 1)}
+    assert set(bed.log.pages()) == (pages if logged else set())
+
+
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "get_vring_base"])
 def test_whatever_fails_is_undone_and_indices_are_exact(bed: Bed, verb: str, silent: bool) -> None:

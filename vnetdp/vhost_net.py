@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from vnetdp_kernels.atomic import load_u16_acquire
+from vnetdp_kernels.guest import mark_dirty
 from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
 from .backends.base import VRINGS, Backend
@@ -23,7 +24,7 @@ from .endpoints.base import Endpoint
 from .errors import BackendError, UnbindError
 from .memory import DirtyLog, GuestMemory
 from .notify import EventFd
-from .virtqueue import Virtqueue
+from .virtqueue import Virtqueue, ring_len
 
 _log = logging.getLogger("vnetdp.vhost_net")
 
@@ -121,6 +122,9 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     except BackendError as e:
         _log.warning("%s; going on from used.idx", e)
         queue.last_avail_idx = used_idx(rings.memory, queue)
+        if rings.log is not None:
+            # It may have been killed between a write to the used ring and its mark.
+            mark_dirty(rings.log.log, queue.used, ring_len(queue.num)[2])
     if VRINGS * pair + index in rings.broken:
         # Whoever it broke under, the chain that broke it is not used; this backend may never have had it.
         queue.last_avail_idx = used_idx(rings.memory, queue)

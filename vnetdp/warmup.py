@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vnetdp_kernels import jit, loops, verbs
+from vnetdp_kernels import guest, jit, loops, verbs
 
+from .datapath import NO_LOG
 from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.loopback import NullEndpoint
@@ -59,5 +60,6 @@ def _load(say: Callable[[str], None] | None) -> None:
         device.step()
         driver.check_adopted(memory.end)
         verbs.check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
+        guest.mark_dirty(NO_LOG, 0, 1)
     if cold and say:
         say(f"compiled in {time.perf_counter() - began:.1f} s")

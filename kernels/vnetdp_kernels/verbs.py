@@ -19,6 +19,7 @@ from .layout import (
     VQ_LAST_AVAIL_IDX,
     VQ_LAST_USED_IDX,
     VQ_LOG_USED,
+    VQ_NUM,
     VQ_SIGNALLED_USED_VALID,
     VQ_STATUS,
     VQ_USED,
@@ -37,8 +38,9 @@ def bind(mem: Bytes, vqs: Words, eps: Words, log: Bytes, bases: Words) -> None:
         vq = vqs[n]
         if not vq[VQ_EVENT_IDX]:
             store_u16(mem, vq[VQ_USED], 0)
-            if vq[VQ_LOG_USED] >= 0:
-                mark_dirty(log, vq[VQ_LOG_USED], 2)
+        if log.size > 0 and vq[VQ_LOG_USED] >= 0:
+            # All of the used ring: whoever had it before may have been killed between a write and its mark.
+            mark_dirty(log, vq[VQ_LOG_USED], VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * vq[VQ_NUM] + 2)
         vq[VQ_LAST_USED_IDX] = load_u16_acquire(mem, vq[VQ_USED] + VIRTQ_RING_IDX)
         vq[VQ_LAST_AVAIL_IDX] = bases[k, 1]
         vq[VQ_AVAIL_IDX] = bases[k, 1]

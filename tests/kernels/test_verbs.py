@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.rig import HIGH_GPA, Memory
+from tests.kernels.rig import HIGH_GPA, Memory, Rig, pages_of
 from vnetdp_kernels import layout as lay
 from vnetdp_kernels import verbs
 from vnetdp_kernels.atomic import Words
@@ -68,3 +68,19 @@ def test_one_that_cannot_be_comes_before_one_that_was_moved() -> None:
     table[1, 4] = -1
     assert check(memory, table) == (verbs.RING_OUTSIDE, 1)
     assert check(memory, table[:0]) == (0, 0)
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+@pytest.mark.parametrize("num", [8, 1024])
+def test_a_used_ring_that_is_taken_over_is_sent_again(event_idx: bool, num: int) -> None:
+    """Whoever had it before may have been killed after it published, and before it marked that."""
+    rig = Rig(num, event_idx=event_idx)
+    memory = rig.memory
+    memory.log_on()
+    bases = np.array([(0, 0), (1, 0)])
+    verbs.bind(memory.mem, rig.vqs, rig.device.eps, memory.log, bases)
+    assert memory.dirty() == pages_of(rig.rx.used_gpa, 6 + 8 * num) | pages_of(rig.tx.used_gpa, 6 + 8 * num)
+    memory.log[:] = 0
+    rig.vqs[:, lay.VQ_LOG_USED] = -1
+    verbs.bind(memory.mem, rig.vqs, rig.device.eps, memory.log, bases)
+    assert memory.dirty() == set()
