@@ -11,6 +11,7 @@ from .atomic import (
     Words,
     copy,
     exchange_u64,
+    fence,
     fetch_or_u8,
     load_u8,
     load_u16_unaligned,
@@ -163,4 +164,7 @@ def take_dirty(log: Bytes, start: int, pages: Words) -> tuple[int, int]:
                 found += 1
             bit += 1
         at += 8
+    # Pairs with the one in publish_used: not every processor's exchange keeps the reads of pages, which come next, behind
+    # its own write.
+    fence()
     return found, at

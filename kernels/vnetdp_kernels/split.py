@@ -238,7 +238,7 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
         before_wrap = min(n, num - slot)
         base = vq[VQ_LOG_USED]
         elements = base + VIRTQ_RING_ENTRIES
-        # Pairs with the exchange in take_dirty.
+        # Pairs with the exchange, and the fence, in take_dirty.
         fence()
         mark_behind_fence(log, base, VIRTQ_RING_ENTRIES)
         mark_behind_fence(log, elements + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap)
