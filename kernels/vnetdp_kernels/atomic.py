@@ -41,13 +41,19 @@ class _Alone:
 
     def __enter__(self) -> None:
         _LOCK.acquire()
-        if _LOCK_FILE >= 0:
-            fcntl.flock(_LOCK_FILE, fcntl.LOCK_EX)
+        try:
+            if _LOCK_FILE >= 0:
+                fcntl.flock(_LOCK_FILE, fcntl.LOCK_EX)
+        except BaseException:  # ^C while another process is inside: no thread of ours may wait for ever after that
+            _LOCK.release()
+            raise
 
     def __exit__(self, *exc: object) -> None:
-        if _LOCK_FILE >= 0:
-            fcntl.flock(_LOCK_FILE, fcntl.LOCK_UN)
-        _LOCK.release()
+        try:
+            if _LOCK_FILE >= 0:
+                fcntl.flock(_LOCK_FILE, fcntl.LOCK_UN)
+        finally:
+            _LOCK.release()
 
 
 _ALONE = _Alone()

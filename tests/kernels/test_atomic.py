@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
@@ -340,3 +341,15 @@ while True:
         wait_for(lambda: load_u64(mem, 16) > passes + 1, "the word is taken once more")
         assert third.poll() is None
         assert load_u64(mem, 8) == 2 * bits
+
+
+def test_who_is_interrupted_while_it_waits_leaves_no_lock_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_fd: int, _kind: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "_LOCK_FILE", 0)
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic._ALONE:
+        raise AssertionError
+    assert atomic._LOCK.acquire(blocking=False)
+    atomic._LOCK.release()
