@@ -227,8 +227,9 @@ class Paced:
             self.error = e
         self._ended = True
         self._parked.put(None)
-        if self.error is not None and self.on_gone is not None:
-            self.on_gone()
+        gone = self.on_gone  # once: whoever set it may take it back meanwhile
+        if self.error is not None and gone is not None:
+            gone()
 
     @property
     def native_id(self) -> int:
