@@ -175,6 +175,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     ),
     "a capture, and a TAP nowhere": (["link", "pcap:,out.pcap", "tap:t0,netns=nowhere-at-all"], "ip netns add"),
     "a capture, and a value": (["link", "pcap:,out.pcap", "generate:size=5"], "size 5"),
+    "a capture, twice": (
+        ["link", "pcap:,out.pcap", "fault:drop=0:pcap:,./out.pcap"],
+        "out.pcap is both read and written, or",
+    ),
     "TAP name not UTF-8": (["link", b"tap:\xff", "null"], "\\udcff"),
     "rate too small": (["link", "generate:rate=0.00000000001", "null"], "rate 1e-11"),
     "count too large": (["link", f"generate:count={'9' * 400}", "null"], "is not a number"),
@@ -195,6 +199,25 @@ def test_wrong_usage_is_told_in_one_line(shell: Shell, args: list[str | bytes], 
     assert told in lines[0]
     assert not list(shell.folder.iterdir())
     assert not (interfaces() - before) & {"t0", "a b"}
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("pcap:a.pcap", "pcap:,b.pcap"), ("pcap:,b.pcap", "fault:drop=0:pcap:a.pcap"), ("pcap:,a.pcap", "pcap:a.pcap")],
+)
+def test_what_one_end_reads_the_other_does_not_overwrite(shell: Shell, left: str, right: str) -> None:
+    write_pcap(shell.folder / "a.pcap", [bytes(60)] * 2000)
+    (shell.folder / "b.pcap").symlink_to("a.pcap")
+    before = (shell.folder / "a.pcap").read_bytes()
+    done = shell.run("link", left, right, "--seconds", "0.1")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "is both read and written" in done.stderr
+    assert (shell.folder / "a.pcap").read_bytes() == before
+
+
+def test_two_ends_may_write_to_nowhere(shell: Shell) -> None:
+    done = shell.run("link", "pcap:,/dev/null", "pcap:,/dev/null", "--seconds", "0.1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_tap_without_the_right_to_it(shell: Shell) -> None:

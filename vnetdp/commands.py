@@ -132,12 +132,12 @@ def link(args: argparse.Namespace) -> int:
     from .link import Link
     from .warmup import warm_up
 
-    # Both are read before either is opened, and both are opened before a capture is overwritten.
+    # Both are read before either is opened, and both are opened before a capture is overwritten, which neither may read.
     openers = [endpoint_opener(text, args.queue_pairs) for text in (args.left, args.right)]
     with _until_signal() as stop, ExitStack() as stack:
         left, right = (stack.enter_context(opener()) for opener in openers)
-        for end in (left, right):
-            end.open_sink()
+        for end, other in ((left, right), (right, left)):
+            end.open_sink(other.files)
         warm_up(say)
         link = stack.enter_context(
             Link(

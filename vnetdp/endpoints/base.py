@@ -13,6 +13,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -202,8 +203,16 @@ class Endpoint:
         if self.kind == layout.KIND_PYTHON:
             self._guarded_transmit(0, [bytes(layout.NET_HDR_LEN) + frame])
 
-    def open_sink(self) -> None:
-        """Create or overwrite what frames are written to, if that was put off when it was made."""
+    @property
+    def files(self) -> Sequence[Path]:
+        """Those that it reads, or writes."""
+        return ()
+
+    def open_sink(self, others: Sequence[Path] = ()) -> None:
+        """Create or overwrite what frames are written to, if that was put off when it was made.
+
+        EndpointError, and nothing is overwritten, if it is one of *others*, the files of another endpoint.
+        """
 
     @property
     def mtu(self) -> int | None:

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -279,8 +280,12 @@ class FaultEndpoint(Endpoint):
         self.inner.set_queue_active(queue, active)
         self._alarms[queue].ring()  # whether it is to be watched is looked at in `service`
 
-    def open_sink(self) -> None:
-        self.inner.open_sink()
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.inner.files
+
+    def open_sink(self, others: Sequence[Path] = ()) -> None:
+        self.inner.open_sink(others)
 
     @property
     def mtu(self) -> int | None:

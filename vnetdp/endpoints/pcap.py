@@ -69,9 +69,14 @@ class PcapEndpoint(Endpoint):
         if source is not None:
             self._wake.signal()
 
-    def open_sink(self) -> None:
+    @property
+    def files(self) -> Sequence[Path]:
+        return [path for path in (self._source, self._sink) if path is not None]
+
+    def open_sink(self, others: Sequence[Path] = ()) -> None:
         if self._sink is not None and self._writer is None:
-            self._writer = _open_sink(self._sink, self._source)
+            taken = others if self._source is None else (*others, self._source)
+            self._writer = _open_sink(self._sink, taken)
 
     def _read_frame(self) -> bytes | None:
         """Return the next frame, None at the end; EndpointError if the file can't be sent from here on."""
@@ -212,9 +217,16 @@ class _PcapNgWriter(RawPcapNgWriter):
         self.f.write(self.build_block(struct.pack("<I", 1), body, options))
 
 
-def _open_sink(path: Path, source: Path | None) -> RawPcapWriter | RawPcapNgWriter:
-    if source is not None and path.exists() and path.samefile(source):
-        raise EndpointError(f"pcap: {path} is both read and written: name another file to write")
+def _is_same_file(path: Path, other: Path) -> bool:
+    """True if what one writes the other would overwrite; /dev/null takes any number."""
+    if not path.exists():
+        return path.resolve() == other.resolve()
+    return path.is_file() and other.exists() and path.samefile(other)
+
+
+def _open_sink(path: Path, taken: Sequence[Path]) -> RawPcapWriter | RawPcapNgWriter:
+    if any(_is_same_file(path, other) for other in taken):
+        raise EndpointError(f"pcap: {path} is both read and written, or written twice: name another file to write")
     writer: RawPcapWriter | RawPcapNgWriter
     try:
         if path.suffix == ".pcapng":
