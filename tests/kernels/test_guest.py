@@ -176,3 +176,15 @@ def test_a_header_is_written() -> None:
     guest.write_header(memory.mem, memory.at(gpa, 12), source, 3, 0x12345)
     assert memory.read(gpa - 1, 14) == b"\0" + bytes(range(3, 13)) + b"\x45\x23" + b"\0"
     assert source.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(("length", "lines"), [(0, 0), (1, 1), (64, 1), (65, 2), (2048, 32), (1 << 32, 32)])
+def test_no_more_is_fetched_ahead_than_is_soon_written(
+    monkeypatch: pytest.MonkeyPatch, length: int, lines: int
+) -> None:
+    """Whatever a guest offers: a chain of 4 GiB is 64 million cache lines."""
+    asked: list[int] = []
+    monkeypatch.setattr(guest, "prefetch_to_write", lambda _mem, offset: asked.append(offset))
+    expect_write = getattr(guest.expect_write, "py_func", guest.expect_write)
+    expect_write(Memory().mem, 7, length)
+    assert asked == [7 + 64 * k for k in range(lines)]
