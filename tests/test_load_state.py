@@ -113,7 +113,9 @@ def test_the_driver_is_told_to_look_at_the_configuration(device: NetDevice) -> N
     assert device.config_call.clear() == 0
     device.load_state(STATE)
     assert device.config_call.clear() == 1
-    device.load_delta(StateDelta({}, {}, {}, [(0, 9)]))
+    device.load_delta(StateDelta({}, {"rx_mode": 3}, {}, [(0, 9)]))
+    assert device.config_call.clear() == 0, "what came with the status is pending until the driver runs"
+    device.load_delta(StateDelta({}, {"net_status": 3}, {}, []))
     assert device.config_call.clear() == 1
 
 

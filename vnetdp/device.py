@@ -32,6 +32,7 @@ from .notify import EventFd
 from .owners import Owner, Owners
 from .registers import Registers
 from .state import (
+    CONFIG_SPACE,
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_NET_S_LINK_UP,
@@ -208,7 +209,7 @@ class NetDevice:
             before, wanted = self.control, replace(self.control, **changes)
             self._registers.check_control(wanted, self.driver_features)
             self._registers.take_control(wanted)
-            if (wanted.mac, wanted.mtu, wanted.net_status) != (before.mac, before.mtu, before.net_status):
+            if any(getattr(wanted, name) != getattr(before, name) for name in CONFIG_SPACE):
                 self._notify_config()
             if wanted.link_up != before.link_up:
                 self._update_owner()
@@ -321,6 +322,8 @@ class NetDevice:
             self._trouble.halt()
 
     def _hand_to(self, owner: Owner) -> bool:
+        if owner is self.owner:
+            return True  # before all that an owner has to know is gathered
         done = self.owners.hand_to(owner, self.rings())
         if not done:
             self.last_error = self.owners.last_error
@@ -358,7 +361,8 @@ class NetDevice:
                 self.queues[:] = queues
                 for index, base in delta.bases:
                     queues[index].last_avail_idx = base
-            self._notify_config()  # a notification that is pending over there is not sent: one too many does no harm
+            if delta.registers or not delta.control.keys().isdisjoint(CONFIG_SPACE):
+                self._notify_config()  # what is pending over there is not sent: one with the status makes up for it
 
     def prepare_vhost(self) -> bool:
         """Configure vhost as far as the state allows, with binding held back; False if there is nothing to do or it failed.

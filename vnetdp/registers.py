@@ -102,6 +102,9 @@ class Registers:
     def check_control(self, control: Control, features: int) -> None:
         """Raise ConfigError for what no driver that negotiated *features* could have set."""
         control.validate(self.queue_pairs)
+        self._check_offloads(control, features)
+
+    def _check_offloads(self, control: Control, features: int) -> None:
         extra = control.guest_offloads & ~f.guest_offload_mask(features)
         if extra:
             raise ConfigError(f"receive offloads {extra:#x} were not negotiated")
@@ -130,15 +133,20 @@ class Registers:
     def after(self, delta: StateDelta) -> tuple[int, Control, list[Virtqueue]]:
         """Return features, control and queues as *delta* has them, and change nothing. ConfigError if they can't be.
 
-        The indices in `delta.bases` are checked only: they belong into queues that are not replaced.
+        What *delta* leaves as it is was checked when it came, and is not checked again. The indices in `delta.bases` are
+        checked only: they belong into queues that are not replaced.
         """
-        features = delta.registers.get("features", self.features)
-        if features & ~self.offered or f.missing_dependency(features):
-            refused = ", ".join(f.names(features & ~self.offered)) or "a feature without what it needs"
-            raise ConfigError(f"the driver uses what this device can't offer: {refused}")
-        control = self.control.changed(delta.control)
-        if delta.control or delta.registers:
-            self.check_control(control, features)
+        features, control = self.features, self.control
+        if "features" in delta.registers:
+            features = delta.registers["features"]
+            if features & ~self.offered or f.missing_dependency(features):
+                refused = ", ".join(f.names(features & ~self.offered)) or "a feature without what it needs"
+                raise ConfigError(f"the driver uses what this device can't offer: {refused}")
+        if delta.control:
+            control = control.changed(delta.control)
+            control.validate(self.queue_pairs)
+        if "features" in delta.registers or "guest_offloads" in delta.control:
+            self._check_offloads(control, features)
         queues = self.queues.copy()
         for index, queue in delta.queues.items():
             self.queue(index)

@@ -29,6 +29,8 @@ VIRTIO_NET_S_ANNOUNCE = 2
 # rx_mode, a bit a command of VIRTIO_NET_CTRL_RX (5.1.6.5.1).
 RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST = (1 << bit for bit in range(6))
 
+CONFIG_SPACE = ("mac", "mtu", "net_status")  # of `Control`, what the driver reads there: it is notified of a change
+
 
 @dataclass(frozen=True)
 class Control:
@@ -62,12 +64,14 @@ class Control:
             and f"{self.curr_queue_pairs} queue pairs in use: the device has {queue_pairs}",
             self.rx_mode & ~0x3F and f"rx mode {self.rx_mode:#x} has unknown bits",
             len(self.mac_table) > MAC_TABLE_ENTRIES and "the MAC table is full with 64 entries",
-            any(len(mac) != 6 for mac in self.mac_table) and "a MAC address has 6 bytes",
+            self.mac_table and any(len(mac) != 6 for mac in self.mac_table) and "a MAC address has 6 bytes",
             not 0 <= self.mac_first_multi <= len(self.mac_table) and "the MAC table's multicast part begins behind it",
             self.mac_overflow & ~3 and f"MAC overflow {self.mac_overflow:#x} has unknown bits",
             len(self.vlans) != VLAN_BYTES and f"the VLAN table has {VLAN_BYTES} bytes",
             len(self.rss_table) > RSS_TABLE_ENTRIES and f"the RSS table has at most {RSS_TABLE_ENTRIES} entries",
-            any(not 0 <= queue < queue_pairs for queue in self.rss_table) and "the RSS table names a queue that is not",
+            self.rss_table
+            and any(not 0 <= queue < queue_pairs for queue in self.rss_table)
+            and "the RSS table names a queue that is not",
             not 0 <= self.rss_default_queue < queue_pairs and "the RSS default queue is none of the device's",
             len(self.rss_key) != RSS_KEY_LEN and f"the RSS key has {RSS_KEY_LEN} bytes",
         ]
