@@ -18,6 +18,7 @@ import numpy as np
 from vnetdp_kernels import verbs
 
 from ..errors import ConfigError, reason
+from ..memory import Words
 from ..owners import Owner
 from ..state import VIRTIO_CONFIG_S_DRIVER_OK
 from .channel import COMMIT, END, FAILED, POLICIES, READY, RUNNING, Channel
@@ -49,6 +50,9 @@ class Target:
         self._ram = RamTarget(machine.memory)
         self._has_setup = False
         self._n_early = 0
+        self._rings: (
+            Words  # as `verbs.check_rings` takes them, with the early state's indices until the delta's are here
+        )
         self._seen: list[str] = []  # final sections
         self.handlers: dict[str, Callable[[Section], None]] = {
             "setup": self._load_setup,
@@ -176,6 +180,7 @@ class Target:
         self._n_early += 1
         with self.report.spans.span("early_load"):
             self.device.load_state(decode_early(section.payload))
+            self._rings = self._ring_rows()
         self._at("early")
         if self.device.owners.vhost is not None:
             with self.report.spans.span("early_vhost_start"):
@@ -198,16 +203,24 @@ class Target:
             delta = decode_delta(section.payload, len(self.device.queues))
             self.device.load_delta(delta)
         with self.report.spans.span("index_check"):
-            self.check_indices()
+            if delta.queues:
+                self._rings = self._ring_rows()
+            else:
+                for n, base in delta.bases:
+                    self._rings[n, -1] = base
+            self.check_indices(self._rings)
         with self.report.spans.span("configure"):
             known = self.device.owners.prepared is not None
             if (known and delta.concerns_vhost) or not self.device.ready:
                 self.device.prepare_vhost()
 
-    def check_indices(self) -> None:
+    def _ring_rows(self) -> Words:
+        queues = self.device.queues
+        return np.fromiter(chain.from_iterable(map(_ring_of, queues)), np.int64, 6 * len(queues)).reshape(-1, 6)
+
+    def check_indices(self, rings: Words) -> None:
         """Hold each index against final guest memory, as virtio_load does: one that can't be fails the migration."""
-        memory, queues = self.machine.memory, self.device.queues
-        rings = np.fromiter(chain.from_iterable(map(_ring_of, queues)), np.int64, 6 * len(queues)).reshape(-1, 6)
+        memory = self.machine.memory
         found, n = verbs.check_rings(memory.mem, memory.table, rings)
         if found == verbs.RING_OUTSIDE:
             raise StreamError(f"queue {n}: a ring lies outside guest memory")
@@ -222,7 +235,7 @@ class Target:
             raise StreamError("the stream ends without the device's state")
         if "virtio-net" in self._seen:
             with self.report.spans.span("index_check"):
-                self.check_indices()
+                self.check_indices(self._ring_rows())
         with self.report.spans.span("guest_check"):
             self.check_guest()
 
