@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 
@@ -194,7 +195,8 @@ class UserspaceBackend:
         ):
             return False
         dp.endpoint = endpoint
-        verbs.bind(memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array(bases))
+        rows = np.fromiter(chain.from_iterable(bases), np.int64, 2 * len(bases)).reshape(-1, 2)
+        verbs.bind(memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, rows)
         return True
 
     @property

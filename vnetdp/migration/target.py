@@ -50,9 +50,8 @@ class Target:
         self._ram = RamTarget(machine.memory)
         self._has_setup = False
         self._n_early = 0
-        self._rings: (
-            Words  # as `verbs.check_rings` takes them, with the early state's indices until the delta's are here
-        )
+        # As `verbs.check_rings` takes them; with the early state's indices until the delta's are here.
+        self._rings = self._ring_rows()
         self._seen: list[str] = []  # final sections
         self.handlers: dict[str, Callable[[Section], None]] = {
             "setup": self._load_setup,
