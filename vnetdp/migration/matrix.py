@@ -175,9 +175,9 @@ def _others(pairs: int) -> Iterator[Case]:
     for verb in ("set_log", "set_features", "set_vring_addr"):
         fault = Orders(faults=(f"{verb}:once",))
         yield Case(f"A4/{verb}", f"logging cannot be started: {verb}", (SOURCE,), source=fault, after="unlogged")
-    nothing = Orders(forget_log=True, changes=(("frames", "round"),))
+    nothing = Orders(forget_log=True, changes=(("frames", "stopping"),))
     yield Case("A5/nothing", "a back end that logs nothing is found out", source=nothing, detects="I8")
-    elsewhere = Orders(changes=(("log_elsewhere", "logging"), ("frames", "round")))
+    elsewhere = Orders(changes=(("log_elsewhere", "logging"), ("frames", "stopping")))
     says = "a back end that logs used rings under a wrong address is found out"
     yield Case("A5/used", says, source=elsewhere, detects="I8")
     yield Case("A7", "back and forth", after="ping-pong")
