@@ -56,22 +56,28 @@ def expect_write(mem: Bytes, offset: int, length: int) -> None:
 
 
 @inlined
-def mark_dirty(log: Bytes, gpa: int, length: int) -> None:
-    """Set the bit of each page that [gpa, gpa + length) touches; bits outside the log are left out.
-
-    log uint8[n], bit p % 8 of byte p // 8 for page p. Comes after the write it speaks of: the atomic OR is a full
-    barrier, and pairs with the exchange in `take_dirty`.
-    """
+def _mark(log: Bytes, gpa: int, length: int, set_too: bool) -> None:
+    """Set the bit of each page that [gpa, gpa + length) touches; *set_too*: also where it is set already."""
     if length <= 0:
         return
     page = gpa >> PAGE_SHIFT
     last = (gpa + length - 1) >> PAGE_SHIFT
     while page <= last:
         at = page >> 3
-        if 0 <= at < log.size:
-            # Always: a look first ("is it set already?") could pass the data still in the store buffer.
+        if 0 <= at < log.size and (set_too or not load_u8(log, at) >> (page & 7) & 1):
             fetch_or_u8(log, at, 1 << (page & 7))
         page += 1
+
+
+@inlined
+def mark_dirty(log: Bytes, gpa: int, length: int) -> None:
+    """Set the bit of each page that [gpa, gpa + length) touches; bits outside the log are left out.
+
+    log uint8[n], bit p % 8 of byte p // 8 for page p. Comes after the write it speaks of: the atomic OR is a full
+    barrier, and pairs with the exchange in `take_dirty`. So it is done always: a look first ("is it set already?") could
+    pass the data still in the store buffer.
+    """
+    _mark(log, gpa, length, True)
 
 
 @inlined
@@ -80,15 +86,7 @@ def mark_behind_fence(log: Bytes, gpa: int, length: int) -> None:
 
     Whoever takes it later reads the page later, and the writes were there before this looked.
     """
-    if length <= 0:
-        return
-    page = gpa >> PAGE_SHIFT
-    last = (gpa + length - 1) >> PAGE_SHIFT
-    while page <= last:
-        at = page >> 3
-        if 0 <= at < log.size and not load_u8(log, at) >> (page & 7) & 1:
-            fetch_or_u8(log, at, 1 << (page & 7))
-        page += 1
+    _mark(log, gpa, length, False)
 
 
 @inlined
