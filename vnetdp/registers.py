@@ -91,7 +91,10 @@ class Registers:
     @property
     def acceptable(self) -> bool:
         """True if the features that the driver chose can be agreed on."""
-        return not (self.features & ~self.offered or f.missing_dependency(self.features))
+        return self._can_be(self.features)
+
+    def _can_be(self, features: int) -> bool:
+        return not (features & ~self.offered or f.missing_dependency(features))
 
     def take_offloads(self) -> None:
         """Have the endpoint send what the driver's features let it receive."""
@@ -139,7 +142,7 @@ class Registers:
         features, control = self.features, self.control
         if "features" in delta.registers:
             features = delta.registers["features"]
-            if features & ~self.offered or f.missing_dependency(features):
+            if not self._can_be(features):
                 refused = ", ".join(f.names(features & ~self.offered)) or "a feature without what it needs"
                 raise ConfigError(f"the driver uses what this device can't offer: {refused}")
         if delta.control:
