@@ -32,7 +32,6 @@ def device(request: pytest.FixtureRequest, memory: GuestMemory) -> Iterator[NetD
     with no_descriptor_leaks(), GenerateEndpoint(2, count=0) as endpoint:
         worker = WorkerProcess(2) if request.param == "vhost-process" else Worker(2)
         device = NetDevice(memory, endpoint, queue_pairs=2, vhost=[*worker.backends])
-        worker.on_broken = device.check_rings
         device.set_use_vhost(request.param != "userspace")
         yield device
         device.close()

@@ -212,12 +212,14 @@ def test_several_threads_may_pause_it(counting: Counting) -> None:
 
 def test_it_is_told_of_each_broken_queue(counting: Counting) -> None:
     told: list[str] = []
-    paced = Paced(counting, "counting", 0, lambda: told.append(threading.current_thread().name))
+    paced = Paced(counting, "counting")
+    forget = paced.listeners.add(lambda: told.append(threading.current_thread().name), lambda: told.append("gone"))
     for n in range(3):
         counting.broken = True
         wait_equal(lambda: len(told), n + 1)
     assert told == ["counting"] * 3
-    paced.on_broken = None
+    forget()
+    forget()
     counting.broken = True
     wait_for(lambda: not counting.broken, "it goes on without")
     paced.close()
@@ -227,8 +229,10 @@ class Failing(Counting):
     def __init__(self, error: BaseException) -> None:
         super().__init__()
         self.error = error
+        self.may_end = threading.Event()
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
+        self.may_end.wait()
         raise self.error
 
 
@@ -243,7 +247,9 @@ def test_a_thread_that_dies_stands_still_and_says_so(error: BaseException, caplo
         gone.wait()
 
     failing = Failing(error)
-    paced = Paced(failing, "failing", on_gone=on_gone)
+    paced = Paced(failing, "failing")
+    paced.listeners.add(lambda: None, on_gone)
+    failing.may_end.set()
     wait_equal(lambda: told, ["failing"])
     for _ in range(3):
         with paced.paused():

@@ -64,7 +64,6 @@ def device(request: pytest.FixtureRequest, memory: GuestMemory, endpoint: Genera
     with no_descriptor_leaks():
         worker = Worker(2)
         device = NetDevice(memory, endpoint, queue_pairs=2, vhost=worker.backends)
-        worker.on_broken = device.check_rings
         device.set_use_vhost(request.param is Owner.VHOST)
         yield device
         device.close()

@@ -31,8 +31,6 @@ class _Side:
         self.paced = paced
         self.datapath = datapath
         self.backends = [WorkerBackend(paced, datapath, pair) for pair in range(datapath.pairs)]
-        self.on_broken: Callable[[], None] | None = None
-        self.on_gone: Callable[[], None] | None = None
 
 
 class Bridge:
@@ -57,7 +55,7 @@ class Bridge:
             self.ctl[layout.CTL_DOORBELL] = 1
             self.run()  # compiles, if that is to be done, before a front end waits for an answer
             self.ctl[layout.CTL_DOORBELL] = 0
-            self._paced = Paced(self, "bridge", poll_us, self._broken, self._gone)
+            self._paced = Paced(self, "bridge", poll_us)
             stack.callback(self._paced.close)
             self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
             self.servers = []
@@ -97,16 +95,6 @@ class Bridge:
             s.one,
             poll_us,
         )
-
-    def _broken(self) -> None:
-        for side in self._sides:
-            if side.on_broken is not None:
-                side.on_broken()
-
-    def _gone(self) -> None:
-        for side in self._sides:
-            if side.on_gone is not None:
-                side.on_gone()
 
     def serve(self, stop: Callable[[], bool]) -> None:
         """Serve both sockets until *stop* says so (looked at five times a second), or one can't be served any more.

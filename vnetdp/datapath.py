@@ -1,13 +1,15 @@
 """Datapath: a straight line between an endpoint and the rings of one device, shared by every local backend.
 
 It owns the device's queue rows and the scratch that kernels need; what serves the rings when is its owner's affair.
-Also here: `Paced`, the thread that runs a datapath or a driver between two changes to it.
+Also here: `Paced`, the thread that runs a datapath or a driver between two changes to it, and its `Listeners`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from queue import Empty, SimpleQueue
@@ -18,6 +20,7 @@ import numpy as np
 from vnetdp_kernels import interrupt, layout, loops, port
 
 from .endpoints.base import Endpoint
+from .errors import VnetdpError
 from .memory import Bytes, DirtyLog, GuestMemory, SharedBlock, Words
 from .notify import EventFd
 
@@ -79,6 +82,8 @@ class Datapath:
         self.translated: list[GuestMemory | None] = [None] * (2 * pairs)  # by which table a ring's offsets are
         self.notify: Words = np.full((2 * pairs, 2), -1, np.int64)
         self._scratch = Scratch(pairs)
+        self._in_kernel = False
+        self._abandoned = False
         if block_fd is None:
             for slot in _UNSET:
                 self.vqs[:, slot] = -1
@@ -104,6 +109,10 @@ class Datapath:
         moved = 0
         while True:
             endpoint.service()
+            self._in_kernel = True  # before the look at _abandoned: `abandon` does it the other way round
+            if self._abandoned:
+                self._in_kernel = False
+                return layout.LOOP_CONTROL, moved
             reason, n = loops.serve(
                 memory.mem if memory else NO_MEMORY,
                 memory.table if memory else NO_TABLE,
@@ -132,6 +141,7 @@ class Datapath:
                 poll_us,
                 timeout_ms,
             )
+            self._in_kernel = False
             moved += n
             if reason != layout.LOOP_PYTHON:
                 endpoint.service()
@@ -139,6 +149,16 @@ class Datapath:
             if 0 <= budget <= moved:
                 endpoint.service()
                 return layout.LOOP_BUDGET, moved
+
+    def abandon(self) -> bool:
+        """Have the thread that runs the datapath enter no kernel ever again; False, and nothing done, if it is in one now.
+
+        It may be in an endpoint's Python code, for as long as that takes; the rings can be taken from it all the same.
+        """
+        self._abandoned = True
+        if self._in_kernel:
+            self._abandoned = False
+        return self._abandoned
 
     def let_go(self) -> None:
         """Forget the endpoint, once no ring is bound: whoever polls it next serves its Python side alone."""
@@ -159,6 +179,37 @@ class Runnable(Protocol):
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]: ...
 
 
+class Listeners:
+    """The devices that hear of a thread or process that runs their rings: that a ring broke, or that it is gone."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Callable[[], None], Callable[[], None]]] = []
+
+    def add(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        """Have *on_broken* called whenever a ring broke, *on_gone* once nothing runs the rings; return the undoing."""
+        listener = (on_broken, on_gone)
+        self._all.append(listener)
+
+        def remove() -> None:
+            with suppress(ValueError):
+                self._all.remove(listener)
+
+        return remove
+
+    def tell_broken(self) -> None:
+        for on_broken, _ in tuple(self._all):
+            on_broken()
+
+    def tell_gone(self) -> None:
+        """Tell every listener, once: one that fails costs the others nothing."""
+        listeners, self._all = self._all, []
+        for _, on_gone in listeners:
+            try:
+                on_gone()
+            except Exception:  # noqa: BLE001 - a defect of one
+                _log.exception("a device could not take back its rings")
+
+
 class _Pause:
     """What `Paced.paused` returns: a hundred verbs in one hand-over enter it, so it is made once."""
 
@@ -177,8 +228,11 @@ class Paced:
     """A thread that runs a datapath (or a driver), and stands still while somebody changes it.
 
     `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
-    ends. Nests, also across calls. *on_broken* is called in the thread each time a queue broke; it may not pause.
-    *on_gone* is called in the thread, as the last thing, if an exception ended it (`error`).
+    ends. Nests, also across calls. `listeners` are told in the thread: each time a queue broke, when they may not pause it,
+    and as the last thing, if an exception ended it (`error`).
+
+    timeout_s: after so long the thread, if it is in no kernel but in an endpoint's Python code, is taken for hung and counts
+    as ended; it enters no kernel any more. None waits for ever.
     """
 
     def __init__(
@@ -186,11 +240,13 @@ class Paced:
         target: Runnable,
         name: str,
         poll_us: int = 0,
-        on_broken: Callable[[], None] | None = None,
-        on_gone: Callable[[], None] | None = None,
+        timeout_s: float | None = None,
+        abandon: Callable[[], bool] = lambda: False,
     ) -> None:
         self._target = target
         self.poll_us = poll_us
+        self._timeout_s = math.inf if timeout_s is None else timeout_s
+        self._abandon = abandon
         self._lock = threading.RLock()
         self._pause = _Pause(self._halt, self._go_on)
         self._depth = 0
@@ -199,10 +255,10 @@ class Paced:
         self._resume: SimpleQueue[None] = SimpleQueue()
         self._stopping = False
         self._ended = False
+        self._hung = False
         self._to_signal: list[EventFd] = []
         interrupt.install()
-        self.on_broken = on_broken
-        self.on_gone = on_gone
+        self.listeners = Listeners()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -212,8 +268,10 @@ class Paced:
         try:
             while not self._stopping:
                 reason, _ = self._target.run(-1, self.poll_us, -1)
-                if reason == layout.LOOP_BROKEN and self.on_broken:
-                    self.on_broken()
+                if self._ended:
+                    return  # it was taken for hung
+                if reason == layout.LOOP_BROKEN:
+                    self.listeners.tell_broken()
                 if ctl[layout.CTL_DOORBELL]:
                     self._parked.put(None)
                     self._resume.get()
@@ -223,13 +281,19 @@ class Paced:
                 else:
                     bell.clear()
         except BaseException as e:  # noqa: BLE001 - SystemExit too: whatever it is, nobody serves the rings any more
+            if self._ended:
+                return
             _log.exception("%s ended", self._thread.name)
             self.error = e
         self._ended = True
         self._parked.put(None)
-        gone = self.on_gone  # once: whoever set it may take it back meanwhile
-        if self.error is not None and gone is not None:
-            gone()
+        if self.error is not None:
+            self.listeners.tell_gone()
+
+    @property
+    def ended(self) -> bool:
+        """True once the thread runs nothing any more: it was closed, or died, or hangs."""
+        return self._ended
 
     @property
     def native_id(self) -> int:
@@ -254,11 +318,19 @@ class Paced:
         self._depth += 1
 
     def _wait_until_parked(self) -> None:
+        until = time.monotonic() + self._timeout_s
         while True:
             try:
-                self._parked.get(timeout=_STUCK_S)
+                self._parked.get(timeout=min(_STUCK_S, self._timeout_s))
                 return
             except Empty:
+                if time.monotonic() >= until and self._abandon():
+                    self._ended = self._hung = True
+                    self.error = VnetdpError(
+                        f"{self._thread.name} has not come back from Python for {self._timeout_s:g} s"
+                    )
+                    _log.error("%s; its rings are taken from it", self.error)
+                    return
                 interrupt.interrupt(self._thread.ident or 0)
 
     def _go_on(self) -> None:
@@ -286,4 +358,7 @@ class Paced:
         """Stop the thread and wait for it."""
         with self.paused():
             self._stopping = True
-        self._thread.join()
+            if self._depth > 1 and not self._ended:
+                self._resume.put(None)  # it is parked, and whoever parked it may be gone
+        if not self._hung:
+            self._thread.join()

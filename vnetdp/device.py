@@ -93,8 +93,7 @@ class NetDevice:
             made.callback(self.notifiers.close)
             self.config_call = made.enter_context(EventFd())
             if threaded:
-                gone = partial(self._restart, Owner.USERSPACE)
-                self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", self.check_rings, gone)
+                self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", timeout_s=None)
                 userspace: Sequence[Backend] = self._userspace_worker.backends
             else:
                 self._stepped = Datapath(queue_pairs)
@@ -106,6 +105,11 @@ class NetDevice:
         self._trouble = Trouble(self._notify_config)
         self._running = running
         self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings)
+        self._listening = [
+            backend.listen(self.check_rings, partial(self._take_from, owner))
+            for owner, backends in ((Owner.USERSPACE, userspace), (Owner.VHOST, vhost or ()))
+            for backend in vhost_net.one_a_site(backends)
+        ]
 
     # --- registers, as a driver uses them ---
 
@@ -235,13 +239,16 @@ class NetDevice:
 
     def restart_vhost(self) -> None:
         """Take the rings from a vhost that is gone, or came back, and try to give them to it again."""
-        self._restart(Owner.VHOST)
+        with self._lock:
+            self._take_from(Owner.VHOST)
+            self._update_owner()
 
-    def _restart(self, owner: Owner) -> None:
+    def _take_from(self, owner: Owner) -> None:
+        """Take the rings from an owner that is gone, and give them to the next one."""
         with self._lock:
             if self.owner is owner:
                 self._hand_to(Owner.NOBODY)
-            self._update_owner()
+                self._update_owner()
 
     def set_log(self, log: DirtyLog | None) -> None:
         """Start or stop logging writes to guest memory; the owner learns of it without a hand-over.
@@ -481,6 +488,8 @@ class NetDevice:
 
     def close(self) -> None:
         """Stop the rings and give up threads and descriptors that the device made."""
+        for forget in self._listening:
+            forget()
         with self._lock:
             self._running = False  # nor does a worker that ends now bring the rings back
             self._hand_to(Owner.NOBODY)

@@ -69,8 +69,6 @@ class Link:
             )
             stack.callback(self.device.close)
             if self.worker is not None:
-                self.worker.on_broken = self.device.check_rings
-                self.worker.on_gone = self.device.restart_vhost
                 self.device.set_use_vhost(datapath != "userspace")
             self.driver = Driver(self.device, self.memory, right, queue_pairs=queue_pairs, num=num)
             stack.callback(self.driver.close)

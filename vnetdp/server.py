@@ -158,8 +158,7 @@ class Server:
             transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, self.inband, self.protocol_features
         )  # fmt: skip
         self._worker_ended.clear()
-        self.worker.on_broken = session.ring_broke
-        self.worker.on_gone = self._worker_ended.signal
+        forget = self.worker.paced.listeners.add(session.ring_broke, self._worker_ended.signal)
         spoke = False
         try:
             while not stop():
@@ -185,7 +184,7 @@ class Server:
         except OSError as e:
             _log.warning("%s: the connection broke: %s", self.path, e)
         finally:
-            self.worker.on_broken = self.worker.on_gone = None
+            forget()
             session.close()
             transport.close()
 

@@ -8,6 +8,7 @@ gives its own, one that never was keeps the old one.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -116,7 +117,8 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     except UnbindError:
         raise
     except BackendError as e:
-        _log.warning("%s; asking for its base unbinds it too", e)
+        if e.errno != errno.ESRCH:  # asked next, one that is gone says so again
+            _log.warning("%s; asking for its base unbinds it too", e)
     try:
         queue.last_avail_idx = backend.get_vring_base(index)
     except BackendError as e:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,8 +41,6 @@ class Served(Protocol):
     paced: Paced
     datapath: Datapath
     backends: list[WorkerBackend]
-    on_broken: Callable[[], None] | None
-    on_gone: Callable[[], None] | None
 
 
 @dataclass

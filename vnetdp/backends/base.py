@@ -13,7 +13,7 @@ the kernel's vhost-net has them. Configured, based and bound are three different
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
@@ -98,6 +98,13 @@ class Backend(Protocol):
 
     def park(self, parked: bool) -> None:
         """Stand still from now until told otherwise, with everything that shares the site; each True needs a False."""
+
+    def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        """Have *on_broken* called when a ring of the site broke, and *on_gone* once nothing runs its rings any more.
+
+        Both are called in a thread of the backend's. Return the function that takes this back. A backend that runs in the
+        caller's thread, or that something else watches, calls neither.
+        """
 
     def status(self, index: int) -> int:
         """Return 0, or the layout.E_* that broke the ring."""

@@ -161,6 +161,9 @@ class FaultyBackend:
     def park(self, parked: bool) -> None:
         self.inner.park(parked)
 
+    def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        return self.inner.listen(on_broken, on_gone)
+
     def status(self, index: int) -> int:
         return self.inner.status(index)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from vnetdp_kernels import layout
 
-from ..datapath import Datapath, Paced
+from ..datapath import Datapath, Listeners, Paced
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError
 from ..memory import DirtyLog, GuestMemory, Region
@@ -33,8 +33,10 @@ from .userspace import COUNTERS, UserspaceBackend
 
 _MAX_MESSAGE = 1 << 16
 _MAX_FDS = 250  # SCM_MAX_FD is 253
+_TO_START = 12  # times the patience that a child has to answer first: it may be compiling
 _BROKEN = "broken"
 _HOLD, _RELEASE = "hold", "release"  # not verbs: the child's thread stays out of the kernels in between
+_PING = "ping"  # nor this: it is answered, and that is all
 
 
 class _RemoteEndpoint(Endpoint):
@@ -128,13 +130,15 @@ class WorkerProcess:
     """A process that serves *pairs* vhost devices, `backends[i]` for queue pair i (see `Worker`).
 
     Endpoints in Python stay with their process: binding one is refused (EOPNOTSUPP). If the child dies, every verb fails
-    with ESRCH, and `on_gone` is called, in a thread of its own. Killed in the midst of a batch it may have moved up to 64
-    frames a queue that it had not published yet: whoever goes on from used.idx repeats those sent, and lacks those received.
+    with ESRCH; devices that have the backends hear of it by themselves. A child that does not answer for *timeout_s* seconds
+    is killed; None waits for ever. Killed in the midst of a batch it may have moved up to 64 frames a queue that it had not
+    published yet: the next owner, which goes on from used.idx, repeats those sent, and lacks those received.
     """
 
-    def __init__(self, pairs: int, poll_us: int = 0) -> None:
-        self.on_broken: Callable[[], None] | None = None
-        self.on_gone: Callable[[], None] | None = None
+    def __init__(self, pairs: int, poll_us: int = 0, timeout_s: float | None = 10.0) -> None:
+        self.listeners = Listeners()
+        self.timeout_s = timeout_s
+        self._answered = False  # before that it may be compiling
         self.memory: GuestMemory | None = None  # the table that the child has
         self._lock = threading.Lock()
         with ExitStack() as made, ExitStack() as childs:
@@ -156,9 +160,9 @@ class WorkerProcess:
                 start_new_session=True,
             )
             made.pop_all()
+        self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]
         self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
         self._watch.start()
-        self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]
 
     @property
     def pid(self) -> int:
@@ -168,8 +172,16 @@ class WorkerProcess:
         """Have the child apply one verb; BackendError as it raised it, or ESRCH if there is no child any more."""
         with self._lock:
             try:
+                timeout_s = self.timeout_s
+                self._sock.settimeout(timeout_s if timeout_s is None or self._answered else _TO_START * timeout_s)
                 _send(self._sock, (pair, verb, args))
                 ok, answer = _receive(self._sock)
+                self._answered = True
+            except TimeoutError as e:
+                self._child.kill()
+                self._child.wait()
+                said = f"the worker process did not answer within {self._sock.gettimeout():g} s, and was killed"
+                raise BackendError(verb, errno.ESRCH, None, said) from e
             except (OSError, EOFError) as e:
                 raise BackendError(verb, errno.ESRCH, None, "the worker process is gone") from e
         if not ok:
@@ -178,21 +190,22 @@ class WorkerProcess:
 
     def _listen(self) -> None:
         """Pass on what the child tells by itself, until it is gone."""
-        while self._hears():
-            if self.on_broken:
-                self.on_broken()
-        if self.on_gone:
-            self.on_gone()
-
-    def _hears(self) -> bool:
-        try:
-            return bool(self._events.recv(64))
-        except OSError:
-            return False
+        while True:
+            try:
+                self._events.settimeout(None if self.timeout_s is None else self.timeout_s / 4)
+                if not self._events.recv(64):
+                    break
+                self.listeners.tell_broken()
+            except TimeoutError:
+                if any(backend.bound for backend in self.backends):
+                    with suppress(BackendError):  # the end of the child is heard next
+                        self.call(0, _PING)
+            except OSError:
+                break
+        self.listeners.tell_gone()
 
     def close(self) -> None:
-        """End the child, and give up every descriptor."""
-        self.on_gone = None
+        """End the child, and give up every descriptor. A device whose rings it still has goes on without it."""
         self._sock.close()
         try:
             self._child.wait(timeout=10)
@@ -282,6 +295,11 @@ class ProcessBackend:
         if endpoint is not None and not self._bound:
             endpoint.stop_polling(self._pair, self)
 
+    @property
+    def bound(self) -> bool:
+        """True if the child may have a ring of this pair."""
+        return bool(self._bound)
+
     def forget(self) -> None:
         """Let go of everything, once the child has ended."""
         for index in range(VRINGS):
@@ -310,6 +328,9 @@ class ProcessBackend:
         with suppress(BackendError):
             self._worker.call(self._pair, _HOLD if parked else _RELEASE)
 
+    def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        return self._worker.listeners.add(on_broken, on_gone)
+
     def status(self, index: int) -> int:
         return int(self._rows[index, layout.VQ_STATUS])
 
@@ -326,7 +347,8 @@ class _Child:
     def __init__(self, block_fd: int, pairs: int, poll_us: int, events: socket.socket) -> None:
         self._datapath = Datapath(pairs, block_fd)
         self._events = events
-        self._paced = Paced(self._datapath, "vhost-process", poll_us, self._broken, lambda: os._exit(1))
+        self._paced = Paced(self._datapath, "vhost-process", poll_us)
+        self._paced.listeners.add(self._broken, lambda: os._exit(1))
         self._backends = [UserspaceBackend(self._datapath, pair) for pair in range(pairs)]
         self._kept: dict[tuple[object, ...], Any] = {}
         self._endpoints: dict[int, Endpoint] = {}
@@ -336,6 +358,8 @@ class _Child:
         self._events.send(_BROKEN.encode())
 
     def apply(self, pair: int, verb: str, args: tuple[Any, ...]) -> object:
+        if verb == _PING:
+            return None
         if verb == _HOLD:
             self._holds.append(ExitStack())
             self._holds[-1].enter_context(self._paced.paused())

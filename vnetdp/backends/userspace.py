@@ -6,7 +6,7 @@ It is what QEMU's own virtio-net is when the device's loop runs it, and the insi
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -209,6 +209,10 @@ class UserspaceBackend:
 
     def park(self, parked: bool) -> None:
         """Nothing runs but in the caller's thread."""
+
+    def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        """Call neither: `Datapath.run` returns what happened to its caller."""
+        return lambda: None
 
     def status(self, index: int) -> int:
         return int(self._rows[index, layout.VQ_STATUS])

@@ -7,7 +7,7 @@ bound, and not before. Unbinding is GET_VRING_BASE, the one message after which 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -259,6 +259,10 @@ class VhostUserBackend:
 
     def park(self, parked: bool) -> None:
         """A back end elsewhere does nothing with rings that are not enabled."""
+
+    def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        """Call neither: a `Watch` follows the connection."""
+        return lambda: None
 
     def status(self, index: int) -> int:
         """0: a remote ring that broke stays silent."""

@@ -6,12 +6,13 @@ A verb stops the thread between two kernel calls, is applied by the same code th
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 
 from ..datapath import Datapath, Paced
 from ..endpoints.base import Endpoint
-from ..errors import BackendError
+from ..errors import BackendError, reason
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
 from .userspace import UserspaceBackend
@@ -20,8 +21,9 @@ from .userspace import UserspaceBackend
 class Worker:
     """A thread that serves *pairs* vhost devices, `backends[i]` for queue pair i.
 
-    poll_us: busy-poll so long before sleeping on the eventfds; 0 sleeps at once, -1 never sleeps. *on_broken* is called
-    in the thread when a ring broke, *on_gone* when an exception ended the thread; from then on no ring can be bound (ESRCH).
+    poll_us: busy-poll N µs before sleeping on the eventfds; 0 sleeps at once, -1 never sleeps. timeout_s: seconds until a
+    thread that does not come back from an endpoint's Python code counts as ended; None waits for ever. From the end of the
+    thread on no ring can be bound (ESRCH). A device that has the backends hears of that, and of a broken ring, by itself.
     """
 
     def __init__(
@@ -29,37 +31,39 @@ class Worker:
         pairs: int,
         poll_us: int = 0,
         name: str = "vhost-worker",
-        on_broken: Callable[[], None] | None = None,
-        on_gone: Callable[[], None] | None = None,
+        timeout_s: float | None = 10.0,
     ) -> None:
+        self._closing = threading.Event()
         with ExitStack() as made:
             self.datapath = Datapath(pairs)
             made.callback(self.datapath.close)
-            self.paced = Paced(self.datapath, name, poll_us, on_broken, on_gone)
+            self.paced = Paced(self.datapath, name, poll_us, timeout_s, self.datapath.abandon)
+            made.callback(self.paced.close)
+            self._watchdog: threading.Thread | None = None
+            if timeout_s is not None:
+                self._watchdog = threading.Thread(target=self._watch, args=(timeout_s / 4,), name=f"{name}-watchdog")
+                self._watchdog.daemon = True
+                self._watchdog.start()
             made.pop_all()
         self.backends = [WorkerBackend(self.paced, self.datapath, pair) for pair in range(pairs)]
 
-    @property
-    def on_broken(self) -> Callable[[], None] | None:
-        """What is called, in the thread, when a ring broke."""
-        return self.paced.on_broken
-
-    @on_broken.setter
-    def on_broken(self, call: Callable[[], None] | None) -> None:
-        self.paced.on_broken = call
-
-    @property
-    def on_gone(self) -> Callable[[], None] | None:
-        """What is called, in the thread, when an exception ended it."""
-        return self.paced.on_gone
-
-    @on_gone.setter
-    def on_gone(self, call: Callable[[], None] | None) -> None:
-        self.paced.on_gone = call
+    def _watch(self, period_s: float) -> None:
+        """Look, again and again, whether the thread still stops when it is asked to while it has rings."""
+        while not self._closing.wait(period_s):
+            if self.datapath.bound:
+                with self.paced.paused():
+                    pass
+            if self.paced.error is not None:
+                self.paced.listeners.tell_gone()
+                return
 
     def close(self) -> None:
-        """Stop the thread and give up every descriptor. Rings that were bound are not touched any more."""
+        """Stop the thread and give up every descriptor. A device whose rings it still has goes on without it."""
+        self._closing.set()
         self.paced.close()
+        if self._watchdog is not None:
+            self._watchdog.join()
+        self.paced.listeners.tell_gone()
         for backend in self.backends:
             backend.unbind()
         self.datapath.close()
@@ -122,13 +126,15 @@ class WorkerBackend:
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         with self._paced.paused():
-            if endpoint is not None and self._paced.error is not None:
-                raise BackendError("set_backend", errno.ESRCH, index, "the worker's thread has ended")
+            if endpoint is not None and self._paced.ended:
+                error = self._paced.error
+                why = "was closed" if error is None else f"has ended: {reason(error)}"
+                raise BackendError("set_backend", errno.ESRCH, index, f"the worker's thread {why}")
             self._inner.set_backend(index, endpoint)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         with self._paced.paused():
-            return self._paced.error is None and self._inner.bind_rings(bases, endpoint)
+            return not self._paced.ended and self._inner.bind_rings(bases, endpoint)
 
     @property
     def site(self) -> object:
@@ -139,6 +145,9 @@ class WorkerBackend:
 
     def park(self, parked: bool) -> None:
         self._paced.park(parked)
+
+    def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        return self._paced.listeners.add(on_broken, on_gone)
 
     def status(self, index: int) -> int:
         return self._inner.status(index)

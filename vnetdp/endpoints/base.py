@@ -76,6 +76,7 @@ class Endpoint:
             self.rows[:, layout.EP_LIMIT] = -1
         # Whoever polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
         self._python_side = threading.RLock()
+        self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
         self.polls_stopped = 0
@@ -127,6 +128,7 @@ class Endpoint:
         """Hand on what kernels left in the out slots, and fill the in slots. Only for an endpoint in Python."""
         if self.kind != layout.KIND_PYTHON:
             return
+        stopped = self.polls_stopped
         for queue, row in enumerate(self.rows):
             n = int(row[layout.EP_OUT_COUNT])
             row[layout.EP_BLOCKED] = n > 0 and not self.takes_frames(queue)
@@ -137,6 +139,8 @@ class Endpoint:
                 ]
                 row[layout.EP_OUT_COUNT] = 0
                 self._guarded_transmit(queue, frames)
+                if self.polls_stopped != stopped:
+                    return  # that took so long that the rings have another owner: the slots are its affair
             if row[layout.EP_COUNT] == 0:
                 self._fill(queue, row)
 
@@ -157,8 +161,13 @@ class Endpoint:
 
     def _fill(self, queue: int, row: Words) -> None:
         n = 0
+        stopped = self.polls_stopped
         with self._guarded(queue, 0):
-            for frame in self.receive_frames(queue, PYTHON_SLOTS):
+            frames = self._late.pop(queue, ()) or self.receive_frames(queue, PYTHON_SLOTS)
+            if self.polls_stopped != stopped:
+                self._late[queue] = frames  # for the next owner, which has the slots by now
+                return
+            for frame in frames:
                 if n == PYTHON_SLOTS:
                     row[layout.EP_DROP_ERROR] += 1  # more than were asked for
                 elif len(frame) > layout.FRAME_SLOT:

@@ -1,0 +1,326 @@
+"""A vhost worker may die or hang at any moment: wired as the README shows, userspace goes on with the rings.
+
+Nothing here tells the device of it: it hears by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import pytest
+
+from tests.by_hand import frame, no_descriptor_leaks, wait_equal, wait_for
+from vnetdp import Driver, NetDevice, vhost_net
+from vnetdp.backends.faulty import Faults, FaultyBackend
+from vnetdp.backends.process import WorkerProcess
+from vnetdp.backends.worker import Worker
+from vnetdp.driver import memory_for
+from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, MacswapEndpoint, drained
+from vnetdp.errors import BackendError
+from vnetdp.memory import DirtyLog
+from vnetdp.owners import Owner
+from vnetdp_kernels import layout as lay
+
+SHORT_S = 0.5  # until a worker that hangs is given up, in place of 10 s
+CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
+IN_HAND = 2 * 64  # frames that a killed process may have moved both ways, and not published
+
+
+class Bed:
+    """A device, its worker and its driver, as the README wires them, and numbered frames both ways."""
+
+    def __init__(self, worker: Worker | WorkerProcess) -> None:
+        self.worker = worker
+        self.may_return = threading.Event()  # set: a thread that hangs comes back
+        with ExitStack() as stack:
+            stack.callback(worker.close)
+            stack.callback(self.may_return.set)
+            self.memory = stack.enter_context(memory_for())
+            self.wire = stack.enter_context(GenerateEndpoint())
+            self.source = stack.enter_context(GenerateEndpoint())
+            self.device = stack.enter_context(NetDevice(self.memory, self.wire, vhost=worker.backends))
+            self.close = stack.pop_all().close
+
+    def boot(self) -> None:
+        self.guest = Driver(self.device, self.memory, self.source)
+        self.guest.start()
+
+    def moves(self) -> None:
+        """Wait until frames have moved both ways."""
+        before = [queue["packets"] for queue in self.device.counters()]
+
+        def moved() -> bool:
+            return all(now["packets"] > then for now, then in zip(self.device.counters(), before, strict=True))
+
+        wait_for(moved, f"frames move both ways; owner {self.device.owner}, {self.device.last_error}")
+
+    def serve(self) -> None:
+        """Bring the driver up, and wait until vhost has moved frames."""
+        self.boot()
+        assert self.device.owner is Owner.VHOST
+        self.moves()
+
+    def settle(self) -> Ledger:
+        ledger = drained(self.wire, self.source)
+        self.guest.check()
+        self.guest.close()
+        return ledger
+
+
+# --- how a worker ends ---
+
+
+def _defect(*_: object) -> tuple[int, int]:
+    raise RuntimeError("a defect")
+
+
+def _ends(bed: Bed) -> None:
+    """An exception ends the thread."""
+
+    assert isinstance(bed.worker, Worker)
+    with bed.worker.paced.paused():
+        bed.worker.datapath.run = _defect  # type: ignore[assignment]
+
+
+def _hangs(bed: Bed) -> None:
+    """The thread is in Python, and does not come back."""
+
+    def run(*_: object) -> tuple[int, int]:
+        bed.may_return.wait()
+        return lay.LOOP_CONTROL, 0
+
+    assert isinstance(bed.worker, Worker)
+    with bed.worker.paced.paused():
+        bed.worker.datapath.run = run  # type: ignore[assignment]
+
+
+def _killed(bed: Bed) -> None:
+    assert isinstance(bed.worker, WorkerProcess)
+    os.kill(bed.worker.pid, signal.SIGKILL)
+
+
+def _stopped(bed: Bed) -> None:
+    """The process stands still: it is not dead, and answers nothing."""
+    assert isinstance(bed.worker, WorkerProcess)
+    bed.worker.timeout_s = SHORT_S
+    os.kill(bed.worker.pid, signal.SIGSTOP)
+
+
+def _closed(bed: Bed) -> None:
+    bed.worker.close()
+
+
+ENDS: dict[str, tuple[Callable[[], Worker | WorkerProcess], Callable[[Bed], None]]] = {
+    "thread ends": (lambda: Worker(1), _ends),
+    "thread hangs": (lambda: Worker(1, timeout_s=SHORT_S), _hangs),
+    "thread is closed": (lambda: Worker(1), _closed),
+    "process is killed": (lambda: WorkerProcess(1), _killed),
+    "process hangs": (lambda: WorkerProcess(1), _stopped),
+}
+
+# --- what the device is doing meanwhile ---
+
+
+def _traffic(bed: Bed, end: Callable[[Bed], None]) -> None:
+    bed.serve()
+    end(bed)
+
+
+def _idle(bed: Bed, end: Callable[[Bed], None]) -> None:
+    bed.wire.stop()
+    bed.source.stop()
+    bed.boot()
+    assert bed.device.owner is Owner.VHOST
+    end(bed)
+    wait_equal(lambda: bed.device.owner, Owner.USERSPACE)
+    for endpoint in (bed.wire, bed.source):
+        endpoint.rows[:, lay.EP_LIMIT] = -1
+    with bed.guest.paused(), vhost_net.standing_still(bed.device.owners.backends or ()):
+        pass  # both look anew at what may be sent
+
+
+def _before_the_driver(bed: Bed, end: Callable[[Bed], None]) -> None:
+    end(bed)
+    bed.boot()
+
+
+def _link_down(bed: Bed, end: Callable[[Bed], None]) -> None:
+    bed.serve()
+    bed.device.set_link(False)
+    end(bed)
+    bed.device.set_link(True)
+
+
+def _machine_stopped(bed: Bed, end: Callable[[Bed], None]) -> None:
+    bed.serve()
+    bed.device.set_running(False)
+    end(bed)
+    bed.device.set_running(True)
+
+
+def _prepared(bed: Bed, end: Callable[[Bed], None]) -> None:
+    """Configured, with its rings held back, as at the destination of a migration."""
+    bed.serve()
+    bed.device.set_running(False)
+    assert bed.device.prepare_vhost()
+    end(bed)
+    bed.device.bind_prepared()
+    bed.device.set_running(True)
+
+
+def _userspace_serves(bed: Bed, end: Callable[[Bed], None]) -> None:
+    bed.serve()
+    bed.device.set_use_vhost(False)
+    end(bed)
+    bed.moves()
+    assert bed.device.owner is Owner.USERSPACE
+    bed.device.set_use_vhost(True)
+
+
+def _logging(bed: Bed, end: Callable[[Bed], None]) -> None:
+    log = DirtyLog(bed.memory.end)
+    bed.device.set_log(log)
+    bed.serve()
+    end(bed)
+    wait_equal(lambda: bed.device.owner, Owner.USERSPACE)
+    bed.device.set_log(None)
+    log.close()
+
+
+def _handed_over(bed: Bed, end: Callable[[Bed], None]) -> None:
+    """The owner changes again and again, in another thread."""
+    bed.serve()
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            bed.device.set_use_vhost(False)
+            bed.device.set_use_vhost(True)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    handovers = bed.device.handovers
+    wait_for(lambda: bed.device.handovers > handovers + 4, "the owner changes")
+    end(bed)
+    wait_for(lambda: bed.device.fallbacks > 0, "vhost can't be started any more")
+    done.set()
+    thread.join()
+
+
+STATES: dict[str, Callable[[Bed, Callable[[Bed], None]], None]] = {
+    "under traffic": _traffic,
+    "idle": _idle,
+    "before the driver": _before_the_driver,
+    "link down": _link_down,
+    "machine stopped": _machine_stopped,
+    "prepared": _prepared,
+    "userspace serves": _userspace_serves,
+    "logging": _logging,
+    "handed over": _handed_over,
+}
+
+
+# Each process that hangs takes seconds: the others of its states are for the campaign.
+_LONG = set(STATES) - {"under traffic", "before the driver", "prepared"}
+CASES = [(how, state) for how in ENDS for state in STATES if CAMPAIGN or how != "process hangs" or state not in _LONG]
+
+
+@pytest.mark.parametrize(("how", "state"), CASES)
+def test_userspace_goes_on_where_a_worker_ended(how: str, state: str) -> None:
+    make, end = ENDS[how]
+    with no_descriptor_leaks(), ExitStack() as stack:
+        bed = Bed(make())
+        stack.callback(bed.close)
+        STATES[state](bed, end)
+        wait_equal(lambda: bed.device.owner, Owner.USERSPACE)
+        bed.moves()
+        assert isinstance(bed.device.last_error, BackendError)
+        assert "ESRCH" in str(bed.device.last_error)
+        bed.device.set_status(bed.device.status)  # which is when vhost is tried again
+        assert bed.device.owner is Owner.USERSPACE
+        bed.moves()
+        ledger = bed.settle()
+        died = isinstance(bed.worker, WorkerProcess)
+        assert abs(ledger.lost) + ledger.duplicated <= (IN_HAND if died else 0), ledger
+        assert ledger.reordered == ledger.corrupted == 0, ledger
+
+
+def test_a_device_hears_through_backends_that_are_wrapped() -> None:
+    with ExitStack() as stack:
+        worker = Worker(2)
+        stack.callback(worker.close)
+        wrapped = [FaultyBackend(backend, pair, Faults()) for pair, backend in enumerate(worker.backends)]
+        memory = stack.enter_context(memory_for(2))
+        wire = stack.enter_context(MacswapEndpoint(2))
+        device = stack.enter_context(NetDevice(memory, wire, queue_pairs=2, vhost=wrapped))
+        stack.enter_context(Driver(device, memory, queue_pairs=2))
+        assert device.owner is Owner.VHOST
+        with worker.paced.paused():
+            worker.datapath.run = _defect  # type: ignore[assignment]
+        wait_equal(lambda: device.owner, Owner.USERSPACE)
+        assert "a defect" in str(device.last_error)
+        assert device.fallbacks == 1
+
+
+class Slow(Endpoint):
+    """An endpoint in Python that sends every frame back, and whose code may take for ever."""
+
+    name = "slow"
+
+    def __init__(self, hangs_in: str) -> None:
+        super().__init__()
+        self.hangs_in = hangs_in
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.inside = threading.Event()
+        self._frames: list[bytes] = []
+
+    def _hang(self, where: str) -> None:
+        if where == self.hangs_in and not self.go_on.is_set():
+            self.inside.set()
+            self.go_on.wait()
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        self._hang("transmit")
+        self._frames += frames
+
+    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
+        frames, self._frames = self._frames, []
+        self._hang("receive")
+        return frames
+
+
+@pytest.mark.parametrize("where", ["transmit", "receive"])
+def test_an_endpoint_that_hangs_costs_the_worker_and_no_frame(where: str) -> None:
+    """Whoever has the rings waits for the endpoint; once it comes back, nothing is lost or doubled."""
+    worker = Worker(1, timeout_s=SHORT_S)
+    with (
+        memory_for() as memory,
+        Slow(where) as wire,
+        NetDevice(memory, wire, vhost=worker.backends) as device,
+        Driver(device, memory) as guest,
+    ):
+        guest.start()
+        got: list[bytes] = []
+
+        def echoed(n: int) -> bool:
+            got.extend(guest.receive())
+            return len(got) >= n
+
+        guest.send(frame(0))
+        wait_for(lambda: echoed(1), "the first frame comes back")
+        assert device.owner is Owner.VHOST
+        wire.go_on.clear()
+        guest.send(frame(1))
+        assert wire.inside.wait(60)
+        wait_equal(lambda: device.owner, Owner.USERSPACE)
+        guest.send(frame(2))
+        wire.go_on.set()
+        wait_for(lambda: echoed(3), "the others come back")
+        assert got == [frame(0), frame(1), frame(2)]
+        worker.close()
