@@ -162,9 +162,7 @@ class Server:
         spoke = False
         try:
             while not stop():
-                if (error := self.worker.paced.error) is not None:
-                    # No ring moves any more. The front end may come back: the next worker goes on with what it has.
-                    _log.error("%s: the worker has ended: %s; the connection is closed", self.path, reason(error))
+                if self._worker_has_ended():
                     return
                 events = dict.fromkeys((transport.fileno(), wake_fd, self._worker_ended.fd), select.POLLIN)
                 ready = _ready(events | session.descriptors())
@@ -179,6 +177,8 @@ class Server:
                     _log.info("%s: the connection was closed by its other end", self.path)
                     return
         except (ProtocolError, BackendError) as e:
+            if self._worker_has_ended():
+                return  # it ended while a request was handled, which is no fault of the front end's
             self.refused += 1
             _log.warning("%s: refused: %s; the connection is closed", self.path, e)
         except OSError as e:
@@ -187,6 +187,16 @@ class Server:
             forget()
             session.close()
             transport.close()
+
+    def _worker_has_ended(self) -> bool:
+        """Say so if the worker has ended: no ring moves any more.
+
+        The front end may come back: the next worker goes on with the rings where they are.
+        """
+        error = self.worker.paced.error
+        if error is not None:
+            _log.error("%s: the worker has ended: %s; the connection is closed", self.path, reason(error))
+        return error is not None
 
     def close(self) -> None:
         """Stop the worker, and remove the socket if it is ours."""

@@ -21,7 +21,8 @@ from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import ConfigError
 from vnetdp.notify import EventFd
 from vnetdp.server import Server
-from vnetdp.vhost_user.message import Request
+from vnetdp.session import Session
+from vnetdp.vhost_user.message import Request, VringState
 
 
 @contextmanager
@@ -242,6 +243,31 @@ def test_a_front_end_whose_worker_has_ended_is_told_so_and_may_come_back(
             lines = [record.getMessage() for record in caplog.records if record.name == "vnetdp.server"]
             assert lines == [f"{path}: the worker has ended: RuntimeError: a defect; the connection is closed"]
         assert server.served == 3
+
+
+def test_a_worker_that_ends_while_a_request_is_handled_is_no_fault_of_the_front_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "socket")
+    enable = Session._on_set_vring_enable
+    with no_descriptor_leaks(), Mortal() as endpoint, Server(endpoint, path) as server, running(server):
+        with ByHand.dial(path) as end, Guest(end, 1) as guest:
+
+            def enable_late(session: Session, payload: VringState, fds: list[int]) -> None:
+                if payload.index == 0:
+                    endpoint.deadly = True
+                    guest.kicks[1].signal()
+                    wait_for(lambda: server.worker.paced.error is not None, "the worker has ended")
+                enable(session, payload, fds)
+
+            monkeypatch.setattr(Session, "_on_set_vring_enable", enable_late)
+            end.shake_hands()
+            guest.share()
+            guest.start(1, 0)
+            assert end.left()
+        lines = [record.getMessage() for record in caplog.records if record.name == "vnetdp.server"]
+        assert lines == [f"{path}: the worker has ended: RuntimeError: a defect; the connection is closed"]
+    assert (server.served, server.refused) == (1, 0)
 
 
 # --- no descriptors left ---
