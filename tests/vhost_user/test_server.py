@@ -256,6 +256,7 @@ def test_a_worker_that_ends_while_a_request_is_handled_is_no_fault_of_the_front_
             def enable_late(session: Session, payload: VringState, fds: list[int]) -> None:
                 if payload.index == 0:
                     endpoint.deadly = True
+                    guest.rings[1].send(0, frame(0))
                     guest.kicks[1].signal()
                     wait_for(lambda: server.worker.paced.error is not None, "the worker has ended")
                 enable(session, payload, fds)
