@@ -38,7 +38,7 @@ class Guest:
         with ExitStack() as stack:
             front_end = VhostUserFrontEnd(path, queue_pairs)
             stack.callback(front_end.close)
-            assert front_end.connect(1.0)
+            assert front_end.connect(PATIENCE)
             memory = stack.enter_context(memory_for(queue_pairs))
             nowhere = stack.enter_context(NullEndpoint(queue_pairs))
             device = NetDevice(
@@ -145,8 +145,8 @@ def test_each_guest_has_an_address_of_its_own_and_none_can_announce_it(tmp_path:
 
 
 def test_a_full_call_of_one_guest_costs_the_other_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted: list[int] = []
-    monkeypatch.setattr(interrupt, "interrupt", interrupted.append)
+    """No system call can be interrupted, and none has to be: a thread that waited in one would stay there."""
+    monkeypatch.setattr(interrupt, "interrupt", lambda _ident: None)
     full = os.eventfd(0)
     os.eventfd_write(full, (1 << 64) - 2)
     with ExitStack() as stack:
@@ -160,7 +160,6 @@ def test_a_full_call_of_one_guest_costs_the_other_nothing(tmp_path: Path, monkey
             wait_equal(lambda: receiver.rings[0].used_idx, head + 1)
             sender.end.ask(Request.GET_QUEUE_NUM)
     os.close(full)
-    assert not interrupted
 
 
 def test_what_ends_a_side_ends_the_bridge_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.by_hand import no_descriptor_leaks, scaled, wait_for
-from tests.vhost_user.rig import InThread
+from tests.by_hand import PATIENCE, no_descriptor_leaks, scaled, wait_for
+from tests.vhost_user.rig import InThread, stand_still
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
@@ -70,10 +71,18 @@ class Card:
 def attached(path: str, pairs: int = 1, **options: Any) -> Iterator[VhostUserFrontEnd]:
     front_end = VhostUserFrontEnd(path, pairs, queue_size=NUM, **options)
     try:
-        wait_for(lambda: front_end.connect(1.0), "the back end takes a front end")
+        wait_for(lambda: front_end.connect(PATIENCE), "the back end takes a front end")
         yield front_end
     finally:
         front_end.close()
+
+
+def hang(process: subprocess.Popen[bytes], front_end: VhostUserFrontEnd) -> None:
+    """Have the back end hang, and its front end wait for no answer any longer than a moment: none can come."""
+    stand_still(process)
+    conversation = front_end._conversation
+    assert conversation is not None
+    conversation._timeout_s = 0.1
 
 
 @contextmanager

@@ -259,7 +259,7 @@ def ping(back_end: BackEnd, frames: int = 8) -> None:
 
     def attached() -> bool:
         assert back_end.alive(), back_end.lines()
-        return front_end.connect(1.0)
+        return front_end.connect(PATIENCE)
 
     with ExitStack() as stack:
         front_end = VhostUserFrontEnd(path, PAIRS, queue_size=NUM)
@@ -428,6 +428,18 @@ def serve(path: str, log: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "vnetdp", "serve", "echo", "--socket", path, "--queue-pairs", str(PAIRS), *options]
     with log.open("ab") as out:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out)
+
+
+def stand_still(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process, and wait until none of its threads runs any more: the signal alone leaves them a moment."""
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: set(_states(process.pid)) == {"T"}, "every thread stands still")
+
+
+def _states(pid: int) -> Iterator[str]:
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            yield path.read_text().rpartition(") ")[2][0]
 
 
 @contextmanager

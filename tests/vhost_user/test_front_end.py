@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ from tests.by_hand import (
     wait_for,
 )
 from tests.test_drive_serve import served
-from tests.vhost_user.card import NUM, Card, attached, in_thread
+from tests.vhost_user.card import NUM, Card, attached, hang, in_thread
 from tests.vhost_user.rig import PAIRS, UNTOLD, VERSION_1, serve
 from tests.vhost_user.test_recovery import supervised
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
@@ -76,22 +76,19 @@ def silent(request: pytest.FixtureRequest, path: str) -> Iterator[str]:
 
 
 def test_connecting_takes_no_longer_than_was_said(silent: str) -> None:
-    front_end = VhostUserFrontEnd(silent)
+    front_end = VhostUserFrontEnd(silent, timeout_s=2 * PATIENCE)
     began = time.monotonic()
     assert not front_end.connect(0.1)
-    assert time.monotonic() - began < 5  # and not the 10 s that an answer may take
+    assert time.monotonic() - began < PATIENCE  # and not the time that an answer may take
     front_end.close()
 
 
 def test_waiting_for_a_back_end_ends_when_the_time_is_up_or_the_user_says_so(silent: str) -> None:
     with NullEndpoint() as guest, pytest.raises(ConfigError, match=r"within 0\.2 s"):
         drive(guest, silent, lambda: False, lambda _: None, wait_s=0.2)
-    stop = threading.Event()
-    threading.Timer(0.2, stop.set).start()
-    began = time.monotonic()
+    asked = iter([False] * 5)  # it asks again and again, and is told at last
     with NullEndpoint() as guest, pytest.raises(ConfigError, match="ended before"):
-        drive(guest, silent, stop.is_set, lambda _: None, wait_s=PATIENCE)
-    assert time.monotonic() - began < 5
+        drive(guest, silent, lambda: next(asked, True), lambda _: None, wait_s=math.inf)
 
 
 def test_driving_ends_though_frames_never_do(tmp_path: Path) -> None:
@@ -264,11 +261,11 @@ def test_a_watched_device_falls_back_and_returns_by_itself(tmp_path: Path) -> No
 def test_a_watched_device_falls_back_when_a_back_end_that_hung_lets_go(tmp_path: Path) -> None:
     process = serve(str(tmp_path / "s"), tmp_path / "log")
     try:
-        with attached(str(tmp_path / "s"), timeout_s=0.2) as front_end:
+        with attached(str(tmp_path / "s")) as front_end:
             card = Card(front_end)
             with Watch(front_end, card.device):
                 card.wait_for_more()
-                process.send_signal(signal.SIGSTOP)
+                hang(process, front_end)
                 card.device.set_use_vhost(False)
                 card.is_of(Owner.NOBODY)
                 process.kill()
@@ -292,7 +289,7 @@ def test_a_watched_device_survives_a_back_end_that_comes_back_as_another(tmp_pat
             back_end.dies("--features=-version_1")
             wait_for(lambda: front_end.connections == 2, "it was tried")
             card.wait_for_more()
-            card.is_of(Owner.USERSPACE)
+            wait_for(lambda: card.device.owner is Owner.USERSPACE, "userspace has the rings still, or again")
             card.finish()
 
 
@@ -300,10 +297,10 @@ def test_a_watched_device_survives_a_back_end_that_comes_back_as_another(tmp_pat
 def test_nobody_gets_the_rings_of_a_back_end_that_hangs(tmp_path: Path, end: str) -> None:
     process = serve(str(tmp_path / "s"), tmp_path / "log")
     try:
-        with attached(str(tmp_path / "s"), timeout_s=0.5) as front_end:
+        with attached(str(tmp_path / "s")) as front_end:
             card = Card(front_end)
             card.wait_for_more()
-            process.send_signal(signal.SIGSTOP)
+            hang(process, front_end)
             card.device.set_use_vhost(False)
             card.is_of(Owner.NOBODY)
             assert isinstance(card.device.last_error, UnbindError)
@@ -325,10 +322,10 @@ def test_nobody_gets_the_rings_of_a_back_end_that_hangs(tmp_path: Path, end: str
 def test_a_device_is_reset_while_its_back_end_hangs_and_runs_again_when_that_is_gone(tmp_path: Path) -> None:
     process = serve(str(tmp_path / "s"), tmp_path / "log")
     try:
-        with attached(str(tmp_path / "s"), timeout_s=0.2) as front_end:
+        with attached(str(tmp_path / "s")) as front_end:
             card = Card(front_end)
             card.wait_for_more()
-            process.send_signal(signal.SIGSTOP)
+            hang(process, front_end)
             card.driver.close()
             card.device.set_status(0)
             card.is_of(Owner.NOBODY)

@@ -259,9 +259,11 @@ def test_a_descriptor_that_blocks(back_end: BackEnd, tmp_path: Path, kind: str, 
 
 
 def test_the_flags_of_a_descriptor_stay_the_front_ends_affair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may read its calls blocking. Nor does one that is full hold anybody up: no system call has to be interrupted."""
-    interrupted: list[int] = []
-    monkeypatch.setattr(interrupt, "interrupt", interrupted.append)
+    """It may read its calls blocking. Nor does one that is full hold anybody up: no system call has to be interrupted.
+
+    None can be, here: a thread that waited in one would stay there.
+    """
+    monkeypatch.setattr(interrupt, "interrupt", lambda _ident: None)
     full = os.eventfd(0)
     os.eventfd_write(full, _MANY)
     with no_descriptor_leaks():
@@ -285,7 +287,6 @@ def test_the_flags_of_a_descriptor_stay_the_front_ends_affair(tmp_path: Path, mo
             end.leave()
         back_end.close()
     os.close(full)
-    assert not interrupted
 
 
 @pytest.mark.parametrize("request_", [R.SET_VRING_CALL, R.SET_VRING_KICK, R.SET_VRING_ERR], ids=lambda r: r.name)
