@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from typing import Any, Never
 
 import pytest
 
 from vnetdp import cli
 from vnetdp.bench import link, ring
+from vnetdp.endpoints import loopback
 from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, drained
 from vnetdp_kernels import layout as lay
 
@@ -39,19 +38,27 @@ def test_nothing_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == "vnetdp: nothing can be measured here: run as root; TAPs are refused\n"
 
 
+class Clock:
+    """Time that passes in sleeps alone; in each of the first ones a frame arrives."""
+
+    def __init__(self, other: GenerateEndpoint, arrive: int) -> None:
+        self._other, self._arrive = other, arrive
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, _seconds: float) -> None:
+        self._now += 0.4
+        self._other.ledger[0, lay.LEDGER_DELIVERED] += self._arrive > 0
+        self._arrive -= 1
+
+
 @pytest.mark.parametrize("arrive", [10, 7])
-def test_drained_waits_as_long_as_frames_arrive(arrive: int) -> None:
+def test_drained_waits_as_long_as_frames_arrive(arrive: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with GenerateEndpoint() as one, GenerateEndpoint() as other:
         one.rows[0, lay.EP_SEQ] = 10
-
-        def deliver() -> None:
-            for _ in range(arrive):
-                time.sleep(0.1)
-                other.ledger[0, lay.LEDGER_DELIVERED] += 1
-
-        thread = threading.Thread(target=deliver)
-        thread.start()
+        monkeypatch.setattr(loopback, "time", Clock(other, arrive))
         ledger = drained(one, other, quiet_s=0.5)
-        thread.join()
         assert one.finished
         assert ledger == Ledger(sent=10, delivered=arrive, lost=10 - arrive)

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.by_hand import wait_for
 from vnetdp.bench.netns import ADDRESSES, NetnsPair, why_no_netns
 from vnetdp.endpoints.tap import TapEndpoint
 from vnetdp.link import Link
 from vnetdp.owners import Owner
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
-SECONDS = 60 if CAMPAIGN else 4
+SECONDS = 60 if CAMPAIGN else 2
 SWITCHES = 1000 if CAMPAIGN else 60
 FILE_MB = 200 if CAMPAIGN else 20
 INTERFACE = "link0"
@@ -70,6 +71,17 @@ class Switching:
         self._thread.join()
 
 
+def serve_iperf3(spaces: NetnsPair) -> None:
+    """Start an iperf3 server for one client, and wait until it listens."""
+    spaces.popen("b", ["iperf3", "-s", "-1"])
+
+    def listens() -> bool:
+        lines = [line.split() for line in spaces.run("b", ["sh", "-c", "cat /proc/net/tcp*"]).splitlines()]
+        return any((words[1][-5:], words[3]) == (":1451", "0A") for words in lines)
+
+    wait_for(listens, "iperf3 listens on port 5201")
+
+
 def tcp_trouble(spaces: NetnsPair) -> dict[str, int]:
     """Resets and failures that TCP counted, both sides."""
     counters: dict[str, int] = {}
@@ -99,7 +111,8 @@ def test_ping_both_ways(spaces: NetnsPair, link: Link) -> None:
     with Switching(link, 40, 2.0):
         for side, other in (("a", "b"), ("b", "a")):
             # With a deadline it goes on until so many are answered: else it gives the last ones two round trips, no more.
-            said = spaces.run(side, ["ping", "-c", "100", "-w", "30", "-i", "0.01", "-s", "1400", ADDRESSES[other]])
+            ping = ["ping", "-c", "100", "-w", "60", "-i", "0.01", "-s", "1400", ADDRESSES[other]]
+            said = spaces.run(side, ping, timeout=120)
             answered = [int(number) for number in re.findall(r"icmp_seq=(\d+)", said)]
             assert answered == list(range(1, len(answered) + 1)), said
             assert len(answered) >= 100, said
@@ -109,19 +122,16 @@ def test_ping_both_ways(spaces: NetnsPair, link: Link) -> None:
 def test_tcp_both_ways_at_once(spaces: NetnsPair, link: Link) -> None:
     if shutil.which("iperf3") is None:
         pytest.skip("iperf3 isn't installed")
-    spaces.popen("b", ["iperf3", "-s", "-1"])
-    time.sleep(0.5)
-    client = spaces.popen("a", ["iperf3", "-c", ADDRESSES["b"], "-t", str(10 * SECONDS), "--bidir"])
-    began = time.monotonic()
+    serve_iperf3(spaces)
+    client = spaces.popen("a", ["iperf3", "-c", ADDRESSES["b"], "-t", "3600", "--bidir"])
     with Switching(link, SWITCHES, SECONDS):
         pass
-    while time.monotonic() - began < SECONDS:
-        time.sleep(0.1)
+    enough = 10_000_000 * SECONDS
+    ends = (link.left, link.right)
+    wait_for(lambda: all(end.counters()["bytes_from_wire"] > enough for end in ends), f"{enough} bytes each way")
     # Before its end: iperf3 itself resets connections whose other side still sends.
     assert client.poll() is None
     assert not any(tcp_trouble(spaces).values()), tcp_trouble(spaces)
-    for side in ("left", "right"):
-        assert link.report()[side]["bytes_from_wire"] > 10_000_000 * SECONDS
     assert_healthy(link, SWITCHES)
 
 
@@ -158,10 +168,10 @@ def test_several_queue_pairs(spaces: NetnsPair) -> None:
         ends = [stack.enter_context(TapEndpoint(INTERFACE, 2, netns=spaces.names[side])) for side in ("a", "b")]
         link = stack.enter_context(Link(ends[0], ends[1], "vhost", queue_pairs=2))
         spaces.configure(INTERFACE)
-        spaces.popen("b", ["iperf3", "-s", "-1"])
-        time.sleep(0.5)
-        with Switching(link, 20, 2.0):
-            said = json.loads(spaces.run("a", ["iperf3", "-c", ADDRESSES["b"], "-t", "2", "-P", "16", "-J"]))
+        serve_iperf3(spaces)
+        client = ["iperf3", "-c", ADDRESSES["b"], "-n", "64M", "-P", "16", "-J"]
+        with Switching(link, 20, 1.0):
+            said = json.loads(spaces.run("a", client, timeout=120))
         assert said["end"]["sum_received"]["bytes"] > 10_000_000
         assert link.device.owner in (Owner.VHOST, Owner.USERSPACE)
         used = [index for index, queue in enumerate(link.device.counters()) if queue["packets"] > 100]
@@ -174,13 +184,13 @@ def test_a_tap_that_goes_down_or_away_costs_only_its_frames(spaces: NetnsPair) -
         ends = [stack.enter_context(TapEndpoint(INTERFACE, netns=spaces.names[side])) for side in ("a", "b")]
         link = stack.enter_context(Link(ends[0], ends[1], "vhost"))
         spaces.configure(INTERFACE)
-        ping = ["ping", "-q", "-c", "20", "-i", "0.01", "-w", "5", ADDRESSES["b"]]
-        spaces.run("a", ping)
+        ping = ["ping", "-q", "-c", "20", "-i", "0.01", "-w", "60", ADDRESSES["b"]]
+        spaces.run("a", ping, timeout=120)
         spaces.ip("b", f"link set dev {INTERFACE} down")
         with pytest.raises(Exception, match=r"100% packet loss|exit status"):
             spaces.run("a", ["ping", "-q", "-c", "20", "-i", "0.01", "-w", "1", ADDRESSES["b"]])
         spaces.ip("b", f"link set dev {INTERFACE} up")
-        spaces.run("a", ping)
+        spaces.run("a", ping, timeout=120)
         assert link.report()["errors"] == []
         spaces.ip("b", f"link delete {INTERFACE}")
         sleeps = int(link.driver.ctl[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,12 +227,17 @@ class Watched(FaultEndpoint):
 
 @pytest.mark.parametrize("side", ["device", "guest"])
 def test_a_full_line_is_waited_for_and_not_spun_on(side: str) -> None:
-    with GenerateEndpoint() as source, Watched(NullEndpoint(), delay_ms=3000) as fault:
+    with GenerateEndpoint() as source, Watched(NullEndpoint(), delay_ms=60_000) as fault:
         ends = (fault, source) if side == "device" else (source, fault)
         with guest_of(*ends):
             wait_for(lambda: fault.rows[0, lay.EP_OUT_COUNT] == 64, "the line is full, and the slots before it")
             assert fault.rests(0.3)
-            wait_for(lambda: fault.inner.counters()["to_wire"] > 5000, "it goes on once the first are due")
+            delayed = fault.struck["delay"]
+            with fault._python_side:
+                line = fault._to_wire[0]
+                line.waiting = deque((0, one) for _, one in line.waiting)
+                fault._alarms[0].ring()
+            wait_for(lambda: fault.struck["delay"] > delayed + 64, "it goes on once the first are due")
 
 
 def test_a_step_ends_while_a_line_is_full() -> None:
