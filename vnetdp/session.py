@@ -19,7 +19,6 @@ from .errors import BackendError, ConfigError, EndpointError, RemoteProtocolErro
 from .inflight import InflightArea
 from .memory import DirtyLog
 from .notify import EventFd, PeerEvent
-from .state import VIRTIO_CONFIG_S_DRIVER_OK
 from .vhost_user.connection import BackEndConnection, Message
 from .vhost_user.message import (
     MAX_CONFIG,
@@ -78,6 +77,7 @@ class Session:
         self._vrings = Vrings(self._connection, worker, endpoint)
         self._front_end: socket.socket | None = None
         self._unsent = b""  # of a message to it
+        self._status = 0  # the driver's, as the front end tells it
         self._device_state_ok = True
         self._pending_state = -1  # a descriptor to load a state from
         self._vrings.forget_enabled()
@@ -364,7 +364,7 @@ class Session:
         self._mac = payload.data[:6]
 
     def _on_reset_device(self, _payload: Empty, _fds: list[int]) -> None:
-        self._vrings.status = 0
+        self._status = 0
         self._vrings.reset()
         self._vrings.rewind()
         self._vrings.forget_enabled()
@@ -372,15 +372,12 @@ class Session:
     def _on_set_status(self, payload: U64, _fds: list[int]) -> None:
         if payload.value > 0xFF:
             raise RequestRefused(f"status {payload.value:#x} is not a u8")
-        self._vrings.status = payload.value
+        self._status = payload.value
         if payload.value == 0:
             self._vrings.reset()
-        elif payload.value & VIRTIO_CONFIG_S_DRIVER_OK:
-            for index in range(len(self._vrings.rings)):
-                self._vrings.start_if_ready(index)
 
     def _on_get_status(self, _payload: Empty, _fds: list[int]) -> Payload:
-        return U64(self._vrings.status)
+        return U64(self._status)
 
     # --- inflight ---
 

@@ -19,7 +19,6 @@ from .errors import BackendError, GuestError, RequestRefused
 from .inflight import InflightArea
 from .memory import DirtyLog, GuestMemory, Region
 from .notify import EventFd
-from .state import VIRTIO_CONFIG_S_DRIVER_OK
 from .vhost_user.connection import BackEndConnection
 from .vhost_user.message import VHOST_VRING_F_LOG, BackendRequest, MemoryRegion, ProtocolFeature, VringAddr
 from .vhost_user.transport import close_fds
@@ -70,8 +69,7 @@ class Mapped:
 class Vrings:
     """A front end's rings: 2i and 2i + 1 are served by backend i of *worker*, and lead to queue pair i of *endpoint*.
 
-    status: the driver's, where the connection has STATUS: rings wait for DRIVER_OK then. regions: the memory table as it was
-    told; memory: the same, mapped, with the inflight area beside it.
+    regions: the memory table as it was told; memory: the same, mapped, with the inflight area beside it.
     """
 
     def __init__(self, connection: BackEndConnection, worker: Served, endpoint: Endpoint) -> None:
@@ -79,7 +77,6 @@ class Vrings:
         self._worker = worker
         self._endpoint = endpoint
         self.rings = [Vring() for _ in range(VRINGS * len(worker.backends))]
-        self.status = 0
         self.regions: list[Mapped] = []
         self.memory: GuestMemory | None = None
         self.inflight: InflightArea | None = None
@@ -112,12 +109,14 @@ class Vrings:
             ring.enabled = None
 
     def start_if_ready(self, index: int) -> None:
-        """Start a ring once it is described, its kick is known, and the driver is ready if that is told."""
+        """Start a ring once it is described and its kick is known.
+
+        Not DRIVER_OK: QEMU's generic device takes STATUS and never tells it, and a front end has no kick to give before.
+        """
         ring = self.rings[index]
-        told = self._connection.has(ProtocolFeature.STATUS)
         described = ring.num and ring.addr is not None and self.memory is not None
         ready = described and ring.has_kick and ring.enabled is not None
-        if ready and not ring.bound and (not told or self.status & VIRTIO_CONFIG_S_DRIVER_OK):
+        if ready and not ring.bound:
             with self.standing_still():
                 self.start(index)
 

@@ -26,7 +26,7 @@ from tests.by_hand import (
 )
 from tests.test_drive_serve import served
 from tests.vhost_user.card import NUM, Card, attached, hang, in_thread
-from tests.vhost_user.rig import PAIRS, UNTOLD, VERSION_1, serve
+from tests.vhost_user.rig import PAIRS, VERSION_1, serve
 from tests.vhost_user.test_recovery import supervised
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
@@ -205,7 +205,6 @@ def test_a_ring_that_was_refused_after_its_kick_is_taken_back(tmp_path: Path, mo
 
     monkeypatch.setattr(Session, "_on_set_vring_enable", refuse)
     with in_thread(tmp_path) as back_end, ExitStack() as stack:
-        back_end.server.protocol_features = int(UNTOLD)  # without STATUS a ring starts by its kick
         front_end = stack.enter_context(attached(back_end.path))
         memory = stack.enter_context(GuestMemory.create([(0x10000, 1 << 20)]))
         wire = stack.enter_context(EchoEndpoint())

@@ -6,7 +6,9 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.by_hand import READY, wait_equal
+import pytest
+
+from tests.by_hand import DRIVER_OK, READY
 from tests.vhost_user.rig import (
     FEATURES,
     GPA,
@@ -94,11 +96,21 @@ def test_a_device_that_is_reset_has_no_status_and_begins_anew(back_end: BackEnd)
                 assert guest.end.ask(R.GET_VRING_BASE, state(index, 0)) == state(index, 0)
                 ring = guest.rings[index]
                 ring.avail_idx = ring.used_idx = 0
+
+
+@pytest.mark.parametrize("said", [None, 0, READY & ~DRIVER_OK])
+def test_a_ring_starts_by_its_kick_before_the_front_end_tells_driver_ok_if_it_ever_does(
+    back_end: BackEnd, said: int | None
+) -> None:
+    """QEMU's generic device takes STATUS, tells FEATURES_OK, and nothing after it."""
+    with attached(back_end, SPOKEN) as guest:
+        if said is not None:
+            assert guest.end.tell(R.SET_STATUS, u64(said))
         guest.start(0, 1)
-        guest.rings[1].send(0, bytes(60))
-        guest.kicks[1].signal()
-        guest.end.ask(R.GET_QUEUE_NUM)
-        assert guest.rings[1].used_idx == 0  # it waits for DRIVER_OK again
-        guest.rings[0].post(0)
+        for n in range(3):
+            guest.echo(n)
+        assert status(guest) == (said or 0)
         assert guest.end.tell(R.SET_STATUS, u64(READY))
-        wait_equal(lambda: guest.rings[0].used_idx, 1)
+        guest.echo(3)
+        for index in (0, 1):
+            assert guest.end.ask(R.GET_VRING_BASE, state(index, 0)) == state(index, 4)
