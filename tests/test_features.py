@@ -86,8 +86,19 @@ def test_lists_of_features_say_what_is_left_or_what_is_left_out() -> None:
     assert f.parse(" CSUM , guest_csum,,") == f.VIRTIO_NET_F_CSUM | f.VIRTIO_NET_F_GUEST_CSUM
     with pytest.raises(ConfigError, match="unknown feature 'tso'"):
         f.parse("csum,tso")
-    with pytest.raises(ConfigError, match="either what is left out, each with a minus, or all that is left"):
-        f.parse("csum,-guest_csum")
+    for mixed in ("csum,-guest_csum", "+csum,guest_csum"):
+        with pytest.raises(ConfigError, match="either all that is left, or changes"):
+            f.parse(mixed)
+
+
+def test_lists_of_features_change_the_usual_ones() -> None:
+    usual = f.VIRTIO_NET_F_CSUM | f.VIRTIO_NET_F_MTU
+    assert f.parse("", usual=usual) == usual
+    assert f.parse("+mac", usual=usual) == usual | f.VIRTIO_NET_F_MAC
+    assert f.parse("-csum,+mac", usual=usual) == f.VIRTIO_NET_F_MTU | f.VIRTIO_NET_F_MAC
+    assert f.parse("mac", usual=usual) == f.VIRTIO_NET_F_MAC
+    with pytest.raises(ConfigError, match="both left out and added"):
+        f.parse("-mac,+mac", usual=usual)
 
 
 @given(ANY)

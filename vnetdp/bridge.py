@@ -18,6 +18,7 @@ from .endpoints.loopback import NullEndpoint
 from .memory import Bytes, Words
 from .notify import EventFd
 from .server import Server
+from .session import USUAL_PROTOCOL_FEATURES
 from .vhost_user.message import ProtocolFeature
 
 _LOOK_S = 0.2
@@ -62,7 +63,12 @@ class Bridge:
             for path, side, mac in zip((left, right), self._sides, _MACS, strict=True):
                 end = stack.enter_context(NullEndpoint(queue_pairs))
                 server = Server(
-                    end, path, queue_pairs=queue_pairs, protocol_features=~ProtocolFeature.RARP, mac=mac, worker=side
+                    end,
+                    path,
+                    queue_pairs=queue_pairs,
+                    protocol_features=USUAL_PROTOCOL_FEATURES & ~ProtocolFeature.RARP,
+                    mac=mac,
+                    worker=side,
                 )
                 self.servers.append(stack.enter_context(server))
             self._stack = stack.pop_all()

@@ -214,8 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--features", metavar="LIST",
                        help="offer less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
                             "only these, and what they need")  # fmt: skip
-    serve.add_argument("--protocol-features", metavar="LIST",
-                       help="offer less: -inflight_shmfd,-status,... all but these; mq,config,... only these")  # fmt: skip
+    serve.add_argument("--protocol-features", metavar="LIST", default="",
+                       help="offer more or less: -inflight_shmfd,-status,... all but these; mq,config,... only these; "
+                            "+device_state: that, too, which QEMU then needs wherever it migrates")  # fmt: skip
     serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
     serve.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     serve.add_argument(

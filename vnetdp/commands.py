@@ -183,15 +183,14 @@ def serve(args: argparse.Namespace) -> int:
     from .endpoints.spec import parse_endpoint
     from .features import parse, with_needs
     from .server import Server
+    from .session import USUAL_PROTOCOL_FEATURES
     from .vhost_user.message import ProtocolFeature
     from .warmup import warm_up
 
     _take_all_descriptors()
     features = None if args.features is None else with_needs(parse(args.features))
-    protocol_features = None
-    if args.protocol_features is not None:
-        known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
-        protocol_features = parse(args.protocol_features, known)
+    known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
+    protocol_features = parse(args.protocol_features, known, USUAL_PROTOCOL_FEATURES)
     with _until_signal() as stop, ExitStack() as stack:
         endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
         warm_up(say)

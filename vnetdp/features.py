@@ -136,18 +136,24 @@ def with_needs(features: int) -> int:
     return features
 
 
-def parse(text: str, known: Mapping[str, int] = NAMES) -> int:
+def parse(text: str, known: Mapping[str, int] = NAMES, usual: int = (1 << 64) - 1) -> int:
     """Return the bits that a comma-separated list of *known* names stands for.
 
-    `-name`: all but that; `name`: only that. A list has one kind or the other.
+    `-name`: the *usual* without that; `+name`: the usual and that; `name`: only that. No list has names with and without
+    a sign.
     """
     words = [word for part in text.split(",") if (word := part.strip().lower())]
-    features = 0
+    bits = {"+": 0, "-": 0, "": 0}
     for word in words:
-        name = word.removeprefix("-")
+        sign = word[0] if word[0] in "+-" else ""
+        name = word.removeprefix(sign)
         if name not in known:
             raise ConfigError(f"unknown feature {name!r}; known are {', '.join(sorted(known))}")
-        if word.startswith("-") != words[0].startswith("-"):
-            raise ConfigError(f"features {text!r}: either what is left out, each with a minus, or all that is left")
-        features |= known[name]
-    return features if words and not words[0].startswith("-") else ~features & (1 << 64) - 1
+        bits[sign] |= known[name]
+    if bits[""] and (bits["+"] or bits["-"]):
+        raise ConfigError(
+            f"features {text!r}: either all that is left, or changes: left out with a minus, added with a plus"
+        )
+    if bits["+"] & bits["-"]:
+        raise ConfigError(f"features {text!r}: one is both left out and added")
+    return bits[""] or (usual | bits["+"]) & ~bits["-"]

@@ -21,9 +21,9 @@ from .backends.worker import Worker
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
 from .notify import EventFd
-from .session import Session
+from .session import USUAL_PROTOCOL_FEATURES, Session
 from .vhost_user.listener import Listener
-from .vhost_user.message import MAX_VRINGS
+from .vhost_user.message import MAX_VRINGS, ProtocolFeature
 from .vhost_user.transport import Transport
 from .vrings import Served
 
@@ -40,9 +40,10 @@ class Server:
     """Serves *endpoint* to one front end after another, on the Unix socket *path*.
 
     connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
-    features, protocol_features: what may be offered of what can be; None = all. worker: who serves the rings; None makes
-    a `Worker`, with *poll_us*. inband: offer notifications as messages, which Linux takes wherever it can, and which cost
-    it speed. The endpoint, and a worker that was given, stay the caller's.
+    features: what may be offered of what can be; None = all. protocol_features: likewise; None = all but DEVICE_STATE, as
+    QEMU migrates a guest that has it to no back end without. worker: who serves the rings; None makes a `Worker`, with
+    *poll_us*. inband: offer notifications as messages, which Linux takes wherever it can, and which cost it speed. The
+    endpoint, and a worker that was given, stay the caller's.
     """
 
     def __init__(
@@ -154,9 +155,9 @@ class Server:
     def _serve(self, transport: Transport, stop: Callable[[], bool], wake_fd: int) -> None:
         """Serve one front end until it leaves, breaks the rules, or we are stopped."""
         transport.sock.settimeout(_MESSAGE_TIMEOUT_S)
-        session = Session(
-            transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, self.inband, self.protocol_features
-        )  # fmt: skip
+        usual = USUAL_PROTOCOL_FEATURES if self.protocol_features is None else ProtocolFeature(self.protocol_features)
+        offer = usual | (ProtocolFeature.INBAND_NOTIFICATIONS if self.inband else 0)
+        session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, offer)
         self._worker_ended.clear()
         forget = self.worker.paced.listeners.add(session.ring_broke, self._worker_ended.signal)
         spoke = False

@@ -46,6 +46,10 @@ from .vrings import InbandEvent, Mapped, Served, Vrings
 _log = logging.getLogger("vnetdp.session")
 
 _F = ProtocolFeature
+_EVERY = _F(sum(_F))
+# Offered unless others are asked for. A guest whose back end has DEVICE_STATE is migrated by QEMU to none without it, such
+# as DPDK's; INBAND_NOTIFICATIONS is taken by Linux wherever it is offered, and slow.
+USUAL_PROTOCOL_FEATURES = _EVERY & ~(_F.DEVICE_STATE | _F.INBAND_NOTIFICATIONS)
 MAX_MEM_SLOTS = 509  # as the kernel's vhost has, and what memory hot-plug asks for
 
 
@@ -60,8 +64,7 @@ class Session:
         offer: int | None,
         mtu: int | None,
         mac: bytes,
-        inband: bool = False,
-        protocol_offer: int | None = None,
+        protocol_offer: ProtocolFeature = USUAL_PROTOCOL_FEATURES,
     ) -> None:
         self._transport = transport
         self._worker = worker
@@ -69,8 +72,7 @@ class Session:
         self._mtu = mtu
         self._mtu_before: int | None = None  # the endpoint's, before this front end set another
         self._mac = mac
-        self._inband = inband
-        self._protocol_offer = protocol_offer
+        self._protocol_offer = protocol_offer & _EVERY
         self._connection = BackEndConnection()
         self._connection.offered_features = self._can_offer() if offer is None else self._can_offer() & offer
         self._connection.offered_features |= f.VHOST_USER_F_PROTOCOL_FEATURES
@@ -92,14 +94,6 @@ class Session:
         if len(self._worker.backends) > 1:
             bits |= f.VIRTIO_NET_F_MQ  # QEMU and DPDK serve the control queue themselves
         return bits
-
-    def _protocol_features(self) -> ProtocolFeature:
-        bits = _F.LOG_SHMFD | _F.RARP | _F.REPLY_ACK | _F.MTU | _F.BACKEND_REQ | _F.CONFIG | _F.INFLIGHT_SHMFD
-        bits |= _F.RESET_DEVICE | _F.CONFIGURE_MEM_SLOTS | _F.STATUS | _F.DEVICE_STATE
-        if self._inband:
-            bits |= _F.INBAND_NOTIFICATIONS
-        bits |= _F.MQ
-        return bits if self._protocol_offer is None else bits & self._protocol_offer
 
     # --- one message ---
 
@@ -166,10 +160,10 @@ class Session:
                 self._vrings.enable(index, True)
 
     def _on_get_protocol_features(self, _payload: Empty, _fds: list[int]) -> Payload:
-        return U64(self._protocol_features())
+        return U64(int(self._protocol_offer))
 
     def _on_set_protocol_features(self, payload: U64, _fds: list[int]) -> None:
-        if payload.value & ~self._protocol_features():
+        if payload.value & ~self._protocol_offer:
             raise RequestRefused(f"protocol features that were not offered: {payload.value:#x}")
         wanted = ProtocolFeature(payload.value)
         if wanted & _F.INBAND_NOTIFICATIONS and not (wanted & _F.BACKEND_REQ and wanted & _F.REPLY_ACK):

@@ -130,6 +130,26 @@ def test_reflect(tmp_path: Path) -> None:
         assert_pings(guest, 50, "10.0.0.99")
 
 
+def test_the_generic_device_which_never_tells_driver_ok(host: Host, tmp_path: Path) -> None:
+    """It knows nothing of networks: configuration and features are all `serve`'s. It takes STATUS, which is offered."""
+    try:
+        images.newest_qemu()
+    except images.MissingError as e:
+        pytest.skip(str(e))
+    with Serve(tmp_path, host.tap(), tmp_path / "socket") as serve:
+        with QemuGuest(tmp_path, serve.sock, generic=True) as guest:
+            host.address()
+            guest.boot()
+            assert guest.run("cat /sys/class/net/eth0/address").strip() == "52:54:00:12:34:56"
+            for _ in range(2):
+                up(guest)
+                assert_pings(guest, 20)
+                guest.run("rmmod virtio_net && modprobe virtio_net")
+            up(guest)
+            assert_downloads(guest, host, 10)
+        assert serve.stop()["refused"] == 0, serve.said()
+
+
 def test_a_back_end_that_is_killed_and_restarted(host: Host, tmp_path: Path) -> None:
     """QEMU owns the socket; whoever supervises `serve --connect` starts it again, and the guest goes on."""
     socket = tmp_path / "socket"

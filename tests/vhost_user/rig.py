@@ -49,12 +49,13 @@ MEMORY_LEN = 1 << 20
 UVA = 0x7F00_0000_0000  # where the guest's memory seems to be in the front end
 
 P = ProtocolFeature
-# All that is offered but notifications in band, which need a second socket.
+# What is offered to everybody.
 SPOKEN = (
     P.MQ | P.LOG_SHMFD | P.RARP | P.REPLY_ACK | P.MTU | P.BACKEND_REQ | P.CONFIG | P.INFLIGHT_SHMFD
-    | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS | P.DEVICE_STATE
+    | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS
 )  # fmt: skip
 UNTOLD = SPOKEN & ~P.STATUS  # the same, of a front end that doesn't tell the device status
+MOVABLE = SPOKEN | P.DEVICE_STATE  # what these back ends are asked to offer
 
 
 class Left(Exception):  # noqa: N818 - it is no error
@@ -354,7 +355,9 @@ class InThread:
         self._lines = _Lines()
         logging.getLogger("vnetdp").addHandler(self._lines)
         self._endpoint = EchoEndpoint(PAIRS)
-        self.server = Server(self._endpoint, self.path, queue_pairs=PAIRS, inband=inband)
+        self.server = Server(
+            self._endpoint, self.path, queue_pairs=PAIRS, inband=inband, protocol_features=int(MOVABLE)
+        )
         self._stop = threading.Event()
         self._wake = EventFd()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -425,7 +428,10 @@ class InProcess:
 
 def serve(path: str, log: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start `vnetdp serve echo` on *path*, what it says going into *log*; it may not serve yet."""
-    command = [sys.executable, "-m", "vnetdp", "serve", "echo", "--socket", path, "--queue-pairs", str(PAIRS), *options]
+    command = [
+        *(sys.executable, "-m", "vnetdp", "serve", "echo", "--socket", path, "--queue-pairs", str(PAIRS)),
+        *("--protocol-features", "+device_state", *options),
+    ]
     with log.open("ab") as out:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out)
 

@@ -24,7 +24,7 @@ from tests.by_hand import (
     wait_for,
 )
 from tests.vhost_user.card import NUM, Card, attached, in_thread
-from tests.vhost_user.rig import NEED_REPLY, NO_FD, PAIRS, SPOKEN, UNTOLD, VERSION_1
+from tests.vhost_user.rig import MOVABLE, NEED_REPLY, NO_FD, PAIRS, UNTOLD, VERSION_1
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint
@@ -110,10 +110,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize(
     ("spoken", "reset"),
     [
-        (SPOKEN, ("SET_STATUS", 0)),
-        (UNTOLD & ~ProtocolFeature.DEVICE_STATE, ("RESET_DEVICE", None)),
-        (UNTOLD, None),  # its state may be asked for next
-        (UNTOLD & ~(ProtocolFeature.DEVICE_STATE | ProtocolFeature.RESET_DEVICE), None),
+        (MOVABLE, ("SET_STATUS", 0)),
+        (UNTOLD, ("RESET_DEVICE", None)),
+        (UNTOLD | ProtocolFeature.DEVICE_STATE, None),  # its state may be asked for next
+        (UNTOLD & ~ProtocolFeature.RESET_DEVICE, None),
     ],
 )
 def test_a_device_that_is_reset_resets_its_back_end_and_begins_anew(
@@ -137,7 +137,7 @@ def test_a_device_that_is_reset_resets_its_back_end_and_begins_anew(
         card.close()
 
 
-@pytest.mark.parametrize("spoken", [SPOKEN, UNTOLD & ~ProtocolFeature.DEVICE_STATE])
+@pytest.mark.parametrize("spoken", [MOVABLE, UNTOLD])
 def test_both_queues_are_reset_one_after_the_other(tmp_path: Path, spoken: ProtocolFeature) -> None:
     """The back end has no ring between the two, and is reset itself."""
     with in_thread(tmp_path) as back_end, ExitStack() as stack:

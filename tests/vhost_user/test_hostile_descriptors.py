@@ -16,6 +16,7 @@ import pytest
 
 from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.vhost_user.rig import (
+    MOVABLE,
     SPOKEN,
     UNTOLD,
     BackEnd,
@@ -438,7 +439,7 @@ BLOBS = {
 @pytest.mark.parametrize("blob", BLOBS.values(), ids=BLOBS)
 def test_a_state_that_is_none(back_end: BackEnd, blob: bytes) -> None:
     with costs_nothing(back_end, 1), ByHand.dial(back_end.path) as end:
-        end.shake_hands()
+        end.shake_hands(protocol=MOVABLE)
         good = save(end)
         assert not load(end, blob)
         assert load(end, good)
@@ -450,7 +451,7 @@ def test_a_state_that_is_none(back_end: BackEnd, blob: bytes) -> None:
 @pytest.mark.parametrize("direction", [SAVE, LOAD], ids=["save", "load"])
 def test_a_pipe_that_is_none(back_end: BackEnd, tmp_path: Path, kind: str, direction: bytes) -> None:
     with costs_nothing(back_end, None), odd(kind, tmp_path) as fd, ByHand.dial(back_end.path) as end:
-        end.shake_hands()
+        end.shake_hands(protocol=MOVABLE)
         try:
             for _ in range(3):
                 end.ask(R.SET_DEVICE_STATE_FD, direction, [fd])
@@ -465,7 +466,7 @@ def test_a_pipe_that_is_none(back_end: BackEnd, tmp_path: Path, kind: str, direc
 def test_a_pipe_made_blocking_again(back_end: BackEnd, tmp_path: Path, direction: bytes) -> None:
     kind = "a pipe that is full" if direction == SAVE else "a fifo"
     with costs_nothing(back_end, None), odd(kind, tmp_path) as fd, ByHand.dial(back_end.path) as end:
-        end.shake_hands()
+        end.shake_hands(protocol=MOVABLE)
         end.send(R.SET_DEVICE_STATE_FD, direction, [fd])
         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_RDWR)
         end.answer(R.SET_DEVICE_STATE_FD)
@@ -477,7 +478,7 @@ def test_a_pipe_made_blocking_again(back_end: BackEnd, tmp_path: Path, direction
 @pytest.mark.parametrize(("direction", "phase"), [(2, 0), (0, 1), (2**32 - 1, 0), (0, 2**32 - 1)])
 def test_a_state_of_another_kind(back_end: BackEnd, direction: int, phase: int) -> None:
     with costs_nothing(back_end, None), ByHand.dial(back_end.path) as end:
-        end.shake_hands()
+        end.shake_hands(protocol=MOVABLE)
         reader, writer = os.pipe()
         assert end.ask(R.SET_DEVICE_STATE_FD, struct.pack("<II", direction, phase), [writer]) == NOT_OK
         os.close(writer)
@@ -487,7 +488,7 @@ def test_a_state_of_another_kind(back_end: BackEnd, direction: int, phase: int) 
 
 
 def test_no_state_is_saved_or_loaded_while_rings_run(back_end: BackEnd) -> None:
-    with costs_nothing(back_end, None), attached(back_end) as guest:
+    with costs_nothing(back_end, None), attached(back_end, MOVABLE) as guest:
         go(guest, 0, 1)
         for direction in (SAVE, LOAD):
             reader, writer = os.pipe()

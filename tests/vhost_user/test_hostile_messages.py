@@ -10,10 +10,10 @@ import pytest
 
 from tests.vhost_user.rig import (
     FEATURES,
+    MOVABLE,
     NEED_REPLY,
     NUM,
     PAIRS,
-    SPOKEN,
     UVA,
     BackEnd,
     ByHand,
@@ -51,7 +51,7 @@ SHAPES: dict[Request, tuple[bytes, range]] = {
     R.SET_VRING_CALL: (u64(0), range(1, 2)),
     R.SET_VRING_ERR: (u64(0), range(1, 2)),
     R.GET_PROTOCOL_FEATURES: (b"", range(1)),
-    R.SET_PROTOCOL_FEATURES: (u64(SPOKEN), range(1)),
+    R.SET_PROTOCOL_FEATURES: (u64(MOVABLE), range(1)),
     R.GET_QUEUE_NUM: (b"", range(1)),
     R.SET_VRING_ENABLE: (state(0, 1), range(1)),
     R.SEND_RARP: (u64(0), range(1)),
@@ -77,7 +77,7 @@ BY_DESCRIPTOR = [R.SET_VRING_KICK, R.SET_VRING_CALL, R.SET_VRING_ERR]
 
 def greeted(back_end: BackEnd) -> ByHand:
     end = ByHand.dial(back_end.path)
-    end.shake_hands(protocol=SPOKEN)
+    end.shake_hands(protocol=MOVABLE)
     return end
 
 

@@ -24,9 +24,9 @@ from tests.vhost_user.rig import (
     GPA,
     LOG_ALL,
     MEMORY_LEN,
+    MOVABLE,
     NUM,
     PAIRS,
-    SPOKEN,
     UNTOLD,
     UVA,
     ByHand,
@@ -107,7 +107,7 @@ class Author:
         return steps
 
     def _greeting(self) -> list[Step]:
-        self.taken = self.random.choice([SPOKEN, UNTOLD, UNTOLD, UNTOLD, SPOKEN & self.random.getrandbits(20)])
+        self.taken = self.random.choice([MOVABLE, MOVABLE, UNTOLD, UNTOLD, MOVABLE & self.random.getrandbits(20)])
         features = self.random.choice([FEATURES, FEATURES, FEATURES & ~(1 << 30), FEATURES | LOG_ALL, 0, 1 << 29])
         return [
             Send(R.SET_OWNER),
@@ -184,7 +184,7 @@ class Author:
                       UVA + self.random.randrange(4) * MEMORY_LEN, self.random.choice([0, 0, PAGE, number]))  # fmt: skip
         shapes: dict[Request, Callable[[], tuple[bytes, tuple[str, ...]]]] = {
             R.SET_FEATURES: lambda: (u64(self.random.choice([FEATURES, FEATURES | LOG_ALL, 0, number])), ()),
-            R.SET_PROTOCOL_FEATURES: lambda: (u64(self.random.choice([int(SPOKEN), int(UNTOLD), 0, number])), ()),
+            R.SET_PROTOCOL_FEATURES: lambda: (u64(self.random.choice([int(MOVABLE), int(UNTOLD), 0, number])), ()),
             R.SET_MEM_TABLE: lambda: self._some_table(near, memory),
             R.ADD_MEM_REG: lambda: (bytes(8) + near, (memory,)),
             R.REM_MEM_REG: lambda: (bytes(8) + self.random.choice([near, region(GPA, MEMORY_LEN, UVA)]), ()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +15,18 @@ from typing import Any
 import pytest
 
 from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
-from tests.vhost_user.rig import ByHand, Guest, InProcess, InThread, open_files, ping
+from tests.vhost_user.rig import MOVABLE, SPOKEN, UNTOLD, ByHand, Guest, InProcess, InThread, open_files, ping
 from vnetdp import server as server_module
+from vnetdp.cli import main
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import ConfigError
 from vnetdp.notify import EventFd
 from vnetdp.server import Server
 from vnetdp.session import Session
-from vnetdp.vhost_user.message import Request, VringState
+from vnetdp.vhost_user.message import ProtocolFeature, Request, VringState
+
+EVERY = MOVABLE | ProtocolFeature.INBAND_NOTIFICATIONS
 
 
 @contextmanager
@@ -67,6 +71,60 @@ def test_more_queue_pairs_than_a_message_can_name(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="129 queue pairs: vhost-user has room for 128"),
     ):
         Server(endpoint, str(tmp_path / "socket"), queue_pairs=129)
+
+
+# --- what is offered ---
+
+
+def offered(path: str) -> ProtocolFeature:
+    with ByHand.dial(path) as end:
+        said = int.from_bytes(end.ask(Request.GET_PROTOCOL_FEATURES), "little")
+        end.leave()
+    return ProtocolFeature(said)
+
+
+def test_a_devices_state_is_offered_by_the_library_only_if_it_is_asked_for(tmp_path: Path) -> None:
+    """QEMU migrates a guest whose back end has DEVICE_STATE to none without, such as DPDK's."""
+    back_end = InThread(tmp_path)
+    for asked, got in ((None, SPOKEN), (int(MOVABLE), MOVABLE), (-1, EVERY)):
+        back_end.server.protocol_features = asked
+        assert offered(back_end.path) == got
+    back_end.server.protocol_features = None
+    back_end.server.inband = True
+    assert offered(back_end.path) == SPOKEN | ProtocolFeature.INBAND_NOTIFICATIONS
+    back_end.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "got"),
+    [
+        ("", SPOKEN),
+        ("-status", UNTOLD),
+        ("+device_state", MOVABLE),
+        ("-status,+device_state", UNTOLD | ProtocolFeature.DEVICE_STATE),
+        ("mq,device_state", ProtocolFeature.MQ | ProtocolFeature.DEVICE_STATE),
+        ("+inband_notifications", SPOKEN | ProtocolFeature.INBAND_NOTIFICATIONS),
+    ],
+)
+def test_a_command_offers_what_its_option_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, got: ProtocolFeature
+) -> None:
+    ran: list[ProtocolFeature] = []
+
+    def run(self: Server, stop: Callable[[], bool], wake_fd: int) -> None:
+        def look() -> None:
+            ran.append(offered(self.path))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        serve(self, stop, wake_fd)
+        thread.join()
+
+    serve = Server.run
+    monkeypatch.setattr(Server, "run", run)
+    assert main(["serve", "echo", "--socket", str(tmp_path / "socket"), "--protocol-features", option]) == 0
+    assert ran == [got]
 
 
 # --- who hangs up at once ---

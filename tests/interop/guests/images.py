@@ -3,7 +3,8 @@
 `python -m tests.interop.guests.images FOLDER` puts what the README's commands need into FOLDER.
 
 The cache is ~/.cache/vnetdp/guests, or $VNETDP_GUEST. Packages come from the Debian mirror that apt is configured with,
-and from that mirror's backports. A part is made once; delete its folder, or change this file, to have it made again.
+from its backports, and for the newest QEMU from its unstable release. A part is made once; delete its folder, or change this
+file, to have it made again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,32 +74,23 @@ def _run(*argv: str | Path, cwd: Path | None = None, timeout: float = _FETCH_S) 
 
 
 class Packages:
-    """The packages of this machine's Debian release, with security and backports, under lists of our own."""
+    """Debian packages from *sources* (lines of a sources.list), under lists of our own.
 
-    def __init__(self, folder: Path) -> None:
-        release = _os_release()
-        if release.get("ID") != "debian" or not KEYRING.exists():
-            raise MissingError("guests are made from Debian's packages, and this is not Debian")
-        codename = release["VERSION_CODENAME"]
+    bare: as if nothing were installed here, so that what a package needs comes with it.
+    """
+
+    def __init__(self, folder: Path, sources: str, bare: bool = False) -> None:
         for part in ("lists/partial", "cache/archives/partial", "debs"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        sites = {
-            tuple(line.split("|"))
-            for line in _run("apt-get", "indextargets", "--format", "$(SITE)|$(RELEASE)|$(COMPONENT)").splitlines()
-        }
-        own = sorted({site for site in sites if site[1].split("-")[0] == codename and site[2] == "main"})
-        main = [site for site, suite, _ in own if suite == codename]
-        if not main:
-            raise MissingError(f"apt has no source for {codename}")
-        wanted = {(site, suite) for site, suite, _ in own} | {(main[0], f"{codename}-backports")}
-        source = "".join(f"deb [signed-by={KEYRING}] {site} {suite} main\n" for site, suite in sorted(wanted))
-        self.backports = f"{codename}-backports"
         self._options = [
             *("-o", f"Dir::Etc::SourceList={folder / 'sources.list'}", "-o", "Dir::Etc::SourceParts=/dev/null"),
             *("-o", f"Dir::State::lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"),
         ]
-        (folder / "sources.list").write_text(source)
+        if bare:
+            (folder / "status").touch()
+            self._options += ["-o", f"Dir::State::status={folder / 'status'}"]
+        (folder / "sources.list").write_text(sources)
         _run("apt-get", "-q", *self._options, "update")
 
     def latest(self, meta: str) -> str:
@@ -133,9 +125,38 @@ def _os_release() -> dict[str, str]:
     return {key: value.strip('"') for key, _, value in (line.partition("=") for line in lines)}
 
 
+def _mirror() -> tuple[str, list[tuple[str, str]]]:
+    """Return the code name of this machine's release, and where apt has it from: sites and suites, the main one first."""
+    release = _os_release()
+    if release.get("ID") != "debian" or not KEYRING.exists():
+        raise MissingError("guests are made from Debian's packages, and this is not Debian")
+    codename = release["VERSION_CODENAME"]
+    lines = _run("apt-get", "indextargets", "--format", "$(SITE)|$(RELEASE)|$(COMPONENT)").splitlines()
+    targets = {tuple(line.split("|")) for line in lines}
+    own = [
+        (site, suite) for site, suite, component in targets if suite.split("-")[0] == codename and component == "main"
+    ]
+    if not any(suite == codename for _, suite in own):
+        raise MissingError(f"apt has no source for {codename}")
+    return codename, sorted(own, key=lambda pair: (pair[1] != codename, pair))
+
+
+def _sources(pairs: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"deb [signed-by={KEYRING}] {site} {suite} main\n" for site, suite in pairs)
+
+
 @functools.cache
 def _packages() -> Packages:
-    return Packages(cache_dir() / "apt")
+    """The packages of this machine's Debian release, with security and backports."""
+    codename, own = _mirror()
+    return Packages(cache_dir() / "apt", _sources([*own, (own[0][0], f"{codename}-backports")]))
+
+
+@functools.cache
+def _unstable() -> Packages:
+    """The packages of Debian's unstable release. They need libraries of its own, the loader too."""
+    _, own = _mirror()
+    return Packages(cache_dir() / "apt-sid", _sources([(own[0][0], "sid")]), bare=True)
 
 
 @contextmanager
@@ -169,23 +190,36 @@ def qemu() -> Qemu:
     with _made_once("qemu") as folder:
         if folder is not None:
             packages = _packages()
-            wanted = packages.with_dependencies("qemu-system-x86", packages.backports)
-            packages.unpack(wanted, folder)
+            packages.unpack(packages.with_dependencies("qemu-system-x86", f"{_mirror()[0]}-backports"), folder)
     libraries = ":".join(str(root / part) for part in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"))
-    data = [root / "usr/share" / part for part in ("qemu", "seabios")]
-    found = Qemu(
-        root / "usr/bin/qemu-system-x86_64",
-        {"LD_LIBRARY_PATH": libraries},
-        tuple(word for folder in data for word in ("-L", str(folder))),
-    )
+    found = Qemu(root / "usr/bin/qemu-system-x86_64", {"LD_LIBRARY_PATH": libraries}, _data(root))
     if _version(found) < _OLD_QEMU:
         raise MissingError("no QEMU 8 or newer, neither installed nor in backports")
     return found
 
 
+@functools.cache
+def newest_qemu() -> Qemu:
+    """Return the QEMU of Debian's unstable release, with every library that it needs: it has devices that 10 has not."""
+    root = cache_dir() / "qemu-sid"
+    with _made_once("qemu-sid") as folder:
+        if folder is not None:
+            packages = _unstable()
+            packages.unpack(packages.with_dependencies("qemu-system-x86", "sid"), folder)
+    libraries, program = root / "usr/lib/x86_64-linux-gnu", root / "usr/bin/qemu-system-x86_64"
+    loader = libraries / "ld-linux-x86-64.so.2"
+    return Qemu(loader, {}, ("--library-path", str(libraries), str(program), *_data(root)))
+
+
+def _data(root: Path) -> tuple[str, ...]:
+    """Return the arguments that name the firmware of an unpacked QEMU."""
+    return tuple(word for part in ("qemu", "seabios") for word in ("-L", str(root / "usr/share" / part)))
+
+
 def _version(emulator: Qemu) -> int:
     environment = {**os.environ, **emulator.environment}
-    said = subprocess.run([emulator.binary, "--version"], env=environment, capture_output=True, text=True, check=False)
+    argv = [str(emulator.binary), *emulator.arguments, "--version"]
+    said = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     found = re.search(r"version (\d+)", said.stdout)
     return int(found[1]) if found else 0
 

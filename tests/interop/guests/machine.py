@@ -226,8 +226,9 @@ def _connect(path: Path, timeout: float = 20) -> socket.socket:
 class QemuGuest(Guest):
     """A PC in QEMU under TCG. Its network device is vhost-user on *sock*; None = it has none.
 
-    device: more properties of virtio-net-pci. machine: of the machine. listen: QEMU owns the socket. incoming: the
-    guest is to arrive by migration, on a socket of that path.
+    device: more properties of virtio-net-pci. generic: QEMU's generic vhost-user device in its place, in the newest QEMU.
+    machine: of the machine. listen: QEMU owns the socket. incoming: the guest is to arrive by migration, on a socket of
+    that path.
     """
 
     def __init__(
@@ -237,6 +238,7 @@ class QemuGuest(Guest):
         *,
         name: str = "qemu",
         device: str = "",
+        generic: bool = False,
         machine: str = "q35",
         memory_mb: int = 256,
         cpus: int = 1,
@@ -246,7 +248,7 @@ class QemuGuest(Guest):
         mac: str = "52:54:00:00:00:02",
     ) -> None:
         super().__init__(folder, name)
-        emulator, image = images.qemu(), images.pc()
+        emulator, image = images.newest_qemu() if generic else images.qemu(), images.pc()
         line, monitor = folder / f"{name}.line", folder / f"{name}.qmp"
         argv = [
             *(str(emulator.binary), *emulator.arguments, "-accel", "tcg", "-M", machine, "-m", str(memory_mb)),
@@ -261,15 +263,14 @@ class QemuGuest(Guest):
             ),
         ]
         if sock is not None:
-            queues, several = "", ""
-            if queue_pairs > 1:
-                queues, several = f",queues={queue_pairs}", ",mq=on"
-            argv += [
-                *("-chardev", f"socket,id=vu,path={sock}{',server=on' if listen else ''}"),
-                *("-netdev", f"vhost-user,id=net,chardev=vu{queues}"),
-                "-device",
-                f"virtio-net-pci,netdev=net,mac={mac},romfile={several}{',' if device else ''}{device}",
-            ]
+            argv += ["-chardev", f"socket,id=vu,path={sock}{',server=on' if listen else ''}"]
+            if generic:
+                card = f"vhost-user-test-device-pci,chardev=vu,virtio-id=1,num_vqs={2 * queue_pairs},config_size=12"
+            else:
+                queues, several = (f",queues={queue_pairs}", ",mq=on") if queue_pairs > 1 else ("", "")
+                argv += ["-netdev", f"vhost-user,id=net,chardev=vu{queues}"]
+                card = f"virtio-net-pci,netdev=net,mac={mac},romfile={several}"
+            argv += ["-device", f"{card}{',' if device else ''}{device}"]
         if incoming is not None:
             argv += ["-incoming", f"unix:{incoming}"]
         with (folder / f"{name}.err").open("wb") as errors:
