@@ -21,7 +21,10 @@ def _fails() -> None:
 @pytest.mark.parametrize(
     ("side", "says"),
     [
-        ("left", "nobody runs the rings: set_backend (vring 0): ESRCH: the worker's thread has ended"),
+        (
+            "left",
+            "nobody runs the rings: set_backend (vring 0): ESRCH: the worker's thread has ended: RuntimeError: a defect",
+        ),
         ("right", "the driver's thread ended: RuntimeError: a defect"),
     ],
 )
