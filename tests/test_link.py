@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.by_hand import PATIENCE, wait_for
+from tests.by_hand import PATIENCE, wait_equal, wait_for
 from vnetdp import link as link_module
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
@@ -34,7 +34,7 @@ def test_a_thread_that_ended_is_an_error(side: str, says: str, monkeypatch: pyte
         end = {"left": left, "right": right}[side]
         monkeypatch.setattr(end, "service", _fails)
         end.put(bytes(60))
-        wait_for(lambda: link.report()["errors"] == [says], says)
+        wait_equal(lambda: link.report()["errors"], [says.format("RuntimeError: a defect")])
 
 
 class Watched(GenerateEndpoint):
