@@ -176,7 +176,7 @@ def test_logging_starts_and_stops_beside_a_broken_queue(device: NetDevice) -> No
     log = DirtyLog(device.memory.end)
     device.set_log(log)
     send_one(device, rings[3], 3)
-    assert rings[3].used // lay.PAGE_SIZE in log.pages()
+    wait_for(lambda: rings[3].used // lay.PAGE_SIZE in log.pages(), "the used ring, which is marked behind the write")
     device.set_log(None)
     send_one(device, rings[3], 3)
     assert device.fallbacks == 0

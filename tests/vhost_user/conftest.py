@@ -45,12 +45,6 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Revived]:
     revived.close()
 
 
-@pytest.fixture
-def patient(process: _Revived) -> BackEnd:
-    """The process, for what takes seconds."""
-    return process.get()
-
-
 @pytest.fixture(params=["thread", "process"])
 def back_end(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BackEnd]:
     if request.param == "process":

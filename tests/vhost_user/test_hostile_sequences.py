@@ -45,7 +45,7 @@ from tests.vhost_user.test_hostile_messages import SHAPES
 from vnetdp.vhost_user.message import RULES, ProtocolFeature, Request
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
-SEQUENCES = (100_000 if CAMPAIGN else 2_000) if COMPILED else 100
+SEQUENCES = (100_000 if CAMPAIGN else 600) if COMPILED else 100
 LOOK_EVERY = 50  # sequences between two looks at what the back end holds, and whether it still serves others
 
 R = Request
@@ -291,7 +291,7 @@ class Stage:
         n = step.number
         if step.what == "answer":
             end.send(R.GET_FEATURES)
-            end.sock.settimeout(0.2)
+            end.sock.settimeout(0.02)
             with suppress(TimeoutError):  # the message before it was a half
                 request = 0
                 while request != R.GET_FEATURES:
