@@ -90,6 +90,7 @@ class Move:
 
     def migrate(self, bytes_per_second: int = UNLIMITED, downtime_ms: int = 300) -> dict[str, Any]:
         """Migrate, and return what QEMU says of it. From then on the guest is in `target`."""
+        assert self.target.qmp("query-status")["status"] == "inmigrate"  # once it answers, it listens
         qmp = self.source.qmp
         qmp("migrate-set-parameters", **{"downtime-limit": downtime_ms, "max-bandwidth": bytes_per_second})
         qmp("migrate", uri=f"unix:{self._uri}")
