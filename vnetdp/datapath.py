@@ -201,9 +201,8 @@ class Listeners:
             on_broken()
 
     def tell_gone(self) -> None:
-        """Tell every listener, once: one that fails costs the others nothing."""
-        listeners, self._all = self._all, []
-        for _, on_gone in listeners:
+        """Tell every listener: one that fails costs the others nothing."""
+        for _, on_gone in tuple(self._all):
             try:
                 on_gone()
             except Exception:  # noqa: BLE001 - a defect of one

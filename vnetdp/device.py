@@ -106,7 +106,7 @@ class NetDevice:
         self._running = running
         self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings)
         self._listening = [
-            backend.listen(self.check_rings, partial(self._take_from, owner))
+            backend.listen(self.check_rings, partial(self.take_from, owner))
             for owner, backends in ((Owner.USERSPACE, userspace), (Owner.VHOST, vhost or ()))
             for backend in vhost_net.one_a_site(backends)
         ]
@@ -240,13 +240,14 @@ class NetDevice:
     def restart_vhost(self) -> None:
         """Take the rings from a vhost that is gone, or came back, and try to give them to it again."""
         with self._lock:
-            self._take_from(Owner.VHOST)
+            if self.owner is Owner.VHOST:
+                self._hand_to(Owner.NOBODY)
             self._update_owner()
 
-    def _take_from(self, owner: Owner) -> None:
-        """Take the rings from an owner that is gone, and give them to the next one."""
+    def take_from(self, owner: Owner) -> None:
+        """Take the rings from an owner that is gone, and give them to the next one, if the device falls back."""
         with self._lock:
-            if self.owner is owner:
+            if self.owner is owner and (self.fallback or owner is Owner.USERSPACE):
                 self._hand_to(Owner.NOBODY)
                 self._update_owner()
 

@@ -78,8 +78,9 @@ class Watch:
         """Have userspace go on, if it can, until there is a back end again."""
         backoff, longest = _BACKOFF_S
         while not self._stop.is_set():
-            if self._device.fallback and self._device.owner is not Owner.USERSPACE:
-                self._device.restart_vhost()
+            self._device.take_from(Owner.VHOST)
+            if self._device.fallback and self._device.owner is Owner.NOBODY:
+                self._device.restart_vhost()  # it hung, and may have let go
             if self._attach():
                 return
             self._stop.wait(backoff)

@@ -148,6 +148,17 @@ def test_userspace_goes_on_where_a_back_end_was_killed_and_the_next_one_takes_th
         card.finish()
 
 
+def test_a_device_falls_back_by_itself_where_its_back_end_was_killed(tmp_path: Path) -> None:
+    with supervised(tmp_path) as back_end, attached(back_end.path, PAIRS) as front_end:
+        card = Card(front_end, PAIRS)
+        card.wait_for_more()
+        back_end.dies()
+        wait_for(lambda: card.device.owner is Owner.USERSPACE, "userspace has the rings")
+        card.wait_for_more()
+        assert card.device.fallbacks == 1
+        card.finish()
+
+
 def test_what_a_back_end_was_cut_off_in_is_finished_before_userspace_goes_on(tmp_path: Path) -> None:
     """It copied a frame, used the receive buffer, and died before it used the frame: that is in the area's journal."""
     with in_thread(tmp_path) as back_end, attached(back_end.path) as front_end:
@@ -155,6 +166,7 @@ def test_what_a_back_end_was_cut_off_in_is_finished_before_userspace_goes_on(tmp
         card.wait_for_more()
         card.generator.stop()
         wait_for(lambda: int(card.generator.ledger[0, lay.LEDGER_DELIVERED]) == card.generator.sent, "all are back")
+        card.device.fallback = False  # until what it leaves is written
         back_end.close()
         receiveq, transmitq = (card.device.queues[n].used + lay.VIRTQ_RING_IDX for n in (0, 1))
         idx = card.memory.read(transmitq, 2)
@@ -164,6 +176,7 @@ def test_what_a_back_end_was_cut_off_in_is_finished_before_userspace_goes_on(tmp
         said, fd = front_end._inflight
         at = InflightArea.attach(said, fd, 2).journal_at(1)
         os.pwrite(fd, card.memory.read(receiveq, 2) + idx + b"\1\0", said.offset + at)
+        card.device.fallback = True
         card.device.restart_vhost()
         assert card.memory.read(transmitq, 2) == idx
         card.is_of(Owner.USERSPACE)

@@ -14,12 +14,14 @@ from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from .. import features as f
+from ..datapath import Listeners
 from ..errors import BackendError, ConfigError, RemoteProtocolError, RequestRefused
 from ..inflight import InflightArea
 from ..memory import GuestMemory
 from ..vhost_user import device_state
 from ..vhost_user.backend_requests import BackendRequests
 from ..vhost_user.conversation import Conversation, never, wait_readable
+from ..vhost_user.hang_up import HangUp
 from ..vhost_user.listener import Listener
 from ..vhost_user.message import (
     MAX_VRINGS,
@@ -92,6 +94,8 @@ class VhostUserFrontEnd:
         self.memory: GuestMemory | None = None
         self.connections = 0
         self._conversation: Conversation | None = None
+        self.listeners = Listeners()
+        self._hang_up_thread: HangUp | None = None
         self._requests: BackendRequests | None = None
         self._inflight: tuple[Inflight, int] | None = None
         self._inflight_is_over = False  # somebody else went on where it says, and did not keep it
@@ -129,6 +133,7 @@ class VhostUserFrontEnd:
         self._status = 0
         self.memory = None
         self._conversation = conversation
+        self._hang_up_thread = HangUp(conversation.fileno(), self.listeners.tell_gone)
         self.connections += 1
         return True
 
@@ -217,6 +222,9 @@ class VhostUserFrontEnd:
             self._conversation.leave()
 
     def _hang_up(self) -> None:
+        if self._hang_up_thread is not None:
+            self._hang_up_thread.stop()
+            self._hang_up_thread = None
         if self._conversation is not None:
             self._conversation.close()
             self._conversation = None

@@ -251,7 +251,7 @@ class VhostUserBackend:
 
     @property
     def site(self) -> object:
-        return self
+        return self._fe
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -261,8 +261,8 @@ class VhostUserBackend:
         """A back end elsewhere does nothing with rings that are not enabled."""
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
-        """Call neither: a `Watch` follows the connection."""
-        return lambda: None
+        """Call *on_gone* once the back end has closed the connection, or died; a `Watch` hears of a ring that broke."""
+        return self._fe.listeners.add(on_broken, on_gone)
 
     def status(self, index: int) -> int:
         """0: a remote ring that broke stays silent."""
