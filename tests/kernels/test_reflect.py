@@ -97,6 +97,21 @@ def with_byte(packet: Packet, at: int, value: int) -> bytes:
     return bytes(frame)
 
 
+def arp(**fields: object) -> bytes:
+    """Return an ARP request with some fields changed."""
+    request = WHO_HAS.copy()
+    for name, value in fields.items():
+        setattr(request[ARP], name, value)
+    return bytes(request)
+
+
+def test_a_ping_to_all_is_answered_by_one() -> None:
+    reply = reflect(bytes(Ether(src=GUEST_MAC, dst="ff:ff:ff:ff:ff:ff") / IP(src=GUEST_IP, dst=OTHER_IP) / ICMP()))
+    assert reply is not None
+    assert (Ether(reply).src, Ether(reply).dst) == (OUR_MAC, GUEST_MAC)
+    assert Ether(reply)[IP].src == OTHER_IP
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -123,8 +138,27 @@ def with_byte(packet: Packet, at: int, value: int) -> bytes:
         with_byte(PING, 17, 27),  # total length ends inside the ICMP header
         with_byte(PING, 17, 29),  # total length ends behind the frame
         with_byte(PING, 16, 0xFF),
+        arp(psrc="0.0.0.0"),  # a probe: is the address free?
+        arp(psrc="0.0.0.0", pdst=GUEST_IP),
+        arp(psrc=OTHER_IP),  # an announcement: it is mine
+        bytes(ETHER / ARP(op="is-at", psrc=GUEST_IP, pdst=GUEST_IP)),
+        arp(pdst="0.0.0.0"),
+        arp(pdst="224.0.0.1"),
+        arp(pdst="255.255.255.255"),
+        arp(psrc="239.1.2.3"),
+        arp(hwtype=6),
+        arp(ptype=0x86DD),
+        with_byte(WHO_HAS, 18, 8),  # addresses of another length
+        with_byte(WHO_HAS, 19, 16),
+        with_byte(WHO_HAS, 6, 0xFF),  # from a group
+        with_byte(PING, 6, 0x01),
+        bytes(ETHER / IP(src=GUEST_IP, dst="224.0.0.1") / ICMP()),
+        bytes(ETHER / IP(src=GUEST_IP, dst="255.255.255.255") / ICMP()),
+        bytes(ETHER / IP(src="255.255.255.255", dst=OTHER_IP) / ICMP()),
+        bytes(ETHER / IP(src="0.0.0.0", dst=OTHER_IP) / ICMP()),
+        bytes(ETHER / IP(src="224.0.0.1", dst=OTHER_IP) / ICMP()),
     ],
-    ids=range(23),
+    ids=range(42),
 )
 def test_no_answer(frame: bytes) -> None:
     assert reflect(frame) is None
