@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import select
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 from scapy.sendrecv import AsyncSniffer, sendp, sniff
 
-from tests.by_hand import frame, no_descriptor_leaks, wait_for
+from tests.by_hand import frame, many_descriptors, no_descriptor_leaks, wait_for
 from tests.endpoints.joined import guest_of, receive_all, send_all
 from vnetdp.driver import Driver
 from vnetdp.endpoints import scapy as endpoint_module
@@ -169,6 +171,25 @@ def test_sr1_gets_the_answer(asking: VnetdpSocket) -> None:
     arp = asking.sr1(Ether(src=MAC, dst="ff:ff:ff:ff:ff:ff") / ARP(pdst="10.0.0.77"), timeout=30, verbose=0)
     assert arp is not None
     assert (arp[ARP].psrc, arp[ARP].op) == ("10.0.0.77", 2)
+
+
+def test_a_socket_of_a_high_descriptor_works_too() -> None:
+    """select(), which Scapy's sockets use, knows none above 1,023."""
+    with many_descriptors(), ExitStack() as stack:
+        for _ in range(1024):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        wire = stack.enter_context(ReflectEndpoint())
+        sock = stack.enter_context(VnetdpSocket(stack.enter_context(guest_of(wire))))
+        assert sock.fileno() > 1023
+        answer = sock.sr1(ping(), timeout=30, verbose=0)
+        assert answer is not None
+        assert answer[IP].src == "10.0.0.9"
+        sniffer = AsyncSniffer(opened_socket=sock, count=5)
+        sniffer.start()
+        sendp([ping()] * 5, socket=sock, verbose=0)
+        sniffer.join(timeout=60)
+        assert len(sniffer.results or ()) == 5
+        assert len(sniff(opened_socket=sock, timeout=0.01)) == 0
 
 
 def test_sr_pairs_answers_with_questions(asking: VnetdpSocket) -> None:

@@ -6,6 +6,7 @@ imports Scapy, so it is imported only where it is needed.
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections import deque
@@ -121,6 +122,18 @@ class VnetdpSocket(SuperSocket):
             self._poll.register(self._more.fd, select.EPOLLIN)
             made.pop_all()
         self.closed = False
+
+    @staticmethod
+    def select(sockets: list[Any], remain: float | None = None) -> list[Any]:
+        """Return those of *sockets* that may be read, after *remain* seconds at most: Scapy's is select(), which knows
+        no descriptor above 1,023.
+        """
+        poll = select.poll()
+        by_fd = {socket.fileno(): socket for socket in sockets}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        ready = poll.poll(None if remain is None else max(0, math.ceil(remain * 1000)))
+        return [by_fd[fd] for fd, _ in ready]
 
     def fileno(self) -> int:
         """A descriptor that is readable when a packet may be there."""
