@@ -26,6 +26,7 @@ from vnetdp_kernels import layout as lay
 from vnetdp_kernels import split_driver
 
 COMPILED = not config.DISABLE_JIT
+CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"  # `make campaign`: everything at length
 PATIENCE = 60.0  # seconds until a wait is given up: far more than anything here takes
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 0x40

@@ -35,7 +35,7 @@ RATE = ("--rate", "2000")
 
 def migrate(shell: Shell, *args: str, exits: int = 0) -> dict[str, Any]:
     """Run `vnetdp migrate`; return its report, which is all that it prints on standard output."""
-    done = shell.run("migrate", *RATE, *args, "--json", "-")
+    done = shell.run_forked("migrate", *RATE, *args, "--json", "-")
     assert done.returncode == exits, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     assert set(report) == MIGRATION
@@ -104,13 +104,13 @@ def test_what_is_undone_and_tried_again_has_its_spans(shell: Shell) -> None:
 
 
 def test_a_fault_that_does_not_strike_is_exit_status_1(shell: Shell) -> None:
-    done = shell.run("migrate", *RATE, "--fault", "get_vring_base")
+    done = shell.run_forked("migrate", *RATE, "--fault", "get_vring_base")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "no fault struck: get_vring_base"
 
 
 def test_a_machine_without_packets_has_no_longest_time_without(shell: Shell) -> None:
-    done = shell.run("migrate", "--traffic", "idle", "--json", "report.json")
+    done = shell.run_forked("migrate", "--traffic", "idle", "--json", "report.json")
     assert done.returncode == 0
     assert "no packet moved after the stop" in done.stdout
     assert json.loads((shell.folder / "report.json").read_text())["blackout_us"] is None
@@ -170,7 +170,7 @@ def test_what_the_patch_gets_wrong_is_exit_status_1(shell: Shell) -> None:
 
 def faults(shell: Shell, *args: str, exits: int = 0) -> tuple[dict[str, Any], str]:
     """Run `vnetdp faults`; return its report and what it says."""
-    done = shell.run("faults", *args, "--json", "report.json")
+    done = shell.run_forked("faults", *args, "--json", "report.json")
     assert done.returncode == exits, done.stderr
     report: dict[str, Any] = json.loads((shell.folder / "report.json").read_text())
     assert set(report) == {"policy", "ok", "rows"}
@@ -211,7 +211,7 @@ def test_a_row_that_is_wrong_is_shown(shell: Shell) -> None:
 
 
 def test_rows_are_listed_and_not_run(shell: Shell) -> None:
-    done = shell.run("faults", "--list", "--only", "a6/MAC", "--queue-pairs", "1")
+    done = shell.run_forked("faults", "--list", "--only", "a6/MAC", "--queue-pairs", "1")
     assert (done.returncode, done.stderr) == (0, "")
     ids = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert ids == [case.id for case in cases(1) if case.id.startswith("A6/mac/")]
@@ -219,7 +219,7 @@ def test_rows_are_listed_and_not_run(shell: Shell) -> None:
 
 def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
     assert FAULT_POINTS == POINTS
-    said = " ".join(shell.run("migrate", "--help").stdout.split())
+    said = " ".join(shell.run_forked("migrate", "--help").stdout.split())
     assert "[PHASE.]VERB[:PAIR[,VRING]][:once|always]; phases are early, final and retry; verbs are set_mtu, " in said
 
 
@@ -260,7 +260,7 @@ def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
     ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
 )
 def test_wrong_usage_is_one_clear_line(shell: Shell, args: tuple[str, ...], says: str) -> None:
-    done = shell.run(*args)
+    done = shell.run_forked(*args)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"vnetdp[^\n]*\n", done.stderr)
     assert says in done.stderr
