@@ -27,6 +27,7 @@ from tests.by_hand import CAMPAIGN, COMPILED, scaled, wait_for
 from vnetdp import cli
 
 _TIMEOUT = 240  # seconds: the first command of a cold cache compiles
+_SHORT = ("link", "null", "null", "--seconds", "0.1")
 _PR_CAPBSET_DROP = 24
 _CAP_NET_ADMIN = 12
 _LEDGER = {"sent", "delivered", "lost", "duplicated", "reordered", "corrupted"}
@@ -264,7 +265,7 @@ def test_what_one_end_reads_the_other_does_not_overwrite(shell: Shell, left: str
 
 
 def test_two_ends_may_write_to_nowhere(shell: Shell) -> None:
-    done = shell.run("link", "pcap:,/dev/null", "pcap:,/dev/null", "--seconds", "0.1")
+    done = shell.run_forked("link", "pcap:,/dev/null", "pcap:,/dev/null", "--seconds", "0.1")
     assert done.returncode == 0, done.stderr
 
 
@@ -296,12 +297,10 @@ def test_too_few_descriptors(shell: Shell) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "args", [["doctor"], ["--help"], ["link", "null", "null", "--seconds", "0.1"], ["link", "null", "null", "--json=-"]]
-)
+@pytest.mark.parametrize("args", [["doctor"], ["--help"], [*_SHORT], [*_SHORT, "--json=-"]])
 @pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]])
 def test_nobody_reads_what_it_prints(shell: Shell, args: list[str], streams: list[str]) -> None:
-    process = shell.start(*args, *(["--seconds", "0.1"] if args[-1] == "--json=-" else []))
+    process = shell.start(*args)
     for name in streams:
         getattr(process, name).close()
         setattr(process, name, None)
@@ -353,13 +352,14 @@ def test_link_ends_by_itself_when_all_is_delivered(shell: Shell, datapath: str) 
 
 @pytest.mark.parametrize("num", [2, 32768])
 def test_link_with_the_smallest_and_the_largest_ring(shell: Shell, num: int) -> None:
-    done = shell.run("link", "generate:count=100", "generate:count=100", "--ring", str(num))
+    done = shell.run_forked("link", "generate:count=100", "generate:count=100", "--ring", str(num))
     assert done.returncode == 0, done.stderr
     assert "200 delivered, 0 lost" in done.stdout
 
 
 def test_link_for_a_time_while_the_rings_change_hands(shell: Shell) -> None:
-    done = shell.run("link", "generate", "generate:size=1514", "--seconds", "0.3", "--switch-ms", "5", "--json", "r")
+    command = ("link", "generate", "generate:size=1514", "--seconds", "0.3", "--switch-ms", "5", "--json", "r")
+    done = shell.run_forked(*command)
     assert done.returncode == 0, done.stderr
     report = json.loads((shell.folder / "r").read_text())
     assert report["handovers"] >= 2  # to vhost at first, and from there: a slow machine comes to no more
@@ -369,7 +369,7 @@ def test_link_for_a_time_while_the_rings_change_hands(shell: Shell) -> None:
 
 
 def test_link_of_two_guests_for_a_time(shell: Shell) -> None:
-    done = shell.run("link", *BRIDGE, "--seconds", "0.3")
+    done = shell.run_forked("link", *BRIDGE, "--seconds", "0.3")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "left to right: 0 packets\nright to left: 0 packets\n"
     assert not list(shell.folder.iterdir())
@@ -384,7 +384,7 @@ def test_link_json_on_standard_output_is_json_alone(shell: Shell) -> None:
 def test_link_reads_a_capture_to_its_end(shell: Shell) -> None:
     frames = [bytes(range(60)), bytes(1514), bytes(range(100))]
     write_pcap(shell.folder / "in.pcap", frames)
-    done = shell.run("link", "pcap:in.pcap", "pcap:,out.pcap", "--json", "-")
+    done = shell.run_forked("link", "pcap:in.pcap", "pcap:,out.pcap", "--json", "-")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["left"]["from_wire"] == report["right"]["to_wire"] == len(frames)
@@ -429,7 +429,7 @@ def test_another_owner_than_was_asked_for_is_no_success(shell: Shell) -> None:
 
 
 def test_link_with_an_end_that_answers_counts_both_ways(shell: Shell) -> None:
-    done = shell.run("link", "generate:count=100", "macswap", "--seconds", "1", "--json", "-")
+    done = shell.run_forked("link", "generate:count=100", "macswap", "--seconds", "1", "--json", "-")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     for side, way in (("left", "from_wire"), ("left", "to_wire"), ("right", "to_wire"), ("right", "from_wire")):
@@ -439,7 +439,7 @@ def test_link_with_an_end_that_answers_counts_both_ways(shell: Shell) -> None:
 
 def test_frames_that_a_fault_drops_are_lost(shell: Shell) -> None:
     end = "generate:count=1000"
-    done = shell.run("link", f"fault:drop=0.1:{end}", end, "--json", "report.json")
+    done = shell.run_forked("link", f"fault:drop=0.1:{end}", end, "--json", "report.json")
     assert done.returncode == 1, done.stderr
     report = json.loads((shell.folder / "report.json").read_text())
     dropped = report["left"]["fault_drop"]
@@ -448,8 +448,8 @@ def test_frames_that_a_fault_drops_are_lost(shell: Shell) -> None:
 
 
 def test_more_is_logged_wherever_that_is_asked_for(shell: Shell) -> None:
-    for args in (("-v", "link", "null", "null"), ("link", "null", "null", "-v")):
-        assert shell.run(*args, "--seconds", "0.1").returncode == 0
+    for args in (("-v", *_SHORT), (*_SHORT, "-v")):
+        assert shell.run_forked(*args).returncode == 0
 
 
 # --- serve, drive ---
@@ -494,7 +494,7 @@ def test_frames_that_do_not_come_back_are_lost(shell: Shell, count: str, exits: 
 
 @pytest.mark.skipif(not COMPILED, reason="a benchmark of plain Python measures nothing")
 def test_bench_ring(shell: Shell) -> None:
-    done = shell.run("bench", "ring", "--rounds", "1", "--seconds", "1", "--json", "-")
+    done = shell.run("bench", "ring", "--rounds", "1", "--seconds", "0.1", "--json", "-")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["results"]

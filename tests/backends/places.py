@@ -63,12 +63,30 @@ class Wrapped:
         self._worker.close()
 
 
-KINDS: dict[str, Callable[[int], Runs]] = {
-    "userspace": Stepped,
-    "worker": Worker,
-    "busy worker": lambda pairs: Worker(pairs, poll_us=-1),
-    "faulty": Wrapped,
-    "process": WorkerProcess,
+PAIRS = 2
+
+
+class Spare:
+    """A worker process that is there already when it is wanted: it takes its time to start, while other tests run."""
+
+    def __init__(self) -> None:
+        self._next = WorkerProcess(PAIRS)
+
+    def take(self) -> WorkerProcess:
+        """Return it, and start another."""
+        taken, self._next = self._next, WorkerProcess(PAIRS)
+        return taken
+
+    def close(self) -> None:
+        self._next.close()
+
+
+KINDS: dict[str, Callable[[Spare], Runs]] = {
+    "userspace": lambda _: Stepped(PAIRS),
+    "worker": lambda _: Worker(PAIRS),
+    "busy worker": lambda _: Worker(PAIRS, poll_us=-1),
+    "faulty": lambda _: Wrapped(PAIRS),
+    "process": lambda spare: spare.take(),
 }
 
 
@@ -78,8 +96,8 @@ class Place:
     The endpoint takes every frame, and gives as many as `feed` says. Nothing is configured yet.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.runs = KINDS[kind](2)
+    def __init__(self, kind: str, spare: Spare) -> None:
+        self.runs = KINDS[kind](spare)
         self.memory = GuestMemory.create([(LOW_GPA, REGION_LEN), (HIGH_GPA, REGION_LEN)])
         self.endpoint = GenerateEndpoint(2, count=0)
         low = Ring(self.memory, LOW_GPA)

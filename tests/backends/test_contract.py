@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from tests.backends.places import FEATURES, LOW_GPA, REGION_LEN, Place, refused
+from tests.backends.places import FEATURES, LOW_GPA, REGION_LEN, Place, Spare, refused
 from tests.by_hand import frame
 from vnetdp import features as f
 from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, VRINGS
@@ -248,8 +248,8 @@ def test_one_device_has_one_endpoint(place: Place) -> None:
         assert other.polls_started == other.polls_stopped
 
 
-def test_an_endpoint_has_one_owner(place: Place) -> None:
-    second = Place("worker")
+def test_an_endpoint_has_one_owner(place: Place, spare: Spare) -> None:
+    second = Place("worker", spare)
     mine = place.bind()
     theirs = second.configure()
     for index in (RECEIVEQ, TRANSMITQ):

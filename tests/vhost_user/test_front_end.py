@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import (
+    CAMPAIGN,
     NEEDS_RESET,
     PATIENCE,
     READY,
@@ -45,6 +46,8 @@ from vnetdp.vhost_user.message import (
 from vnetdp.vrings import Vrings
 from vnetdp.watch import Watch
 from vnetdp_kernels import layout as lay
+
+DEATHS = 10 if CAMPAIGN else 2
 
 
 @pytest.fixture
@@ -132,7 +135,7 @@ def test_userspace_goes_on_where_a_back_end_was_killed_and_the_next_one_takes_th
 ) -> None:
     with supervised(tmp_path) as back_end, attached(back_end.path, PAIRS) as front_end:
         card = Card(front_end, PAIRS)
-        for _ in range(3):
+        for _ in range(DEATHS):
             card.wait_for_more()
             back_end.dies()
             if way == "restart_vhost":
@@ -258,7 +261,7 @@ def test_a_watched_device_falls_back_and_returns_by_itself(tmp_path: Path) -> No
     with supervised(tmp_path) as back_end, attached(back_end.path, PAIRS) as front_end:
         card = Card(front_end, PAIRS)
         with Watch(front_end, card.device):
-            for deaths in range(1, 4):
+            for deaths in range(1, DEATHS + 1):
                 card.wait_for_more()
                 handovers = card.device.handovers
                 back_end.dies()
