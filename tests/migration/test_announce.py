@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
-import time
+import threading
+from collections.abc import Iterator
 
 import pytest
 
-from tests.by_hand import wait_for
+from tests.by_hand import PATIENCE, wait_for
 from tests.migration.rig import failing, move
+from vnetdp import announce
 from vnetdp.announce import ROUNDS_S, rarp
 from vnetdp.migration.channel import COMMIT, Channel
 from vnetdp.migration.machine import Machine
@@ -16,6 +18,28 @@ from vnetdp.migration.source import Cancelled, Source
 from vnetdp.migration.stream import SectionType, StreamError
 
 Machines = tuple[Machine, Machine]
+
+
+class Rounds:
+    """The rounds of an announcement: one at once, and the rest when the test lets them be. over: how often all have been."""
+
+    def __init__(self) -> None:
+        self.rest = threading.Event()
+        self.over = 0
+
+    def __iter__(self) -> Iterator[float]:
+        yield 0.0
+        self.rest.wait(PATIENCE)
+        yield from [0.0] * (len(ROUNDS_S) - 1)
+        self.over += 1
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rounds]:
+    rounds = Rounds()
+    monkeypatch.setattr(announce, "ROUNDS_S", rounds)
+    yield rounds
+    rounds.rest.set()  # a machine that ends waits for its announcer
 
 
 def listen(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
@@ -30,8 +54,11 @@ def assert_all_are_sent(heard: list[bytes], machine: Machine) -> None:
     assert heard == [rarp(machine.device.control.mac)] * len(ROUNDS_S)
 
 
-def test_a_guest_that_has_moved_is_announced(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guest_that_has_moved_is_announced(
+    machines: Machines, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = machines
+    rounds.rest.set()
     heard = listen(other, monkeypatch)
     before = listen(one, monkeypatch)
     assert move(one, other)[0].outcome == "vhost"
@@ -41,17 +68,18 @@ def test_a_guest_that_has_moved_is_announced(machines: Machines, monkeypatch: py
 
 @pytest.mark.parametrize("point", Source.POINTS[:-1])
 def test_a_cancelled_migration_leaves_the_rest_to_be_sent(
-    machines: Machines, point: str, monkeypatch: pytest.MonkeyPatch
+    machines: Machines, rounds: Rounds, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = machines
     heard = listen(other, monkeypatch)
     assert move(one, other)[0].outcome == "vhost"
     assert move(other, one, failing(point, Cancelled("cancelled")))[0].outcome == "source"
+    rounds.rest.set()
     assert_all_are_sent(heard, other)
 
 
 def test_a_commit_that_cannot_be_sent_leaves_the_rest_to_be_sent(
-    machines: Machines, monkeypatch: pytest.MonkeyPatch
+    machines: Machines, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(Channel):
         def send(self, section: SectionType, payload: bytes = b"") -> int:
@@ -64,10 +92,13 @@ def test_a_commit_that_cannot_be_sent_leaves_the_rest_to_be_sent(
     heard = listen(other, monkeypatch)
     assert move(one, other)[0].outcome == "vhost"
     assert move(other, one, kind=Broken)[0].outcome == "source"
+    rounds.rest.set()
     assert_all_are_sent(heard, other)
 
 
-def test_a_machine_that_has_moved_on_announces_nothing(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_has_moved_on_announces_nothing(
+    machines: Machines, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither after the commit, nor from the moment on in which it is sent."""
     one, other = machines
     heard, there = listen(other, monkeypatch), listen(one, monkeypatch)
@@ -76,7 +107,8 @@ def test_a_machine_that_has_moved_on_announces_nothing(machines: Machines, monke
     def at(point: str) -> None:
         if point == "committed":
             at_the_commit.append(len(heard))
-            time.sleep(2 * ROUNDS_S[1])
+            rounds.rest.set()
+            wait_for(lambda: rounds.over > 0, "the rest of the rounds has passed")
 
     assert move(one, other)[0].outcome == "vhost"
     assert move(other, one, at)[0].outcome == "vhost"
