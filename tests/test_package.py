@@ -1,11 +1,10 @@
-"""The package: what an import costs, what is published, and a kernel cache that can't hold yesterday's code."""
+"""The package: what an import costs, and what is published."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,89 +78,3 @@ print(json.dumps(names))
 """
     names = python(code, tmp_path, PYTHONPATH=here())
     assert {"vnetdp.cli", "vnetdp.backends.process", "vnetdp_kernels.loops"} < set(names)
-
-
-# --- the cache of the kernels ---
-
-_HELPER = """
-from .jit import kernel
-
-@kernel
-def step(x: int) -> int:
-    return x + {step}
-"""
-_CALLER = """
-from .helper import step
-from .jit import kernel
-
-@kernel
-def twice(x: int) -> int:
-    return step(step(x))
-"""
-_CALL = """
-import json
-from vnetdp_kernels.caller import twice
-from vnetdp_kernels.jit import cache_is_warm
-
-warm = cache_is_warm(twice)
-print(json.dumps([twice(0), warm, sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values())]))
-"""
-
-
-class CopiedKernels:
-    """A copy of the package, where a kernel in one file calls a helper in another, with a cache of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.package = folder / "vnetdp_kernels"
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(Path(str(vnetdp_kernels.__file__)).parent, self.package, ignore=ignored)
-        (self.package / "caller.py").write_text(_CALLER)
-        self.edit_helper(1)
-
-    def edit_helper(self, step: int) -> None:
-        (self.package / "helper.py").write_text(_HELPER.format(step=step))
-
-    def call(self, **env: str) -> list[Any]:
-        """Call the kernel in a new process; return its result, whether the cache said it was warm, hits and misses."""
-        settings = {"NUMBA_DISABLE_JIT": "0", "NUMBA_BOUNDSCHECK": "0", "NUMBA_CACHE_DIR": str(self.folder / "cache")}
-        found: list[Any] = python(_CALL, self.folder, PYTHONPATH=str(self.folder), **{**settings, **env})
-        return found
-
-
-@pytest.fixture
-def kernels(tmp_path: Path) -> CopiedKernels:
-    return CopiedKernels(tmp_path)
-
-
-def test_a_second_process_compiles_nothing(kernels: CopiedKernels) -> None:
-    assert kernels.call() == [2, False, 0, 1]
-    assert kernels.call() == [2, True, 1, 0]
-
-
-def test_an_edited_helper_in_another_file_makes_the_cache_stale(kernels: CopiedKernels) -> None:
-    kernels.call()
-    kernels.edit_helper(10)
-    assert kernels.call() == [20, False, 0, 1]
-    assert kernels.call() == [20, True, 1, 0]
-
-
-def test_a_new_file_in_the_package_makes_the_cache_stale(kernels: CopiedKernels) -> None:
-    kernels.call()
-    (kernels.package / "another.py").write_text("X = 1\n")
-    assert kernels.call() == [2, False, 0, 1]
-
-
-def test_checked_code_and_unchecked_code_do_not_meet_in_the_cache(kernels: CopiedKernels) -> None:
-    assert kernels.call() == [2, False, 0, 1]
-    assert kernels.call(NUMBA_BOUNDSCHECK="1") == [2, False, 0, 1]
-    assert kernels.call(NUMBA_BOUNDSCHECK="1") == [2, True, 1, 0]
-    assert kernels.call() == [2, True, 1, 0]
-
-
-def test_without_the_jit_nothing_is_cached(kernels: CopiedKernels) -> None:
-    code = "import json; from vnetdp_kernels.caller import twice; print(json.dumps(twice(3)))"
-    cache = kernels.folder / "cache"
-    settings = {"PYTHONPATH": str(kernels.folder), "NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(cache)}
-    assert python(code, kernels.folder, **settings) == 5
-    assert not list(cache.rglob("*.nbi"))

@@ -10,6 +10,8 @@ from typing import Final
 
 from vnetdp_kernels.layout import ETH_ZLEN
 
+from . import limits
+
 # When to announce, in s after the machine runs: QEMU's 50 ms first, 100 ms more each time, five rounds.
 ROUNDS_S: Final = (0.0, 0.05, 0.2, 0.45, 0.8)
 _BROADCAST = b"\xff" * 6
@@ -37,7 +39,7 @@ class Announcer:
         self._turn = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._announce, name="announce", daemon=True)
-        self._thread.start()
+        limits.start(self._thread)
 
     def _announce(self) -> None:
         began = time.monotonic()

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib.util
 import logging
 import math
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import commands
+from . import commands, limits, output
 from ._version import __version__
-from .errors import ConfigError, VnetdpError
+from .errors import ConfigError, OutputError, VnetdpError
 
-_DESCRIPTORS = 1 << 16  # more than any command takes
+_log = logging.getLogger(__name__)
 
 _ENDPOINTS = """\
 endpoints:
@@ -75,7 +73,10 @@ def _positive(text: str) -> float:
 def _file(text: str) -> str:
     """Refuse a file that can't be written before any work is done for it."""
     path = Path(text)
-    if text != "-":
+    if text == "-":
+        if sys.stdout is None:
+            raise argparse.ArgumentTypeError("cannot write the report to standard output: it is closed")
+    else:
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"cannot write {text}: there is no folder {path.parent}")
         if path.is_dir():
@@ -250,21 +251,14 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", commands.bench, "Measure, and compare with peers in the same run.")
     bench.add_argument("what", choices=("ring", "link", "peers", "migration"))
-    bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), default=5, metavar="N")
+    bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), metavar="N",
+                       help="measure each N times (default 5; migration 20)")  # fmt: skip
     bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
     bench.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results (needs the plot extra)")
 
     _migration(command)
     command("doctor", commands.doctor, "Say what this machine can run, and what to do about the rest.")
     return parser
-
-
-def _raise_descriptor_limit() -> None:
-    """Allow this process as many descriptors as it may allow itself: a queue pair takes eight or so."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < enough:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -287,33 +281,40 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input."""
+    output.open_streams()
     try:
         try:
             return _run(_parse(sys.argv[1:] if argv is None else argv))
         finally:
-            commands.flush()
+            output.flush()
     except BrokenPipeError:
-        # Whoever reads our output, such as `head`, has enough of it: what is left goes nowhere, and nothing is said.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(nowhere, stream)
         return 128 + signal.SIGPIPE
+    except OutputError as e:
+        output.say(f"vnetdp: {e}")
+        return 1
 
 
 def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
-    _raise_descriptor_limit()
     run: Callable[[argparse.Namespace], int] = args.run
     try:
+        limits.raise_descriptor_limit()
+        if args.command != "doctor":  # it reports that
+            limits.check_memory()
+        # Nothing here multiplies matrices; each thread of OpenBLAS takes memory, a task, and time to start.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         return run(args)
-    except OSError as e:
-        if e.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        commands.say(f"vnetdp: {e.strerror}: it takes more than {limit} descriptors; raise the limit: ulimit -n 65536")
-        return 2
+    except (OutputError, BrokenPipeError):
+        raise
     except VnetdpError as e:
-        commands.say(f"vnetdp: {e}")
+        output.say(f"vnetdp: {e}")
+        return 2
+    except (OSError, MemoryError, ImportError, RuntimeError) as e:
+        said = limits.fault(e)
+        if not said:
+            raise
+        _log.info("%s", said, exc_info=True)
+        output.say(f"vnetdp: {said}")
         return 2
     except KeyboardInterrupt:
         return 130

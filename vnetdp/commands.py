@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .errors import ConfigError
+from .output import human, say, write_json
 
 _VHOST_USER = "vhost-user:"
 _PROGRESS_S = 10.0  # between two lines that say how far long work is
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def flush() -> None:
-    """Have everything that was printed go out; BrokenPipeError if nobody reads it any more."""
-    print(end="", flush=True)
-
-
-def human(args: argparse.Namespace) -> Callable[[str], None]:
-    """Return what prints a report for people: standard output, unless that is asked to hold JSON alone."""
-    return say if args.json == "-" else print
-
-
 def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def write_json(path: str, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-    else:
-        try:
-            Path(path).write_text(text)
-        except OSError as e:
-            raise ConfigError(f"cannot write {path}: {e.strerror}") from e
 
 
 @contextmanager
@@ -295,22 +268,23 @@ def _print_link(report: dict[str, Any], tell: Callable[[str], None]) -> None:
 def bench(args: argparse.Namespace) -> int:
     from .bench.report import finish
 
+    rounds = args.rounds or (20 if args.what == "migration" else 5)
     if args.what == "ring":
         from .bench.ring import run as run_ring
 
-        results = run_ring(rounds=args.rounds, seconds=args.seconds, say=say)
+        results = run_ring(rounds=rounds, seconds=args.seconds, say=say)
     elif args.what == "peers":
         from .bench.peers import run as run_peers
 
-        results = run_peers(args.rounds, args.seconds, say)
+        results = run_peers(rounds, args.seconds, say)
     elif args.what == "migration":
         from .bench.migration import run as run_migration
 
-        results = run_migration(max(args.rounds, 20), say)
+        results = run_migration(rounds, say)
     else:
         from .bench.link import run as run_link
 
-        results = run_link(args.seconds, args.rounds, None, say)
+        results = run_link(args.seconds, rounds, None, say)
     if results and all(row.get("skipped") for row in results):
         raise ConfigError(f"nothing can be measured here: {results[0]['skipped']}")
     report = finish(args.what, results, args.plot, human(args))

@@ -19,6 +19,7 @@ import numpy as np
 
 from vnetdp_kernels import interrupt, layout, loops, port
 
+from . import limits
 from .endpoints.base import Endpoint
 from .errors import VnetdpError
 from .memory import Bytes, DirtyLog, GuestMemory, SharedBlock, Words
@@ -260,7 +261,7 @@ class Paced:
         self.listeners = Listeners()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
-        self._thread.start()
+        limits.start(self._thread)
 
     def _main(self) -> None:
         ctl, bell = self._target.ctl, self._target.bell

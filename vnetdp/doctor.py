@@ -9,20 +9,27 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import limits
 from .errors import ConfigError
+from .output import tell
 
 _MIN_PYTHON = (3, 11)
 _MIN_NUMBA = (0, 62)
 _CAP_NET_ADMIN = 12
+_CACHE_ROOM = 16 << 20  # of compiled kernels: more than they take
+_ENOUGH_DESCRIPTORS = 4096  # for 128 queue pairs or more
+_SIGNS = "µ"  # what reports print and ASCII lacks
 _TUN = Path("/dev/net/tun")
 _VHOST_NET = Path("/dev/vhost-net")
 
@@ -48,15 +55,27 @@ class Check:
     advice: str = ""
 
 
-def run(say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(say: Callable[[str], None] = tell) -> dict[str, Any]:
     """Try everything, tell *say* line by line, and return the report that `vnetdp doctor --json` writes."""
     checks: list[Check] = []
-    for look in (_python, _numba, _memfd, _cache, _cores, _pytun, _tun, _namespaces, _hugepages, _vhost_net):
+    looks: list[Callable[[], Check]] = [
+        _python,
+        _memory,
+        _limits,
+        _terminal,
+        _numba,
+        _memfd,
+        _cache,
+        _cores,
+        _pytun,
+        _tun,
+    ]
+    looks += [_namespaces, _hugepages, _vhost_net, *(partial(_peer, *peer) for peer in _PEERS)]
+    for look in looks:
         checks.append(look())
         _tell(checks[-1], say)
-    for program, purpose, package in _PEERS:
-        checks.append(_peer(program, purpose, package))
-        _tell(checks[-1], say)
+        if checks[-1].name == "memory" and not checks[-1].ok:
+            break  # to load the compiler would end this process, too
     ok = all(check.ok for check in checks if check.required)
     missing = [check.name for check in checks if check.required and not check.ok]
     say(
@@ -80,12 +99,46 @@ def _python() -> Check:
     return Check("python", ok, True, f"{platform.python_version()} on {platform.system()} {platform.release()}", advice)
 
 
+def _memory() -> Check:
+    try:
+        limits.check_memory()
+    except ConfigError as e:
+        detail, _, advice = str(e).rpartition(": raise it: ")
+        return Check("memory", False, True, detail, f"raise it: {advice}")
+    return Check("memory", True, True, limits.memory_in_use() or "no limit of address space or data")
+
+
+def _limits() -> Check:
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    detail = f"{limits.descriptors()}; threads and processes: {limits.tasks()}"
+    if 0 <= descriptors < _ENOUGH_DESCRIPTORS:
+        return Check(
+            "limits", False, False, detail, "for many queue pairs, raise the limit of descriptors: ulimit -n 65536"
+        )
+    return Check("limits", True, False, detail)
+
+
+def _terminal() -> Check:
+    stream = sys.stdout
+    if stream is None:
+        return Check("terminal", False, False, "standard output is closed", "open it, or redirect it to a file")
+    try:
+        _SIGNS.encode(stream.encoding)
+    except (UnicodeEncodeError, LookupError):
+        detail = f"standard output is {stream.encoding}: a sign that it lacks, such as that of micro, is printed as ?"
+        return Check("terminal", False, False, detail, "LC_ALL=C.UTF-8, or PYTHONIOENCODING=utf-8")
+    return Check("terminal", True, False, f"standard output is {stream.encoding}")
+
+
 def _numba() -> Check:
     fix = f"{sys.executable} -m pip install --upgrade numba"
     try:
         import numba
     except ImportError as e:  # NumPy too new for it, no wheel for this Python: it says what
         return Check("numba", False, True, f"can't be imported: {e}", fix)
+    except (OSError, MemoryError) as e:  # no executable memory, or not enough of the other
+        detail, _, advice = limits.fault(e).partition(": ")
+        return Check("numba", False, True, f"can't be imported: {detail}", advice or fix)
     versions = f"{numba.__version__}, llvmlite {_version('llvmlite')}, NumPy {_version('numpy')}"
     if tuple(int(part) for part in numba.__version__.split(".")[:2]) < _MIN_NUMBA:
         return Check("numba", False, True, f"{versions}: too old, its cache can't be stamped by us", fix)
@@ -118,20 +171,35 @@ def _memfd() -> Check:
 
 
 def _cache() -> Check:
-    """Look where the compiled kernels go. Without any place for them Numba refuses to make a kernel at all."""
+    """Look where the compiled kernels are kept."""
     try:
-        from vnetdp_kernels import jit, loops
-    except (ImportError, RuntimeError) as e:
-        advice = "let NUMBA_CACHE_DIR name a folder that you may write into"
-        return Check("numba cache", False, True, f"the kernels can't be loaded: {e}", advice)
+        from vnetdp_kernels import cache, jit, loops
+    except (ImportError, OSError, MemoryError) as e:
+        return Check("numba cache", False, True, f"the kernels can't be loaded: {limits.fault(e)}", "see numba, above")
     if not hasattr(loops.serve, "stats"):
         return Check("numba cache", True, True, "not used: NUMBA_DISABLE_JIT is set")
-    path = loops.serve.stats.cache_path
+    folder = cache.writable()
+    trouble = cache.trouble()
     if jit.cache_is_warm(loops.serve) and jit.cache_is_warm(loops.drive):
-        return Check("numba cache", True, True, f"warm, in {path}")
-    return Check(
-        "numba cache", True, True, f"cold, in {path}: the next command compiles first, some 20 s", "vnetdp demo"
-    )
+        return Check("numba cache", True, True, f"warm, in {jit.found(loops.serve)}", trouble if folder is None else "")
+    if folder is None:
+        return Check("numba cache", False, False, "cold, and there is no folder for it: each run compiles", trouble)
+    cold = f"cold, in {folder.path}: the next command compiles first, some 20 s"
+    return Check("numba cache", True, True, cold, trouble or _cache_advice(folder.path))
+
+
+def _cache_advice(folder: Path) -> str:
+    there = os.statvfs(folder)
+    if there.f_bavail * there.f_frsize < _CACHE_ROOM or (there.f_files and not there.f_favail):
+        return "make room there, or let NUMBA_CACHE_DIR name another folder: what can't be kept is compiled in each run"
+    try:
+        with open(folder / "compiling.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "wait: another process is compiling"
+    except OSError as e:
+        return f"start one command first: without locks there ({e.strerror}) processes that start together each compile"
+    return "vnetdp demo"
 
 
 def _cores() -> Check:

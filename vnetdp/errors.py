@@ -53,6 +53,17 @@ class ConfigError(VnetdpError):
     """The caller asked for something that cannot be; the text says what to do."""
 
 
+class MachineError(VnetdpError, OSError):
+    """The machine has no more descriptors, memory or threads; the text has the limit and the next step."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class OutputError(VnetdpError):
+    """The work is done, and its report can't be written."""
+
+
 class GuestError(VnetdpError):
     """The driver (or, seen from the driver, the device) broke the specification: its queue stops, the host lives."""
 

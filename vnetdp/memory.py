@@ -24,6 +24,7 @@ import numpy.typing as npt
 from vnetdp_kernels.layout import PAGE_SHIFT, PAGE_SIZE, REGION_GPA, REGION_LEN, REGION_OFFSET, REGION_SLOTS
 
 from .errors import ConfigError
+from .limits import fault, giving
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int64]
@@ -48,10 +49,11 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
-    got = _libc.mmap(address, length, prot, flags, fd, offset)
-    if got == _MAP_FAILED:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mmap of {length} bytes: {os.strerror(code)}")
+    with giving(f"a mapping of {length} bytes"):
+        got = _libc.mmap(address, length, prot, flags, fd, offset)
+        if got == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
     return int(got)
 
 
@@ -211,14 +213,15 @@ class GuestMemory:
 
 def create_memfd(name: str, length: int) -> int:
     """Return a memfd of *length* bytes that nobody can shrink: a mapping of it never faults."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with giving("shared memory"):
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, length)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     except (OSError, OverflowError) as e:
         os.close(fd)
         if isinstance(e, OverflowError) or e.errno in (errno.EINVAL, errno.EFBIG, errno.ENOSPC, errno.ENOMEM):
-            raise ConfigError(f"cannot make {length} bytes of shared memory: {e}") from e
+            raise ConfigError(f"cannot make {length} bytes of shared memory: {fault(e) or e}") from e
         raise
     return fd
 

@@ -6,6 +6,8 @@ import os
 import select
 from typing import Protocol, Self
 
+from .limits import giving
+
 
 class HasFileno(Protocol):
     """An open file, socket or eventfd."""
@@ -27,7 +29,10 @@ class EventFd:
     """A non-blocking eventfd, owned: closed once, by `close` or on exit from `with`."""
 
     def __init__(self, fd: int | None = None) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if fd is None else fd
+        if fd is None:
+            with giving("an eventfd"):
+                fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.fd = fd
 
     def fileno(self) -> int:
         return self.fd

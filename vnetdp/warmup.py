@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 
-from vnetdp_kernels import guest, jit, loops, verbs
+from vnetdp_kernels import cache, guest, jit, loops, verbs
 
 from .datapath import NO_LOG
 from .device import NetDevice
@@ -19,6 +19,7 @@ from .driver import Driver, memory_for
 from .endpoints.loopback import NullEndpoint
 
 _LOOPS = (loops.serve, loops.drive)
+_log = logging.getLogger(__name__)
 
 
 def warm_up(say: Callable[[str], None] | None = None) -> float:
@@ -27,26 +28,38 @@ def warm_up(say: Callable[[str], None] | None = None) -> float:
     *say* is told only if there is something to wait for.
     """
     began = time.perf_counter()
-    with _one_at_a_time():
+    with ExitStack() as stack:
+        if _cold():
+            stack.enter_context(_one_at_a_time())
         _load(say)
     return time.perf_counter() - began
 
 
+def _cold() -> bool:
+    return not all(jit.cache_is_warm(loop) for loop in _LOOPS)
+
+
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Have processes that start together compile once: the others wait, and then load what the first one made."""
-    folder = getattr(getattr(loops.serve, "stats", None), "cache_path", None)
-    if folder is None or not os.access(folder, os.W_OK):
-        yield
-        return
-    with open(Path(folder) / "compiling.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Have processes that start together compile once: the others wait, and then load what the first one made.
+
+    The lock only saves work: where it can't be had, each compiles.
+    """
+    folder = cache.writable()
+    with ExitStack() as stack:
+        if folder is not None:
+            with suppress(OSError):
+                fd = os.open(
+                    folder.path / "compiling.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+                )
+                stack.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_EX)
         yield
 
 
 def _load(say: Callable[[str], None] | None) -> None:
     began = time.perf_counter()
-    cold = not all(jit.cache_is_warm(loop) for loop in _LOOPS)
+    cold = _cold()
     if cold and say:
         say("compiling the kernels, once for an installation: about 20 s, a minute on a busy machine ...")
     with (
@@ -63,3 +76,5 @@ def _load(say: Callable[[str], None] | None) -> None:
         guest.mark_dirty(NO_LOG, 0, 1)
     if cold and say:
         say(f"compiled in {time.perf_counter() - began:.1f} s")
+    if cold and (trouble := cache.trouble()):
+        _log.warning("%s", trouble)

@@ -6,6 +6,7 @@ import logging
 import threading
 from typing import Any, Self
 
+from . import limits
 from .backends.vhost_user import VhostUserFrontEnd
 from .device import NetDevice
 from .errors import BackendError, ConfigError, EndpointError
@@ -37,7 +38,7 @@ class Watch:
         self._wake = EventFd()
         self._refusal = ""
         self._thread = threading.Thread(target=self._run, name="vhost-user-watch", daemon=True)
-        self._thread.start()
+        limits.start(self._thread)
 
     def _run(self) -> None:
         while not self._stop.is_set():

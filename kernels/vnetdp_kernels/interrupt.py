@@ -1,4 +1,4 @@
-"""Getting a thread out of a system call: a signal whose handler does nothing, so that the call ends with EINTR.
+"""Getting a thread out of a system call: a signal whose handler does nothing of note, so that the call ends with EINTR.
 
 A descriptor that came from a peer may be blocking, and the peer may fill or empty it between our poll() and our call.
 """
@@ -9,18 +9,22 @@ import ctypes
 import signal
 from typing import Final
 
-from numba import cfunc, types
-
-from .sigbus import SA_ONSTACK, SigAction
-
+SA_ONSTACK: Final = 0x0800_0000
 _SIGNAL: Final = signal.SIGRTMIN + 10
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _installed = False
 
 
-@cfunc(types.void(types.int32), cache=True)  # type: ignore[untyped-decorator]
-def _on_signal(number: int) -> None:
-    pass
+class SigAction(ctypes.Structure):
+    """struct sigaction of glibc: handler, mask, flags, restorer."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ulong * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
 
 
 def install() -> None:
@@ -28,8 +32,9 @@ def install() -> None:
     global _installed
     if not _installed:
         # Not with the signal module: its handlers are Python, and only the main thread may install them.
-        action = SigAction(handler=_on_signal.address, flags=SA_ONSTACK)  # without SA_RESTART
-        if ctypes.CDLL(None, use_errno=True).sigaction(int(_SIGNAL), ctypes.byref(action), None):
+        nothing = ctypes.cast(_libc.getpid, ctypes.c_void_p).value  # machine code that a handler may call, and no more
+        action = SigAction(handler=nothing, flags=SA_ONSTACK)  # without SA_RESTART
+        if _libc.sigaction(int(_SIGNAL), ctypes.byref(action), None):
             raise OSError(ctypes.get_errno(), "sigaction")
         _installed = True
 

@@ -12,9 +12,11 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from numba import cfunc, types
+from numba import types
 
 from .atomic import peek_i64, poke_i64
+from .interrupt import SA_ONSTACK, SigAction
+from .jit import callback
 
 _TABLE: Final = 0x5EED_0000_0000
 _TABLE_LEN: Final = 1 << 16
@@ -24,7 +26,6 @@ _WINDOWS_AT: Final = _TABLE + 64  # pairs (address, end); 0 = free
 
 _SIGBUS: Final = 7
 _SA_SIGINFO: Final = 4
-SA_ONSTACK: Final = 0x0800_0000
 _SI_ADDR_AT: Final = 16  # in siginfo_t, on every 64-bit Linux
 _PROT_RW: Final = 3
 _MAP_PRIVATE_ANONYMOUS_FIXED: Final = 0x02 | 0x20 | 0x10
@@ -38,7 +39,7 @@ _mmap = types.ExternalFunction(
 _signal = types.ExternalFunction("signal", types.uintp(types.int32, types.uintp))
 
 
-@cfunc(types.void(types.int32, types.uintp, types.uintp), cache=True)  # type: ignore[untyped-decorator]
+@callback(types.void(types.int32, types.uintp, types.uintp))
 def _on_sigbus(number: int, info: int, context: int) -> None:  # noqa: ARG001
     address = peek_i64(info + _SI_ADDR_AT)
     for i in range(_WINDOWS):
@@ -53,17 +54,6 @@ def _on_sigbus(number: int, info: int, context: int) -> None:  # noqa: ARG001
                 poke_i64(_COUNT_AT, peek_i64(_COUNT_AT) + 1)
                 return
     _signal(_SIGBUS, 0)
-
-
-class SigAction(ctypes.Structure):
-    """struct sigaction of glibc: handler, mask, flags, restorer."""
-
-    _fields_ = (
-        ("handler", ctypes.c_void_p),
-        ("mask", ctypes.c_ulong * 16),
-        ("flags", ctypes.c_int),
-        ("restorer", ctypes.c_void_p),
-    )
 
 
 _table: npt.NDArray[np.int64] | None = None

@@ -23,6 +23,7 @@ import numpy as np
 
 from vnetdp_kernels import layout
 
+from .. import limits
 from ..datapath import Datapath, Listeners, Paced
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError
@@ -159,10 +160,12 @@ class WorkerProcess:
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
             )
+            made.callback(self._child.wait)
+            made.callback(self._child.kill)
+            self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]
+            self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
+            limits.start(self._watch)
             made.pop_all()
-        self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]
-        self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
-        self._watch.start()
 
     @property
     def pid(self) -> int:

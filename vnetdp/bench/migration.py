@@ -62,7 +62,7 @@ def _of(couple: Couple, pairs: int, rounds: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": f"destination work, {name}, {pairs} pairs",
-                "size": pairs,
+                "queue_pairs": pairs,
                 "us": us,
                 "blackout_us": statistics.median(result.blackout_us or math.inf for result in results),
                 "bytes": statistics.median(sum(result.bytes[k] for k in ("early", "final")) for result in results),
@@ -89,7 +89,7 @@ def _slowdown(rounds: int) -> dict[str, Any]:
         if not all(ledger.clean for ledger in ledgers):
             raise VnetdpError(f"frames were lost: {ledgers}")
     without, while_sent = (statistics.median(rates[key]) for key in (False, True))
-    return {"name": "packet rate of the source in pre-copy", "size": 1, "mpps": while_sent, "peer": "not migrating",
+    return {"name": "packet rate of the source in pre-copy", "queue_pairs": 1, "mpps": while_sent, "peer": "not migrating",
             "ratio": while_sent / without}  # fmt: skip
 
 

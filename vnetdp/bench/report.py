@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..output import tell, whole_file
 
 Row = dict[str, Any]
 _UNITS = (("mpps", "Mpps"), ("gbps", "Gbit/s"), ("us", "µs"), ("ns_per_packet", "ns/packet"))
@@ -30,7 +31,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def finish(what: str, results: Sequence[Row], plot: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def finish(what: str, results: Sequence[Row], plot: str | None, say: Callable[[str], None] = tell) -> dict[str, Any]:
     """Tell *say* the *results*, draw them into *plot* if it is given, and return the whole report."""
     about = machine()
     report = {"bench": what, "machine": about, "results": list(results)}
@@ -51,14 +52,13 @@ def finish(what: str, results: Sequence[Row], plot: str | None, say: Callable[[s
 
 def _draw(what: str, results: Sequence[Row], path: str) -> None:
     try:
-        import matplotlib as mpl
+        from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
     except ImportError as e:
         raise ConfigError("--plot needs matplotlib: pip install 'vnetdp[plot]'") from e
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
     panels = [(key, unit) for key, unit in _UNITS if any(row.get(key) is not None for row in results)]
-    figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(9, 1 + 0.35 * len(results) * len(panels)))
+    figure = Figure(figsize=(9, 1 + 0.35 * len(results) * len(panels)))
+    axes = figure.subplots(len(panels), 1, squeeze=False)
     for axis, (key, unit) in zip(axes[:, 0], panels, strict=True):
         rows = [row for row in results if row.get(key) is not None]
         labels = [" ".join(str(row[k]) for k in ("name", "size", "peer") if row.get(k)) for row in rows]
@@ -69,4 +69,5 @@ def _draw(what: str, results: Sequence[Row], path: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"vnetdp bench {what}")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with whole_file(path):
+        figure.savefig(path, dpi=120)

@@ -20,6 +20,7 @@ from vnetdp_kernels.layout import PAGE_SIZE
 from .. import features as f
 from .. import vhost_net
 from ..errors import VnetdpError
+from ..limits import start
 from ..memory import Words
 from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES, Control
 from ..virtqueue import ring_len
@@ -307,7 +308,7 @@ def churning(machine: Machine, name: str, every_s: float) -> Iterator[None]:
             n += 1
 
     thread = threading.Thread(target=churn, name="churn", daemon=True)
-    thread.start()
+    start(thread)
     try:
         yield
     finally:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from ..errors import ConfigError
+from ..output import whole_file
 from .run import Result
 
 _BEFORE_MS, _AFTER_MS = 4.0, 6.0
@@ -15,10 +14,7 @@ _BINS = 160
 
 def draw(result: Result, path: str) -> None:
     """Write the timeline of a migration around the source's stop to *path*; needs matplotlib (the plot extra)."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
 
     spans = [span for span in result.spans if span[3] > span[2]]
     stop = next((began for side, name, began, _ in spans if (side, name) == ("source", "stop")), None)
@@ -29,9 +25,8 @@ def draw(result: Result, path: str) -> None:
     last = max(ended for _, _, _, ended in spans)
     low, high = -_BEFORE_MS, (last - stop) / 1e6 + _AFTER_MS
     shown = [span for span in spans if (span[3] - stop) / 1e6 > low]
-    figure, (above, below) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(10, 6), height_ratios=(2, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     names = list(dict.fromkeys((side, name) for side, name, _, _ in shown))
     for side, name, began, ended in shown:
         row = names.index((side, name))
@@ -54,5 +49,5 @@ def draw(result: Result, path: str) -> None:
     below.set_xlabel("ms since the source began to stop")
     below.legend(fontsize=8)
     below.set_xlim(low, high)
-    figure.savefig(Path(path), dpi=110)
-    pyplot.close(figure)
+    with whole_file(path):
+        figure.savefig(path, dpi=110)

@@ -14,6 +14,7 @@ import numpy as np
 
 from vnetdp_kernels import layout
 
+from .. import limits
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import Ledger
 from ..errors import VnetdpError
@@ -49,7 +50,7 @@ class Watch:
         self._samples: list[tuple[int, int, int]] = []
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self._thread.start()
+        limits.start(self._thread)
 
     def _watch(self) -> None:
         to_wire, from_wire = self._rows[:, layout.EP_TO_WIRE], self._rows[:, layout.EP_FROM_WIRE]

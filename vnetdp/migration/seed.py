@@ -13,7 +13,7 @@ from typing import Any
 from vnetdp_kernels.atomic import load_u16_acquire
 from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
-from .. import vhost_net
+from .. import limits, vhost_net
 from ..backends.base import TRANSMITQ, VRINGS, Backend
 from ..errors import BackendError
 from ..notify import EventFd
@@ -174,7 +174,7 @@ class LateKicks:
         self._pairs = pairs
         self._end = EventFd()
         self._thread = threading.Thread(target=self._watch, name="late-kicks", daemon=True)
-        self._thread.start()
+        limits.start(self._thread)
 
     def _watch(self) -> None:
         poll = select.poll()

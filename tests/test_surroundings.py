@@ -1,0 +1,227 @@
+"""What the machine lacks or refuses is one line with the next step; what it does to output costs no result."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.by_hand import COMPILED, no_descriptor_leaks
+from tests.machine_bed import (
+    OTHER_USER,
+    as_user,
+    limited,
+    needs_root,
+    needs_seccomp,
+    on_a_disk,
+    refusing,
+    without_executable_memory,
+)
+from tests.test_exhaustion import descriptors
+from vnetdp.device import NetDevice
+from vnetdp.driver import memory_for
+from vnetdp.endpoints.loopback import NullEndpoint
+from vnetdp.errors import MachineError
+
+_LINK = ["link", "null", "generate:count=10"]
+_COMMAND = [sys.executable, "-m", "vnetdp"]
+
+
+def run(command: list[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run *command* in *folder*; it may not have crashed."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
+    done = subprocess.run(command, cwd=folder, text=True, timeout=240, check=False, **options)
+    assert "Traceback" not in (done.stderr or ""), done.stderr
+    return done
+
+
+def refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
+    """Assert that a command was refused in one line, which tells *told*."""
+    assert done.returncode == 2, done.stderr
+    assert not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("vnetdp: ")
+    for text in told:
+        assert text in line
+
+
+# --- memory, descriptors, threads, executable memory, system calls ---
+
+
+@pytest.mark.parametrize(
+    ("which", "mib", "command"),
+    [
+        (resource.RLIMIT_AS, 300, "ulimit -v"),
+        (resource.RLIMIT_AS, 900, "ulimit -v"),
+        (resource.RLIMIT_DATA, 100, "ulimit -d"),
+        (resource.RLIMIT_FSIZE, 1, "ulimit -f"),
+    ],
+)
+def test_too_little_memory_names_the_limit(tmp_path: Path, which: int, mib: int, command: str) -> None:
+    args = [*_LINK, "--ring", "32768"]  # 4 GB of address space
+    done = run([*_COMMAND, *args], tmp_path, preexec_fn=limited(which, mib << 20))
+    refused(done, f"{mib} MiB", f"{command} unlimited")
+
+
+@needs_root
+def test_no_more_threads_names_the_limit(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    most = 2
+    command = [*as_user(OTHER_USER), *_COMMAND, *_LINK]
+    done = run(command, tmp_path, preexec_fn=limited(resource.RLIMIT_NPROC, most))
+    refused(done, f"this user may have {most} threads", "ulimit -u unlimited")
+
+
+@pytest.mark.skipif(not COMPILED, reason="plain Python compiles nothing")
+def test_without_executable_memory_it_says_so(tmp_path: Path) -> None:
+    refuse = without_executable_memory()
+    refused(run([*_COMMAND, *_LINK], tmp_path, preexec_fn=refuse), "executable memory", "MemoryDenyWriteExecute")
+    done = run([*_COMMAND, "doctor"], tmp_path, preexec_fn=refuse)
+    assert done.returncode == 1
+    assert "executable memory" in done.stdout
+
+
+@needs_seccomp
+@pytest.mark.parametrize("call", ["memfd_create", "eventfd2"])
+def test_a_system_call_that_is_missing(tmp_path: Path, call: str) -> None:
+    refused(run([*_COMMAND, *_LINK], tmp_path, preexec_fn=refusing(call, errno.ENOSYS)), "seccomp")
+
+
+def test_descriptors_that_run_out_in_a_program_are_told_with_the_limit() -> None:
+    with no_descriptor_leaks(), memory_for(1) as memory, NullEndpoint() as endpoint:
+        made: list[NetDevice] = []
+        with descriptors(60), pytest.raises(MachineError) as caught:
+            while True:
+                made.append(NetDevice(memory, endpoint, threaded=False))
+        assert made
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert caught.value.errno == errno.EMFILE
+        assert isinstance(caught.value, OSError)
+        assert "descriptors are in use; raise the limit: ulimit -n" in str(caught.value)
+        assert f" of {limit} " not in str(caught.value)  # the limit of then
+        for device in made:
+            device.close()
+
+
+_THREADS = """
+import json, os, resource
+from vnetdp.backends.process import WorkerProcess
+from vnetdp.backends.worker import Worker
+from vnetdp.errors import MachineError
+
+Worker(1).close()
+WorkerProcess(1).close()
+tasks = len(os.listdir("/proc/self/task"))
+most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+before = sorted(os.listdir("/proc/self/fd"))
+said = []
+for kind, more in ((Worker, 0), (WorkerProcess, 1)):
+    resource.setrlimit(resource.RLIMIT_NPROC, (tasks + more, most))
+    try:
+        kind(1)
+    except MachineError as e:
+        said.append(str(e))
+print(json.dumps([said, sorted(os.listdir("/proc/self/fd")) == before, len(os.listdir("/proc/self/task")) == tasks]))
+"""
+
+
+@needs_root
+def test_a_thread_that_can_t_be_had_leaves_nothing_behind(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    done = run([*as_user(OTHER_USER), sys.executable, "-c", _THREADS], tmp_path)
+    said, same_descriptors, same_threads = json.loads(done.stdout)
+    assert len(said) == 2
+    assert all("no more threads: this user may have" in text for text in said)
+    assert same_descriptors
+    assert same_threads
+
+
+# --- where output goes ---
+
+
+def closing(*fds: int) -> Callable[[], None]:
+    def close() -> None:
+        for fd in fds:
+            os.close(fd)
+
+    return close
+
+
+@pytest.mark.parametrize("fds", [(2,), (0, 2), (0, 1), (0, 1, 2)])
+def test_with_streams_closed_files_and_json_are_as_ever(tmp_path: Path, fds: tuple[int, ...]) -> None:
+    done = run([*_COMMAND, *_LINK, "--json", "r"], tmp_path, preexec_fn=closing(*fds))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r").read_text())["right"]["from_wire"] == 10
+    done = run([*_COMMAND, *_LINK, "--json", "-"], tmp_path, preexec_fn=closing(*fds))
+    if 1 not in fds:
+        assert done.returncode == 0
+        assert json.loads(done.stdout)["right"]["from_wire"] == 10
+    else:
+        assert done.returncode == 2
+        assert "standard output: it is closed" in done.stderr or 2 in fds
+
+
+@pytest.mark.parametrize("args", [["doctor"], ["--help"], [*_LINK], [*_LINK, "--json", "-"], [*_LINK, "--json", "r"]])
+def test_a_full_disk_behind_standard_output_is_said_and_the_file_is_written(tmp_path: Path, args: list[str]) -> None:
+    # argparse, which prints the help, heeds no error.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED" or args != ["--help"]}
+    with open("/dev/full", "wb") as full:
+        done = run([*_COMMAND, *args], tmp_path, stdout=full, env=env)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("vnetdp: cannot write to standard output: No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == (["r"] if args[-1] == "r" else [])
+
+
+def test_progress_that_can_t_be_printed_costs_no_result(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run([*_COMMAND, "-v", *_LINK, "--json", "-"], tmp_path, stderr=full)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["right"]["from_wire"] == 10
+
+
+@needs_root
+def test_a_report_that_does_not_fit_leaves_no_part_of_it(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = [*_COMMAND, *_LINK, "--json", "disk/r"]
+    look = 'dd if=/dev/zero of=disk/rest 2>/dev/null; "$@"; status=$?; ls disk; exit $status'
+    done = run(on_a_disk(disk, "size=8k", ["sh", "-c", look, "sh", *command]), tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("vnetdp: cannot write disk/r: No space left on device: make room")
+    assert "right to left: 10 frames" in done.stdout
+    assert done.stdout.splitlines()[-1] == "rest"
+
+
+@pytest.mark.parametrize(
+    "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_signs_that_the_terminal_lacks_are_replaced(tmp_path: Path, env: dict[str, str]) -> None:
+    code = (
+        "import sys; from vnetdp import output; output.open_streams(); output.tell('5 \\xb5s'); output.say('5 \\xb5s')"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONUTF8"))}
+    done = run([sys.executable, "-c", code], tmp_path, env={**clean, "PYTHONPATH": os.pathsep.join(sys.path), **env})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5 ?s\n", "5 ?s\n")
+
+
+def test_a_driver_without_memory_says_how_much_there_is(tmp_path: Path) -> None:
+    code = "\n".join(
+        (
+            "import resource",
+            "from vnetdp.driver import memory_for",
+            "from vnetdp.errors import VnetdpError",
+            f"resource.setrlimit(resource.RLIMIT_AS, ({1 << 30}, {1 << 30}))",
+            "try: memory_for(8, num=32768)",
+            "except VnetdpError as e: print(e)",
+        )
+    )
+    done = run([sys.executable, "-c", code], tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert "of 1024 MiB are in use (ulimit -v); raise the limit" in done.stdout, done.stderr

@@ -1,0 +1,184 @@
+"""What the machine has run out of or refuses, said in one line: the limit, how much of it is in use, and the next step."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import ConfigError, MachineError
+
+_MIB = 1 << 20
+LEAST_MEMORY = {"ulimit -v": 512 * _MIB, "ulimit -d": 192 * _MIB}  # what it takes to load the kernels
+_LIMITS = {"ulimit -v": (resource.RLIMIT_AS, "VmSize"), "ulimit -d": (resource.RLIMIT_DATA, "VmData")}
+_NO_THREAD = "can't start new thread"
+_NO_EXECUTABLE = "executable memory"  # as llvmlite has it, when Numba is imported
+
+
+def fault(error: BaseException) -> str:
+    """Return one line about *error*, which the machine is to blame for; "" if it may be a defect of ours."""
+    if isinstance(error, MemoryError):
+        return f"out of memory: {_memory()}"
+    if isinstance(error, RuntimeError):
+        return f"no more threads: {tasks()}" if _NO_THREAD in str(error) else ""
+    if isinstance(error, ImportError):
+        return f"{_first_line(error.__cause__ or error)}{_if_memory_is_limited()}; vnetdp doctor says more"
+    if not isinstance(error, OSError):
+        return ""
+    if _NO_EXECUTABLE in str(error):
+        return (
+            "nothing may make executable memory here, which compiled kernels take: allow it (systemd: "
+            "MemoryDenyWriteExecute=no; SELinux: the permission execmem; or what a seccomp filter does to mprotect)"
+        )
+    text = error.strerror or str(error)
+    if error.filename is not None:
+        text = f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {text}"
+    step = _next_step(error)
+    return f"{_first_line(text)}: {step}" if step else _first_line(text) + _if_memory_is_limited()
+
+
+def _next_step(error: OSError) -> str:
+    """Return what is known of the limit that *error* ran into, and how to raise it; "" if nothing is."""
+    match error.errno:
+        case errno.EMFILE:
+            return f"{descriptors()}; raise the limit: ulimit -n 65536"
+        case errno.ENFILE:
+            return f"the system's limit is {_read('/proc/sys/fs/file-max')} open files; raise it: sysctl fs.file-max"
+        case errno.ENOMEM:
+            return _memory()
+        case errno.EAGAIN:
+            return tasks()
+        case errno.EFBIG:
+            return f"the limit of a file's length is {_size(resource.RLIMIT_FSIZE)}; raise it: ulimit -f unlimited"
+        case errno.ENOSPC:
+            return "make room on that file system (df and df -i say what is left)"
+        case errno.EDQUOT:
+            return "make room, or have the quota raised"
+        case errno.EROFS:
+            return "that file system is read-only: name a place that can be written to"
+        case errno.ENOSYS:
+            return "the kernel, or the container's seccomp filter, does not know that system call"
+    return ""
+
+
+def _first_line(error: object) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _read(path: str) -> str:
+    with suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
+
+
+def _size(which: int) -> str:
+    limit = resource.getrlimit(which)[0]
+    return (
+        "not set" if limit == resource.RLIM_INFINITY else f"{limit} bytes" if limit < _MIB else f"{limit // _MIB} MiB"
+    )
+
+
+def descriptors() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    # To list them takes one: the descriptor of the folder is the one that may not be had.
+    open_ones = sum(1 for fd in range(min(limit, 1 << 20)) if _is_open(fd))
+    return f"{open_ones} of {limit} descriptors are in use"
+
+
+def _is_open(fd: int) -> bool:
+    with suppress(OSError):
+        os.fstat(fd)
+        return True
+    return False
+
+
+def _status(name: str) -> int:
+    """Return a line of /proc/self/status, bytes."""
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _memory_limits() -> list[str]:
+    return [
+        f"{_status(line) // _MIB} MiB of {_size(which)} are in use ({command}); raise the limit: {command} unlimited"
+        for command, (which, line) in _LIMITS.items()
+        if resource.getrlimit(which)[0] != resource.RLIM_INFINITY
+    ]
+
+
+def memory_in_use() -> str:
+    """Return each limit of memory, with how much of it is in use; "" if there is none."""
+    return "; ".join(_memory_limits())
+
+
+def _memory() -> str:
+    return memory_in_use() or (
+        "free some, or take a smaller ring or fewer queue pairs (free -m says what is left; sysctl vm.overcommit_memory "
+        "and vm.max_map_count are limits, too)"
+    )
+
+
+def _if_memory_is_limited() -> str:
+    """Return the limits of memory, if there are any: a library that can't be loaded does not say that they are why."""
+    return "".join(f"; {limit}" for limit in _memory_limits())
+
+
+def tasks() -> str:
+    limits = []
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if most != resource.RLIM_INFINITY:
+        limits.append(f"this user may have {most} threads and processes (raise it: ulimit -u unlimited)")
+    group = _read("/proc/self/cgroup").rpartition("::")[2].splitlines()[:1]
+    for path in {f"/sys/fs/cgroup{group[0] if group else ''}/pids.max", "/sys/fs/cgroup/pids/pids.max"}:
+        most_in_group = _read(path)
+        if most_in_group.isdecimal():
+            limits.append(f"this container {most_in_group} (raise its pids limit)")
+    limits.append(f"the system {_read('/proc/sys/kernel/threads-max') or 'an unknown number'}")
+    return "; ".join(limits)
+
+
+@contextmanager
+def giving(what: str) -> Iterator[None]:
+    """Turn the machine's refusal to give *what* into a MachineError, with the limit and the next step."""
+    try:
+        yield
+    except MachineError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as e:
+        said = fault(e)
+        if not said:
+            raise
+        code = errno.ENOMEM if isinstance(e, MemoryError) else getattr(e, "errno", None) or errno.EAGAIN
+        raise MachineError(code, f"cannot make {what}: {said}") from e
+
+
+def start(thread: threading.Thread) -> None:
+    """Start *thread*; MachineError if the machine has no more of them."""
+    with giving(f"the thread {thread.name}"):
+        thread.start()
+
+
+def raise_descriptor_limit(enough: int = 1 << 16) -> None:
+    """Allow this process *enough* descriptors, or as many as it may allow itself: a queue pair takes eight or so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        enough = min(hard, enough)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
+def check_memory() -> None:
+    """Raise ConfigError if a limit of memory is so low that the compiler can't even be loaded: it ends the process."""
+    for command, (which, _) in _LIMITS.items():
+        limit, least = resource.getrlimit(which)[0], LEAST_MEMORY[command]
+        if limit != resource.RLIM_INFINITY and limit < least:
+            raise ConfigError(
+                f"the limit of memory is {_size(which)} ({command}), and the compiled kernels take at least "
+                f"{least // _MIB} MiB: raise it: {command} unlimited"
+            )

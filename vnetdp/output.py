@@ -1,0 +1,110 @@
+"""What a command says and writes. Whatever becomes of standard output and standard error, the work goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import OutputError
+from .limits import fault
+
+_lost: list[OSError] = []  # why standard output took something not
+
+
+def open_streams() -> None:
+    """Have descriptors 0 to 2 open, and both streams take any text.
+
+    The next file that is opened gets the number of a closed one, and would be written to as if it were the terminal.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is fd
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    _lost.clear()
+    logging.raiseExceptions = False  # a line of the log that can't be written is lost
+
+
+def say(text: str) -> None:
+    """Print *text* on standard error. It is lost if that is closed (to print, None is standard output), full or gone."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Print *text* on standard output. If it can't be, the work goes on, and `flush` says so."""
+    with _kept_back():
+        print(text)
+
+
+@contextmanager
+def _kept_back() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        _lost.append(e)
+
+
+def human(args: argparse.Namespace) -> Callable[[str], None]:
+    """Return what prints a report for people: standard output, unless that is asked to hold JSON alone."""
+    return say if args.json == "-" else tell
+
+
+def flush() -> None:
+    """Have everything that was printed go out; OutputError if it can't, BrokenPipeError if nobody reads it any more."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _to_nowhere(2)
+    if sys.stdout is not None:
+        with _kept_back():
+            sys.stdout.flush()
+    if _lost:
+        error = _lost[0]
+        _lost.clear()
+        _to_nowhere(1)
+        if isinstance(error, BrokenPipeError):  # its reader, such as `head`, has enough of it
+            raise error
+        raise OutputError(f"cannot write to standard output: {fault(error)}") from error
+
+
+def _to_nowhere(fd: int) -> None:
+    """Let what is left in a stream's buffer go out when the interpreter ends, which would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[None]:
+    """Write the file *path* in this block. If it can't be: OutputError, and no part of it is left."""
+    try:
+        yield
+    except OSError as e:
+        with suppress(OSError):
+            if stat.S_ISREG(Path(path).stat().st_mode):
+                Path(path).unlink()
+        raise OutputError(f"cannot write {path}: {fault(e)}") from e
+
+
+def write_json(path: str, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2) + "\n"
+    if path != "-":
+        with whole_file(path):
+            Path(path).write_text(text)
+    else:
+        with _kept_back():
+            sys.stdout.write(text)
