@@ -1,61 +1,30 @@
-"""Captures: what goes out comes back, tshark reads it, and a bad file is called by its fault."""
+"""The endpoint of captures: what goes out comes back, tshark reads it, and a file that can't be used is named."""
 
 from __future__ import annotations
 
-import gzip
 import logging
 import os
-import shutil
+import signal
+import stat
 import subprocess
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from scapy.utils import RawPcapNgWriter, RawPcapWriter
 
 from tests.by_hand import frame, no_descriptor_leaks, wait_for
+from tests.endpoints.captures import PACKED, pcap, pcapng, taken, tshark, written
 from tests.endpoints.joined import guest_of, receive_all, send_all
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.errors import EndpointError
+from vnetdp_kernels import layout as lay
 
 FORMATS = ("pcap", "pcapng")
 FRAMES = [frame(n, length) for n, length in enumerate([14, 60, 61, 62, 63, 1514, 9014, *[64] * 150])]
 SENT = [one for one in FRAMES if len(one) < 2000]  # what fits a buffer of the guest's
-
-
-def capture(path: Path, frames: list[bytes], linktype: int = 1, **options: Any) -> Path:
-    """Write a capture with Scapy's own writers, not with ours."""
-    writer: RawPcapWriter | RawPcapNgWriter
-    if path.suffix == ".pcapng":
-        writer = RawPcapNgWriter(str(path))
-        writer.linktype = linktype
-    else:
-        writer = RawPcapWriter(str(path), linktype=linktype, **options)
-    writer.write_header(None)
-    for n, one in enumerate(frames):
-        writer.write_packet(one, sec=1_000_000 + n, usec=n)
-    writer.close()
-    return path
-
-
-def taken(endpoint: PcapEndpoint) -> list[bytes]:
-    """Return the frames that the endpoint gives, without their headers."""
-    got: list[bytes] = []
-    while frames := endpoint.receive_frames(0, 3):
-        assert len(frames) <= 3
-        assert all(one[:12] == bytes(12) for one in frames)
-        got.extend(one[12:] for one in frames)
-    return got
-
-
-def tshark(path: Path, *fields: str) -> list[list[str]]:
-    if shutil.which("tshark") is None:
-        pytest.skip("tshark isn't installed")
-    names = [part for field in fields for part in ("-e", field)]
-    argv = ["tshark", "-r", str(path), "-T", "fields", *names]
-    out = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=120).stdout
-    return [line.split("\t") for line in out.splitlines()]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -94,60 +63,15 @@ def test_an_empty_capture_is_a_capture(suffix: str, tmp_path: Path) -> None:
         assert source.errors == 0
 
 
-def plain(path: Path) -> Path:
-    return path
-
-
-def zipped(path: Path) -> Path:
-    with gzip.open(f"{path}.gz", "wb") as out:
-        out.write(path.read_bytes())
-    return Path(f"{path}.gz")
-
-
-@pytest.mark.parametrize("wrap", [plain, zipped])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("in.pcap", {}),
-        ("in.pcap", {"endianness": ">"}),
-        ("in.pcap", {"nano": True}),
-        ("in.pcapng", {}),
-        ("in.cap", {"endianness": ">", "nano": True}),
-    ],
-)
-def test_every_format_reaches_the_guest(
-    name: str, options: dict[str, Any], wrap: Callable[[Path], Path], tmp_path: Path
-) -> None:
-    path = wrap(capture(tmp_path / name, FRAMES, **options))
-    with PcapEndpoint(path) as source, guest_of(source) as driver:
-        assert receive_all(driver, len(FRAMES)) == FRAMES
-        wait_for(lambda: source.finished, "the capture was read to its end")
-        assert source.gives
-        assert source.counters()["from_wire"] == len(FRAMES)
-        assert source.errors == 0
-
-
-def test_a_capture_of_several_interfaces(tmp_path: Path) -> None:
-    path = tmp_path / "in.pcapng"
-    writer = RawPcapNgWriter(str(path))
-    writer.linktype = 1
-    writer.write_header(None)
-    for n, one in enumerate(FRAMES[:20]):
-        writer._write_packet(one, linktype=1, sec=n, ifname=f"eth{n % 3}".encode())
-    writer.close()
-    with PcapEndpoint(path) as source:
-        assert taken(source) == FRAMES[:20]
-
-
 def test_one_file_in_another_out(tmp_path: Path) -> None:
-    source = capture(tmp_path / "in.pcap", FRAMES)
+    source = written(tmp_path / "in.pcap", pcap(FRAMES))
     with PcapEndpoint(source, tmp_path / "out.pcapng", queues=2) as wire, guest_of(wire) as driver:
         assert receive_all(driver, len(FRAMES)) == FRAMES
         send_all(driver, SENT[:9])
         wait_for(lambda: wire.counters()["to_wire"] == 9, "all were written")
-    with PcapEndpoint(tmp_path / "out.pcapng") as written:
-        assert taken(written) == SENT[:9]
-    assert source.read_bytes() == capture(tmp_path / "again.pcap", FRAMES).read_bytes()
+    with PcapEndpoint(tmp_path / "out.pcapng") as again:
+        assert taken(again) == SENT[:9]
+    assert source.read_bytes() == pcap(FRAMES)
 
 
 def test_only_a_source_gives_and_finishes(tmp_path: Path) -> None:
@@ -158,70 +82,13 @@ def test_only_a_source_gives_and_finishes(tmp_path: Path) -> None:
 
 def test_a_longer_frame_than_any_is_dropped_and_counted(tmp_path: Path) -> None:
     frames = [frame(1), bytes(66_000), frame(2)]
-    with PcapEndpoint(capture(tmp_path / "in.pcap", frames)) as source, guest_of(source) as driver:
+    with PcapEndpoint(written(tmp_path / "in.pcap", pcap(frames))) as source, guest_of(source) as driver:
         assert receive_all(driver, 2) == [frame(1), frame(2)]
         assert source.counters()["dropped_long"] == 1
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_cut_anywhere_the_whole_frames_count(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    frames = [frame(n, 20 + n) for n in range(3)]
-    # A file of k frames is a file of three, cut between two records.
-    ends = [capture(tmp_path / f"{k}.{suffix}", frames[:k]).stat().st_size for k in range(4)]
-    whole = capture(tmp_path / f"whole.{suffix}", frames).read_bytes()
-    between = {*ends, 28} if suffix == "pcapng" else set(ends)  # or behind the section header block
-    cut = tmp_path / f"cut.{suffix}"
-    with no_descriptor_leaks():
-        for length in range(len(whole) + 1):
-            cut.write_bytes(whole[:length])
-            caplog.clear()
-            n = sum(end <= length for end in ends[1:])
-            if n == 0 and length not in between:
-                with pytest.raises(EndpointError) as raised:
-                    PcapEndpoint(cut)
-                assert any(words in str(raised.value) for words in ("cut short", "is not a pcap"))
-                continue
-            with PcapEndpoint(cut) as source:
-                assert taken(source) == frames[:n], length
-                assert source.finished
-                assert source.errors == (length not in between), length
-                said = [r.getMessage() for r in caplog.records if r.name == "vnetdp.endpoints"]
-                expected = f"pcap:{cut}: the capture is cut short or damaged after {n} frames"
-                assert [expected in line for line in said] == [True] * source.errors
-
-
-def test_a_damaged_gzip_gives_its_good_frames(tmp_path: Path) -> None:
-    path = zipped(capture(tmp_path / "in.pcap", [os.urandom(1000) for _ in range(300)]))
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    with PcapEndpoint(path) as source:
-        assert 0 < len(taken(source)) < 300
-        assert source.finished
-        assert source.errors == 1
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("frames", [[], [frame(1)]])
-def test_only_ethernet_can_be_sent(suffix: str, frames: list[bytes], tmp_path: Path) -> None:
-    path = capture(tmp_path / f"in.{suffix}", frames, linktype=101)
-    if suffix == "pcapng" and not frames:
-        PcapEndpoint(path).close()  # nothing to send, nothing wrong
-        return
-    with no_descriptor_leaks(), pytest.raises(EndpointError, match=r"link type 101, but only Ethernet \(1\)"):
-        PcapEndpoint(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xd4", b"hello, world", b"\x1f\x8b no gzip", b"\n\r\r\n" + bytes(40)])
-def test_what_is_no_capture_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "in.pcap"
-    path.write_bytes(content)
-    with no_descriptor_leaks(), pytest.raises(EndpointError) as raised:
-        PcapEndpoint(path)
-    assert str(raised.value) == f"pcap: {path} is not a pcap or pcapng capture"
-
-
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    good = capture(tmp_path / "good.pcap", FRAMES)
+    good = written(tmp_path / "good.pcap", pcap(FRAMES))
     content = good.read_bytes()
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link.pcap").symlink_to(good)
@@ -236,6 +103,9 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         (good, good, f"pcap: {good} is both read and written"),
         (good, tmp_path / "link.pcap", f"pcap: {tmp_path / 'link.pcap'} is both read and written"),
         (None, Path("/dev/full"), "pcap: cannot write /dev/full: No space left on device"),
+        (None, tmp_path / "fifo", f"pcap: nobody reads the FIFO {tmp_path / 'fifo'}: start its reader first"),
+        (Path("a\0b"), None, "pcap: cannot read a\0b: "),
+        (None, Path("a\0b"), "pcap: cannot write a\0b: "),
     ]
     for source, sink, says in cases:
         with no_descriptor_leaks(), pytest.raises(EndpointError) as raised:
@@ -253,24 +123,154 @@ def test_a_bad_source_leaves_the_sink_alone(tmp_path: Path) -> None:
     assert out.read_bytes() == b"precious"
 
 
-def test_a_full_disk_costs_frames_not_the_datapath(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out = tmp_path / "out.pcap"
-    with caplog.at_level(logging.WARNING), PcapEndpoint(None, out) as sink:
-        full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, sink._writer.fileno())  # type: ignore[union-attr]
-        os.close(full)
-        with guest_of(sink) as driver:
-            send_all(driver, [frame(n) for n in range(10)])
-            wait_for(lambda: sink.counters()["dropped_error"] == 10, "all were refused")
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_capture_reaches_the_guest(form: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "in", PACKED[form](FRAMES))
+    with PcapEndpoint(path) as source, guest_of(source) as driver:
+        assert receive_all(driver, len(FRAMES)) == FRAMES
+        wait_for(lambda: source.finished, "the capture was read to its end")
+        assert source.gives
+        assert source.counters()["from_wire"] == len(FRAMES)
+        assert source.errors == 0
+
+
+def test_a_frame_shorter_than_its_header_is_dropped_and_counted(tmp_path: Path) -> None:
+    content = pcap([b"", frame(1, 13), frame(2)])
+    with PcapEndpoint(written(tmp_path / "in", content)) as source, guest_of(source) as driver:
+        assert receive_all(driver, 1) == [frame(2)]
+        assert source.counters()["dropped_short"] == 2
+
+
+# --- a full disk, a FIFO, a signal ---
+
+
+@contextmanager
+def little_disk(folder: Path, size: int) -> Iterator[Path]:
+    """Give a file system of so many bytes, in a namespace of nobody else's: only root may mount."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("mounting needs rights that we do not have")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_full_disk_costs_frames_not_the_datapath(
+    suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with little_disk(tmp_path / "disk", 1 << 16) as disk:
+        out = disk / f"out.{suffix}"
+        with caplog.at_level(logging.WARNING), PcapEndpoint(None, out) as sink, guest_of(sink) as driver:
+            send_all(driver, [frame(n, 1500) for n in range(60)])
+            wait_for(lambda: sink.counters()["to_wire"] == 60, "all were taken")
+            wait_for(lambda: sink.counters()["dropped_error"] > 0, "some were refused")
+            ballast = disk / "ballast"  # what frees room again lets it go on
+            assert not ballast.exists()
+            lost = sink.counters()["dropped_error"]
+        with PcapEndpoint(out) as source:
+            assert len(taken(source)) == 60 - lost
+            assert source.errors == 0
     assert "No space left on device" in caplog.text
     assert len([r for r in caplog.records if r.name == "vnetdp.endpoints"]) == 1
 
 
-def test_nothing_is_left_open(tmp_path: Path) -> None:
-    source = capture(tmp_path / "in.pcap", FRAMES)
-    zip_source = zipped(source)
+def test_a_full_disk_that_has_room_again_is_written_on(tmp_path: Path) -> None:
+    with little_disk(tmp_path / "disk", 1 << 16) as disk, PcapEndpoint(None, disk / "out.pcap") as sink:
+        ballast = written(disk / "ballast", bytes(50_000))
+        sink.transmit_frames(0, [bytes(12) + frame(1)])
+        with pytest.raises(OSError, match="No space left"):
+            sink.transmit_frames(0, [bytes(12) + frame(2, 1500)] * 40)
+        ballast.unlink()
+        sink.transmit_frames(0, [bytes(12) + frame(3)])
+        with PcapEndpoint(disk / "out.pcap") as source:
+            assert taken(source) == [frame(1), frame(3)]
+
+
+def test_a_new_file_on_a_full_disk_is_not_left_behind(tmp_path: Path) -> None:
+    with little_disk(tmp_path / "disk", 1 << 12) as disk:
+        written(disk / "ballast", bytes(1 << 12))
+        with pytest.raises(EndpointError, match="No space left on device"):
+            PcapEndpoint(None, disk / "out.pcap")
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+
+
+def test_the_reader_of_a_fifo_gets_every_frame_at_its_own_pace(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.pcapng"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    got: list[bytes] = []
+    sent = [frame(n, 1500) for n in range(400)]  # ten times what a pipe holds
+
+    def read_all() -> None:
+        with open(reader, "rb") as file:
+            got.append(file.read())
+
+    thread = threading.Thread(target=read_all)
+    with PcapEndpoint(None, fifo) as sink, guest_of(sink) as driver:
+        send_all(driver, sent)
+        wait_for(lambda: bool(sink.rows[0, lay.EP_BLOCKED]), "frames wait in the ring, since nobody reads")
+        thread.start()
+        wait_for(lambda: sink.counters()["to_wire"] == len(sent), "all were taken")
+        wait_for(lambda: not sink.rows[0, lay.EP_OUT_COUNT], "none is on its way")
+    thread.join()
+    with PcapEndpoint(written(tmp_path / "got", got[0])) as source:
+        assert taken(source) == sent
+
+
+def test_a_fifo_whose_reader_has_gone_costs_frames_not_the_datapath(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    with PcapEndpoint(None, tmp_path / "fifo") as sink, guest_of(sink) as driver:
+        os.close(reader)
+        send_all(driver, [frame(n) for n in range(10)])
+        wait_for(lambda: sink.counters()["dropped_error"] == 10, "all were refused")
+    assert "Broken pipe" in caplog.text
+
+
+def test_a_reader_that_reads_no_more_does_not_hold_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vnetdp.endpoints.capture_writer._LAST_WORDS_MS", 10)
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     with no_descriptor_leaks():
-        for path in (source, zip_source, capture(tmp_path / "in.pcapng", FRAMES)):
+        with PcapEndpoint(None, tmp_path / "fifo") as sink:
+            sink.transmit_frames(0, [bytes(12) + frame(n, 1500) for n in range(100)])
+            assert not sink.takes_frames(0)
+        assert sink.errors == 1
+    os.close(reader)
+
+
+def test_a_run_that_is_killed_leaves_a_capture(tmp_path: Path) -> None:
+    out = tmp_path / "out.pcap"
+    argv = [sys.executable, "-m", "vnetdp", "link", "generate:rate=2k", f"pcap:,{out}"]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as run:
+        wait_for(lambda: out.exists() and out.stat().st_size > 1000, "frames were written")
+        run.send_signal(signal.SIGKILL)
+    with PcapEndpoint(out) as source:
+        assert len(taken(source)) > 10
+        assert source.errors == 0
+
+
+def test_the_file_is_made_as_the_umask_has_it(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        PcapEndpoint(None, tmp_path / "out.pcap").close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out.pcap").stat().st_mode) == 0o640
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    source = written(tmp_path / "in.pcap", pcap(FRAMES))
+    with no_descriptor_leaks():
+        for path in (source, written(tmp_path / "in.pcapng", pcapng(FRAMES))):
             for out in ("out.pcap", "out.pcapng"):
                 with PcapEndpoint(path, tmp_path / out) as endpoint:
                     taken(endpoint)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks
+from tests.by_hand import frame, no_descriptor_leaks
+from tests.endpoints.captures import pcap
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint, Faults
 from vnetdp.endpoints.loopback import (
@@ -95,6 +96,9 @@ def test_fault_wraps_any_other() -> None:
         ("tap:x,queues=2", "tap: unknown option 'queues=2'; known are netns="),
         ("pcap", "pcap: '' is not pcap:IN[,OUT]"),
         ("pcap:a,b,c", "pcap: 'a,b,c' is not pcap:IN[,OUT]"),
+        ("pcap:,,", "pcap: cannot read ,: No such file"),
+        ("pcap:none,,such,b", "pcap: cannot read none,such: No such file"),
+        ("generate:size=64,,count=1", "generate: size=64,count=1 is not a number"),
         ("pcap:,", "pcap: neither a capture to read nor one to write"),
         ("scapy:json", "scapy: 'json' is not scapy:MODULE:CALLABLE"),
         ("scapy::loads", "scapy: ':loads' is not scapy:MODULE:CALLABLE"),
@@ -116,6 +120,38 @@ def test_what_cannot_be_is_said_in_one_line(text: str, says: str) -> None:
         endpoint_opener(text)()
     assert str(raised.value).startswith(says)
     assert "\n" not in str(raised.value)
+
+
+def test_a_comma_in_a_name_is_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run,eth0.pcap", "a,", "a,,b", ",a"):
+        (tmp_path / name).write_bytes(pcap([frame(1)]))
+        spelled = name.replace(",", ",,")
+        with parse_endpoint(f"pcap:{spelled},out{spelled}") as endpoint:
+            assert list(endpoint.files) == [Path(name), Path(f"out{name}")]
+            assert list(endpoint.receive_frames(0, 9)) == [bytes(12) + frame(1)]
+        assert (tmp_path / f"out{name}").exists()
+    with parse_endpoint("pcap:,a,,b") as endpoint:
+        assert list(endpoint.files) == [Path("a,b")]
+
+
+def test_the_rest_of_a_files_name_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "eth0.pcap", "run,eth0.pcap"):
+        (tmp_path / name).write_bytes(pcap([frame(1)]))
+    with pytest.raises(ConfigError) as raised:
+        parse_endpoint("pcap:run,eth0.pcap")
+    assert str(raised.value) == (
+        "pcap: run,eth0.pcap is a file: pcap:run,,eth0.pcap names it; to overwrite eth0.pcap, name that ./eth0.pcap"
+    )
+    assert (tmp_path / "eth0.pcap").read_bytes() == pcap([frame(1)])
+    with parse_endpoint("pcap:run,./eth0.pcap") as endpoint:
+        assert list(endpoint.files) == [Path("run"), Path("eth0.pcap")]
+
+
+def test_commas_in_the_names_of_interfaces_and_namespaces_too() -> None:
+    with pytest.raises(VnetdpError, match="ip netns add x,y"):
+        parse_endpoint("tap:a,,b,netns=x,,y")
 
 
 def test_a_scapy_module_is_found_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,25 +160,28 @@ class Endpoint:
             self.transmit_frames(queue, frames)
 
     def _fill(self, queue: int, row: Words) -> None:
+        row[layout.EP_FIRST] = 0
+        with self._guarded(queue, 0):
+            self.fill_slots(queue, row)
+
+    def fill_slots(self, queue: int, row: Words) -> None:
+        """Put the frames of `receive_frames` into the in slots of *queue*, all free now; row[EP_COUNT] says how many."""
         n = 0
         stopped = self.polls_stopped
-        with self._guarded(queue, 0):
-            frames = self._late.pop(queue, ()) or self.receive_frames(queue, PYTHON_SLOTS)
-            if self.polls_stopped != stopped:
-                self._late[queue] = frames  # for the next owner, which has the slots by now
-                return
-            for frame in frames:
-                if n == PYTHON_SLOTS:
-                    row[layout.EP_DROP_ERROR] += 1  # more than were asked for
-                elif len(frame) > layout.FRAME_SLOT:
-                    row[layout.EP_DROP_LONG] += 1
-                else:
-                    at = n * layout.FRAME_SLOT
-                    self.in_frames[queue, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
-                    self.in_lengths[queue, n] = len(frame)
-                    n += 1
-        row[layout.EP_FIRST] = 0
-        row[layout.EP_COUNT] = n
+        frames = self._late.pop(queue, ()) or self.receive_frames(queue, PYTHON_SLOTS)
+        if self.polls_stopped != stopped:
+            self._late[queue] = frames  # for the next owner, which has the slots by now
+            return
+        for frame in frames:
+            if n == PYTHON_SLOTS:
+                row[layout.EP_DROP_ERROR] += 1  # more than were asked for
+            elif len(frame) > layout.FRAME_SLOT:
+                row[layout.EP_DROP_LONG] += 1
+            else:
+                at = n * layout.FRAME_SLOT
+                self.in_frames[queue, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
+                self.in_lengths[queue, n] = len(frame)
+                row[layout.EP_COUNT] = n = n + 1
 
     def _failed(self, queue: int, frames: int, error: BaseException) -> None:
         self.rows[queue, layout.EP_DROP_ERROR] += frames

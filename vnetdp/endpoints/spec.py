@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Final
@@ -54,7 +55,7 @@ def _plain(endpoint: type[Endpoint]) -> Callable[[str, int], Opener]:
 
 
 def _generate(rest: str, queues: int) -> Opener:
-    options = _options("generate", rest, {"size": _whole, "rate": _number, "count": _whole})
+    options = _options("generate", _parts(rest), {"size": _whole, "rate": _number, "count": _whole})
     GenerateEndpoint.check(**options)
     return partial(GenerateEndpoint, queues, **options)
 
@@ -62,7 +63,7 @@ def _generate(rest: str, queues: int) -> Opener:
 def _tap(rest: str, queues: int) -> Opener:
     from .tap import TapEndpoint
 
-    name, _, options = rest.partition(",")
+    name, *options = _parts(rest)
     if not name:
         raise ConfigError("tap: an interface has to be named: tap:NAME[,netns=NS]")
     return partial(TapEndpoint, name, queues, **_options("tap", options, {"netns": str}))
@@ -71,10 +72,18 @@ def _tap(rest: str, queues: int) -> Opener:
 def _pcap(rest: str, queues: int) -> Opener:
     from .pcap import PcapEndpoint
 
-    source, _, sink = rest.partition(",")
-    if not rest or "," in sink:
-        raise ConfigError(f"pcap: {rest!r} is not pcap:IN[,OUT] (pcap:,OUT only writes)")
-    return partial(PcapEndpoint, source or None, sink or None, queues, sink_later=True)
+    source, *sinks = _parts(rest)
+    if not rest or len(sinks) > 1:
+        raise ConfigError(
+            f"pcap: {rest!r} is not pcap:IN[,OUT] (pcap:,OUT only writes; a comma in a file's name is written twice)"
+        )
+    # Whoever forgot that a comma separates shall not lose the file that the rest of the name happens to be.
+    if any(sinks) and os.path.lexists(rest):
+        raise ConfigError(
+            f"pcap: {rest} is a file: pcap:{rest.replace(',', ',,')} names it; to overwrite {sinks[0]}, name that "
+            f"./{sinks[0]}"
+        )
+    return partial(PcapEndpoint, source or None, "".join(sinks) or None, queues, sink_later=True)
 
 
 def _scapy(rest: str, queues: int) -> Opener:
@@ -113,7 +122,7 @@ def _fault(rest: str, queues: int) -> Opener:
     if not colon:
         raise ConfigError("fault: it has to say around which endpoint: fault:drop=0.1:ENDPOINT")
     probability = dict.fromkeys(("drop", "corrupt", "eio", "eagain"), _number)
-    faults = _options("fault", options, {**probability, "delay_ms": _number, "seed": _whole})
+    faults = _options("fault", _parts(options), {**probability, "delay_ms": _number, "seed": _whole})
     Faults(**faults)
     open_inner = endpoint_opener(inner_text, queues)
 
@@ -141,10 +150,15 @@ _KINDS: Final[dict[str, tuple[str, Callable[[str, int], Opener]]]] = {
 }
 
 
-def _options(kind: str, text: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """Return key=value pairs, separated by commas; *known* has the function that reads a key's value."""
+def _parts(text: str) -> list[str]:
+    """Return what commas separate; a comma that is meant is written twice, as QEMU has it."""
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+
+
+def _options(kind: str, parts: Sequence[str], known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """Return key=value pairs; *known* has the function that reads a key's value."""
     found: dict[str, Any] = {}
-    for part in text.split(",") if text else ():
+    for part in () if parts == [""] else parts:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
             names = ", ".join(f"{name}=" for name in known)
