@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vnetdp_kernels import interrupt, layout, loops, port
+from vnetdp_kernels import interrupt, layout, loops, peer, port
 
 from . import limits
 from .endpoints.base import Endpoint
@@ -46,7 +46,7 @@ class Scratch:
     """The arrays a loop needs and nobody keeps; never shared between threads.
 
     iov and rows int64[cap, 3], chains int64[n, 2], hdr uint8[HDR_SCRATCH], words int64[SCRATCH_WORDS],
-    pollfds int64[2, n], one int64[1].
+    pollfds int64[2, n], one as `peer.tell_words`.
     """
 
     def __init__(self, pairs: int, max_num: int = layout.VIRTQ_MAX_NUM) -> None:
@@ -57,7 +57,7 @@ class Scratch:
         self.hdr: Bytes = np.zeros(port.HDR_SCRATCH, np.uint8)
         self.words: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
         self.pollfds: Words = np.zeros((2, 3 * pairs + 1), np.int64)
-        self.one: Words = np.ones(1, np.int64)
+        self.one: Words = peer.tell_words()
 
 
 class Datapath:

@@ -21,6 +21,7 @@ from .state import VIRTIO_NET_S_LINK_UP, Control
 from .watch import Watch
 
 _TICK_S = 0.02
+_ANSWER_S = 1.0  # a back end that has not answered by then serves another front end, or hangs
 _LOOK_S = 0.001  # so exact is the time that frames took
 _QUIET_S = 0.5  # nothing moved for so long: nothing more will
 _LOSS_S = 3.0  # the same while numbered frames are missing
@@ -54,7 +55,7 @@ def drive(
         front_end = VhostUserFrontEnd(path, queue_pairs, listen=listen, queue_size=num, watched=True)
         stack.callback(front_end.close)
         until = time.monotonic() + wait_s
-        _wait(front_end, wait_s, stop)
+        _wait(front_end, wait_s, stop, say)
         memory = stack.enter_context(memory_for(queue_pairs, num))
         nowhere = stack.enter_context(NullEndpoint(queue_pairs))
         config = front_end.config or NetConfig(Control.mac, VIRTIO_NET_S_LINK_UP, queue_pairs, 0)
@@ -77,15 +78,28 @@ def drive(
         return _report(endpoint, driver, took, front_end.connections)
 
 
-def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool]) -> None:
-    """Connect, again and again; ConfigError when the time is up."""
+def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
+    """Connect, again and again, and say what is waited for; ConfigError when the time is up, or waiting is in vain."""
     until = time.monotonic() + wait_s
+    said = ""
     while not stop():
-        if front_end.connect(max(until - time.monotonic(), _TICK_S), stop):
+        asked = time.monotonic()
+
+        def stop_or_say(asked: float = asked) -> bool:
+            nonlocal said
+            if time.monotonic() - asked > _ANSWER_S and said != front_end.trouble:
+                said = front_end.trouble
+                say(f"{front_end.path}: {said}; waiting")
+            return stop()
+
+        if front_end.connect(max(until - asked, _TICK_S), stop_or_say):
             return
         if time.monotonic() >= until:
-            own = f"one of ours: vnetdp serve macswap --socket {front_end.path}"
-            raise ConfigError(f"no vhost-user back end on {front_end.path} within {wait_s:g} s: start it first; {own}")
+            step = "" if front_end.silent else f": start one: vnetdp serve macswap --socket {front_end.path}"
+            raise ConfigError(f"{front_end.path}: no back end within {wait_s:g} s: {front_end.trouble}{step}")
+        if said != front_end.trouble:
+            said = front_end.trouble
+            say(f"{front_end.path}: {said}; waiting")
         time.sleep(_TICK_S)
     raise ConfigError(f"ended before a back end was on {front_end.path}")
 

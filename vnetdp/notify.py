@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import suppress
 from typing import Protocol, Self
 
 from .limits import giving
@@ -37,12 +38,15 @@ class EventFd:
     def fileno(self) -> int:
         return self.fd
 
+    @property
+    def notify(self) -> int:
+        """The descriptor, as kernels want to know it."""
+        return self.fd
+
     def signal(self) -> None:
-        """Add one. A full counter is signal enough; a pipe (UML's calls) that nobody reads any more needs none."""
-        try:
+        """Add one. A full counter is signal enough."""
+        with suppress(BlockingIOError):
             os.eventfd_write(self.fd, 1)
-        except (BlockingIOError, ConnectionError):
-            return
 
     def clear(self) -> int:
         """Take the count off, and return it: 0 if nobody signalled."""
@@ -61,22 +65,3 @@ class EventFd:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class PeerEvent(EventFd):
-    """A peer's eventfd, pipe or socket, owned. Its flags are the peer's too, so they are left alone: it may be blocking."""
-
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd)
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
-
-    @property
-    def usable(self) -> bool:
-        """False for a descriptor that can't be polled, written to or read (O_PATH)."""
-        return not any(events & select.POLLNVAL for _, events in self._poll.poll(0))
-
-    def signal(self) -> None:
-        """Add one, unless that might wait: a descriptor that takes nothing more has said enough."""
-        if self._poll.poll(0):
-            super().signal()

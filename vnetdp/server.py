@@ -7,7 +7,6 @@ either costs nothing but itself.
 
 from __future__ import annotations
 
-import errno
 import logging
 import select
 import socket
@@ -22,9 +21,11 @@ from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
 from .notify import EventFd
 from .session import USUAL_PROTOCOL_FEATURES, Session
+from .vhost_user.dial import NobodyYetError, dial
 from .vhost_user.listener import Listener
 from .vhost_user.message import MAX_VRINGS, ProtocolFeature
 from .vhost_user.transport import Transport
+from .visit import Visit, ready_of
 from .vrings import Served
 
 _log = logging.getLogger("vnetdp.server")
@@ -32,8 +33,6 @@ _log = logging.getLogger("vnetdp.server")
 _MESSAGE_TIMEOUT_S = 5.0  # for the rest of a message that has begun
 _BACKOFF_S = (0.05, 2.0)  # first and longest wait after an attempt that came to nothing
 _SHORT_S = 1.0  # a session that ends sooner came to nothing too
-_NOBODY_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)  # what to connect to is not there yet, or busy
-_HOPELESS = (None, errno.ENOTDIR, errno.ELOOP, errno.EPROTOTYPE)  # no waiting heals it; None: the path is too long
 
 
 class Server:
@@ -117,40 +116,37 @@ class Server:
             failed = False
             try:
                 self._renew_worker()
-                transport = self._accept(wake_fd) if self._listener is not None else self._dial()
+                transport = self._accept(wake_fd) if self._listener is not None else Transport(dial(self.path))
                 if transport is not None:
                     said = ""
                     self._serve(transport, stop, wake_fd)
-            except OSError as e:
+            except (NobodyYetError, OSError) as e:
                 failed = True
-                if self.connect and not self.served and e.errno in _HOPELESS:
-                    raise ConfigError(f"cannot connect to {self.path}: {e.strerror or e}") from e
-                if e.errno not in _NOBODY_YET and str(e) != said:
-                    said = str(e)
-                    _log.warning("%s: no front end: %s; trying again", self.path, e.strerror or e)
+                if not isinstance(e, NobodyYetError):
+                    said = self._tell_once(said, str(e))
+            except ConfigError as e:
+                if not self.connect or not self.served:
+                    raise
+                failed = True
+                said = self._tell_once(said, str(e))
             if failed or (self.connect and time.monotonic() - began < _SHORT_S):
-                _readable(wake_fd, timeout_s=backoff)
+                ready_of({wake_fd: select.POLLIN}, backoff)
                 backoff = min(backoff * 2, _BACKOFF_S[1])
             else:
                 backoff = _BACKOFF_S[0]
 
+    def _tell_once(self, said: str, trouble: str) -> str:
+        """Log what keeps front ends away, unless it was *said*; return it."""
+        if trouble != said:
+            _log.warning("%s: no front end: %s; trying again", self.path, trouble)
+        return trouble
+
     def _accept(self, wake_fd: int) -> Transport | None:
         """Wait for a front end; None if *wake_fd* became readable."""
         assert self._listener is not None
-        if self._listener.fileno() not in _readable(self._listener.fileno(), wake_fd):
+        if self._listener.fileno() not in ready_of(dict.fromkeys((self._listener.fileno(), wake_fd), select.POLLIN)):
             return None
         return Transport(self._listener.accept())
-
-    def _dial(self) -> Transport:
-        """Connect to the front end; OSError at once if that can't be done now."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)  # else it waits for as long as the front end's backlog is full
-            sock.connect(self.path)
-        except OSError:
-            sock.close()
-            raise
-        return Transport(sock)
 
     def _serve(self, transport: Transport, stop: Callable[[], bool], wake_fd: int) -> None:
         """Serve one front end until it leaves, breaks the rules, or we are stopped."""
@@ -160,22 +156,27 @@ class Server:
         session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, offer)
         self._worker_ended.clear()
         forget = self.worker.paced.listeners.add(session.ring_broke, self._worker_ended.signal)
-        spoke = False
+        visit = Visit(transport.sock, self.worker, self._listener)
         try:
             while not stop():
                 if self._worker_has_ended():
                     return
                 events = dict.fromkeys((transport.fileno(), wake_fd, self._worker_ended.fd), select.POLLIN)
-                ready = _ready(events | session.descriptors())
-                session.tell_front_end(ready)
+                ready = ready_of(events | session.descriptors() | visit.descriptors(), visit.patience_s)
+                session.look_at(ready)
                 if transport.fileno() not in ready:
+                    if (in_vain := visit.in_vain(ready)) is not None:
+                        _log.warning("%s: %s; the connection is closed", self.path, in_vain)
+                        return
                     continue
-                if not spoke and transport.sock.recv(1, socket.MSG_PEEK):
-                    spoke = True  # who only looks whether somebody listens is no front end
+                if not visit.spoke:
+                    if not transport.sock.recv(1, socket.MSG_PEEK):
+                        return  # who only looks whether somebody listens is no front end
                     self.served += 1
                     _log.info("%s: front end %d attached", self.path, self.served)
+                visit.speaks()
                 if not session.handle_one():
-                    _log.info("%s: the connection was closed by its other end", self.path)
+                    _log.info("%s: front end %d closed the connection", self.path, self.served)
                     return
         except (ProtocolError, BackendError) as e:
             if self._worker_has_ended():
@@ -186,6 +187,7 @@ class Server:
             _log.warning("%s: the connection broke: %s", self.path, e)
         finally:
             forget()
+            visit.close()
             session.close()
             transport.close()
 
@@ -212,18 +214,3 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _ready(events: dict[int, int], timeout_s: float | None = None) -> set[int]:
-    """Wait until some descriptors have the events asked for, or are broken, and return those.
-
-    Not select: numbers may pass 1023.
-    """
-    poll = select.poll()
-    for fd, wanted in events.items():
-        poll.register(fd, wanted)
-    return {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
-
-
-def _readable(*fds: int, timeout_s: float | None = None) -> set[int]:
-    return _ready(dict.fromkeys(fds, select.POLLIN), timeout_s)

@@ -6,7 +6,6 @@ import logging
 import os
 import select
 import socket
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,8 +17,9 @@ from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, EndpointError, RemoteProtocolError, RequestRefused
 from .inflight import InflightArea
 from .memory import DirtyLog
-from .notify import EventFd, PeerEvent
+from .notify import EventFd
 from .vhost_user.connection import BackEndConnection, Message
+from .vhost_user.descriptors import PeerEvent, check_event, check_socket, check_state_channel
 from .vhost_user.message import (
     MAX_CONFIG,
     NO_FD,
@@ -143,7 +143,8 @@ class Session:
         features = wanted & ~f.VHOST_USER_F_PROTOCOL_FEATURES
         toggled = (wanted ^ self._connection.features) & ~f.VHOST_USER_F_PROTOCOL_FEATURES
         changed = toggled & ~f.VHOST_F_LOG_ALL
-        with self._vrings.standing_still():
+        rings = range(len(self._vrings.rings)) if changed else ()
+        with self._vrings.before_start(*rings):
             # Logging begins and ends under a driver; everything else is said to a new one, be it what was said before.
             if toggled != f.VHOST_F_LOG_ALL and not any(ring.enabled for ring in self._vrings.rings):
                 for index in range(len(self._vrings.rings)):
@@ -152,6 +153,7 @@ class Session:
                 raise RequestRefused(f"features that can't change while a ring runs: {', '.join(f.names(changed))}")
             for backend in self._worker.backends:
                 backend.set_features(features)
+            self._vrings.has_features = True
         self._connection.features = wanted
         self._tell_mtu()
         self._endpoint.set_offloads(f.guest_offload_mask(features))
@@ -224,14 +226,16 @@ class Session:
         ring = self._vrings.get(payload.index)
         self._vrings.abandon(payload.index)
         backend, vring = self._vrings.backend(payload.index)
-        backend.set_vring_num(vring, payload.num)
-        ring.num = payload.num
+        with self._vrings.before_start(payload.index):
+            backend.set_vring_num(vring, payload.num)
+            ring.num = payload.num
 
     def _on_set_vring_base(self, payload: VringState, _fds: list[int]) -> None:
         ring = self._vrings.get(payload.index)
         backend, vring = self._vrings.backend(payload.index)
-        backend.set_vring_base(vring, payload.num)
-        ring.base = payload.num
+        with self._vrings.before_start(payload.index):
+            backend.set_vring_base(vring, payload.num)
+            ring.base, ring.has_base = payload.num, True
 
     def _on_set_vring_addr(self, payload: VringAddr, _fds: list[int]) -> None:
         self._vrings.move(payload.index, payload)
@@ -239,7 +243,7 @@ class Session:
     def _on_get_vring_base(self, payload: VringState, _fds: list[int]) -> Payload:
         return VringState(payload.index, self._vrings.release(payload.index))
 
-    def _take_event(self, payload: U64, fds: list[int]) -> tuple[int, EventFd | None]:
+    def _take_event(self, request: Request, payload: U64, fds: list[int]) -> tuple[int, EventFd | None]:
         """Return the ring's index and its descriptor, ours from now on; None if the message says there is none."""
         index = payload.value & 0xFF
         self._vrings.get(index)
@@ -249,18 +253,11 @@ class Session:
             return index, None
         if not fds:
             raise RemoteProtocolError("a vring descriptor message without its descriptor")
-        mode = os.fstat(fds[0]).st_mode
-        # An eventfd is of no file type; UML calls through pipes.
-        if stat.S_IFMT(mode) != 0 and not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
-            raise RequestRefused("a vring descriptor that is neither eventfd nor pipe")
-        event = PeerEvent(fds[0])
-        if not event.usable:
-            raise RequestRefused("a vring descriptor that can't be used")
-        fds.clear()
-        return index, event
+        check_event(fds[0], None if request is Request.SET_VRING_KICK else self._transport.sock)
+        return index, PeerEvent(fds.pop(0))
 
     def _on_set_vring_kick(self, payload: U64, fds: list[int]) -> None:
-        index, event = self._take_event(payload, fds)
+        index, event = self._take_event(Request.SET_VRING_KICK, payload, fds)
         ring = self._vrings.rings[index]
         backend, vring = self._vrings.backend(index)
         backend.set_vring_kick(vring, event)
@@ -271,7 +268,7 @@ class Session:
         self._vrings.start_if_ready(index)
 
     def _on_set_vring_call(self, payload: U64, fds: list[int]) -> None:
-        index, event = self._take_event(payload, fds)
+        index, event = self._take_event(Request.SET_VRING_CALL, payload, fds)
         ring = self._vrings.rings[index]
         event = event or self._inband_event(BackendRequest.VRING_CALL)
         backend, vring = self._vrings.backend(index)
@@ -283,7 +280,7 @@ class Session:
             self._vrings.call(ring)  # what was used before may not have been told
 
     def _on_set_vring_err(self, payload: U64, fds: list[int]) -> None:
-        index, event = self._take_event(payload, fds)
+        index, event = self._take_event(Request.SET_VRING_ERR, payload, fds)
         ring = self._vrings.rings[index]
         event = event or self._inband_event(BackendRequest.VRING_ERR)
         with self._vrings.standing_still():
@@ -332,14 +329,10 @@ class Session:
                     backend.set_mtu(self._mtu)
 
     def _on_set_backend_req_fd(self, _payload: Empty, fds: list[int]) -> None:
-        try:
-            sock = socket.socket(fileno=fds[0])
-        except OSError as e:
-            raise RequestRefused(f"not a socket: {e}") from e
-        fds.clear()
+        check_socket(fds[0], self._transport.sock)
         if self._front_end is not None:
             self._front_end.close()
-        self._front_end = sock
+        self._front_end = socket.socket(fileno=fds.pop(0))
 
     def _config_space(self) -> bytes:
         space = self._mac + struct.pack("<HHH", 1, len(self._worker.backends), self._mtu or 0)
@@ -391,6 +384,7 @@ class Session:
     def _on_set_device_state_fd(self, payload: DeviceState, fds: list[int]) -> Payload:
         if payload.direction not in (0, 1) or payload.phase != 0 or any(ring.bound for ring in self._vrings.rings):
             return U64(1 | NO_FD)
+        check_state_channel(fds[0])
         if self._pending_state >= 0:
             os.close(self._pending_state)
             self._pending_state = -1
@@ -425,12 +419,20 @@ class Session:
         self._vrings.tell_broken()
 
     def descriptors(self) -> dict[int, int]:
-        """Return the descriptors that `tell_front_end` waits for, each with its events (select.POLL*)."""
+        """Return the descriptors that `look_at` waits for, each with its events (select.POLL*)."""
+        kicks = dict.fromkeys(self._vrings.kicks(), select.POLLIN)
         if self._front_end is None:
-            return {}
+            return kicks
         if self._unsent:
-            return {self._front_end.fileno(): select.POLLOUT}
-        return {event.fd: select.POLLIN for _, event in self._inband_events()}
+            return kicks | {self._front_end.fileno(): select.POLLOUT}
+        return kicks | {event.fd: select.POLLIN for _, event in self._inband_events()}
+
+    def look_at(self, ready: set[int]) -> None:
+        """Do what came on *ready*, of `descriptors`: start rings that are kicked, and pass in-band what the worker said."""
+        for fd, index in self._vrings.kicks().items():
+            if fd in ready:
+                self._vrings.start_kicked(index)
+        self._tell_front_end(ready)
 
     def _inband_events(self) -> Iterator[tuple[int, InbandEvent]]:
         for index, ring in enumerate(self._vrings.rings):
@@ -438,8 +440,8 @@ class Session:
                 if isinstance(event, InbandEvent):
                     yield index, event
 
-    def tell_front_end(self, ready: set[int]) -> None:
-        """Pass in-band what the worker said on *ready*, of `descriptors`: as much as the front end's socket takes now."""
+    def _tell_front_end(self, ready: set[int]) -> None:
+        """Pass in-band what the worker said on *ready*: as much as the front end's socket takes now."""
         self._send_unsent()
         for index, event in self._inband_events():
             if event.fd in ready and not self._unsent:

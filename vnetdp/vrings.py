@@ -18,7 +18,7 @@ from .endpoints.base import Endpoint
 from .errors import BackendError, GuestError, RequestRefused
 from .inflight import InflightArea
 from .memory import DirtyLog, GuestMemory, Region
-from .notify import EventFd
+from .notify import EventFd, readable
 from .vhost_user.connection import BackEndConnection
 from .vhost_user.message import VHOST_VRING_F_LOG, BackendRequest, MemoryRegion, ProtocolFeature, VringAddr
 from .vhost_user.transport import close_fds
@@ -53,6 +53,8 @@ class Vring:
     call: EventFd | None = None
     err: EventFd | None = None
     has_kick: bool = False  # SET_VRING_KICK came, with a descriptor or without
+    has_base: bool = False  # SET_VRING_BASE came: most front ends send it, and not all of them kick a ring that runs on
+    kicks_before: int = 0  # seen when the ring was bound
     enabled: bool | None = None  # None = nobody has said: it waits, while one that is disabled discards
     bound: bool = False
     broken: bool = False  # it was said that the ring broke
@@ -77,6 +79,7 @@ class Vrings:
         self._worker = worker
         self._endpoint = endpoint
         self.rings = [Vring() for _ in range(VRINGS * len(worker.backends))]
+        self.has_features = False  # SET_FEATURES came
         self.regions: list[Mapped] = []
         self.memory: GuestMemory | None = None
         self.inflight: InflightArea | None = None
@@ -108,17 +111,62 @@ class Vrings:
             self.enable(index, False)
             ring.enabled = None
 
-    def start_if_ready(self, index: int) -> None:
-        """Start a ring once it is described and its kick is known.
+    def _is_described(self, index: int) -> bool:
+        """Return whether a ring is described and its kick is known.
 
         Not DRIVER_OK: QEMU's generic device takes STATUS and never tells it, and a front end has no kick to give before.
         """
         ring = self.rings[index]
         described = ring.num and ring.addr is not None and self.memory is not None
-        ready = described and ring.has_kick and ring.enabled is not None
-        if ready and not ring.bound:
+        return bool(described and ring.has_kick and ring.enabled is not None)
+
+    def _waits_for_kick(self, index: int) -> bool:
+        """Return whether more may come to be said of a ring: it starts when it is kicked, and all it needs was said."""
+        ring = self.rings[index]
+        return ring.kick is not None and not (ring.has_base and self.has_features)
+
+    def start_if_ready(self, index: int) -> None:
+        """Start a ring once it is described; one of which only a part was said, when its kick is readable."""
+        ring = self.rings[index]
+        if self._is_described(index) and not ring.bound and not (self._waits_for_kick(index) and not _kicked(ring)):
             with self.standing_still():
                 self.start(index)
+
+    def kicks(self) -> dict[int, int]:
+        """Return the kicks that rings wait for to be started: descriptor to ring."""
+        return {
+            ring.kick.fd: index
+            for index, ring in enumerate(self.rings)
+            if ring.kick is not None and not ring.bound and self._waits_for_kick(index) and self._is_described(index)
+        }
+
+    def start_kicked(self, index: int) -> None:
+        """Start a ring whose kick is readable. One that can't be where it is said to be waits for what is said next."""
+        try:
+            self.start_if_ready(index)
+        except (BackendError, RequestRefused) as e:
+            _log.warning("vring %d is kicked, and can't be started: %s", index, e)
+            self.rings[index].has_base = self.has_features = True
+
+    @contextmanager
+    def before_start(self, *indices: int) -> Iterator[None]:
+        """Take rings that have not started yet back for the length of the block: all may be said of them still."""
+        with self.standing_still():
+            back = [index for index in indices if self.rings[index].bound and not self._has_started(index)]
+            for index in back:
+                self.stop(index)
+            try:
+                yield
+            finally:
+                for index in indices:
+                    self.start_if_ready(index)
+
+    def _has_started(self, index: int) -> bool:
+        """Return whether a ring that is bound was kicked, or had a chain taken."""
+        ring = self.rings[index]
+        row = self._worker.datapath.vqs[index]
+        took = row[layout.VQ_LAST_AVAIL_IDX] != ring.base or row[layout.VQ_KICKS] != ring.kicks_before
+        return bool(took) or (ring.kick is not None and _kicked(ring))
 
     def start(self, index: int) -> None:
         """Bind a ring, from where its inflight area says if there is one. Nothing may run meanwhile."""
@@ -148,6 +196,7 @@ class Vrings:
             backend.set_vring_base(vring, ring.base)
         else:
             backend.set_vring_inflight(vring, 0, 0)
+        ring.kicks_before = backend.counters(vring)["kicks"]
         backend.set_backend(vring, self._endpoint)
         ring.bound = True
         ring.broken = False
@@ -177,7 +226,7 @@ class Vrings:
                 if was_bound:
                     self.stop(index)
                     self.start(index)
-                else:
+                elif self.memory is not None:
                     self.gpa(addr.desc, "desc")
                     self.gpa(addr.avail, "avail")
                     self.gpa(addr.used, "used")
@@ -239,7 +288,7 @@ class Vrings:
         for index, ring in enumerate(self.rings):
             backend, vring = self.backend(index)
             backend.set_vring_base(vring, 0)
-            ring.base = 0
+            ring.base, ring.has_base = 0, False
 
     def call(self, ring: Vring) -> None:
         """Call the driver, from the thread: on a peer's descriptor a write may fail, or wait."""
@@ -374,3 +423,7 @@ class Vrings:
             self.inflight.close()
         close_fds(mapped.fd for mapped in self.regions)
         self.regions = []
+
+
+def _kicked(ring: Vring) -> bool:
+    return ring.kick is not None and readable(ring.kick, 0)

@@ -62,10 +62,12 @@ from .layout import (
     KIND_REFLECT,
     NET_HDR_LEN,
     NET_HDR_NUM_BUFFERS,
+    VIRTIO_NET_HDR_F_DATA_VALID,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM,
     VIRTQ_DESC_F_WRITE,
     VIRTQ_DESC_SIZE,
 )
-from .port import emit, linearize, now_ns, produce, split_header, swap_macs
+from .port import emit, linearize, now_ns, produce, split_header, swap_macs, tidy
 from .reflect import answer
 
 
@@ -229,6 +231,7 @@ def receive(
             if dvq[DVQ_STATUS]:
                 break
         row, frame_len = split_header(mem, iov, n, total, dvq[DVQ_HDR_LEN], hdr)
+        tidy(hdr, frame_len, VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID)
         if frame_len == 0:
             dvq[DVQ_DROPPED] += 1
         elif answers:

@@ -1,4 +1,4 @@
-"""System calls from compiled code: eventfds, TAP queues, poll and the clock.
+"""System calls from compiled code: eventfds, TAP queues, poll and the clock. For a peer's descriptors: see `peer`.
 
 Each returns what the call returned, or -errno. The Python bodies go through ctypes, with the same arguments.
 Symbols are resolved by name when a kernel is loaded, so kernels that call them can be cached.
@@ -18,17 +18,36 @@ _libc.read.argtypes = _libc.write.argtypes = (ctypes.c_int, ctypes.c_void_p, cty
 _libc.writev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _libc.poll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int)
 _libc.clock_gettime.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_libc.preadv2.argtypes = _libc.pwritev2.argtypes = (
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_int,
+)
+_libc.syscall.argtypes = (ctypes.c_long,) + (ctypes.c_long,) * 5
 _libc.read.restype = _libc.write.restype = _libc.writev.restype = ctypes.c_ssize_t
+_libc.preadv2.restype = _libc.pwritev2.restype = ctypes.c_ssize_t
+_libc.syscall.restype = ctypes.c_long
 
 _errno_location = types.ExternalFunction("__errno_location", types.uintp())
 _read = types.ExternalFunction("read", types.intp(types.int32, types.uintp, types.uintp))
 _write = types.ExternalFunction("write", types.intp(types.int32, types.uintp, types.uintp))
 _writev = types.ExternalFunction("writev", types.intp(types.int32, types.uintp, types.int32))
+_preadv2 = types.ExternalFunction(
+    "preadv2", types.intp(types.int32, types.uintp, types.int32, types.int64, types.int32)
+)
+_pwritev2 = types.ExternalFunction(
+    "pwritev2", types.intp(types.int32, types.uintp, types.int32, types.int64, types.int32)
+)
+_syscall = types.ExternalFunction("syscall", types.intp(*[types.intp] * 6))
 _poll = types.ExternalFunction("poll", types.int32(types.uintp, types.uintp, types.int32))
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uintp))
 
 EAGAIN = 11
 EINTR = 4
+EOPNOTSUPP = 95
+_RWF_NOWAIT = 8
 POLLIN = 1
 POLLOUT = 4
 POLLGONE = 8 | 16 | 32  # POLLERR, POLLHUP, POLLNVAL
@@ -79,6 +98,60 @@ def writev(fd: int, iovecs: Words, count: int) -> int:
 def _writev_overload(fd: Any, iovecs: Any, count: Any) -> Any:
     def compiled(fd: int, iovecs: Words, count: int) -> int:
         n = _writev(fd, address(iovecs, 0), count)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def readv_nowait(fd: int, iovecs: Words, at: int) -> int:
+    """Read into the one struct iovec at *iovecs*[at], -EAGAIN if that would wait, whatever the descriptor's flags.
+
+    -EOPNOTSUPP if this kernel can't tell of such a descriptor.
+    """
+    n = int(_libc.preadv2(fd, address(iovecs, at), 1, -1, _RWF_NOWAIT))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(readv_nowait)
+def _readv_nowait_overload(fd: Any, iovecs: Any, at: Any) -> Any:
+    def compiled(fd: int, iovecs: Words, at: int) -> int:
+        n = _preadv2(fd, address(iovecs, at), 1, -1, _RWF_NOWAIT)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def writev_nowait(fd: int, iovecs: Words, at: int) -> int:
+    """Write what the one struct iovec at *iovecs*[at] names; otherwise as `readv_nowait`."""
+    n = int(_libc.pwritev2(fd, address(iovecs, at), 1, -1, _RWF_NOWAIT))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(writev_nowait)
+def _writev_nowait_overload(fd: Any, iovecs: Any, at: Any) -> Any:
+    def compiled(fd: int, iovecs: Words, at: int) -> int:
+        n = _pwritev2(fd, address(iovecs, at), 1, -1, _RWF_NOWAIT)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def syscall(number: int, a: int, b: int, c: int, d: int, e: int) -> int:
+    """Make a system call that the C library has no function for."""
+    n = int(_libc.syscall(number, a, b, c, d, e))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(syscall)
+def _syscall_overload(number: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+    def compiled(number: int, a: int, b: int, c: int, d: int, e: int) -> int:
+        n = _syscall(number, a, b, c, d, e)
         if n < 0:
             return -peek_i32(_errno_location())
         return n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import split as ring
 from .atomic import Bytes, Words, load_i64_acquire
-from .io import POLLIN, clock_ns, poll, read
+from .io import POLLIN, clock_ns, poll
 from .jit import kernel
 from .layout import (
     CTL_DOORBELL,
@@ -15,10 +15,9 @@ from .layout import (
     VQ_BOUND,
     VQ_CALL_DUE,
     VQ_ENABLED,
-    VQ_KICKS,
     VQ_STATUS,
 )
-from .loops import BATCH, POLL_WITHOUT_KICK_MS, add_pollfd, call
+from .loops import BATCH, POLL_WITHOUT_KICK_MS, add_pollfd, call, take_kick
 from .net import discard_transmitq, forward
 from .port import CLOCK_AT
 
@@ -188,15 +187,14 @@ def join(
                 wait_ms = POLL_WITHOUT_KICK_MS
         if not again:
             ctl[CTL_SLEEPS] += 1
-            poll(pollfds[0], n, wait_ms)
+            woken = poll(pollfds[0], n, wait_ms)
             for k in range(n):
                 what = pollfds[1, k]
-                if pollfds[0, k] >> 48 and what >= 0:
-                    read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
+                if woken > 0 and pollfds[0, k] >> 48 and what >= 0:
                     if what < 2 * n_pairs:
-                        a_vqs[what, VQ_KICKS] += 1
+                        take_kick(a_vqs[what], a_notify[what], pollfds[0, k], scratch)
                     else:
-                        b_vqs[what - 2 * n_pairs, VQ_KICKS] += 1
+                        take_kick(b_vqs[what - 2 * n_pairs], b_notify[what - 2 * n_pairs], pollfds[0, k], scratch)
         for i in range(2 * n_pairs):
             if a_vqs[i, VQ_BOUND]:
                 ring.disable_kicks(a_mem, a_vqs[i], a_log)

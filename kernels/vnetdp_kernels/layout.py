@@ -57,6 +57,9 @@ OFFLOAD_USO6: Final = 64
 
 ETH_HLEN: Final = 14
 VLAN_HLEN: Final = 4
+ETH_TYPE_AT: Final = 12
+ETH_P_8021Q: Final = 0x8100  # the two VLAN tags
+ETH_P_8021AD: Final = 0x88A8
 ETH_ZLEN: Final = 60  # the shortest Ethernet frame, without its FCS
 MAX_FRAME_LEN: Final = 65550  # Ethernet header + 64 KiB - 1 of IP, rounded to even: the longest GSO frame
 FRAME_SLOT: Final = 65600  # bytes a frame slot has: virtio_net_hdr, frame, and up to a multiple of 64
@@ -93,7 +96,7 @@ VQ_CHAINS: Final = 27  # chains used
 VQ_INFLIGHT: Final = 28  # window offset of the queue's part of the inflight area (vhost-user); 0 = none
 VQ_JOURNAL: Final = 29  # transmitq: window offset of the journal of ring-to-ring moves; 0 = none
 VQ_CALL_DUE: Final = 30  # 1: bound a moment ago; the driver may wait for a call that was never decided on
-VQ_MAX_FRAME: Final = 31  # bytes of the longest frame to the guest that is no segment, by the MTU negotiated; 0 = any
+VQ_MAX_FRAME: Final = 31  # bytes of the longest frame that is no segment and has no VLAN tag, by the MTU; 0 = any
 VQ_NOTED: Final = 32  # in a batch: 1 + the number of a page that was written and not marked dirty yet; 0 = none
 VQ_SLOTS: Final = 40
 
@@ -245,6 +248,9 @@ LEDGER_LEN_AT: Final = 20
 LEDGER_SEQ_AT: Final = 22
 LEDGER_PATTERN_AT: Final = 30
 LEDGER_MIN_LEN: Final = 30
+
+# What tells of a queue: int64[queues, 2], its kick and its call, a descriptor each; -1 = none.
+NOTIFY_PEER: Final = 1 << 32  # added to a call's that a peer shares: it may be blocking, whatever it was when it came
 
 # The control words a loop looks at: int64[CTL_SLOTS], shared with whoever steers it.
 CTL_DOORBELL: Final = 0  # not 0: leave the loop

@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import driver, split_driver
 from . import split as ring
 from .atomic import Bytes, Words, load_i64_acquire
-from .io import EAGAIN, EINTR, POLLGONE, POLLIN, POLLOUT, clock_ns, poll, read, signal
+from .io import EAGAIN, EINTR, POLLGONE, POLLIN, POLLOUT, clock_ns, poll, signal
 from .jit import kernel
 from .layout import (
     CTL_DOORBELL,
@@ -33,6 +33,7 @@ from .layout import (
     LOOP_CONTROL,
     LOOP_IDLE,
     LOOP_PYTHON,
+    NOTIFY_PEER,
     VQ_BOUND,
     VQ_CALL_DUE,
     VQ_CALLS,
@@ -41,6 +42,7 @@ from .layout import (
     VQ_STATUS,
 )
 from .net import discard_transmitq, drain_transmitq, fill_receiveq, forward
+from .peer import take, tell
 from .port import CLOCK_AT, due_in_ns
 
 BATCH = 64  # frames a queue moves before the next has its turn, and before its indices are published
@@ -70,15 +72,26 @@ def add_pollfd(pollfds: Words, n: int, fd: int, events: int, what: int) -> int:
 
 @kernel
 def call(mem: Bytes, vq: Words, fd: int, pollfds: Words, one: Words) -> None:
-    """Send a used buffer notification to *fd* (-1 = none), if the driver wants to hear. *pollfds* is scratch.
-
-    A peer shares the descriptor's flags, and it may be blocking: one that takes nothing more has said enough.
-    """
+    """Send a used buffer notification to *fd* (-1 = none), if the driver wants to hear of it. *pollfds* is scratch."""
     if ring.needs_call(mem, vq):
         vq[VQ_CALLS] += 1
-        add_pollfd(pollfds, 0, fd, POLLOUT, 0)
-        if fd >= 0 and poll(pollfds[0], 1, 0) > 0:
+        if fd >= NOTIFY_PEER:
+            tell(fd & 0xFFFFFFFF, one, pollfds)
+        elif fd >= 0:
             signal(fd, one)
+
+
+@kernel
+def take_kick(vq: Words, notify: Words, pollfd: int, scratch: Words) -> None:
+    """Take what made the kick of row *vq* readable, as *pollfd* says; one that will never kick again is let go of.
+
+    notify int64[2]: of that queue. Polled again, a broken kick would never let the loop sleep.
+    """
+    n = take(pollfd & 0xFFFFFFFF, scratch, CLOCK_AT)
+    if n > 0:
+        vq[VQ_KICKS] += 1
+    elif n != -EAGAIN and n != -EINTR:
+        notify[0] = -1
 
 
 @kernel
@@ -273,8 +286,7 @@ def serve(
                     what = pollfds[1, k]
                     control |= what == _CONTROL
                     if what >= 0:
-                        read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
-                        vqs[what, VQ_KICKS] += 1
+                        take_kick(vqs[what], notify[what], pollfds[0, k], scratch)
                     elif what <= _ENDPOINT:
                         python = True
                         if pollfds[0, k] >> 48 & POLLGONE:
@@ -420,7 +432,7 @@ def drive(
                     what = pollfds[1, k]
                     control |= what == _CONTROL
                     if what >= 0:
-                        read(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT, 8)
+                        take(pollfds[0, k] & 0xFFFFFFFF, scratch, CLOCK_AT)
                         dvqs[what, DVQ_CALLS] += 1
                     elif what <= _ENDPOINT:
                         python = True

@@ -7,7 +7,16 @@ copied once, wherever it lies.
 from __future__ import annotations
 
 from . import split as ring
-from .atomic import Bytes, Words, copy, store_u16, store_u16_release, store_u16_unaligned, store_u64_unaligned
+from .atomic import (
+    Bytes,
+    Words,
+    copy,
+    load_u8,
+    store_u16,
+    store_u16_release,
+    store_u16_unaligned,
+    store_u64_unaligned,
+)
 from .guest import note, write, write_header
 from .jit import inlined, kernel
 from .layout import (
@@ -33,8 +42,10 @@ from .layout import (
     KIND_MACSWAP,
     KIND_REFLECT,
     MAX_FRAME_LEN,
+    NET_HDR_GSO_TYPE,
     NET_HDR_LEN,
     NET_HDR_NUM_BUFFERS,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM,
     VQ_BYTES,
     VQ_CHAINS,
     VQ_DROPPED,
@@ -47,7 +58,19 @@ from .layout import (
     VQ_PACKETS,
     VQ_STATUS,
 )
-from .port import accepts, emit, exceeds_mtu, linearize, now_ns, produce, split_header, swap_macs, take_front
+from .port import (
+    accepts,
+    emit,
+    exceeds_mtu,
+    linearize,
+    makes_sense,
+    now_ns,
+    produce,
+    split_header,
+    swap_macs,
+    take_front,
+    tidy,
+)
 from .reflect import answer
 
 _SHORT = 128  # bytes of a frame that is written as soon as asked for
@@ -204,7 +227,10 @@ def drain_transmitq(
             status = n_out if n_out < 0 else E_DIRECTION
             break
         row, frame_len = split_header(mem, iov, n_out, length, vq[VQ_HDR_LEN], hdr)
-        if emit(mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
+        tidy(hdr, frame_len, VIRTIO_NET_HDR_F_NEEDS_CSUM)
+        if exceeds_mtu(vq, load_u8(hdr, NET_HDR_GSO_TYPE), frame_len, mem, iov, row, n_out):
+            ep[EP_DROP_LONG] += 1
+        elif emit(mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
             break
         ring.put_used(mem, vq, used, head, 0)
         used += 1
@@ -288,7 +314,9 @@ def fill_receiveq(
                 ep[EP_DROP_OFFLOAD] += 1
                 dropped += 1
                 continue
-            if exceeds_mtu(vq, held, 0, length - NET_HDR_LEN):
+            rows[0, IOV_OFFSET] = NET_HDR_LEN
+            rows[0, IOV_LEN] = length - NET_HDR_LEN
+            if exceeds_mtu(vq, load_u8(held, NET_HDR_GSO_TYPE), length - NET_HDR_LEN, held, rows, 0, 1):
                 ep[EP_DROP_LONG] += 1
                 dropped += 1
                 continue
@@ -362,15 +390,21 @@ def forward(
             status_tx = n_out if n_out < 0 else E_DIRECTION
             break
         row, frame_len = split_header(src_mem, rows, n_out, length, txq[VQ_HDR_LEN], hdr)
+        tidy(hdr, frame_len, VIRTIO_NET_HDR_F_NEEDS_CSUM)
+        gso = load_u8(hdr, NET_HDR_GSO_TYPE)
         ring.expect_frame(dst_mem, dst_regions, rxq, used_rx + 1, NET_HDR_LEN + frame_len)
         got = 0
         if frame_len < ETH_HLEN:
             ep[EP_DROP_SHORT] += 1
             txq[VQ_DROPPED] += 1
-        elif frame_len > MAX_FRAME_LEN or exceeds_mtu(rxq, hdr, 0, frame_len):
+        elif (
+            frame_len > MAX_FRAME_LEN
+            or exceeds_mtu(txq, gso, frame_len, src_mem, rows, row, n_out)
+            or exceeds_mtu(rxq, gso, frame_len, src_mem, rows, row, n_out)
+        ):
             ep[EP_DROP_LONG] += 1
             txq[VQ_DROPPED] += 1
-        elif kind != KIND_REFLECT and not accepts(hdr, 0, rxq[VQ_OFFLOADS]):
+        elif kind != KIND_REFLECT and not (makes_sense(hdr, 0, frame_len) and accepts(hdr, 0, rxq[VQ_OFFLOADS])):
             ep[EP_DROP_OFFLOAD] += 1
             txq[VQ_DROPPED] += 1
         elif kind == KIND_REFLECT:

@@ -44,14 +44,21 @@ from .layout import (
     EP_SIZE,
     EP_TO_WIRE,
     ETH_HLEN,
+    ETH_P_8021AD,
+    ETH_P_8021Q,
+    ETH_TYPE_AT,
     IOV_LEN,
     IOV_OFFSET,
     KIND_GENERATE,
     KIND_PYTHON,
     KIND_TAP,
     MAX_FRAME_LEN,
+    NET_HDR_CSUM_OFFSET,
+    NET_HDR_CSUM_START,
     NET_HDR_FLAGS,
+    NET_HDR_GSO_SIZE,
     NET_HDR_GSO_TYPE,
+    NET_HDR_HDR_LEN,
     NET_HDR_LEN,
     NET_HDR_NUM_BUFFERS,
     OFFLOAD_CSUM,
@@ -61,11 +68,14 @@ from .layout import (
     OFFLOAD_UFO,
     OFFLOAD_USO4,
     OFFLOAD_USO6,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM,
     VIRTIO_NET_HDR_GSO_ECN,
     VIRTIO_NET_HDR_GSO_NONE,
     VIRTIO_NET_HDR_GSO_TCPV4,
     VIRTIO_NET_HDR_GSO_TCPV6,
     VIRTIO_NET_HDR_GSO_UDP,
+    VIRTIO_NET_HDR_GSO_UDP_L4,
+    VLAN_HLEN,
     VQ_MAX_FRAME,
 )
 from .ledger import enter, stamp
@@ -115,6 +125,67 @@ def split_header(mem: Bytes, iov: Words, n: int, length: int, hdr_len: int, hdr:
 
 
 @inlined
+def tidy(hdr: Bytes, frame_len: int, flags: int) -> None:
+    """Leave of a peer's header what asks for something: *flags* it may have, and no field that they give no meaning.
+
+    hdr_len is a hint that nobody may rely on (5.1.6.2.2), but a TAP refuses one that can't be.
+    """
+    if load_u16_unaligned(hdr, NET_HDR_FLAGS) == 0:
+        store_u64_unaligned(hdr, 0, 0)
+        store_u16_unaligned(hdr, NET_HDR_CSUM_OFFSET, 0)
+    else:
+        _tidy(hdr, frame_len, flags)
+
+
+@kernel
+def _tidy(hdr: Bytes, frame_len: int, flags: int) -> None:
+    flags &= load_u8(hdr, NET_HDR_FLAGS)
+    gso = load_u8(hdr, NET_HDR_GSO_TYPE)
+    gso = VIRTIO_NET_HDR_GSO_NONE if gso == VIRTIO_NET_HDR_GSO_ECN else gso
+    store_u16_unaligned(hdr, NET_HDR_FLAGS, flags | gso << 8)
+    if gso == VIRTIO_NET_HDR_GSO_NONE:
+        store_u32_unaligned(hdr, NET_HDR_HDR_LEN, 0)  # and gso_size
+    elif not ETH_HLEN <= load_u16_unaligned(hdr, NET_HDR_HDR_LEN) <= frame_len:
+        store_u16_unaligned(hdr, NET_HDR_HDR_LEN, 0)
+    if not flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
+        store_u32_unaligned(hdr, NET_HDR_CSUM_START, 0)  # and csum_offset
+
+
+@inlined
+def makes_sense(hdr: Bytes, at: int, frame_len: int) -> bool:
+    """Return whether the header at *at* asks for what can be done to a frame of *frame_len* bytes."""
+    return load_u16_unaligned(hdr, at + NET_HDR_FLAGS) == 0 or _makes_sense(hdr, at, frame_len)
+
+
+@kernel
+def _makes_sense(hdr: Bytes, at: int, frame_len: int) -> bool:
+    gso = load_u8(hdr, at + NET_HDR_GSO_TYPE) & ~VIRTIO_NET_HDR_GSO_ECN
+    summed = load_u8(hdr, at + NET_HDR_FLAGS) & VIRTIO_NET_HDR_F_NEEDS_CSUM
+    if summed:
+        start = load_u16_unaligned(hdr, at + NET_HDR_CSUM_START)
+        if start + load_u16_unaligned(hdr, at + NET_HDR_CSUM_OFFSET) + 2 > frame_len:
+            return False
+    if gso == VIRTIO_NET_HDR_GSO_NONE:
+        return True
+    # A segment without NEEDS_CSUM has no checksum that would be right for its parts (5.1.6.2.1).
+    return bool(summed and _needed(gso) and load_u16_unaligned(hdr, at + NET_HDR_GSO_SIZE))
+
+
+@inlined
+def _needed(kind: int) -> int:
+    """Return the OFFLOAD_* that a gso_type without its ECN bit takes, of which one may be another's; 0 if there is none."""
+    if kind == VIRTIO_NET_HDR_GSO_TCPV4:
+        return OFFLOAD_CSUM | OFFLOAD_TSO4
+    if kind == VIRTIO_NET_HDR_GSO_TCPV6:
+        return OFFLOAD_CSUM | OFFLOAD_TSO6
+    if kind == VIRTIO_NET_HDR_GSO_UDP:
+        return OFFLOAD_CSUM | OFFLOAD_UFO
+    if kind == VIRTIO_NET_HDR_GSO_UDP_L4:
+        return OFFLOAD_CSUM | OFFLOAD_USO4 | OFFLOAD_USO6
+    return 0
+
+
+@inlined
 def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
     """Fit the header at *at* to what the receiver negotiated; False if the frame needs what it did not (5.1.6.4.1)."""
     gso = load_u8(hdr, at + NET_HDR_GSO_TYPE)
@@ -125,28 +196,39 @@ def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
             store_u64_unaligned(hdr, at, 0)
             store_u16_unaligned(hdr, at + 8, 0)
         return True
-    needed = OFFLOAD_CSUM
-    kind = gso & ~VIRTIO_NET_HDR_GSO_ECN
-    if kind == VIRTIO_NET_HDR_GSO_TCPV4:
-        needed |= OFFLOAD_TSO4
-    elif kind == VIRTIO_NET_HDR_GSO_TCPV6:
-        needed |= OFFLOAD_TSO6
-    elif kind == VIRTIO_NET_HDR_GSO_UDP:
-        needed |= OFFLOAD_UFO
-    else:
-        needed |= OFFLOAD_USO4 | OFFLOAD_USO6
+    needed = _needed(gso & ~VIRTIO_NET_HDR_GSO_ECN)
     if gso & VIRTIO_NET_HDR_GSO_ECN:
         needed |= OFFLOAD_ECN
-    return offloads & needed == needed
+    return needed != 0 and offloads & needed == needed
 
 
 @inlined
-def exceeds_mtu(vq: Words, hdr: Bytes, at: int, frame_len: int) -> bool:
-    """True if a frame with the header at *at* is longer than the MTU that its receiver negotiated allows (5.1.4.1)."""
+def exceeds_mtu(vq: Words, gso: int, frame_len: int, mem: Bytes, iov: Words, row: int, n: int) -> bool:
+    """True if a frame, rows [row, n) of *iov*, is longer than the MTU that was negotiated allows (5.1.4.1).
+
+    gso: its gso_type; a segment may have any length, and a VLAN tag is not counted.
+    """
     limit = vq[VQ_MAX_FRAME]
     if limit == 0 or frame_len <= limit:
         return False
-    return load_u8(hdr, at + NET_HDR_GSO_TYPE) & ~VIRTIO_NET_HDR_GSO_ECN == VIRTIO_NET_HDR_GSO_NONE
+    if gso & ~VIRTIO_NET_HDR_GSO_ECN != VIRTIO_NET_HDR_GSO_NONE:
+        return False
+    return frame_len > limit + VLAN_HLEN or not _is_tagged(mem, iov, row, n)
+
+
+@kernel
+def _is_tagged(mem: Bytes, iov: Words, row: int, n: int) -> bool:
+    """True if the EtherType of a frame, rows [row, n) of *iov*, is that of a VLAN tag."""
+    ether_type = 0
+    at = 0
+    for k in range(row, n):
+        for i in range(ETH_TYPE_AT, ETH_TYPE_AT + 2):
+            if at <= i < at + iov[k, IOV_LEN]:
+                ether_type = ether_type << 8 | load_u8(mem, iov[k, IOV_OFFSET] + i - at)
+        at += iov[k, IOV_LEN]
+        if at >= ETH_TYPE_AT + 2:
+            break
+    return ether_type in (ETH_P_8021Q, ETH_P_8021AD)
 
 
 @kernel

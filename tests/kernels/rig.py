@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vnetdp_kernels import driver, loops, net, port, split, split_driver
+from vnetdp_kernels import driver, loops, net, peer, port, split, split_driver
 from vnetdp_kernels import layout as lay
 from vnetdp_kernels.atomic import Bytes, Words
 
@@ -292,7 +292,7 @@ class Side:
         self.hdr: Bytes = np.zeros(port.HDR_SCRATCH, np.uint8)
         self.scratch: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
         self.pollfds: Words = np.zeros((2, 3 * pairs + 1), np.int64)
-        self.one: Words = np.ones(1, np.int64)
+        self.one: Words = peer.tell_words()
 
     def feed(self, *frames: bytes, pair: int = 0) -> None:
         """Lay frames, virtio_net_hdr first, into the slots of a Python endpoint, as from the wire."""

@@ -78,7 +78,7 @@ def test_frames_too_short(extra: int, hdr_len: int, device: int) -> None:
 )
 def test_header_in_pieces(sizes: list[int], table: bool) -> None:
     rig = Rig(128)
-    data = bytes(range(1, 11)) + bytes(2) + pattern(5)
+    data = bytes((1, 2, 20, 0, 5, 6, 7, 8, 9, 10)) + bytes(2) + pattern(5)
     put(rig.tx, 3, sizes, data, table=table)
     assert rig.serve() == (lay.LOOP_PYTHON, 1)
     assert rig.device.collect() == [data]

@@ -17,6 +17,7 @@ import pytest
 from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
 from tests.vhost_user.rig import MOVABLE, SPOKEN, UNTOLD, ByHand, Guest, InProcess, InThread, open_files, ping
 from vnetdp import server as server_module
+from vnetdp import visit as visit_module
 from vnetdp.cli import main
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint
@@ -155,15 +156,15 @@ def hanging_up(path: Path) -> Iterator[list[int]]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Have no wait between two attempts take any time; give the list of them."""
     told: list[float] = []
-    readable = server_module._readable
+    ready_of = visit_module.ready_of
 
-    def recorded(*fds: int, timeout_s: float | None = None) -> set[int]:
+    def recorded(events: dict[int, int], timeout_s: float | None = None) -> set[int]:
         if timeout_s is None:
-            return readable(*fds)
+            return ready_of(events)
         told.append(round(timeout_s, 3))
         return set()
 
-    monkeypatch.setattr(server_module, "_readable", recorded)
+    monkeypatch.setattr(server_module, "ready_of", recorded)
     return told
 
 

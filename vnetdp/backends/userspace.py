@@ -44,7 +44,7 @@ class UserspaceBackend:
     def set_mtu(self, mtu: int) -> None:
         if not 68 <= mtu <= 65535:
             raise BackendError("set_mtu", errno.EINVAL, None, f"MTU {mtu} is not between 68 and 65535")
-        self._rows[:, layout.VQ_MAX_FRAME] = mtu + layout.ETH_HLEN + layout.VLAN_HLEN
+        self._rows[:, layout.VQ_MAX_FRAME] = mtu + layout.ETH_HLEN
 
     def set_features(self, features: int) -> None:
         if (features ^ self.features) & ~f.VHOST_F_LOG_ALL and self._rows[:, layout.VQ_BOUND].any():
@@ -140,7 +140,7 @@ class UserspaceBackend:
 
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         self._row("set_vring_call", index)
-        self.datapath.notify[2 * self.pair + index, 1] = call.fd if call else -1
+        self.datapath.notify[2 * self.pair + index, 1] = call.notify if call else -1
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:
         self._row("set_vring_enable", index)[layout.VQ_ENABLED] = int(enabled)

@@ -21,6 +21,7 @@ from ..memory import GuestMemory
 from ..vhost_user import device_state
 from ..vhost_user.backend_requests import BackendRequests
 from ..vhost_user.conversation import Conversation, never, wait_readable
+from ..vhost_user.dial import NobodyYetError, dial
 from ..vhost_user.hang_up import HangUp
 from ..vhost_user.listener import Listener
 from ..vhost_user.message import (
@@ -93,6 +94,8 @@ class VhostUserFrontEnd:
         self.config: NetConfig | None = None
         self.memory: GuestMemory | None = None
         self.connections = 0
+        self.trouble = ""  # why `connect` has found no back end, or why it takes so long
+        self.silent = False  # there is one, and it does not answer
         self._conversation: Conversation | None = None
         self.listeners = Listeners()
         self._hang_up_thread: HangUp | None = None
@@ -106,27 +109,36 @@ class VhostUserFrontEnd:
     # --- the connection ---
 
     def connect(self, timeout_s: float, stop: Callable[[], bool] = never) -> bool:
-        """Attach to the back end and shake hands, within *timeout_s* and until *stop* says so; False if there is none.
+        """Attach to the back end and shake hands, within *timeout_s* and until *stop* says so; False if there is none yet.
 
-        BackendError or ConfigError if there is one, and it can't be worked with.
+        `trouble` says why. BackendError or ConfigError if there is one, and it can't be worked with, or never will be.
         """
         until = time.monotonic() + timeout_s
         self.disconnect()
         if self._has_rings and not self.gone:
+            self.trouble = "the back end before hangs, and may have the rings still"
             return False  # it hangs, and may go on with the rings that another one would get
         self._hang_up()
-        sock = self._accept(until, stop) if self._listener is not None else self._dial()
-        if sock is None:
+        self.silent = False
+        if self._listener is not None:
+            self.trouble = "no back end has connected to it"
+        try:
+            sock = self._accept(until, stop) if self._listener is not None else dial(self.path)
+        except NobodyYetError as e:
+            self.trouble = str(e)
             return False
+        self.trouble, self.silent = "it does not answer: it is busy with another front end, or hangs", True
         conversation = Conversation(sock, until, stop, self.timeout_s)
         try:
             self._shake_hands(conversation)
         except (BackendError, ConfigError) as e:
             conversation.close()
             self._hang_up()
-            if isinstance(e, BackendError) and e.errno in (errno.ESRCH, errno.ETIMEDOUT):
-                return False  # one that is just dying takes a connection, too, and one that serves somebody else
-            raise
+            if not isinstance(e, BackendError) or e.errno not in (errno.ESRCH, errno.ETIMEDOUT):
+                raise
+            if e.errno == errno.ESRCH:  # one that is just dying takes a connection, too
+                self.trouble, self.silent = "it closed the connection", False
+            return False
         conversation.established()
         for backend in self.backends:
             backend.forget()
@@ -137,19 +149,11 @@ class VhostUserFrontEnd:
         self.connections += 1
         return True
 
-    def _accept(self, until: float, stop: Callable[[], bool]) -> socket.socket | None:
+    def _accept(self, until: float, stop: Callable[[], bool]) -> socket.socket:
         assert self._listener is not None
-        return self._listener.accept() if wait_readable(self._listener, until, stop) else None
-
-    def _dial(self) -> socket.socket | None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)  # whose backlog is full is not there for us
-        try:
-            sock.connect(self.path)
-        except OSError:
-            sock.close()
-            return None
-        return sock
+        if not wait_readable(self._listener, until, stop):
+            raise NobodyYetError(self.trouble)
+        return self._listener.accept()
 
     def _shake_hands(self, conversation: Conversation) -> None:
         conn = conversation.connection

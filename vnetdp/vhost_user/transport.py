@@ -11,18 +11,34 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ..errors import RemoteProtocolError
 from .message import HEADER, MAX_FDS, Header
 
-_MSG_CMSG_CLOEXEC = 0x40000000
+MSG_CMSG_CLOEXEC = 0x40000000
 _ROOM_FOR = 64  # descriptors taken off the socket at once, so that too many are seen, and closed
 
 
 def close_fds(fds: Iterable[int]) -> None:
-    """Close descriptors that nobody claimed."""
+    """Close descriptors that nobody claimed. A socket may be set to linger, and would hold us up for as long as it says."""
     for fd in fds:
-        os.close(fd)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:  # no socket
+            os.close(fd)
+            continue
+        with sock, suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+
+
+def fds_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors that came with a message (`socket.recvmsg`)."""
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
+    return fds.tolist()
 
 
 class Transport:
@@ -43,7 +59,7 @@ class Transport:
         """
         fds: list[int] = []
         patience = self.sock.gettimeout()
-        self._deadline = None if patience is None else time.monotonic() + patience
+        self._deadline = None
         try:
             head = self._read(HEADER.size, fds)
             if head is None:
@@ -55,6 +71,8 @@ class Transport:
         except BaseException:
             close_fds(fds)
             raise
+        finally:
+            self.sock.settimeout(patience)
         return header, data, tuple(fds)
 
     def _read(self, length: int, fds: list[int]) -> bytes | None:
@@ -62,10 +80,8 @@ class Transport:
         parts = b""
         while len(parts) < length:
             room = socket.CMSG_SPACE(_ROOM_FOR * 4)
-            data, ancillary, flags, _ = self.sock.recvmsg(length - len(parts), room, _MSG_CMSG_CLOEXEC)
-            for level, kind, content in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.extend(array.array("i", content[: len(content) // 4 * 4]))
+            data, ancillary, flags, _ = self.sock.recvmsg(length - len(parts), room, MSG_CMSG_CLOEXEC)
+            fds.extend(fds_in(ancillary))
             if flags & socket.MSG_CTRUNC:
                 raise RemoteProtocolError("more descriptors than a message may have")
             if len(fds) > MAX_FDS:  # now, not when the message is whole: a slow one would hold ever more of them
@@ -75,9 +91,19 @@ class Transport:
                     raise RemoteProtocolError("the connection ended in the middle of a message")
                 return None
             parts += data
-            if len(parts) < length and self._deadline is not None and time.monotonic() > self._deadline:
-                raise TimeoutError("a message takes too long to come")
+            self._hurry()
         return parts
+
+    def _hurry(self) -> None:
+        """Give what is left of a message that has begun what is left of its time; TimeoutError if that is nothing."""
+        patience = self.sock.gettimeout()
+        if patience is None:
+            return
+        self._deadline = self._deadline or time.monotonic() + patience
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("a message takes too long to come")
+        self.sock.settimeout(left)
 
     def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
         """Send a message; the descriptors stay the caller's."""
