@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +112,28 @@ def _seal(key: str, data: bytes) -> bytes:
 
 
 def folders() -> list[Folder]:
-    """Return the folders of compiled kernels, best first: NUMBA_CACHE_DIR, beside the sources, the user's cache."""
+    """Return the folders of compiled kernels, best first."""
+    return _folders(config.CACHE_DIR)
+
+
+@cache
+def _folders(asked: str) -> list[Folder]:
+    """NUMBA_CACHE_DIR alone (*asked*), if it can be written to; or with it those beside the sources, and the user's."""
     # Numba's name for us in a folder that packages share.
     name = f"{_PACKAGE.name}_{hashlib.sha1(str(_PACKAGE.absolute()).encode()).hexdigest()}"
     found = [Folder(_IN_TREE)]
-    if config.CACHE_DIR:
-        found.insert(0, Folder(Path(config.CACHE_DIR).absolute() / name))
     users = Path(AppDirs("numba", appauthor=False).user_cache_dir)
     if users.is_absolute():  # it is "~/.cache" for a user without a home
         found.append(Folder(users / name, public=False))
+    if asked:
+        first = Folder(Path(asked).absolute() / name)
+        try:
+            first.prepare()
+        except OSError as e:
+            failures[first.path] = e
+            found.insert(0, first)
+        else:
+            return [first]
     return found
 
 
@@ -165,10 +178,6 @@ class KernelCache:
         folder = writable()
         return str(folder.path) if folder else None
 
-    @cached_property
-    def _folders(self) -> list[Folder]:
-        return folders()
-
     def _keys(self, folder: Folder) -> list[str]:
         index = folder.read(self._index, self._index)
         return json.loads(index) if index else []
@@ -176,7 +185,7 @@ class KernelCache:
     @property
     def found(self) -> Path | None:
         """The folder that has machine code of this version of the package, whatever its signature."""
-        return next((folder.path for folder in self._folders if self._keys(folder)), None)
+        return next((folder.path for folder in folders() if self._keys(folder)), None)
 
     def _data_name(self, key: str) -> str:
         return f"{self._base}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.nbc"
@@ -184,7 +193,7 @@ class KernelCache:
     def load_overload(self, signature: Any, context: Any) -> Any:
         context.refresh()
         key = _key(signature, context.codegen())
-        for folder in self._folders:
+        for folder in folders():
             if key in self._keys(folder):
                 data = folder.read(self._data_name(key), key)
                 if data is not None:
@@ -196,7 +205,7 @@ class KernelCache:
             return  # addresses of this process
         key = _key(signature, result.library.codegen)
         data = serialize.dumps(result._reduce())
-        for folder in self._folders:
+        for folder in folders():
             try:
                 folder.prepare()
                 folder.write(self._data_name(key), key, data)
@@ -209,7 +218,7 @@ class KernelCache:
 
     def flush(self) -> None:
         """Forget what is on disk."""
-        for folder in self._folders:
+        for folder in folders():
             with suppress(OSError):
                 (folder.path / self._index).unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ from vnetdp_kernels import layout
 from .. import limits
 from ..datapath import Datapath, Listeners, Paced
 from ..endpoints.base import Endpoint
-from ..errors import BackendError, EndpointError
+from ..errors import BackendError, EndpointError, MachineError
 from ..memory import DirtyLog, GuestMemory, Region
 from ..notify import EventFd
 from .base import VRINGS
@@ -407,7 +407,10 @@ class _Child:
 def main(passed: tuple[int, int, int], pairs: int, poll_us: int) -> None:
     """Serve verbs until the parent closes its end, or dies."""
     sock, events = (socket.socket(fileno=fd) for fd in passed[:2])
-    child = _Child(passed[2], pairs, poll_us, events)
+    try:
+        child = _Child(passed[2], pairs, poll_us, events)
+    except MachineError as e:
+        sys.exit(f"vnetdp: the worker process: {e}")
     while True:
         try:
             pair, verb, args = _receive(sock)

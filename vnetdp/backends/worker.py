@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 
+from .. import limits
 from ..datapath import Datapath, Paced
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, reason
@@ -43,7 +44,7 @@ class Worker:
             if timeout_s is not None:
                 self._watchdog = threading.Thread(target=self._watch, args=(timeout_s / 4,), name=f"{name}-watchdog")
                 self._watchdog.daemon = True
-                self._watchdog.start()
+                limits.start(self._watchdog)
             made.pop_all()
         self.backends = [WorkerBackend(self.paced, self.datapath, pair) for pair in range(pairs)]
 
