@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Never
 
 import pytest
 
+from tests.test_package import here, python
 from vnetdp import cli
-from vnetdp.bench import link, ring
+from vnetdp.bench import link, migration, ring
+from vnetdp.bench.report import finish
 from vnetdp.endpoints import loopback
 from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, drained
 from vnetdp_kernels import layout as lay
@@ -52,6 +56,43 @@ class Clock:
         self._now += 0.4
         self._other.ledger[0, lay.LEDGER_DELIVERED] += self._arrive > 0
         self._arrive -= 1
+
+
+@pytest.mark.parametrize(("asked", "made"), [([], 20), (["--rounds", "5"], 5)])
+def test_migrations_are_measured_as_often_as_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], made: int
+) -> None:
+    rounds: list[int] = []
+
+    def run(n: int, _say: Callable[[str], None]) -> list[dict[str, Any]]:
+        rounds.append(n)
+        return []
+
+    monkeypatch.setattr(migration, "run", run)
+    assert cli.main(["bench", "migration", *asked]) == 0
+    assert rounds == [made]
+
+
+def test_queue_pairs_are_not_printed_as_bytes() -> None:
+    lines: list[str] = []
+    finish(
+        "migration", [{"name": "destination work, delta, 4 pairs", "queue_pairs": 4, "us": 90.0}], None, lines.append
+    )
+    assert lines[-1].split() == ["destination", "work,", "delta,", "4", "pairs", "90.000", "µs"]
+
+
+def test_drawing_leaves_the_backend_of_a_notebook_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code = """
+import json, sys
+import matplotlib
+matplotlib.use("svg")
+from vnetdp.bench.report import finish
+finish("ring", [{"name": "a figure", "mpps": 1.5}], "picture.png", lambda _line: None)
+print(json.dumps([matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules]))
+"""
+    assert python(code, tmp_path, PYTHONPATH=here()) == ["svg", False]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("arrive", [10, 7])
