@@ -166,7 +166,7 @@ def test_with_streams_closed_files_and_json_are_as_ever(tmp_path: Path, fds: tup
         assert json.loads(done.stdout)["right"]["from_wire"] == 10
     else:
         assert done.returncode == 2
-        assert "standard output: it is closed" in done.stderr or 2 in fds
+        assert "standard output is closed" in done.stderr or 2 in fds
 
 
 @pytest.mark.parametrize("args", [["doctor"], ["--help"], [*_LINK], [*_LINK, "--json", "-"], [*_LINK, "--json", "r"]])
@@ -185,6 +185,20 @@ def test_progress_that_can_t_be_printed_costs_no_result(tmp_path: Path) -> None:
         done = run([*_COMMAND, "-v", *_LINK, "--json", "-"], tmp_path, stderr=full)
     assert done.returncode == 0
     assert json.loads(done.stdout)["right"]["from_wire"] == 10
+
+
+@needs_root
+def test_a_place_that_can_t_be_written_to_is_refused_before_any_work(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    refused(run(on_a_disk(disk, "ro", [*_COMMAND, *_LINK, "--json", "disk/r"]), tmp_path), "read-only")
+    refused(run([*_COMMAND, *_LINK, "--json", "x" * 300], tmp_path), "File name too long")
+    hidden = tmp_path / "hidden" / "below"
+    hidden.mkdir(parents=True)
+    hidden.parent.chmod(0)
+    rights = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--"]
+    os.chown(hidden.parent, OTHER_USER, OTHER_USER)
+    refused(run([*rights, *_COMMAND, *_LINK, "--json", "hidden/below/r"], tmp_path), "Permission denied")
 
 
 @needs_root

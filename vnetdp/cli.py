@@ -72,18 +72,28 @@ def _positive(text: str) -> float:
 
 def _file(text: str) -> str:
     """Refuse a file that can't be written before any work is done for it."""
-    path = Path(text)
-    if text == "-":
-        if sys.stdout is None:
-            raise argparse.ArgumentTypeError("cannot write the report to standard output: it is closed")
-    else:
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"cannot write {text}: there is no folder {path.parent}")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"cannot write {text}: no right to write there")
+    try:
+        why = _why_not_written(text)
+    except OSError as e:  # too long a name, a folder that nobody lets us look into
+        why = e.strerror
+    if why:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {why}")
     return text
+
+
+def _why_not_written(text: str) -> str | None:
+    if text == "-":
+        return "standard output is closed" if sys.stdout is None else None
+    path = Path(text)
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if path.is_dir():
+        return "it is a folder"
+    there = path if path.exists() else path.parent
+    if not os.access(there, os.W_OK):
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        return "that file system is read-only" if read_only else "no right to write there"
+    return None
 
 
 def _picture(text: str) -> str:

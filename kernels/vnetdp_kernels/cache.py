@@ -10,6 +10,7 @@ leave stale machine code behind.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -84,7 +85,9 @@ class Folder:
                 if not stat.S_ISREG(status.st_mode) or others_write or not self._trusts(status):
                     return None
                 sealed = file.read()
-        except OSError:
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # it may well be there: to compile it anew would take long, and run out of the same
             return None
         data = sealed[_DIGEST_SIZE:]
         return data if sealed[:_DIGEST_SIZE] == _seal(key, data) else None
