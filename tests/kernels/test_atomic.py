@@ -241,7 +241,7 @@ def test_no_dirty_page_is_lost(writers: int) -> None:
     log = np.zeros(n_pages // 8, np.uint8)
     data, copied = np.zeros((2, writers, n_pages), np.int64)
     pages = np.zeros(128, np.int64)
-    rounds = scaled(2_000_000, 20_000)
+    rounds = scaled(1_000_000, 20_000)
     threads = [threading.Thread(target=dirty_pages, args=(data, k, log, rounds)) for k in range(writers)]
     for thread in threads:
         thread.start()
@@ -316,7 +316,7 @@ def test_a_store_of_another_process_is_seen_as_a_whole(
 def test_no_bit_is_lost_that_another_process_sets_in_plain_python(shared: tuple[int, Bytes]) -> None:
     """Two set bits of one word, each once it is found clear; a third takes them all, again and again, and counts."""
     fd, mem = shared
-    bits = 2000
+    bits = 500
     setter = f"""
 at = int(sys.stdin.readline())
 for n in range({bits}):

@@ -27,8 +27,8 @@ from vnetdp_kernels import layout as lay
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 QUEUE_PAIRS = (1, 4, 16, 64, 128) if CAMPAIGN else (1, 4)
-BACK_AND_FORTH = 100 if CAMPAIGN else 20
-IN_A_ROW = 1000 if CAMPAIGN else 30
+BACK_AND_FORTH = 100 if CAMPAIGN else 10
+IN_A_ROW = 1000 if CAMPAIGN else 15
 POLICIES = ("none", "seed", "delta")
 NUM = 64
 BOTH_WAYS = (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)
@@ -61,8 +61,7 @@ DEATHS = [
     if policy == "delta" or point not in EARLY_ONLY
 ]
 if not CAMPAIGN:
-    SOME = {("source", "round"), ("source", "ready"), ("source", "committed")}
-    SOME |= {("target", point) for point in ("prepared", "loaded", "ready", "bound")}
+    SOME = {("source", "round"), ("source", "committed"), ("target", "loaded"), ("target", "ready")}
     DEATHS = [death for death in DEATHS if death[:2] in SOME and death[2] == "delta"]
 
 CANCELS = [("source", point, "delta") for point in Source.POINTS if point != "committed"]

@@ -1,6 +1,6 @@
 """The connection between two processes is cut after each byte that follows the source's stop: one side runs, never both.
 
-Some 25 places by default; each byte of policy delta's final sections and commit with VNETDP_CAMPAIGN=1 (`make campaign`),
+Some 15 places by default; each byte of policy delta's final sections and commit with VNETDP_CAMPAIGN=1 (`make campaign`),
 and of policy none's, which are 32 KB long, those around each section's ends and every 101st.
 """
 
@@ -25,7 +25,7 @@ from vnetdp_kernels import layout as lay
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 CONFIG = MachineConfig(queue_pairs=2, num=16, rate=2000.0, first_idx=0xFFF0)
-PLACES = 25
+PLACES = 15
 BOTH_WAYS = (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)
 _HEAD = struct.Struct("<HBBHHI")
 _CRC_LEN = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import no_descriptor_leaks
-from tests.vhost_user.rig import BackEnd, InProcess, InThread
+from tests.vhost_user.rig import BackEnd, InProcess, InThread, ping
 
 
 class _Revived:
@@ -22,6 +22,7 @@ class _Revived:
     def get(self) -> InProcess:
         if self._process is None or not self._process.alive():
             self._process = InProcess(self._folder)
+            ping(self._process)  # what is opened once for all is opened by the first
         return self._process
 
     def close(self) -> None:

@@ -473,7 +473,7 @@ def spare(n: int) -> Iterator[list[int]]:
 @contextmanager
 def costs_nothing(back_end: BackEnd, refusals: int | None = 1) -> Iterator[None]:
     """Check that the block leaves a back end that serves, holds what it held, and logged so many lines (None = any)."""
-    ping(back_end)
+    settle(back_end.path)
     back_end.lines()
     before = back_end.holds()
     yield
