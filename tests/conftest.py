@@ -6,10 +6,10 @@ import os
 from collections.abc import Generator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# How long an example takes says nothing on a machine that others use too.
-settings.register_profile("vnetdp", deadline=None)
+# How long an example takes, or takes to be made up, says nothing on a machine that others use too.
+settings.register_profile("vnetdp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vnetdp")
 
 

@@ -16,6 +16,7 @@ from vnetdp_kernels import driver, loops, net, peer, port, split, split_driver
 from vnetdp_kernels import layout as lay
 from vnetdp_kernels.atomic import Bytes, Words
 
+CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 COMPILED = hasattr(split.gather, "py_func")  # False with NUMBA_DISABLE_JIT=1
 
 CANARY = 0xA5

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.kernels.rig import Arena, Rig, pages_of, pattern, scaled
+from tests.kernels.rig import CAMPAIGN, Arena, Rig, pages_of, pattern, scaled
 from vnetdp_kernels import layout as lay
 from vnetdp_kernels import split_driver
 
@@ -315,7 +315,7 @@ class NetDevice(RuleBasedStateMachine):
 
 TestNetDevice = NetDevice.TestCase
 TestNetDevice.settings = settings(
-    max_examples=scaled(200, 80),
+    max_examples=1000 if CAMPAIGN else scaled(100, 80),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
