@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import frame, no_descriptor_leaks, scaled, wait_for
+from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, scaled, wait_for
 from tests.interop.peers import SIZES, driven, exchanged, read_pcap, write_pcap
+from vnetdp import drive as drive_module
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.drive import drive
 from vnetdp.endpoints.base import Endpoint
@@ -47,7 +48,10 @@ def served(endpoint: Endpoint, path: Path, **options: Any) -> Iterator[Server]:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A socket. Frames on their way are waited for as long as it takes."""
+    for name in ("_LOSS_S", "_SETTLE_S"):
+        monkeypatch.setattr(drive_module, name, PATIENCE)
     with no_descriptor_leaks():
         yield tmp_path / "s"
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.by_hand import PATIENCE, no_descriptor_leaks, scaled, wait_for
 from tests.vhost_user.rig import InThread, stand_still
@@ -16,6 +17,7 @@ from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
+from vnetdp.vhost_user import conversation
 from vnetdp_kernels import layout as lay
 
 NUM = 256
@@ -80,15 +82,14 @@ def attached(path: str, pairs: int = 1, **options: Any) -> Iterator[VhostUserFro
 def hang(process: subprocess.Popen[bytes], front_end: VhostUserFrontEnd) -> None:
     """Have the back end hang, and its front end wait for no answer any longer than a moment: none can come."""
     stand_still(process)
-    conversation = front_end._conversation
-    assert conversation is not None
-    conversation._timeout_s = 0.1
+    assert front_end._conversation is not None
+    front_end._conversation._timeout_s = 0.1
 
 
 @contextmanager
 def in_thread(folder: Path, inband: bool = False) -> Iterator[InThread]:
-    """A back end in this process; it may be closed in the block already."""
-    with no_descriptor_leaks():
+    """A back end in this process; it may be closed in the block already. One that is left lets go, however long it takes."""
+    with no_descriptor_leaks(), patch.object(conversation, "_LETS_GO_S", PATIENCE):
         back_end = InThread(folder, inband)
         try:
             yield back_end

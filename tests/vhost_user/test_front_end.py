@@ -29,6 +29,7 @@ from tests.test_drive_serve import served
 from tests.vhost_user.card import NUM, Card, attached, hang, in_thread
 from tests.vhost_user.rig import PAIRS, VERSION_1, serve
 from tests.vhost_user.test_recovery import supervised
+from vnetdp import drive as drive_module
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
 from vnetdp.drive import drive
@@ -94,7 +95,8 @@ def test_waiting_for_a_back_end_ends_when_the_time_is_up_or_the_user_says_so(sil
         drive(guest, silent, lambda: next(asked, True), lambda _: None, wait_s=math.inf)
 
 
-def test_driving_ends_though_frames_never_do(tmp_path: Path) -> None:
+def test_driving_ends_though_frames_never_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drive_module, "_SETTLE_S", 0.2)
     with GenerateEndpoint(rate=1000.0) as endpoint, served(endpoint, tmp_path / "s"), NullEndpoint() as guest:
         report = drive(
             guest, str(tmp_path / "s"), lambda: guest.counters()["to_wire"] > 100, lambda _: None, wait_s=PATIENCE

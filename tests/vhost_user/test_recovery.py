@@ -29,6 +29,7 @@ from tests.vhost_user.rig import (
     serve,
     u64,
 )
+from vnetdp import drive as drive_module
 from vnetdp import features as f
 from vnetdp.drive import drive
 from vnetdp.endpoints.loopback import GenerateEndpoint
@@ -50,6 +51,13 @@ _NO_AREA = ("--protocol-features=-inflight_shmfd",)
 def compiled() -> None:
     """Have the kernels in the cache: a front end waits 30 s for its back end, and a cold start may take longer."""
     warm_up()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `drive` in this process wait for frames on their way as long as it takes."""
+    for name in ("_LOSS_S", "_SETTLE_S"):
+        monkeypatch.setattr(drive_module, name, PATIENCE)
 
 
 class Supervised:
