@@ -17,7 +17,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 from scapy.sendrecv import AsyncSniffer, sendp, sniff
 
-from tests.by_hand import frame, many_descriptors, no_descriptor_leaks, wait_for
+from tests.by_hand import PATIENCE, frame, many_descriptors, no_descriptor_leaks, wait_for
 from tests.endpoints.joined import guest_of, receive_all, send_all
 from vnetdp.driver import Driver
 from vnetdp.endpoints import scapy as endpoint_module
@@ -227,12 +227,14 @@ def test_select_says_when_a_packet_is_there(both: tuple[SocketEndpoint, Driver])
     with VnetdpSocket(wire) as ours, VnetdpSocket(driver) as theirs:
         sendp([datagram(n) for n in range(3)], socket=theirs, verbose=0)
         got = []
-        wait_for(lambda: wire.counters()["to_wire"] == 3, "they crossed")
-        while select.select([ours], [], [], 0.5)[0]:
+        while len(got) < 3:
+            assert select.select([ours], [], [], PATIENCE)[0]
             packet = ours.recv()
             if packet is not None:
                 got.append(packet[UDP].dport)
         assert got == [0, 1, 2]
+        assert ours.recv() is None
+        assert select.select([ours], [], [], 0)[0] == []
 
 
 def test_many_packets_cross_both_ways(both: tuple[SocketEndpoint, Driver]) -> None:
