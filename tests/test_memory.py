@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,8 +168,181 @@ def test_closing_twice_is_closing_once() -> None:
         memory = GuestMemory.create([(0, PAGE)])
         memory.close()
         memory.close()
-        assert memory.mem.size == 0
+        assert memory.closed
         assert memory.regions == []
+
+
+def test_closed_memory_says_so_and_an_array_that_was_kept_stays_usable() -> None:
+    memory = GuestMemory.create([(0, PAGE)])
+    kept = memory.mem[:4]
+    memory.write(0, b"kept")
+    memory.close()
+    assert kept.tobytes() == b"kept"
+    uses: list[Callable[[], object]] = [
+        lambda: memory.mem,
+        lambda: memory.read(0, 4),
+        lambda: memory.write(0, b"x"),
+        lambda: memory.translate(0, 1),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError, match="the guest memory is closed"):
+            use()
+
+
+def mapped(name: str) -> int:
+    """Return how many mappings of files with this in their name this process has."""
+    return sum(name in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_memory_is_unmapped_once_nobody_uses_it() -> None:
+    before = mapped("vnetdp-guest")
+    memory = GuestMemory.create([(0, PAGE), (HUGE, PAGE)])
+    view = memory.mem[:1]
+    assert mapped("vnetdp-guest") == before + 2
+    memory.close()
+    assert mapped("vnetdp-guest") == before + 2
+    del view
+    assert mapped("vnetdp-guest") == before
+
+
+# --- pages of hugetlbfs ---
+
+
+@contextmanager
+def huge_pages(size: int, count: int) -> Iterator[int]:
+    """Give a memfd of *count* pages of that size, of which the machine may have none to spare."""
+    knob = Path(f"/sys/kernel/mm/hugepages/hugepages-{size >> 10}kB/nr_hugepages")
+    if not knob.exists():
+        pytest.skip(f"the kernel has no huge pages of {size >> 20} MiB")
+    with knob.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who takes pages gives back as many, and another test may do so now
+        reserved = int(knob.read_text())
+        if os.access(knob, os.W_OK):
+            knob.write_text(str(reserved + count))
+        fd = os.memfd_create("huge", os.MFD_HUGETLB | (size.bit_length() - 1) << 26)
+        try:
+            os.ftruncate(fd, count * size)
+            yield fd
+        finally:
+            os.close(fd)
+            gc.collect()
+            if os.access(knob, os.W_OK):
+                knob.write_text(str(reserved))
+
+
+@contextmanager
+def pages_may_be_missing() -> Iterator[None]:
+    """Take ENOMEM as well: the place would do, and only free pages are missing on this machine."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.ENOMEM:
+            raise
+
+
+@pytest.mark.parametrize("size", [HUGE, 1 << 30])
+def test_guest_memory_in_huge_pages_is_mapped_wherever_the_guest_has_it(size: int) -> None:
+    with huge_pages(size, 1) as fd:
+        for gpa in (0, 4 << 30, (7 << 29) + PAGE):
+            for foreign in (False, True):
+                with pages_may_be_missing(), GuestMemory([Region(gpa, size, fd)], foreign) as memory:
+                    memory.write(gpa, b"first")
+                    memory.write(gpa + size - 4, b"last")
+                    with mmap.mmap(fd, size) as view:
+                        assert (view[:5], view[-4:]) == (b"first", b"last")
+
+
+@pytest.mark.parametrize("size", [HUGE, 1 << 30])
+def test_a_part_of_a_huge_page_maps_nothing_over_its_neighbours(size: int) -> None:
+    with huge_pages(size, 1) as fd, memfd(4 * PAGE) as small, pages_may_be_missing():
+        # The kernel maps whole pages, whatever length it is asked for, and puts the next mapping below the one before.
+        canary = mmap.mmap(-1, PAGE)
+        canary[:] = b"c" * PAGE
+        parts = [Region(PAGE, PAGE, fd, PAGE), Region(2 * PAGE, PAGE, small), Region(3 * PAGE, PAGE, fd, 5 * PAGE)]
+        for region in parts:
+            with GuestMemory([region]) as memory:
+                memory.write(region.gpa, b"alone")
+        with GuestMemory(parts, True, Region(0, PAGE, fd, 7 * PAGE)) as memory:
+            for k, region in enumerate(parts):
+                memory.write(region.gpa, b"part%d" % k)
+            memory.mem[memory.beside_offset] = ord("b")
+            with mmap.mmap(fd, size) as view:
+                assert [view[at * PAGE :][:5] for at in (1, 5)] == [b"part0", b"part2"]
+                assert view[7 * PAGE] == ord("b")
+            assert os.pread(small, 5, 0) == b"part1"
+            with pytest.raises(ConfigError, match="not inside"):
+                memory.read(PAGE, 2 * PAGE)
+        assert canary[:] == b"c" * PAGE
+
+
+def test_huge_pages_that_are_adjacent_are_one_run() -> None:
+    with huge_pages(HUGE, 2) as fd, memfd(HUGE) as small, pages_may_be_missing():
+        regions = [Region(0, HUGE, small), Region(HUGE, HUGE, fd, HUGE), Region(2 * HUGE, HUGE, fd)]
+        with GuestMemory(regions) as memory:
+            assert len(memory.table) == 1
+            memory.write(2 * HUGE - 4, b"crosses")
+            with mmap.mmap(fd, 2 * HUGE) as view:
+                assert (view[-4:], view[:3]) == (b"cros", b"ses")
+
+
+@pytest.mark.parametrize("size", [HUGE, 1 << 30])
+def test_a_huge_page_that_its_owner_takes_away_reads_as_zeros(size: int) -> None:
+    with huge_pages(size, 1) as fd, pages_may_be_missing():
+        memory = GuestMemory([Region(0, size, fd)], foreign=True)
+        with memory:
+            memory.write(0, b"there")
+            os.ftruncate(fd, 0)
+            assert memory.read(0, 5) == bytes(5)
+            memory.write(0, b"again")
+            assert memory.read(0, 5) == b"again"
+
+
+def test_a_shared_block_in_huge_pages_is_unmapped() -> None:
+    with huge_pages(HUGE, 1) as fd, pages_may_be_missing():
+        before = mapped("memfd:huge")
+        block = SharedBlock(3 * PAGE, os.dup(fd), PAGE)
+        block.carve(np.uint8, PAGE)[:] = 7
+        with mmap.mmap(fd, HUGE) as view:
+            assert view[: 2 * PAGE] == bytes(PAGE) + b"\x07" * PAGE
+        block.close()
+        del block
+        assert mapped("memfd:huge") == before
+
+
+# --- an address that can't be had ---
+
+_TAKEN = """
+import ctypes, mmap, os
+from pathlib import Path
+from vnetdp.errors import ConfigError
+from vnetdp.memory import DirtyLog, GuestMemory, Region, create_memfd
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long)
+TABLE = 0x5EED_0000_0000
+assert libc.mmap(TABLE + 4096, 4096, 3, 0x32, -1, 0) == TABLE + 4096
+ctypes.memset(TABLE + 4096, 0x55, 4096)
+fd = create_memfd("guest", 1 << 20)
+for _ in range(2):
+    for make in (lambda: GuestMemory([Region(0, 1 << 20, fd)], foreign=True), lambda: DirtyLog.attach(fd, 4096, 0)):
+        try:
+            make()
+        except ConfigError as e:
+            print(e)
+assert ctypes.string_at(TABLE + 4096, 4096) == b"\x55" * 4096
+assert "memfd:guest" not in Path("/proc/self/maps").read_text()
+GuestMemory([Region(0, 1 << 20, fd)]).close()
+"""
+
+
+def test_a_fixed_address_that_is_taken_is_an_error_and_stays_its_owners() -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", _TAKEN], env=env, check=True, capture_output=True, text=True)
+    says = "65536 bytes at the fixed address 0x5eed00000000 can't be had: the address is taken"
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(line.endswith(says) for line in lines), lines
 
 
 # --- the dirty log ---

@@ -11,6 +11,7 @@ from typing import Final
 from vnetdp_kernels.layout import ETH_ZLEN
 
 from . import limits
+from .owned import Owned
 
 # When to announce, in s after the machine runs: QEMU's 50 ms first, 100 ms more each time, five rounds.
 ROUNDS_S: Final = (0.0, 0.05, 0.2, 0.45, 0.8)
@@ -25,7 +26,7 @@ def rarp(mac: bytes) -> bytes:
     return (_BROADCAST + mac + struct.pack("!H", _RARP) + body).ljust(ETH_ZLEN, b"\0")
 
 
-class Announcer:
+class Announcer(Owned):
     """Announces *mac* through *send*, from a thread, at each of ROUNDS_S; `close` ends it early. sent: how often so far.
 
     While it is held (`hold`) nothing is sent, and what falls into that time is not made up for.
@@ -57,5 +58,6 @@ class Announcer:
             self._held = held
 
     def close(self) -> None:
-        self._end.set()
-        self._thread.join()
+        if not self.inherited:
+            self._end.set()
+            self._thread.join()

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from .datapath import NO_LOG, NO_MEMORY, NO_TABLE, Datapath, Paced, Scratch
 from .endpoints.loopback import NullEndpoint
 from .memory import Bytes, Words
 from .notify import EventFd
+from .owned import Owned
 from .server import Server
 from .session import USUAL_PROTOCOL_FEATURES
 from .vhost_user.message import ProtocolFeature
@@ -34,7 +35,7 @@ class _Side:
         self.backends = [WorkerBackend(paced, datapath, pair) for pair in range(datapath.pairs)]
 
 
-class Bridge:
+class Bridge(Owned):
     """A back end on each of two sockets; what one's guest sends, the other's receives.
 
     Offloads are not offered: what one guest leaves undone, the other may not be able to do. Nor is RARP: where a guest has
@@ -139,9 +140,3 @@ class Bridge:
     def close(self) -> None:
         """Stop the thread, and give up both sockets."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -24,6 +24,7 @@ from .endpoints.base import Endpoint
 from .errors import VnetdpError
 from .memory import Bytes, DirtyLog, GuestMemory, SharedBlock, Words
 from .notify import EventFd
+from .owned import Owned, OwnedLock
 
 _log = logging.getLogger("vnetdp.datapath")
 
@@ -60,7 +61,7 @@ class Scratch:
         self.one: Words = peer.tell_words()
 
 
-class Datapath:
+class Datapath(Owned):
     """The device's side of the rings of *pairs* queue pairs: receiveq 2i, transmitq 2i + 1.
 
     vqs int64[2 * pairs, VQ_SLOTS], in shared memory. Not thread-safe: one thread runs it, and changes it while it
@@ -106,7 +107,8 @@ class Datapath:
         budget: at most so many frames, -1 = no end. timeout_ms: 0 returns when there is nothing to do, -1 waits until
         the bell rings. poll_us: busy-poll so long before sleeping, -1 = for ever.
         """
-        memory, endpoint, scratch = self.memory, self.endpoint, self._scratch
+        self.check_maker()
+        memory, endpoint, scratch = self.memory if self.bound else None, self.endpoint, self._scratch
         moved = 0
         while True:
             endpoint.service()
@@ -224,7 +226,7 @@ class _Pause:
         self._go_on()
 
 
-class Paced:
+class Paced(Owned):
     """A thread that runs a datapath (or a driver), and stands still while somebody changes it.
 
     `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
@@ -247,7 +249,7 @@ class Paced:
         self.poll_us = poll_us
         self._timeout_s = math.inf if timeout_s is None else timeout_s
         self._abandon = abandon
-        self._lock = threading.RLock()
+        self._lock = OwnedLock(self)
         self._pause = _Pause(self._halt, self._go_on)
         self._depth = 0
         # Queues, not events: to wake a thread by one costs a tenth.
@@ -281,8 +283,8 @@ class Paced:
                 else:
                     bell.clear()
         except BaseException as e:  # noqa: BLE001 - SystemExit too: whatever it is, nobody serves the rings any more
-            if self._ended:
-                return
+            if self._ended or self.inherited:
+                return  # the child of a user's function that forked ends with this thread, its only one
             _log.exception("%s ended", self._thread.name)
             self.error = e
         self._ended = True
@@ -355,7 +357,9 @@ class Paced:
         self._to_signal.append(event)
 
     def close(self) -> None:
-        """Stop the thread and wait for it."""
+        """Stop the thread and wait for it. A forked child has no thread to stop."""
+        if self.inherited:
+            return
         with self.paused():
             self._stopping = True
             if self._depth > 1 and not self._ended:

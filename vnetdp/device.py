@@ -8,13 +8,12 @@ set tries again. A hand-over may happen at any moment, under traffic.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 from vnetdp_kernels import layout
 
@@ -29,6 +28,7 @@ from .errors import BackendError, ConfigError, EndpointError, GuestError, Unbind
 from .memory import DirtyLog, GuestMemory, Words
 from .notifiers import Notifiers
 from .notify import EventFd
+from .owned import Owned, OwnedLock
 from .owners import Owner, Owners
 from .registers import Registers
 from .state import (
@@ -46,7 +46,7 @@ from .virtqueue import Virtqueue
 _log = logging.getLogger("vnetdp.device")
 
 
-class NetDevice:
+class NetDevice(Owned):
     """A virtio-net device over *endpoint*, with *queue_pairs* pairs of queues in *memory*.
 
     vhost: the worker's backends, one a pair; None = userspace only. threaded: the userspace datapath runs in the
@@ -101,7 +101,7 @@ class NetDevice:
             made.pop_all()
         self.kicks = self.notifiers.kicks
         self.calls = self.notifiers.calls
-        self._lock = threading.RLock()
+        self._lock = OwnedLock(self)
         self._trouble = Trouble(self._notify_config)
         self._running = running
         self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings)
@@ -491,19 +491,14 @@ class NetDevice:
         """Stop the rings and give up threads and descriptors that the device made."""
         for forget in self._listening:
             forget()
-        with self._lock:
-            self._running = False  # nor does a worker that ends now bring the rings back
-            self._hand_to(Owner.NOBODY)
-            self.owners.abandon()
+        if not self.inherited:  # a forked child leaves the rings to its parent
+            with self._lock:
+                self._running = False  # nor does a worker that ends now bring the rings back
+                self._hand_to(Owner.NOBODY)
+                self.owners.abandon()
         if self._userspace_worker:
             self._userspace_worker.close()
         if self._stepped:
             self._stepped.close()
         self.notifiers.close()
         self.config_call.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import pairwise
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from .endpoints.mailbox import MailboxEndpoint
 from .errors import ConfigError, GuestError
 from .memory import GuestMemory, SharedBlock, Words
 from .notify import EventFd
+from .owned import Owned
 from .virtqueue import check_num, ring_len
 
 _ACKNOWLEDGE, _DRIVER, _DRIVER_OK, _FEATURES_OK = 1, 2, 4, 8
@@ -83,7 +84,7 @@ def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlo
     return SharedBlock(8 * words + layout.PAGE_SIZE, fd)
 
 
-class Driver:
+class Driver(Owned):
     """Drives *queue_pairs* pairs of a device's queues, *num* descriptors each, from guest memory *memory*.
 
     wanted: features to accept of those offered; None = all that the endpoint can use. endpoint: where frames come from
@@ -259,6 +260,7 @@ class Driver:
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Run all queues; return (layout.LOOP_*, frames moved). As `Datapath.run`."""
+        self.check_maker()
         endpoint, scratch = self.endpoint, self._scratch
         moved = 0
         while True:
@@ -314,6 +316,7 @@ class Driver:
 
     def start(self, poll_us: int = 0) -> None:
         """Run in a thread of its own from now on; poll_us as in `Datapath.run`."""
+        self.check_maker()
         if self._thread is None:
             self._thread = Paced(self, "guest-driver", poll_us)
 
@@ -414,9 +417,3 @@ class Driver:
         self.bell.close()
         if self.mailbox is not None:
             self.mailbox.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

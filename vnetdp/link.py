@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 from vnetdp_kernels import layout
 
@@ -16,6 +16,7 @@ from .driver import Driver, memory_for
 from .endpoints.base import Endpoint
 from .endpoints.loopback import GenerateEndpoint, Ledger
 from .errors import ConfigError
+from .owned import Owned
 from .owners import Owner
 
 _QUIET_S = 0.25
@@ -24,7 +25,7 @@ _PATIENCE_S = 5.0
 DATAPATHS = ("userspace", "vhost", "vhost-process")
 
 
-class Link:
+class Link(Owned):
     """A device over *left* and a driver over *right*, each in a thread, sharing guest memory.
 
     datapath: "userspace", "vhost" (a worker thread), or "vhost-process" (a worker process). poll_us: busy-poll so long
@@ -143,9 +144,3 @@ class Link:
     def close(self) -> None:
         """Stop both threads, the device and the worker."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

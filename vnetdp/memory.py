@@ -3,6 +3,8 @@
 The window is reserved once for all regions; each is mapped into it with MAP_FIXED, and a run of regions that are adjacent
 in guest addresses is adjacent in the window. So kernels see one uint8 array and a table with a row for each run, and
 a range may cross from one region into the next. Holes stay without access, and no translation leads there.
+
+A mapping lasts as long as an array over it: `close` takes it from the object, and an array that somebody kept stays usable.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +27,13 @@ from vnetdp_kernels.layout import PAGE_SHIFT, PAGE_SIZE, REGION_GPA, REGION_LEN,
 
 from .errors import ConfigError
 from .limits import fault, giving
+from .owned import Owned
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int64]
 
 _HUGE_ALIGN = 1 << 21  # runs keep their guest address modulo this, so that 2 MiB pages can back them
+_HUGETLBFS_MAGIC = 0x958458F6
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -48,6 +52,19 @@ _libc.mmap.argtypes = (
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
+def _page_size(fd: int) -> int:
+    """Return the size of the pages that a mapping of *fd* is made of: 4096, or the page size of its hugetlbfs."""
+    stat = (ctypes.c_long * 16)()  # struct statfs: f_type, f_bsize, ...
+    if _libc.fstatfs(fd, stat):
+        code = ctypes.get_errno()
+        raise OSError(code, f"fstatfs: {os.strerror(code)}")
+    return int(stat[1]) if stat[0] == _HUGETLBFS_MAGIC else PAGE_SIZE
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
 def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
     with giving(f"a mapping of {length} bytes"):
         got = _libc.mmap(address, length, prot, flags, fd, offset)
@@ -55,6 +72,44 @@ def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offse
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
     return int(got)
+
+
+def _reserve(length: int, align: int) -> int:
+    """Return the address, a multiple of *align*, of *length* bytes without access."""
+    size = length + align - PAGE_SIZE
+    got = _map(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    start = _round_up(got, align)
+    for at, end in ((got, start), (start + length, got + size)):
+        if at < end:
+            _libc.munmap(at, end - at)
+    return start
+
+
+def _own(at: int, length: int, foreign: bool) -> ctypes.Array[ctypes.c_uint8]:
+    """Return the bytes of a mapping, which is unmapped when the last array over them is gone.
+
+    foreign: its file may be shrunk by another process, and lost pages read as zeros. ConfigError, and it is unmapped, if
+    that can't be had.
+    """
+    if foreign:
+        from vnetdp_kernels import sigbus
+
+        try:
+            sigbus.protect(at, length)
+        except OSError as e:
+            _libc.munmap(at, length)
+            raise ConfigError(f"memory of another process can't be mapped safely: {e.strerror or e}") from e
+    owned = (ctypes.c_uint8 * length).from_address(at)
+    weakref.finalize(owned, _unmap, at, length, foreign).atexit = False
+    return owned
+
+
+def _unmap(at: int, length: int, foreign: bool) -> None:
+    if foreign:
+        from vnetdp_kernels import sigbus
+
+        sigbus.unprotect(at)
+    _libc.munmap(at, length)
 
 
 @dataclass(frozen=True)
@@ -77,7 +132,84 @@ class Region:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes")
 
 
-class GuestMemory:
+@dataclass
+class _Run:
+    """Regions that are adjacent in guest addresses, and can be in the window: its offset is *residue* modulo *modulus*.
+
+    A page of hugetlbfs is mapped whole: `head` bytes before the first region, and `tail` bytes behind the last.
+    """
+
+    regions: list[Region]
+    page: int  # of the last region
+    head: int
+    modulus: int
+    residue: int
+
+    @classmethod
+    def of(cls, region: Region) -> _Run:
+        page = _page_size(region.fd)
+        head = region.fd_offset % page
+        return cls([region], page, head, page, head)
+
+    @property
+    def length(self) -> int:
+        return self.end - self.regions[0].gpa
+
+    @property
+    def end(self) -> int:
+        return self.regions[-1].gpa + self.regions[-1].length
+
+    @property
+    def tail(self) -> int:
+        last = self.regions[-1]
+        return -(last.fd_offset + last.length) % self.page
+
+    def join(self, region: Region) -> bool:
+        """Add *region*; False if it is not adjacent, or its pages can't follow those of the run."""
+        other = _Run.of(region)
+        wanted = (other.residue - self.length) % other.modulus  # of this run's offset
+        smaller = min(self.modulus, other.modulus)
+        if self.end != region.gpa or self.tail or other.head or (wanted - self.residue) % smaller:
+            return False
+        if other.modulus > self.modulus:
+            self.modulus, self.residue = other.modulus, wanted
+        self.regions.append(region)
+        self.page = other.page
+        return True
+
+    def keep_place(self) -> None:
+        """Have it keep its guest address modulo 2 MiB, or its page size, where its pages allow that."""
+        modulus = max(self.modulus, _HUGE_ALIGN)
+        gpa = self.regions[0].gpa
+        if (gpa - self.residue) % self.modulus == 0:
+            self.residue = gpa % modulus
+        self.modulus = modulus
+
+    def place(self, behind: int) -> int:
+        """Return the first window offset at which nothing of it is mapped before *behind*."""
+        at = behind + self.head
+        return at + (self.residue - at) % self.modulus
+
+
+def _runs(regions: Sequence[Region]) -> list[_Run]:
+    """Return the runs of *regions*, which are sorted; ConfigError if one can't be, or two overlap."""
+    for region in regions:
+        region.check()
+    for before, after in itertools.pairwise(regions):
+        if before.gpa + before.length > after.gpa:
+            raise ConfigError(
+                f"memory regions {before.gpa:#x}+{before.length:#x} and {after.gpa:#x}+{after.length:#x} overlap"
+            )
+    runs: list[_Run] = []
+    for region in regions:
+        if not (runs and runs[-1].join(region)):
+            runs.append(_Run.of(region))
+    for run in runs:
+        run.keep_place()
+    return runs
+
+
+class GuestMemory(Owned):
     """Guest memory as kernels see it.
 
     mem uint8[window]; table int64[runs, 3] (guest address, length, window offset), sorted by guest address.
@@ -91,63 +223,45 @@ class GuestMemory:
         beside: memory that kernels need and the guest has no address for (its gpa means nothing); it is mapped
         behind the regions, at window offset `beside_offset`.
         """
-        ordered = sorted(regions, key=lambda r: r.gpa)
-        if not ordered:
+        if not regions:
             raise ConfigError("guest memory needs at least one region")
-        for region in ordered:
-            region.check()
-        for before, after in itertools.pairwise(ordered):
-            if before.gpa + before.length > after.gpa:
-                raise ConfigError(
-                    f"memory regions {before.gpa:#x}+{before.length:#x} and {after.gpa:#x}+{after.length:#x} overlap"
-                )
-        runs: list[list[Region]] = []
-        for region in ordered:
-            if runs and runs[-1][-1].gpa + runs[-1][-1].length == region.gpa:
-                runs[-1].append(region)
-            else:
-                runs.append([region])
+        runs = _runs(sorted(regions, key=lambda r: r.gpa))
         self.table: Words = np.zeros((len(runs), REGION_SLOTS), np.int64)
+        self.regions: list[Region] = []
+        self._foreign = foreign
+        self._mem: Bytes | None = None
+        places: list[tuple[int, Region]] = []
         at = 0
         for row, run in zip(self.table, runs, strict=True):
-            gpa, length = run[0].gpa, sum(r.length for r in run)
-            at = -(-at // _HUGE_ALIGN) * _HUGE_ALIGN + gpa % _HUGE_ALIGN
-            row[REGION_GPA], row[REGION_LEN], row[REGION_OFFSET] = gpa, length, at
-            at += length
+            gpa, length, start = run.regions[0].gpa, run.length, run.place(at)
+            row[REGION_GPA], row[REGION_LEN], row[REGION_OFFSET] = gpa, length, start
+            places += [(start + region.gpa - gpa, region) for region in run.regions]
+            at = start + length + run.tail
         self.beside_offset = -1
         if beside is not None:
             beside.check()
-            self.beside_offset = at = -(-at // PAGE_SIZE) * PAGE_SIZE
-            at += beside.length
-        self._window_len = at + _HUGE_ALIGN
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._window = _map(None, self._window_len, 0, flags, -1, 0)
-        base = -(-self._window // _HUGE_ALIGN) * _HUGE_ALIGN
-        self.regions: list[Region] = []
-        self._foreign = foreign
-        self._protected = 0
-        if foreign:
-            from vnetdp_kernels import sigbus
-
-            sigbus.protect(base, at)
-            self._protected = base
+            extra = _Run.of(beside)
+            self.beside_offset = extra.place(at)
+            places.append((self.beside_offset, beside))
+            at = self.beside_offset + beside.length + extra.tail
+            runs.append(extra)
+        align = max(run.modulus for run in runs)
+        length = _round_up(at, align)
+        base = _reserve(length, align)
+        window = _own(base, length, foreign)
         try:
-            for row, run in zip(self.table, runs, strict=True):
-                for region in run:
-                    where = base + int(row[REGION_OFFSET]) + region.gpa - run[0].gpa
-                    prot = mmap.PROT_READ | mmap.PROT_WRITE
-                    _map(where, region.length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset)
-                    if not foreign:
-                        region = replace(region, fd=fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0))
-                    self.regions.append(region)
-            if beside is not None:
-                prot = mmap.PROT_READ | mmap.PROT_WRITE
-                where = base + self.beside_offset
-                _map(where, beside.length, prot, mmap.MAP_SHARED | _MAP_FIXED, beside.fd, beside.fd_offset)
+            for offset, region in places:
+                _map_over(base + offset, region)
+                if region is beside:
+                    continue
+                if not foreign:
+                    region = replace(region, fd=fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0))
+                self.regions.append(region)
         except OSError:
             self.close()
+            del window  # the error's traceback would keep it mapped
             raise
-        self.mem: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * at).from_address(base))
+        self._mem = np.frombuffer(memoryview(window), np.uint8, at)
 
     @classmethod
     def create(cls, parts: Iterable[tuple[int, int]]) -> GuestMemory:
@@ -165,6 +279,16 @@ class GuestMemory:
                 os.close(fd)
 
     @property
+    def mem(self) -> Bytes:
+        if self._mem is None:
+            raise ConfigError("the guest memory is closed")
+        return self._mem
+
+    @property
+    def closed(self) -> bool:
+        return self._mem is None
+
+    @property
     def end(self) -> int:
         """The guest address behind the last region."""
         last = self.table[-1]
@@ -172,6 +296,8 @@ class GuestMemory:
 
     def translate(self, gpa: int, length: int) -> int:
         """Return the window offset of a guest range; ConfigError if it is not wholly inside guest memory."""
+        if self._mem is None:
+            raise ConfigError("the guest memory is closed")
         for row in self.table:
             into = gpa - int(row[REGION_GPA])
             if length >= 0 and 0 <= into <= int(row[REGION_LEN]) - length:
@@ -189,26 +315,21 @@ class GuestMemory:
         self.mem[at : at + len(data)] = np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
-        """Unmap everything. No kernel may run on it any more, and `mem` may not be touched."""
+        """Give it up: `mem` raises ConfigError from now on. It is unmapped as soon as no kernel and no array uses it."""
         if not self._foreign:
             for region in self.regions:
                 os.close(region.fd)
         self.regions = []
-        if self._protected:
-            from vnetdp_kernels import sigbus
+        self._mem = None
 
-            sigbus.unprotect(self._protected)
-            self._protected = 0
-        if self._window:
-            _libc.munmap(self._window, self._window_len)
-            self._window = 0
-            self.mem = np.zeros(0, np.uint8)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+def _map_over(address: int, region: Region) -> None:
+    """Map *region* into the window, whole pages of its file, so that it begins at *address*."""
+    page = _page_size(region.fd)
+    head = region.fd_offset % page
+    length = _round_up(head + region.length, page)  # what the kernel would map in any case
+    prot = mmap.PROT_READ | mmap.PROT_WRITE
+    _map(address - head, length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset - head)
 
 
 def create_memfd(name: str, length: int) -> int:
@@ -226,44 +347,48 @@ def create_memfd(name: str, length: int) -> int:
     return fd
 
 
-class SharedBlock:
+class SharedBlock(Owned):
     """A memfd mapped here, and in every process that is handed its descriptor; carved into arrays in order.
 
     The mapping lives as long as an array of it does; `close` gives up the descriptor only.
     """
 
-    def __init__(self, length: int, fd: int | None = None, offset: int = 0) -> None:
-        """*offset*: where in the file of *fd* the block begins, a multiple of 4096."""
-        self.length = -(-length // PAGE_SIZE) * PAGE_SIZE
+    def __init__(self, length: int, fd: int | None = None, offset: int = 0, foreign: bool = False) -> None:
+        """*offset*: where in the file of *fd* the block begins, a multiple of 4096. *foreign* as in `GuestMemory`."""
+        self.length = _round_up(length, PAGE_SIZE)
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
         try:
             if os.fstat(self.fd).st_size < offset + length:
                 raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
+            page = _page_size(self.fd)
+            self._at = offset % page
+            mapped = _round_up(self._at + self.length, page)
             # Not the mmap module: it would keep a second descriptor until the last array is gone.
-            at = _map(None, self.length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, self.fd, offset)
+            prot = mmap.PROT_READ | mmap.PROT_WRITE
+            at = _map(None, mapped, prot, mmap.MAP_SHARED, self.fd, offset - self._at)
+            self._map = _own(at, mapped, foreign)
         except (OSError, ConfigError):
             if fd is None:
                 os.close(self.fd)  # one that was given stays the caller's
             raise
-        self._map = (ctypes.c_uint8 * self.length).from_address(at)
-        weakref.finalize(self._map, _libc.munmap, at, self.length).atexit = False
-        self._at = 0
+        self._end = self._at + self.length
 
     def carve(self, dtype: Any, *shape: int) -> npt.NDArray[Any]:
         """Return the next array, at a 64-byte boundary. Every process carves the same arrays in the same order."""
         count = int(np.prod(shape))
-        flat: npt.NDArray[Any] = np.frombuffer(memoryview(self._map), dtype, count, self._at)
+        flat: npt.NDArray[Any] = np.frombuffer(memoryview(self._map)[: self._end], dtype, count, self._at)
         array = flat.reshape(shape)
-        self._at += -(-array.nbytes // 64) * 64
+        self._at += _round_up(array.nbytes, 64)
         return array
 
     def close(self) -> None:
+        """Give up the descriptor; arrays stay usable."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
-class DirtyLog:
+class DirtyLog(Owned):
     """One bit a 4 KiB page of guest addresses from 0 on, set atomically by kernels (`VHOST_SET_LOG_BASE`).
 
     log uint8[n], n a multiple of 8 if it is ours to take from: bit p % 8 of byte p // 8 stands for page p.
@@ -280,25 +405,20 @@ class DirtyLog:
 
         ConfigError, and *fd* is still the caller's, if the file is not that long, or nothing that can be mapped.
         """
-        from vnetdp_kernels import sigbus
-
         if length <= 0 or offset < 0 or offset % PAGE_SIZE:
             raise ConfigError(f"a log of {length} bytes at offset {offset} cannot be mapped")
         if offset + length > os.fstat(fd).st_size:
             raise ConfigError(f"a log of {length} bytes at offset {offset} ends behind its file")
         self = cls.__new__(cls)
         try:
-            self._attach(SharedBlock(length, fd, offset), length)
+            self._attach(SharedBlock(length, fd, offset, foreign=True), length)
         except (OSError, ValueError) as e:
             raise ConfigError(f"a log of {length} bytes cannot be mapped: {e}") from e
-        self._protected = self.log.ctypes.data
-        sigbus.protect(self._protected, self._block.length)
         return self
 
     def _attach(self, block: SharedBlock, length: int) -> None:
         self.length = length
         self._block = block
-        self._protected = 0
         self.log: Bytes = block.carve(np.uint8, length)
 
     @property
@@ -314,6 +434,7 @@ class DirtyLog:
         """Return the numbers of all dirty pages, each swapped to clean atomically."""
         from vnetdp_kernels.guest import take_dirty
 
+        self.check_maker()
         found = np.zeros(4096, np.int64)
         pages: list[int] = []
         at = 0
@@ -323,11 +444,7 @@ class DirtyLog:
         return pages
 
     def close(self) -> None:
-        if self._protected:
-            from vnetdp_kernels import sigbus
-
-            sigbus.unprotect(self._protected)
-            self._protected = 0
+        """Give up the descriptor; `log` stays usable."""
         self._block.close()
 
 

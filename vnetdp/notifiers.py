@@ -11,11 +11,12 @@ from contextlib import ExitStack
 
 from .errors import BackendError
 from .notify import EventFd
+from .owned import Owned
 
 _log = logging.getLogger("vnetdp.notifiers")
 
 
-class Notifiers:
+class Notifiers(Owned):
     """Kicks and calls of *queue_pairs* pairs, queue by queue: receiveq 2i, transmitq 2i + 1.
 
     grabs: pairs whose ioeventfd is grabbed; host: queues with a host notifier; guest: times guest notifiers are assigned.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import select
 from contextlib import suppress
-from typing import Protocol, Self
+from typing import Protocol
 
 from .limits import giving
+from .owned import Owned
 
 
 class HasFileno(Protocol):
@@ -26,7 +27,7 @@ def readable(file: HasFileno | int, timeout_s: float) -> bool:
     return bool(poll.poll(1000 * timeout_s))
 
 
-class EventFd:
+class EventFd(Owned):
     """A non-blocking eventfd, owned: closed once, by `close` or on exit from `with`."""
 
     def __init__(self, fd: int | None = None) -> None:
@@ -59,9 +60,3 @@ class EventFd:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

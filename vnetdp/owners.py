@@ -17,6 +17,7 @@ from . import vhost_net
 from .backends.base import VRINGS, Backend
 from .errors import BackendError, UnbindError
 from .notifiers import Notifiers
+from .owned import Owned
 
 _log = logging.getLogger("vnetdp.device")
 
@@ -31,7 +32,7 @@ class Owner(enum.Enum):
     VHOST = "vhost"
 
 
-class Owners:
+class Owners(Owned):
     """The userspace datapath's backends, vhost's if there are any, and which of them has the rings.
 
     check: called before rings are taken from an owner, once it stands still.

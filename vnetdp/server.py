@@ -13,13 +13,13 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Self
 
 from .backends.base import VRINGS
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
 from .notify import EventFd
+from .owned import Owned
 from .session import USUAL_PROTOCOL_FEATURES, Session
 from .vhost_user.dial import NobodyYetError, dial
 from .vhost_user.listener import Listener
@@ -35,7 +35,7 @@ _BACKOFF_S = (0.05, 2.0)  # first and longest wait after an attempt that came to
 _SHORT_S = 1.0  # a session that ends sooner came to nothing too
 
 
-class Server:
+class Server(Owned):
     """Serves *endpoint* to one front end after another, on the Unix socket *path*.
 
     connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
@@ -109,6 +109,7 @@ class Server:
         ConfigError if there never was a front end, and there never will be one at *path*. VnetdpError if a worker that was
         given has ended by itself; our own is made anew for the next front end.
         """
+        self.check_maker()
         backoff = _BACKOFF_S[0]
         said = ""
         while not stop():
@@ -208,9 +209,3 @@ class Server:
         self._worker_ended.close()
         if self._listener is not None:
             self._listener.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 
 from .backends.base import VRINGS, Backend
 from .errors import GuestError
+from .owned import Owned, OwnedLock
 from .state import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
 from .virtqueue import Virtqueue
 
 _log = logging.getLogger("vnetdp.device")
 
 
-class Trouble:
+class Trouble(Owned):
     """status: as the driver reads it (Virtio 1.2, 2.1). broken: the layout.E_* of each queue that broke, until it is reset.
     halted: no ring may run before the device is reset.
 
@@ -23,7 +23,7 @@ class Trouble:
     """
 
     def __init__(self, notify: Callable[[], None]) -> None:
-        self.lock = threading.RLock()
+        self.lock = OwnedLock(self)
         self.status = 0
         self.broken: dict[int, int] = {}
         self.halted = False

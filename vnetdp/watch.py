@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any, Self
+from typing import Any
 
 from . import limits
 from .backends.vhost_user import VhostUserFrontEnd
@@ -12,6 +12,7 @@ from .device import NetDevice
 from .errors import BackendError, ConfigError, EndpointError
 from .features import VIRTIO_NET_F_STATUS
 from .notify import EventFd
+from .owned import Owned
 from .owners import Owner
 from .state import VIRTIO_NET_S_LINK_UP
 from .vhost_user.message import BackendRequest, Payload, VringState
@@ -22,7 +23,7 @@ _ATTEMPT_S = 1.0  # for one handshake
 _BACKOFF_S = (0.02, 1.0)  # first and longest wait between two attempts
 
 
-class Watch:
+class Watch(Owned):
     """A thread that watches the connection of *front_end*, whose backends *device* was given.
 
     A device that can fall back goes on in userspace as soon as its back end is gone, or lets go after it hung; one that
@@ -105,13 +106,8 @@ class Watch:
 
     def close(self) -> None:
         """Watch no longer; the connection and the rings stay as they are."""
-        self._stop.set()
-        self._wake.signal()
-        self._thread.join()
+        if not self.inherited:
+            self._stop.set()
+            self._wake.signal()
+            self._thread.join()
         self._wake.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -29,6 +29,7 @@ from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError, MachineError
 from ..memory import DirtyLog, GuestMemory, Region
 from ..notify import EventFd
+from ..owned import Owned
 from .base import VRINGS
 from .userspace import COUNTERS, UserspaceBackend
 
@@ -127,7 +128,7 @@ def _receive(sock: socket.socket) -> Any:
     return _unpack(data, list(fds))
 
 
-class WorkerProcess:
+class WorkerProcess(Owned):
     """A process that serves *pairs* vhost devices, `backends[i]` for queue pair i (see `Worker`).
 
     Endpoints in Python stay with their process: binding one is refused (EOPNOTSUPP). If the child dies, every verb fails
@@ -166,6 +167,7 @@ class WorkerProcess:
             self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
             limits.start(self._watch)
             made.pop_all()
+        self.close_on_fork()
 
     @property
     def pid(self) -> int:
@@ -173,6 +175,7 @@ class WorkerProcess:
 
     def call(self, pair: int, verb: str, *args: object) -> Any:
         """Have the child apply one verb; BackendError as it raised it, or ESRCH if there is no child any more."""
+        self.check_maker()
         with self._lock:
             try:
                 timeout_s = self.timeout_s
@@ -208,7 +211,13 @@ class WorkerProcess:
         self.listeners.tell_gone()
 
     def close(self) -> None:
-        """End the child, and give up every descriptor. A device whose rings it still has goes on without it."""
+        """End the child, and give up every descriptor. A device whose rings it still has goes on without it.
+
+        A forked child of ours leaves it to us.
+        """
+        if self.inherited:
+            self.datapath.close()
+            return
         self._sock.close()
         try:
             self._child.wait(timeout=10)
@@ -221,8 +230,13 @@ class WorkerProcess:
         self._events.close()
         self.datapath.close()
 
+    def leave_to_parent(self) -> None:
+        """Leave both sockets to the parent: the child is to see it if the parent closes them, or dies."""
+        self._sock.close()
+        self._events.close()
 
-class ProcessBackend:
+
+class ProcessBackend(Owned):
     """One vhost device of a worker process (see `Backend`)."""
 
     def __init__(self, worker: WorkerProcess, pair: int) -> None:
@@ -238,6 +252,8 @@ class ProcessBackend:
         self._worker.call(self._pair, "set_features", features)
 
     def set_memory(self, memory: GuestMemory) -> None:
+        if memory.closed:
+            raise BackendError("set_memory", errno.EFAULT, None, "the guest memory is closed")
         # A table that the child has already stays mapped there: mapping it anew would fault in every page again.
         worker = self._worker
         worker.call(self._pair, "set_memory", None if memory is worker.memory else memory)

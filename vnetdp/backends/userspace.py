@@ -20,6 +20,7 @@ from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError, EndpointError
 from ..memory import ADDRESS_LIMIT, DirtyLog, GuestMemory, Words
 from ..notify import EventFd
+from ..owned import Owned
 from ..virtqueue import check_num, ring_len
 from .base import TRANSMITQ, VRINGS
 
@@ -32,7 +33,7 @@ COUNTERS = {
 }
 
 
-class UserspaceBackend:
+class UserspaceBackend(Owned):
     """Queue pair *pair* of a datapath. The datapath must not run meanwhile; memory and log are the whole datapath's."""
 
     def __init__(self, datapath: Datapath, pair: int) -> None:
@@ -67,6 +68,8 @@ class UserspaceBackend:
             row[layout.VQ_OFFLOADS] = f.host_offload_mask(features) if index == TRANSMITQ else to_guest
 
     def set_memory(self, memory: GuestMemory) -> None:
+        if memory.closed:
+            raise BackendError("set_memory", errno.EFAULT, None, "the guest memory is closed")
         dp = self.datapath
         wanted = dp.vqs[dp.vqs[:, layout.VQ_BOUND] != 0]  # a copy: nothing changes before all can
         try:
@@ -168,6 +171,7 @@ class UserspaceBackend:
         if self.pair >= endpoint.queues:
             raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
         try:
+            mem = dp.memory.mem
             if dp.translated[VRINGS * self.pair + index] is not dp.memory:
                 _translate(dp.memory, row)
                 dp.translated[VRINGS * self.pair + index] = dp.memory
@@ -178,7 +182,7 @@ class UserspaceBackend:
             raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
         dp.endpoint = endpoint
         bases = np.array([(VRINGS * self.pair + index, row[layout.VQ_LAST_AVAIL_IDX])])
-        verbs.bind(dp.memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
+        verbs.bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         dp = self.datapath
@@ -187,6 +191,7 @@ class UserspaceBackend:
         queues = range(min(pairs), max(pairs) + 1)
         if (
             memory is None
+            or memory.closed
             or dp.bound
             or len(queues) != len(pairs)
             or queues.stop > endpoint.queues

@@ -18,6 +18,7 @@ from ..datapath import Listeners
 from ..errors import BackendError, ConfigError, RemoteProtocolError, RequestRefused
 from ..inflight import InflightArea
 from ..memory import GuestMemory
+from ..owned import Owned
 from ..vhost_user import device_state
 from ..vhost_user.backend_requests import BackendRequests
 from ..vhost_user.conversation import Conversation, never, wait_readable
@@ -61,7 +62,7 @@ class NetConfig(NamedTuple):
     mtu: int
 
 
-class VhostUserFrontEnd:
+class VhostUserFrontEnd(Owned):
     """A connection to a back end on the Unix socket *path*, `backends[i]` for queue pair i.
 
     listen: we own the socket, and the back end connects. queue_size: of the largest queue, for the inflight area.
@@ -113,6 +114,7 @@ class VhostUserFrontEnd:
 
         `trouble` says why. BackendError or ConfigError if there is one, and it can't be worked with, or never will be.
         """
+        self.check_maker()
         until = time.monotonic() + timeout_s
         self.disconnect()
         if self._has_rings and not self.gone:
@@ -244,6 +246,8 @@ class VhostUserFrontEnd:
         if self._listener is not None:
             # First of all: a back end that is left would come straight back.
             self._listener.close()
+        if self.inherited:
+            return  # the connection is its parent's
         self.disconnect()
         if self._conversation is not None and self._has_rings:
             self._conversation.gone()

@@ -19,6 +19,7 @@ from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError, UnbindError
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
+from ..owned import Owned
 from ..vhost_user.message import (
     MAX_FDS,
     NO_FD,
@@ -43,7 +44,7 @@ _FEATURES_OK = 1 | 2 | 8
 _DRIVER_OK = 4
 
 
-class VhostUserBackend:
+class VhostUserBackend(Owned):
     """One queue pair of a remote back end (see `Backend`)."""
 
     def __init__(self, front_end: VhostUserFrontEnd, pair: int) -> None:
@@ -97,6 +98,8 @@ class VhostUserBackend:
             self._fe.set_status(_FEATURES_OK | self._fe.status)
 
     def set_memory(self, memory: GuestMemory) -> None:
+        if memory.closed:
+            raise BackendError("set_memory", errno.EFAULT, None, "the guest memory is closed")
         if memory is self._fe.memory:
             return
         n = len(memory.regions)

@@ -16,10 +16,11 @@ from ..endpoints.base import Endpoint
 from ..errors import BackendError, reason
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
+from ..owned import Owned
 from .userspace import UserspaceBackend
 
 
-class Worker:
+class Worker(Owned):
     """A thread that serves *pairs* vhost devices, `backends[i]` for queue pair i.
 
     poll_us: busy-poll N µs before sleeping on the eventfds; 0 sleeps at once, -1 never sleeps. timeout_s: seconds until a
@@ -60,6 +61,11 @@ class Worker:
 
     def close(self) -> None:
         """Stop the thread and give up every descriptor. A device whose rings it still has goes on without it."""
+        if not self.inherited:
+            self._stop()
+        self.datapath.close()
+
+    def _stop(self) -> None:
         self._closing.set()
         self.paced.close()
         if self._watchdog is not None:
@@ -67,10 +73,9 @@ class Worker:
         self.paced.listeners.tell_gone()
         for backend in self.backends:
             backend.unbind()
-        self.datapath.close()
 
 
-class WorkerBackend:
+class WorkerBackend(Owned):
     """One vhost device of a datapath that a thread runs (see `Backend`)."""
 
     def __init__(self, paced: Paced, datapath: Datapath, pair: int) -> None:

@@ -15,10 +15,11 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import IO, Self
+from types import FrameType
+from typing import IO
 
 from vnetdp.errors import VnetdpError
+from vnetdp.owned import Owned
 
 ADDRESSES = {"a": "10.203.0.1", "b": "10.203.0.2"}
 PREFIX_LEN = 24
@@ -33,7 +34,7 @@ class NetnsError(VnetdpError):
     """A command that sets up namespaces or interfaces, or that runs in one, failed."""
 
 
-class NetnsPair:
+class NetnsPair(Owned):
     """Namespaces ``vnetdp-PID-N-a`` and ``-b``, and one more for each name in *extra*; IPv6 is off in all.
 
     *side* is "a", "b" or a name from *extra* throughout. Use it as a context manager, or call `close`. The
@@ -130,6 +131,8 @@ class NetnsPair:
 
     def close(self) -> None:
         """Stop every process started through this pair and delete its namespaces. Idempotent."""
+        if self.inherited:
+            return
         if self._owns_sigterm:
             # A second SIGTERM mustn't cut the clean-up short.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -144,14 +147,6 @@ class NetnsPair:
             if self._owns_sigterm:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 self._owns_sigterm = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _inside(self, side: str) -> tuple[str, ...]:
         # `ip netns exec` replaces itself by the command: the process id that Popen gives is the command's.

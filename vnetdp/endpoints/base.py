@@ -10,11 +10,9 @@ import fcntl
 import logging
 import os
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -22,6 +20,7 @@ from vnetdp_kernels import layout
 
 from ..errors import EndpointError, place
 from ..memory import Bytes, SharedBlock, Words
+from ..owned import Owned, OwnedLock
 
 _log = logging.getLogger("vnetdp.endpoints")
 
@@ -35,7 +34,7 @@ def frame_len(mtu: int) -> int:
     return layout.ETH_HLEN + _VLAN_TAG_LEN + mtu
 
 
-class Endpoint:
+class Endpoint(Owned):
     """Where frames meet the outside. Queue i serves queue pair i.
 
     rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); held uint8[queues, FRAME_SLOT]; in_frames and
@@ -61,6 +60,7 @@ class Endpoint:
             # a copy, is opened anew.
             self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
             made.pop_all()
+        self.close_on_fork()
         self.rows: Words = self.block.carve(np.int64, queues, layout.EP_SLOTS)
         self.ledger: Words = self.block.carve(np.int64, queues, layout.LEDGER_SLOTS)
         self.in_lengths: Words = self.block.carve(np.int64, queues, slots)
@@ -75,7 +75,7 @@ class Endpoint:
             self.rows[:, layout.EP_FLOW] = np.arange(queues)
             self.rows[:, layout.EP_LIMIT] = -1
         # Whoever polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
-        self._python_side = threading.RLock()
+        self._python_side = OwnedLock(self)
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
@@ -93,6 +93,8 @@ class Endpoint:
         holder = self.polled_by.get(queue)
         if holder is owner:
             return
+        if self._claims_fd < 0:
+            raise EndpointError(f"{self.name}: the endpoint is closed")
         if holder is not None or not self._claim(queue, 1, fcntl.F_WRLCK):
             self.polls_refused += 1
             raise EndpointError(f"{self.name}: queue {queue} is polled by another owner")
@@ -116,6 +118,8 @@ class Endpoint:
 
     def _claim(self, queue: int, n: int, kind: int) -> bool:
         """Lock the block's bytes of *n* queues against all others that share it, or unlock them; False if one is taken."""
+        if self._claims_fd < 0:
+            return False  # it is closed, or a forked child's, whose lock would be its parent's
         try:
             fcntl.fcntl(self._claims_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, queue, n, 0))
         except BlockingIOError:
@@ -146,14 +150,19 @@ class Endpoint:
 
     @contextmanager
     def _guarded(self, queue: int, frames: int) -> Iterator[None]:
-        """Run somebody else's code: whatever it raises, sys.exit() too, costs its *frames*, and not the datapath."""
+        """Run somebody else's code: whatever it raises, sys.exit() too, costs its *frames*, and not the datapath.
+
+        ConfigError if that code forked, in the child: it may not go on to the rings.
+        """
         try:
             with self._python_side:
                 yield
         except KeyboardInterrupt:
             raise  # the user's, while a device is stepped
         except BaseException as e:  # noqa: BLE001
+            self.check_maker()
             self._failed(queue, frames, e)
+        self.check_maker()
 
     def _guarded_transmit(self, queue: int, frames: Sequence[bytes]) -> None:
         with self._guarded(queue, len(frames)):
@@ -272,13 +281,11 @@ class Endpoint:
 
     def close(self) -> None:
         """Give up descriptors. Whoever polls it has stopped before."""
+        self.fds[:] = -1
         self.block.close()
+        self.leave_to_parent()
+
+    def leave_to_parent(self) -> None:
         if self._claims_fd >= 0:
             os.close(self._claims_fd)
             self._claims_fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from vnetdp_kernels import layout
 
 from ..errors import ConfigError
 from ..notify import EventFd
+from ..owned import OwnedLock
 from .base import Endpoint
 
 _NO_HEADER = bytes(layout.NET_HDR_LEN)
@@ -36,7 +36,7 @@ class MailboxEndpoint(Endpoint):
             made.pop_all()
         self.limit = limit
         self.dropped = 0
-        self._lock = threading.Lock()
+        self._lock = OwnedLock(self)
         self._to_ring: list[deque[bytes]] = [deque() for _ in range(queues)]
         self._from_ring: deque[bytes] = deque()
         self.fds[:] = np.array([event.fd for event in self._wake])

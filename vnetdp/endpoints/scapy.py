@@ -23,6 +23,7 @@ from vnetdp_kernels import layout
 
 from ..errors import EndpointError
 from ..notify import EventFd
+from ..owned import Owned
 from .mailbox import MailboxEndpoint
 
 Answer = Packet | bytes | Iterable[Packet | bytes] | None
@@ -101,7 +102,7 @@ class SocketEndpoint(MailboxEndpoint):
         return self.ready.fd
 
 
-class VnetdpSocket(SuperSocket):
+class VnetdpSocket(Owned, SuperSocket):
     """A Scapy socket over a `Port`: sniff(opened_socket=s), s.sr1(packet), sendp(packet, socket=s).
 
     Packets are Ether/..., on the guest's side (over a `Driver`) as on the wire's (over a `SocketEndpoint`).

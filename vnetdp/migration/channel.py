@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping
-from typing import Final, Self
+from typing import Final
 
 from ..notify import readable
+from ..owned import Owned
 from .stream import Phase, Section, SectionType, StreamError, decode, encode
 
 _DRAIN_S = 5.0
@@ -44,7 +45,7 @@ POLICIES: Final[dict[str, dict[str, SectionType]]] = {
 ANSWERS: Final = _by_name(READY, FAILED, RUNNING)
 
 
-class Channel:
+class Channel(Owned):
     """A connected stream socket, which becomes the channel's. Every wait has an end; what fails is a StreamError."""
 
     _deadline: float | None = None  # CLOCK_MONOTONIC, s
@@ -121,9 +122,3 @@ class Channel:
 
     def close(self) -> None:
         self.sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

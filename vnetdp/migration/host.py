@@ -17,10 +17,11 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, reason
+from ..owned import Owned
 from ..owners import Owner
 from ..state import DeviceState
 from ..warmup import warm_up
@@ -244,7 +245,7 @@ def _uninterrupted(run: Callable[[], Report]) -> Report:
         gc.enable()
 
 
-class HostProcess:
+class HostProcess(Owned):
     """A `Host` in a process of its own. `call` waits for the answer; `begin` gives a function that does."""
 
     def __init__(self, quiet: bool = False) -> None:
@@ -260,6 +261,7 @@ class HostProcess:
             )
             made.pop_all()
         self._lock = threading.Lock()
+        self.close_on_fork()
 
     @property
     def pid(self) -> int:
@@ -271,6 +273,7 @@ class HostProcess:
 
     def begin(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Callable[[], Any]:
         """Ask for *what*; its last arguments are *fds*, as the host will have them. Return what waits for the answer."""
+        self.check_maker()
         self._lock.acquire()
         try:
             socket.send_fds(self._sock, [pickle.dumps((what, args))], fds)
@@ -299,7 +302,9 @@ class HostProcess:
         return self.begin(what, *args, fds=fds)()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process. A forked child leaves it to its parent."""
+        if self.inherited:
+            return
         self._sock.close()
         try:
             self._child.wait(timeout=10)
@@ -307,11 +312,9 @@ class HostProcess:
             self._child.kill()
             self._child.wait()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def leave_to_parent(self) -> None:
+        """Leave the socket to the parent: the host is to see it if the parent closes it, or dies."""
+        self._sock.close()
 
 
 def main(fd: int, quiet: bool) -> None:

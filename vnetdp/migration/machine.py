@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Self
 
 from vnetdp_kernels import layout
 
@@ -31,6 +30,7 @@ from ..endpoints.loopback import EchoEndpoint, GenerateEndpoint, Ledger
 from ..endpoints.spec import parse_endpoint
 from ..errors import ConfigError
 from ..memory import GuestMemory, Region, SharedBlock
+from ..owned import Owned
 from .ram import RamSource, pages_of
 
 _SLEEP_S = 1.0  # a call that has not come by then was lost
@@ -104,7 +104,7 @@ def make_wire(config: MachineConfig) -> Endpoint:
     return _Numbered(config.queue_pairs, config.size, config.rate, config.to_guest)
 
 
-class Machine:
+class Machine(Owned):
     """One machine, stopped; `boot` or `adopt` it, then `run`. *wire_fd*: the block of `make_wire`; it stays the caller's."""
 
     def __init__(self, config: MachineConfig, wire_fd: int, faults: Faults | None = None) -> None:
@@ -313,9 +313,3 @@ class Machine:
             self.driver.stop()
         self.end_announcing()
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

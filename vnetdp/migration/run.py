@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ..endpoints.base import Endpoint
 from ..endpoints.loopback import Ledger
 from ..errors import VnetdpError
 from ..memory import Words
+from ..owned import Owned
 from ..state import DeviceState
 from .channel import POLICIES
 from .host import HostProcess, Orders
@@ -155,7 +156,7 @@ def socket_pair(tcp: bool = False) -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
-class Couple:
+class Couple(Owned):
     """Two hosts, and a machine that lives on one of them. `start` it, then `migrate` it as often as you like."""
 
     def __init__(self, quiet: bool = False) -> None:
@@ -283,12 +284,6 @@ class Couple:
             self.wire.close()
         for host in (self.source, self.target):
             host.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _answer(host: HostProcess, wait: Callable[[], Report]) -> Report:

@@ -7,17 +7,17 @@ import select
 import socket
 import subprocess
 import time
-from typing import Self
 
 from ..announce import rarp
 from ..endpoints.netns import run_in
 from ..errors import VnetdpError
+from ..owned import Owned
 
 _ETH_P_RARP = 0x8035
 _HEARD_S = 30.0  # it takes no time, unless the machine is busy with something else
 
 
-class TapNamespace:
+class TapNamespace(Owned):
     """A namespace that lasts as long as this. source, target: an endpoint each side can have."""
 
     def __init__(self) -> None:
@@ -48,9 +48,7 @@ class TapNamespace:
         names = [line.split(": ")[1] for line in lines]
         return [name for name in names if name in ("source", "target")]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         self._ear.close()
-        self._ip("netns", "delete", self._name)
+        if not self.inherited:
+            self._ip("netns", "delete", self._name)

@@ -6,13 +6,14 @@ import socket
 from contextlib import suppress
 
 from ..errors import RemoteProtocolError
+from ..owned import Owned
 from .message import BACKEND_RULES, NEED_REPLY, REPLY, U64, VERSION, BackendRequest, Header, Payload
 from .transport import Transport, close_fds
 
 _MESSAGE_TIMEOUT_S = 1.0  # for the rest of a message that has begun
 
 
-class BackendRequests:
+class BackendRequests(Owned):
     """The front end's end of that socket; *theirs* is for the back end."""
 
     def __init__(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from ..errors import BackendError, LocalProtocolError, RemoteProtocolError
 from ..notify import HasFileno, readable
+from ..owned import Owned, OwnedLock
 from .connection import FrontEndConnection
 from .message import U64, Payload, ProtocolFeature, Request
 from .transport import Transport, close_fds
@@ -39,7 +39,7 @@ def wait_readable(file: HasFileno | int, until: float, stop: Callable[[], bool] 
     return False
 
 
-class Conversation:
+class Conversation(Owned):
     """The front end's end of a connection; *sock* becomes its own.
 
     until: when the handshake has to be over (time.monotonic()), or *stop* says so; `established` ends it, and gives each
@@ -51,7 +51,7 @@ class Conversation:
         self._transport = Transport(sock)
         self._timeout_s = timeout_s
         self._handshake: tuple[float, Callable[[], bool]] | None = (until, stop)
-        self._lock = threading.RLock()
+        self._lock = OwnedLock(self)
         self._left_until: float | None = None  # we have left, and until when to wait for the other to do so
         self._gone = False
         sock.settimeout(min(timeout_s, max(until - time.monotonic(), _SLICE_S)))

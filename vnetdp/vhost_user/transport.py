@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from ..errors import RemoteProtocolError
+from ..owned import Owned
 from .message import HEADER, MAX_FDS, Header
 
 MSG_CMSG_CLOEXEC = 0x40000000
@@ -41,12 +42,13 @@ def fds_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
     return fds.tolist()
 
 
-class Transport:
+class Transport(Owned):
     """A connected Unix stream socket, owned."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._deadline: float | None = None
+        self.close_on_fork()
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -112,4 +114,8 @@ class Transport:
             self.sock.sendall(data[sent:])
 
     def close(self) -> None:
+        self.sock.close()
+
+    def leave_to_parent(self) -> None:
+        """Leave the connection to the parent: the peer is to see it if the parent closes it, or dies."""
         self.sock.close()
