@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,75 @@ def test_namespaces_that_are_none(tmp_path: Path) -> None:
         assert str(raised.value) == "no network namespace no-such-ns: make it with: sudo ip netns add no-such-ns"
         with pytest.raises(EndpointError, match=f"cannot enter network namespace {plain}: "):
             run_in(str(plain), lambda: None)
+
+
+# --- names change, and the interface stays ---
+
+
+def test_one_that_is_renamed_is_still_known(spaces: NetnsPair) -> None:
+    a = spaces.names["a"]
+    spaces.add_tap("a", "vtap")
+    spaces.ip("a", "link set dev vtap mtu 1400")
+    with TapEndpoint("vtap", netns=a) as tap:
+        spaces.ip("a", "link set dev vtap down")
+        spaces.ip("a", "link set dev vtap name other")
+        spaces.add_tap("a", "vtap")  # a stranger takes the name
+        assert tap.mtu == 1400
+        tap.set_mtu(9000)
+        assert tap.longest_frame == 9018
+        assert (interface(spaces, "other")["mtu"], interface(spaces, "vtap")["mtu"]) == (9000, 1500)
+    assert (interface(spaces, "other")["mtu"], interface(spaces, "vtap")["mtu"]) == (1400, 1500)
+
+
+@pytest.mark.parametrize("netns", [False, True])
+def test_one_that_is_moved_to_another_namespace_is_still_known(spaces: NetnsPair, netns: bool) -> None:
+    a, b = spaces.names["a"], spaces.names["b"]
+
+    def move() -> None:
+        with TapEndpoint("vtap", netns=a if netns else None) as tap:
+            spaces.move("vtap", "a", "b", "moved")
+            spaces.add_tap("a", "moved")
+            assert tap.mtu == 1500
+            tap.set_mtu(9000)
+            assert tap.mtu == interface(spaces, "moved", "b")["mtu"] == 9000
+            assert interface(spaces, "moved")["mtu"] == 1500
+
+    if netns:
+        move()
+    else:
+        run_in(a, move)
+    assert not spaces.has_interface("b", "moved")
+    assert run_in(b, lambda: [name for _, name in socket.if_nameindex()]) == ["lo"]
+
+
+def test_a_namespace_may_lose_its_name_to_another(spaces: NetnsPair) -> None:  # noqa: ARG001 - or skips
+    with NetnsPair(extra=("third",)) as pair:
+        third = pair.names["third"]
+        with TapEndpoint("vtap", netns=third) as tap, MailboxEndpoint() as box, guest_of(tap, box):
+            subprocess.run(["ip", "netns", "delete", third], check=True)
+            assert tap.mtu == 1500
+            tap.set_mtu(1400)
+            subprocess.run(["ip", "netns", "add", third], check=True)
+            pair.add_tap("third", "vtap")
+            assert tap.mtu == 1400
+            tap.set_mtu(9000)
+            assert (tap.mtu, interface(pair, "vtap", "third")["mtu"]) == (9000, 1500)
+
+
+def test_one_that_is_closed_says_so(spaces: NetnsPair) -> None:
+    tap = TapEndpoint("vtap", netns=spaces.names["a"])
+    tap.close()
+    assert tap.mtu is None
+    tap.set_queue_active(0, False)
+    tap.send_to_wire(bytes(60))
+    uses: list[Callable[[], None]] = [
+        lambda: tap.set_mtu(1400),
+        lambda: tap.set_offloads(1),
+        lambda: tap.start_polling(0, tap),
+    ]
+    for use in uses:
+        with pytest.raises(EndpointError, match="tap:vtap: the endpoint is closed"):
+            use()
 
 
 # --- what cannot be ---

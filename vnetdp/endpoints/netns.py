@@ -32,13 +32,20 @@ def run_in(netns: str, function: Callable[[], T]) -> T:
     except OSError as e:
         raise EndpointError(f"cannot open network namespace {path}: {e.strerror}") from e
 
+    with handle:
+        return run_inside(handle.fileno(), netns, function)
+
+
+def run_inside(fd: int, netns: str, function: Callable[[], T]) -> T:
+    """As `run_in`, in the namespace that *fd* is of, whatever it is called now; *netns* is its name for errors."""
+
     def inside() -> T:
         # os.setns exists from Python 3.12 on only.
-        if _libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
+        if _libc.setns(fd, _CLONE_NEWNET) != 0:
             code = ctypes.get_errno()
             reason = "run as root" if code == errno.EPERM else os.strerror(code)
             raise EndpointError(f"cannot enter network namespace {netns}: {reason}")
         return function()
 
-    with handle, ThreadPoolExecutor(1, "netns") as pool:
+    with ThreadPoolExecutor(1, "netns") as pool:
         return pool.submit(inside).result()

@@ -15,6 +15,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Final, TypeVar
 
 import pytun
@@ -23,7 +24,7 @@ from vnetdp_kernels import layout
 
 from ..errors import EndpointError
 from .base import Endpoint, frame_len
-from .netns import run_in
+from .netns import run_in, run_inside
 
 T = TypeVar("T")
 
@@ -34,10 +35,16 @@ _NAME_LEN: Final = 15  # IFNAMSIZ - 1
 
 # linux/if_tun.h
 _TUNSETOFFLOAD: Final = 0x400454D0  # the mask itself is the argument, not its address
+_TUNGETIFF: Final = 0x800454D2
 _TUNGETVNETHDRSZ: Final = 0x800454D7
 _TUNSETVNETHDRSZ: Final = 0x400454D8
+_TUNGETDEVNETNS: Final = 0x54E3
 _SIOCGIFFLAGS: Final = 0x8913
+_SIOCGIFMTU: Final = 0x8921
+_SIOCSIFMTU: Final = 0x8922
 _IFF_UP: Final = 1
+_IFREQ_NAME: Final = "16s24x"
+_IFREQ_INT: Final = "16si20x"
 
 
 class TapEndpoint(Endpoint):
@@ -45,7 +52,8 @@ class TapEndpoint(Endpoint):
 
     netns: the namespace it is in, by name or path; None = ours. A TAP that exists may belong to a user, who
     then needs no rights beyond that. One created here goes away on `close`, unless *persist*; one that stays is left with
-    the MTU, and the length of virtio_net_hdr, that it was found with.
+    the MTU, and the length of virtio_net_hdr, that it was found with. It may be renamed or moved to another namespace, and
+    its namespace may lose its name, while it is in use: the descriptor knows which interface it is.
     """
 
     kind = layout.KIND_TAP
@@ -59,20 +67,19 @@ class TapEndpoint(Endpoint):
             raise EndpointError(f"tap:{name}: {queues} queues: a TAP has at most {MAX_QUEUES}")
         super().__init__(queues)
         self.name = f"tap:{name}"
-        self.netns = netns
         self._devices: list[pytun.TunTapDevice] = []
         self._found_header_len = 0  # 0: as it was found
         self._found_mtu = 0
         try:
-            self._inside(lambda: self._open(name, persist))
+            if netns is None:
+                self._open(name, persist, "")
+            else:
+                run_in(netns, lambda: self._open(name, persist, "" if "/" in netns else f"-n {netns} "))
         except BaseException:
             self.close()
             raise
 
-    def _inside(self, function: Callable[[], T]) -> T:
-        return function() if self.netns is None else run_in(self.netns, function)
-
-    def _open(self, name: str, persist: bool) -> None:
+    def _open(self, name: str, persist: bool, where: str) -> None:
         existed = name in (existing for _, existing in socket.if_nameindex())
         flags = pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR
         if self.queues > 1:
@@ -100,23 +107,51 @@ class TapEndpoint(Endpoint):
                 self._devices[0].persist(True)
             if not existed:
                 self._devices[0].up()
-            elif not _is_up(
-                name
-            ):  # whose it is decides when it is up; who forgot that would see frames go lost, and not why
-                where = f"-n {self.netns} " if self.netns and "/" not in self.netns else ""
+            elif not _is_up(name):
+                # Its owner decides when it is up. One who forgot that would see frames go lost, and not why.
                 _log.warning("%s is down, and takes no frame until: sudo ip %slink set %s up", self.name, where, name)
         except OSError as e:
             raise EndpointError(f"{self.name}: {_advice(name, self.queues, e)}") from e
+
+    def _ask(self, function: Callable[[socket.socket, str], T]) -> T:
+        """Return what *function* makes of a socket in the interface's namespace, and the interface's name there.
+
+        Both are asked of the descriptor: a name may have changed since, and be another interface's now. OSError or
+        EndpointError if there is no interface any more, or no right to look.
+        """
+        fd = self._first()
+
+        def there() -> T:
+            named = fcntl.ioctl(fd, _TUNGETIFF, struct.pack(_IFREQ_NAME, b""))
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+                return function(any_socket, os.fsdecode(struct.unpack(_IFREQ_NAME, named)[0].rstrip(b"\0")))
+
+        try:
+            netns = fcntl.ioctl(fd, _TUNGETDEVNETNS)
+        except PermissionError:
+            return there()  # with no right to ask, it was opened where we are
+        try:
+            if os.path.samestat(os.fstat(netns), Path("/proc/thread-self/ns/net").stat()):
+                return there()
+            return run_inside(netns, f"of {self.name}", there)
+        finally:
+            os.close(netns)
+
+    def _first(self) -> int:
+        if not self._devices:
+            raise EndpointError(f"{self.name}: the endpoint is closed")
+        return int(self._devices[0].fileno())
 
     def _set_header_len(self, length: int) -> None:
         fcntl.ioctl(self._devices[0].fileno(), _TUNSETVNETHDRSZ, struct.pack("i", length))
 
     def set_offloads(self, mask: int) -> None:
         """Have the kernel leave to us what *mask* (layout.OFFLOAD_*) says, in frames that it sends."""
+        fd = self._first()
         wanted = _dependable(mask)
         for try_mask in (wanted, wanted & ~(layout.OFFLOAD_USO4 | layout.OFFLOAD_USO6)):
             try:
-                fcntl.ioctl(self._devices[0].fileno(), _TUNSETOFFLOAD, try_mask)
+                fcntl.ioctl(fd, _TUNSETOFFLOAD, try_mask)
                 return
             except OSError as e:
                 failed = e  # EINVAL: a kernel before 6.2 knows no USO
@@ -124,7 +159,7 @@ class TapEndpoint(Endpoint):
 
     def set_queue_active(self, queue: int, active: bool) -> None:
         """Attach or detach a queue: the kernel spreads flows over those attached. One of a single queue stays."""
-        if self.queues > 1:
+        if self.queues > 1 and self._devices:
             device = self._devices[queue]
             with suppress(OSError):  # it is so already
                 device.mq_attach(active)
@@ -137,25 +172,29 @@ class TapEndpoint(Endpoint):
     @property
     def mtu(self) -> int | None:
         try:
-            return self._inside(lambda: int(self._devices[0].mtu))
-        except OSError:
-            return None  # somebody deleted it
+            return self._ask(_mtu)
+        except (OSError, EndpointError):
+            return None  # somebody deleted it, or moved it to where we may not look
 
     def set_mtu(self, mtu: int) -> None:
         """Give the interface that MTU, unless it has it."""
 
-        def change() -> None:
-            before = int(self._devices[0].mtu)
+        name = ""
+
+        def change(any_socket: socket.socket, named: str) -> None:
+            nonlocal name
+            name = named
+            before = _mtu(any_socket, name)
             if before != mtu:
-                self._devices[0].mtu = mtu
+                fcntl.ioctl(any_socket, _SIOCSIFMTU, struct.pack(_IFREQ_INT, os.fsencode(name), mtu))
                 self._found_mtu = self._found_mtu or before
 
         try:
-            self._inside(change)
+            self._ask(change)
         except OSError as e:
             hint = e.strerror
             if e.errno == errno.EPERM:
-                hint = f"run as root or: sudo ip link set dev {self._devices[0].name} mtu {mtu}"
+                hint = f"run as root or: sudo ip link set dev {name} mtu {mtu}"
             raise EndpointError(f"{self.name}: cannot set its MTU to {mtu}: {hint}") from e
 
     @property
@@ -173,17 +212,26 @@ class TapEndpoint(Endpoint):
                     self._set_header_len(self._found_header_len)
                 if self._found_mtu:
                     self.set_mtu(self._found_mtu)
+        super().close()
+
+    def leave_to_parent(self) -> None:
+        """Give up the queues: an interface stays, and a queue is taken, as long as a forked child has them."""
         for device in self._devices:
             device.close()
         self._devices = []
         self.fds[:] = -1
-        super().close()
+        super().leave_to_parent()
 
 
 def _is_up(name: str) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        flags = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16s16x", os.fsencode(name)))
+        flags = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack(_IFREQ_NAME, os.fsencode(name)))
     return bool(struct.unpack_from("H", flags, 16)[0] & _IFF_UP)
+
+
+def _mtu(any_socket: socket.socket, name: str) -> int:
+    found = fcntl.ioctl(any_socket, _SIOCGIFMTU, struct.pack(_IFREQ_NAME, os.fsencode(name)))
+    return int(struct.unpack(_IFREQ_INT, found)[1])
 
 
 def _dependable(mask: int) -> int:
