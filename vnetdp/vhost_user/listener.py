@@ -1,33 +1,45 @@
-"""A listening Unix socket and its file: whoever made the file removes it; one that was left by the dead is taken over."""
+"""A listening Unix socket and its file: its maker removes the file, and one left by the dead is taken over.
+
+A path is only a name: another program may put its own file there at any moment. So a file is removed only if it still
+is the very one (device and inode) that was looked at, or made.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 import stat
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..owned import Owned
+
+_LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a millisecond
 
 
-class Listener:
+class Listener(Owned):
     """Listens on *path*; ConfigError if that can't be. A file that is no socket, or that somebody listens on, stays."""
 
     def __init__(self, path: str, backlog: int) -> None:
         self._path = Path(path)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(self._path.stat().st_mode):
-                raise ConfigError(f"{path} exists and is not a socket: take another path")
-            _remove_if_dead(self._path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._sock.bind(path)
-            self._sock.listen(backlog)
-            found = self._path.stat()
+            with _alone_in(self._path.parent):
+                _remove_if_dead(self._path)
+                self._sock.bind(path)
+                self._sock.listen(backlog)
+                self._made: os.stat_result | None = self._path.lstat()
         except OSError as e:
             self._sock.close()
             raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
-        self._inode = (found.st_dev, found.st_ino)
+        except ConfigError:
+            self._sock.close()
+            raise
+        self.close_on_fork()
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -36,27 +48,68 @@ class Listener:
         return self._sock.accept()[0]
 
     def close(self) -> None:
-        """Close the socket, and remove the file if it still is ours."""
+        """Remove the file if it still is ours, and close the socket. A forked child leaves the file to its parent."""
+        if self._made is not None and not self.inherited:
+            # While it is open: nobody else's file can have the number of our inode before we close it.
+            with suppress(OSError):
+                _remove(self._path, self._made)
+        self._made = None
         self._sock.close()
-        with suppress(FileNotFoundError):
-            found = self._path.stat()
-            if (found.st_dev, found.st_ino) == self._inode:
-                self._path.unlink()
+
+    def leave_to_parent(self) -> None:
+        self._sock.close()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of *folder*, so that no two of us find the same dead socket; without it where it can't be had."""
+    fd = -1
+    with suppress(OSError):  # a folder that may not be read, or has no locks
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        until = time.monotonic() + _LOCK_S
+        while not _locks(fd) and time.monotonic() < until:  # somebody else may hold it for good
+            time.sleep(0.002)
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _locks(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(path: Path, known: os.stat_result) -> None:
+    """Remove the file at *path* if it is the one that *known* is of."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(path.lstat(), known):
+            path.unlink()
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a socket that nobody listens on; ConfigError if somebody does."""
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    probe.setblocking(False)  # a full backlog is somebody's, too
+    """Remove a socket that nobody listens on, if there is one; ConfigError if there is anything else."""
     try:
-        probe.connect(str(path))
-    except ConnectionRefusedError:
-        path.unlink()
-    except BlockingIOError:
-        raise ConfigError(f"another program listens on {path}: end that, or take another path") from None
-    except OSError as e:
-        raise ConfigError(f"cannot use {path}: {e.strerror or e}") from e
-    else:
-        raise ConfigError(f"another program listens on {path}: end that, or take another path")
-    finally:
-        probe.close()
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise ConfigError(f"{path} exists and is not a socket: take another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog is somebody's, too
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            _remove(path, found)
+            return
+        except FileNotFoundError:
+            return  # its owner has just removed it
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            raise ConfigError(f"cannot use {path}: {e.strerror or e}") from e
+    raise ConfigError(f"another program listens on {path}: end that, or take another path")
