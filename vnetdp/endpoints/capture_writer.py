@@ -105,6 +105,12 @@ class CaptureWriter:
             raise
         self.waiting = 0
 
+    def abandon(self) -> None:
+        """Close the file, and forget what is kept."""
+        fd, self._fd = self._fd, -1
+        self._kept = memoryview(b"")
+        os.close(fd)
+
     def close(self) -> None:
         """Close the file; OSError if that, or what was written last, failed."""
         if self._fd < 0:

@@ -161,6 +161,13 @@ class PcapEndpoint(Endpoint):
         self._wake.close()
         super().close()
 
+    def leave_to_parent(self) -> None:
+        """Write nothing any more: frames that wait for the reader of a FIFO are written by the parent, once."""
+        if self._writer is not None and self.inherited:
+            self._writer.abandon()
+            self._writer = None
+        super().leave_to_parent()
+
 
 def _is_same_file(path: Path, other: Path) -> bool:
     """True if what one writes the other would overwrite; /dev/null takes any number."""
