@@ -226,7 +226,7 @@ def test_select_says_when_a_packet_is_there(both: tuple[SocketEndpoint, Driver])
     wire, driver = both
     with VnetdpSocket(wire) as ours, VnetdpSocket(driver) as theirs:
         sendp([datagram(n) for n in range(3)], socket=theirs, verbose=0)
-        got = []
+        got: list[int] = []
         while len(got) < 3:
             assert select.select([ours], [], [], PATIENCE)[0]
             packet = ours.recv()
