@@ -264,6 +264,16 @@ def test_what_one_end_reads_the_other_does_not_overwrite(shell: Shell, left: str
     assert (shell.folder / "a.pcap").read_bytes() == before
 
 
+def test_a_capture_that_is_cut_short_is_said_in_the_report(shell: Shell) -> None:
+    write_pcap(shell.folder / "cut.pcap", [bytes(60)] * 9)
+    os.truncate(shell.folder / "cut.pcap", 500)
+    done = shell.run("link", "pcap:cut.pcap", "fault:drop=0:pcap:,out.pcap", "--json", "report.json")
+    assert done.returncode == 1
+    said = "pcap: cut.pcap: the capture is cut short or damaged after 6 frames: it ends inside a record"
+    assert f"error: {said}" in done.stdout
+    assert json.loads((shell.folder / "report.json").read_text())["errors"] == [said]
+
+
 def test_two_ends_may_write_to_nowhere(shell: Shell) -> None:
     done = shell.run_forked("link", "pcap:,/dev/null", "pcap:,/dev/null", "--seconds", "0.1")
     assert done.returncode == 0, done.stderr

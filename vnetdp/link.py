@@ -92,6 +92,7 @@ class Link(Owned):
             errors.append(f"nobody runs the rings: {self.device.last_error or 'the driver is not ready'}")
         if self.driver.error is not None:
             errors.append(f"the driver's thread ended: {type(self.driver.error).__name__}: {self.driver.error}")
+        errors += [*self.left.failures, *self.right.failures]
         report: dict[str, Any] = {
             "datapath": self.datapath,
             "owner": self.device.owner.value,

@@ -263,6 +263,11 @@ class Endpoint(Owned):
         """True once no frame will ever come from it again (a pcap read to its end)."""
         return False
 
+    @property
+    def failures(self) -> Sequence[str]:
+        """What went wrong at its own end, so that frames are missing that were to come or go."""
+        return ()
+
     def counters(self) -> dict[str, int]:
         """Return frames and bytes each way, and drops by reason, summed over the queues."""
         total = self.rows.sum(axis=0)

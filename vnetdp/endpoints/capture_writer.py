@@ -68,17 +68,17 @@ class CaptureWriter:
         try:
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             self._put(header, 0)
-        except OSError as e:
+        except EndpointError:
             os.close(self._fd)
             if fresh:
                 path.unlink(missing_ok=True)
-            raise _cannot_write(path, e) from e
+            raise
 
     def fileno(self) -> int:
         return self._fd
 
     def write(self, frames: Sequence[bytes]) -> None:
-        """Append Ethernet frames, stamped with the time it is; OSError, and none is appended, if there is no room."""
+        """Append Ethernet frames, stamped with the time it is; EndpointError, and none is appended, if that fails."""
         self._put(b"".join(self._record(frame, time.time_ns()) for frame in frames), len(frames))
 
     def _put(self, data: bytes, frames: int) -> None:
@@ -87,14 +87,14 @@ class CaptureWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, as far as the reader takes it. OSError, and nothing is kept any more, if that fails."""
+        """Write what is kept, as far as the reader takes it. EndpointError, and nothing is kept any more, if that fails."""
         whole = len(self._kept)
         try:
             while self._kept:
                 self._kept = self._kept[os.write(self._fd, self._kept) :]
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as e:
             if self._regular:  # of this batch nothing may stay: half a record would end the file for every reader
                 with suppress(OSError):
                     at = os.lseek(self._fd, 0, os.SEEK_CUR) - (whole - len(self._kept))
@@ -102,7 +102,7 @@ class CaptureWriter:
                     os.lseek(self._fd, at, os.SEEK_SET)
             self._kept = memoryview(b"")
             self.waiting = 0
-            raise
+            raise _cannot_write(self.path, e) from e
         self.waiting = 0
 
     def abandon(self) -> None:
@@ -112,7 +112,7 @@ class CaptureWriter:
         os.close(fd)
 
     def close(self) -> None:
-        """Close the file; OSError if that, or what was written last, failed."""
+        """Close the file; EndpointError if that, or what was written last, failed."""
         if self._fd < 0:
             return
         poll = select.poll()
@@ -120,11 +120,16 @@ class CaptureWriter:
         try:
             while self._kept:
                 if not poll.poll(_LAST_WORDS_MS):
-                    raise OSError(errno.ETIMEDOUT, f"nobody reads {self.path}: {self.waiting} frames are lost")
+                    raise EndpointError(
+                        f"pcap: nobody reads {self.path} any more: the last {self.waiting} frames are lost"
+                    )
                 self.flush()
         finally:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as e:
+                raise _cannot_write(self.path, e) from e
 
 
 def _cannot_write(path: Path, error: OSError | ValueError) -> EndpointError:

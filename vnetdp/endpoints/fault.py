@@ -307,6 +307,10 @@ class FaultEndpoint(Endpoint):
         return self.inner.innermost
 
     @property
+    def failures(self) -> Sequence[str]:
+        return self.inner.failures
+
+    @property
     def finished(self) -> bool:
         # Seen in `service`, where no frame is between two places.
         return self._ended and not self.rows[:, layout.EP_HELD].any()

@@ -10,7 +10,7 @@ from pathlib import Path
 from vnetdp_kernels import capture as cap
 from vnetdp_kernels import layout
 
-from ..errors import EndpointError
+from ..errors import EndpointError, reason
 from ..memory import Words
 from ..notify import EventFd
 from .base import PYTHON_SLOTS, Endpoint
@@ -41,6 +41,7 @@ class PcapEndpoint(Endpoint):
         self._writer: CaptureWriter | None = None
         self._first = self._found = 0  # rows of the reader's index that the ring has not got yet
         self._foreign_said = False
+        self._failures: list[str] = []
         self._gone = False  # the kernels have taken every frame
         with ExitStack() as made:
             super().__init__(queues)
@@ -111,6 +112,15 @@ class PcapEndpoint(Endpoint):
             self._wake.clear()
         return rows
 
+    def _failed(self, queue: int, frames: int, error: BaseException) -> None:
+        super()._failed(queue, frames, error)
+        if not self._failures:
+            self._failures.append(reason(error))
+
+    @property
+    def failures(self) -> Sequence[str]:
+        return self._failures
+
     def fill_slots(self, queue: int, row: Words) -> None:
         rows = self._take(queue, PYTHON_SLOTS)
         if rows and (reader := self._reader) is not None:
@@ -121,6 +131,11 @@ class PcapEndpoint(Endpoint):
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         rows = self._take(queue, limit)
         return [] if self._reader is None else [frame_at(self._reader, row) for row in rows]
+
+    def service(self) -> None:
+        super().service()
+        if self._writer is not None and self._writer.waiting and not self.takes_frames(0):
+            self.rows[:, layout.EP_BLOCKED] = 1  # have it called again soon, frames or none: a record's end is kept
 
     def takes_frames(self, queue: int) -> bool:
         """False while the reader of a FIFO has not taken what was written before."""
@@ -155,7 +170,7 @@ class PcapEndpoint(Endpoint):
             waiting = self._writer.waiting
             try:
                 self._writer.close()
-            except OSError as e:
+            except EndpointError as e:
                 self._failed(0, waiting, e)
             self._writer = None
         self._wake.close()
