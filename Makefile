@@ -1,6 +1,7 @@
 # Every target works alone on a fresh machine with Python 3.11 or newer: it makes the environment that it needs.
 #
-#   make demo | test | check | bench | test-nojit | test-boundscheck | coverage | wheel-test | interop | campaign | clean
+#   make demo | test | check | bench | test-nojit | test-boundscheck | test-oldest | coverage | wheel-test | interop |
+#        campaign | clean
 #
 #   PYTHON=python3.13    the interpreter to make the environment with
 #   VENV=/some/folder    the environment (default: .venv in this folder)
@@ -29,7 +30,7 @@ ifneq ($(IS),$(CURDIR)/vnetdp/__init__.py $(VERSION))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: demo test check bench test-nojit test-boundscheck coverage wheel-test campaign interop clean
+.PHONY: demo test check bench test-nojit test-boundscheck test-oldest coverage wheel-test campaign interop clean
 
 demo: $(STAMP)
 	$(RUN) -m vnetdp demo $(ARGS)
@@ -56,6 +57,18 @@ test-nojit: $(STAMP)
 # Compiled with bounds checks. The cache is its own: Numba does not keep checked code apart from other code.
 test-boundscheck: $(STAMP)
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/.numba-boundscheck $(PYTEST)
+
+# With the oldest versions that pyproject.toml allows, in an environment of their own: the part of the suite that leans on
+# other packages the most. The kernels are compiled first, as no test is to wait for that.
+OLDEST_TESTS ?= tests/endpoints tests/kernels/test_reflect.py tests/kernels/test_hostile_capture.py
+test-oldest: $(STAMP)
+	@set -eu; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	$(RUN) -m tests.oldest | tee "$$dir/oldest" | paste -sd ' ' >&2; \
+	$(RUN) -m venv "$$dir/venv"; \
+	"$$dir/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$$dir/oldest" --editable '.[test]'; \
+	export NUMBA_CACHE_DIR="$$dir/cache"; \
+	"$$dir/venv/bin/python" -c 'from vnetdp.warmup import warm_up; warm_up(print)'; \
+	"$$dir/venv/bin/python" -m pytest $(OLDEST_TESTS) $(ARGS)
 
 # Uncompiled, since compiled code leaves no trace; each package must reach 90 % by itself. Benchmarks are left out: they would
 # take hours uncompiled, and `make test` runs them compiled.

@@ -14,6 +14,7 @@ import pytest
 
 import vnetdp
 import vnetdp_kernels
+from tests.oldest import oldest
 
 
 def python(code: str, cwd: Path, **env: str) -> Any:
@@ -54,6 +55,10 @@ def test_every_public_name_is_there() -> None:
 
 
 # --- what is published ---
+
+
+def test_each_package_has_an_oldest_version_that_is_tested() -> None:
+    assert {"numba", "numpy", "python-pytun", "scapy", "pytest", "matplotlib", "simpy"} <= oldest().keys()
 
 
 def test_version_is_the_distribution_s() -> None:

@@ -122,8 +122,11 @@ class PcapEndpoint(Endpoint):
         return self._failures
 
     def fill_slots(self, queue: int, row: Words) -> None:
+        stopped = self.polls_stopped
         rows = self._take(queue, PYTHON_SLOTS)
-        if rows and (reader := self._reader) is not None:
+        if self.polls_stopped != stopped:
+            self._first = rows.start  # for the next owner, which has the slots by now
+        elif rows and (reader := self._reader) is not None:
             frames, lengths = self.in_frames[queue], self.in_lengths[queue]
             cap.take(reader.data, reader.index, rows.start, len(rows), frames, lengths)
             row[layout.EP_COUNT] = len(rows)
