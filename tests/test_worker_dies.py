@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.by_hand import frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
 from vnetdp import Driver, NetDevice, vhost_net
 from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
@@ -97,6 +97,7 @@ def _hangs(bed: Bed) -> None:
     assert isinstance(bed.worker, Worker)
     with bed.worker.paced.paused():
         bed.worker.datapath.run = run  # type: ignore[assignment]
+        bed.worker.paced._timeout_s = SHORT_S
 
 
 def _killed(bed: Bed) -> None:
@@ -115,9 +116,16 @@ def _closed(bed: Bed) -> None:
     bed.worker.close()
 
 
+def _looked_after() -> Worker:
+    """Return a worker whose watchdog looks often, and has patience: it is to lose that when the thread hangs, not before."""
+    worker = Worker(1, timeout_s=SHORT_S)
+    worker.paced._timeout_s = PATIENCE
+    return worker
+
+
 ENDS: dict[str, tuple[Callable[[], Worker | WorkerProcess], Callable[[Bed], None]]] = {
     "thread ends": (lambda: Worker(1), _ends),
-    "thread hangs": (lambda: Worker(1, timeout_s=SHORT_S), _hangs),
+    "thread hangs": (_looked_after, _hangs),
     "thread is closed": (lambda: Worker(1), _closed),
     "process is killed": (lambda: WorkerProcess(1), _killed),
     "process hangs": (lambda: WorkerProcess(1), _stopped),
@@ -298,7 +306,7 @@ class Slow(Endpoint):
 @pytest.mark.parametrize("where", ["transmit", "receive"])
 def test_an_endpoint_that_hangs_costs_the_worker_and_no_frame(where: str) -> None:
     """Whoever has the rings waits for the endpoint; once it comes back, nothing is lost or doubled."""
-    worker = Worker(1, timeout_s=SHORT_S)
+    worker = _looked_after()
     with (
         memory_for() as memory,
         Slow(where) as wire,
@@ -315,6 +323,7 @@ def test_an_endpoint_that_hangs_costs_the_worker_and_no_frame(where: str) -> Non
         guest.send(frame(0))
         wait_for(lambda: echoed(1), "the first frame comes back")
         assert device.owner is Owner.VHOST
+        worker.paced._timeout_s = SHORT_S
         wire.go_on.clear()
         guest.send(frame(1))
         assert wire.inside.wait(60)
