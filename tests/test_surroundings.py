@@ -71,6 +71,13 @@ def test_too_little_memory_names_the_limit(tmp_path: Path, which: int, mib: int,
     refused(done, f"{mib} MiB", f"{command} unlimited")
 
 
+@pytest.mark.skipif(not COMPILED, reason="plain Python compiles nothing")
+def test_too_little_memory_to_compile_is_said_before_the_compiler_ends_the_process(tmp_path: Path) -> None:
+    refuse = limited(resource.RLIMIT_AS, 600 << 20)
+    done = run([*_COMMAND, *_LINK], tmp_path, preexec_fn=refuse, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+    refused(done, "to compile the kernels takes 768 MiB", "ulimit -v unlimited")
+
+
 @needs_root
 def test_no_more_threads_names_the_limit(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)

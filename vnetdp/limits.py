@@ -13,7 +13,8 @@ from pathlib import Path
 from .errors import ConfigError, MachineError
 
 _MIB = 1 << 20
-LEAST_MEMORY = {"ulimit -v": 512 * _MIB, "ulimit -d": 192 * _MIB}  # what it takes to load the kernels
+_TO_LOAD = {"ulimit -v": 512 * _MIB, "ulimit -d": 192 * _MIB}  # what the kernels take with little beside them
+_TO_COMPILE = {"ulimit -v": 768 * _MIB, "ulimit -d": 512 * _MIB}
 _LIMITS = {"ulimit -v": (resource.RLIMIT_AS, "VmSize"), "ulimit -d": (resource.RLIMIT_DATA, "VmData")}
 _NO_THREAD = "can't start new thread"
 _NO_EXECUTABLE = "executable memory"  # as llvmlite has it, when Numba is imported
@@ -173,12 +174,13 @@ def raise_descriptor_limit(enough: int = 1 << 16) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
-def check_memory() -> None:
-    """Raise ConfigError if a limit of memory is so low that the compiler can't even be loaded: it ends the process."""
+def check_memory(to_compile: bool = False) -> None:
+    """Raise ConfigError if a limit of memory is too low for the compiler, which would end the process."""
     for command, (which, _) in _LIMITS.items():
-        limit, least = resource.getrlimit(which)[0], LEAST_MEMORY[command]
+        limit, least = resource.getrlimit(which)[0], (_TO_COMPILE if to_compile else _TO_LOAD)[command]
         if limit != resource.RLIM_INFINITY and limit < least:
+            work = "to compile the kernels" if to_compile else "to load the kernels"
             raise ConfigError(
-                f"the limit of memory is {_size(which)} ({command}), and the compiled kernels take at least "
-                f"{least // _MIB} MiB: raise it: {command} unlimited"
+                f"the limit of memory is {_size(which)} ({command}), and {work} takes {least // _MIB} MiB: "
+                f"raise it: {command} unlimited"
             )

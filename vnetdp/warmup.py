@@ -13,6 +13,7 @@ import numpy as np
 
 from vnetdp_kernels import cache, guest, jit, loops, verbs
 
+from . import limits
 from .datapath import NO_LOG
 from .device import NetDevice
 from .driver import Driver, memory_for
@@ -60,6 +61,8 @@ def _one_at_a_time() -> Iterator[None]:
 def _load(say: Callable[[str], None] | None) -> None:
     began = time.perf_counter()
     cold = _cold()
+    if cold:
+        limits.check_memory(to_compile=True)
     if cold and say:
         say("compiling the kernels, once for an installation: about 20 s, a minute on a busy machine ...")
     with (
