@@ -20,6 +20,8 @@ import pytun
 
 from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.endpoints.joined import guest_of
+from tests.kernels.rig import Rig, pattern
+from tests.kernels.test_hostile_net import put
 from vnetdp.bench.netns import NetnsPair
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.netns import run_in
@@ -457,3 +459,14 @@ def test_nothing_is_left_open(spaces: NetnsPair) -> None:
     once()
     with no_descriptor_leaks():
         once()
+
+
+def test_a_header_whose_hint_can_not_be_goes_out_all_the_same(spaces: NetnsPair) -> None:
+    """The kernel refuses a hdr_len shorter than an Ethernet header, or longer than the frame."""
+    rig = Rig(16, device=lay.KIND_TAP)
+    with TapEndpoint("vtap", netns=spaces.names["a"]) as tap:
+        rig.device.fds[0] = tap.fds[0]
+        for head, hdr_len in enumerate((0, 1, 13, 61, 0xFFFF)):
+            put(rig.tx, head, [72], struct.pack("<BBHHHHH", 0, 0, hdr_len, 9, 0xFFFF, 0xFFFF, 7) + pattern(head))
+        assert rig.serve()[1] == 5
+        assert rig.device.eps[0, [lay.EP_TO_WIRE, lay.EP_DROP_ERROR, lay.EP_LAST_ERRNO]].tolist() == [5, 0, 0]

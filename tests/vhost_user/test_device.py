@@ -106,6 +106,31 @@ def test_an_mtu_is_that_of_one_front_end(tmp_path: Path) -> None:
             assert interface.mtu == 1400
 
 
+def tagged(frame: bytes) -> bytes:
+    """Return a frame as long as *frame* with a VLAN tag."""
+    return (frame[:12] + b"\x81\0\0\7" + frame[12:])[: len(frame)]
+
+
+def test_frames_of_the_guest_are_held_to_the_mtu_it_negotiated(tmp_path: Path) -> None:
+    """A segment may have any length, the driver's other frames not (5.1.6.2.1); a VLAN tag does not count."""
+    with (
+        MailboxEndpoint() as wire,
+        served(wire, tmp_path / "s", mtu=1400) as server,
+        ByHand.dial(server.path) as end,
+        Guest(end) as guest,
+    ):
+        end.shake_hands(FEATURES | f.VIRTIO_NET_F_MTU)
+        guest.share()
+        guest.start(0, 1)
+        for head, data in enumerate((frame(0, 1415), tagged(frame(1, 1419)), frame(2, 1414), tagged(frame(3, 1418)))):
+            guest.rings[1].send(head, data)
+        guest.kicks[1].signal()
+        wait_equal(lambda: guest.rings[1].used_idx, 4)
+        counters = wire.counters()
+        assert (counters["to_wire"], counters["dropped_long"]) == (2, 2)
+        end.leave()
+
+
 def test_frames_to_the_guest_are_held_to_the_mtu_it_negotiated(tmp_path: Path) -> None:
     """Also to one that it negotiates after another front end did so with another (5.1.4.1)."""
     with MailboxEndpoint() as wire, served(wire, tmp_path / "s", mtu=1400) as server:
@@ -118,13 +143,15 @@ def test_frames_to_the_guest_are_held_to_the_mtu_it_negotiated(tmp_path: Path) -
                 end.shake_hands(features)
                 guest.share()
                 guest.start(0, 1)
-                guest.rings[0].post(0, 1)
+                guest.rings[0].post(0, 1, 2, 3)
                 guest.kicks[0].signal()
                 dropped = wire.counters()["dropped_long"]
-                for length in (1419, 1418):
+                for length in (1415, 1414):
                     wire.put(frame(0, length))
-                wait_equal(lambda guest=guest: guest.rings[0].used_idx, 1 if mtu else 2)  # type: ignore[misc]
-                assert wire.counters()["dropped_long"] - dropped == (1 if mtu else 0)
+                for length in (1419, 1418):
+                    wire.put(tagged(frame(0, length)))
+                wait_equal(lambda guest=guest: guest.rings[0].used_idx, 2 if mtu else 4)  # type: ignore[misc]
+                assert wire.counters()["dropped_long"] - dropped == (2 if mtu else 0)
                 end.leave()
 
 
