@@ -202,7 +202,8 @@ def test_a_connection_may_be_silent_while_nobody_else_comes(tmp_path: Path, monk
     monkeypatch.setattr(visit, "_FIRST_WORD_S", 0.0)
     listener = Listener(str(tmp_path / "s"), 8)
     first, other = socket.socketpair()
-    with Worker(1) as worker, first, other, socket.socket(socket.AF_UNIX) as knocking:
+    worker = Worker(1)
+    with first, other, socket.socket(socket.AF_UNIX) as knocking:
         silent = visit.Visit(first, worker, listener)
         assert silent.in_vain(set()) is None
         assert silent.patience_s is None
@@ -211,6 +212,7 @@ def test_a_connection_may_be_silent_while_nobody_else_comes(tmp_path: Path, monk
         silent.speaks()
         assert silent.in_vain(set()) is None
         silent.close()
+    worker.close()
     listener.close()
 
 

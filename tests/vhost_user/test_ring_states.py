@@ -61,7 +61,7 @@ def say(guest: Guest, name: str) -> None:
             "enable": (state(index, 1), []),
         }.get(name, (b"", []))
         if payload:
-            request = R.SET_VRING_ENABLE if name == "enable" else R[f"SET_VRING_{name.upper()}"]
+            request = R.SET_VRING_ENABLE if name == "enable" else getattr(R, f"SET_VRING_{name.upper()}")
             assert end.tell(request, payload, fds)
 
 
@@ -90,7 +90,7 @@ def test_a_ring_that_has_started_keeps_its_size_and_base(back_end: BackEnd, name
     with attached(back_end, refusals=2) as guest:
         guest.start(0, 1)
         guest.echo()
-        request = R[f"SET_VRING_{name.upper()}"]
+        request = getattr(R, f"SET_VRING_{name.upper()}")
         for index in range(2):
             assert not guest.end.tell(request, state(index, 8))
         guest.echo(1)

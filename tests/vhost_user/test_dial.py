@@ -1,0 +1,175 @@
+"""Why a socket can't be connected to: said at once where waiting is in vain, and waited for where it is not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
+from vnetdp.backends.vhost_user import VhostUserFrontEnd
+from vnetdp.drive import drive
+from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
+from vnetdp.errors import ConfigError
+from vnetdp.notify import EventFd
+from vnetdp.server import Server
+from vnetdp.vhost_user.dial import NobodyYetError, dial
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    with no_descriptor_leaks():
+        yield tmp_path
+
+
+def _bound(kind: int) -> Callable[[], object]:
+    def make() -> None:
+        with socket.socket(socket.AF_UNIX, kind) as sock:
+            sock.bind("s")
+            if kind != socket.SOCK_DGRAM:
+                sock.listen()
+            _kept.append(socket.socket(fileno=os.dup(sock.fileno())))
+
+    return make
+
+
+_kept: list[socket.socket] = []
+
+
+@pytest.fixture(autouse=True)
+def kept() -> Iterator[None]:
+    yield
+    while _kept:
+        _kept.pop().close()
+
+
+def _loop() -> None:
+    Path("s").symlink_to("s")
+
+
+def _below_a_file() -> None:
+    Path("file").touch()
+    Path("s").symlink_to("file/s")
+
+
+IN_VAIN: dict[str, tuple[Callable[[], object], str]] = {
+    "file": (lambda: Path("s").touch(), "it is a file, not a socket"),
+    "fifo": (lambda: os.mkfifo("s"), "it is a file, not a socket"),
+    "directory": (lambda: Path("s").mkdir(), "it is a directory, not a socket"),
+    "datagram": (_bound(socket.SOCK_DGRAM), "wrong type for socket: it is not a stream socket"),
+    "packets": (_bound(socket.SOCK_SEQPACKET), "wrong type for socket: it is not a stream socket"),
+    "loop": (_loop, "Too many levels of symbolic links"),
+    "below a file": (_below_a_file, "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_VAIN)
+def test_what_no_waiting_heals_is_said_at_once(kind: str) -> None:
+    make, words = IN_VAIN[kind]
+    make()
+    front_end = VhostUserFrontEnd("s")
+    with EchoEndpoint() as endpoint, Server(endpoint, "s", connect=True) as server, EventFd() as wake:
+        for call in (
+            lambda: dial("s"),
+            lambda: front_end.connect(PATIENCE),
+            lambda: server.run(lambda: False, wake.fd),
+        ):
+            with pytest.raises(ConfigError, match=f"(?i)cannot connect to s: .*{words}"):
+                call()
+    front_end.close()
+
+
+@pytest.mark.parametrize("length", [108, 120, 5000])
+def test_a_path_that_is_too_long_is_said_at_once(length: int) -> None:
+    with pytest.raises(ConfigError, match="path too long: take a shorter path"):
+        dial("x" * length)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user has to be become")
+@pytest.mark.parametrize("what", ["socket", "folder"])
+def test_who_has_no_right_to_connect_is_told_so_at_once(here: Path, what: str) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("s")
+        sock.listen()
+        ours, theirs = os.pipe()
+        for folder in (here, *here.parents[:3]):
+            folder.chmod(0o755)
+        (here / "s" if what == "socket" else here).chmod(0o700)
+        if (child := os.fork()) == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+            try:
+                dial(str(here / "s"))
+            except ConfigError as e:
+                os.write(theirs, str(e).encode())
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        os.waitpid(child, 0)
+        with open(ours) as said:
+            assert "Permission denied: its permissions" in said.read()
+
+
+def test_what_waiting_heals_is_named() -> None:
+    def trouble() -> str:
+        with pytest.raises(NobodyYetError) as caught:
+            dial("s")
+        return str(caught.value)
+
+    assert trouble() == "it is not there"
+    with pytest.raises(NobodyYetError, match="its folder none/at/all is not there"):
+        dial("none/at/all/s")
+    Path("s").symlink_to("there")
+    assert trouble() == "it is a link to there, which is not there"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("there")
+        assert trouble() == "nobody listens on it"
+        sock.listen(0)
+        first = dial("s")
+        assert trouble() == "it is busy: others wait already to be served"
+        first.close()
+
+
+def test_a_guest_says_what_it_waits_for_and_goes_on_when_it_comes() -> None:
+    said: list[str] = []
+    wakes: list[EventFd] = []
+    ended = threading.Event()
+
+    def serve() -> None:
+        wait_for(lambda: bool(said), "what is waited for is said")
+        with EchoEndpoint() as endpoint, EventFd() as wake, Server(endpoint, "s") as server:
+            wakes.append(wake)
+            server.run(ended.is_set, wake.fd)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with GenerateEndpoint(count=10) as endpoint:
+            report = drive(endpoint, "s", lambda: False, said.append, wait_s=PATIENCE)
+    finally:
+        ended.set()
+        wakes[0].signal()
+        thread.join()
+    assert said[0] == "s: it is not there; waiting"
+    assert said[-1] == "driving s: 1 queue pair of 256"
+    assert report["rx_packets"] == 10
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_guest_whose_back_end_is_busy_is_not_told_to_start_one(silent: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as sock, GenerateEndpoint(count=1) as endpoint:
+        if silent:
+            sock.bind("s")
+            sock.listen()
+        words = (
+            "does not answer: it is busy with another front end, or hangs$"
+            if silent
+            else "it is not there: start one: "
+        )
+        with pytest.raises(ConfigError, match=f"s: no back end within 0.2 s: it {words}".replace("it it", "it")):
+            drive(endpoint, "s", lambda: False, lambda _: None, wait_s=0.2)
