@@ -6,16 +6,18 @@
 #   PYTHON=python3.13    the interpreter to make the environment with
 #   VENV=/some/folder    the environment (default: .venv in this folder)
 #   TESTS=tests/kernels  what the test targets run (default: all)
+#   WORKERS=0            how many files of tests are run at a time (default: 2); 0 = one by one, in this process: for a debugger
 #   ARGS="-x -k ring"    more arguments for pytest, or for the command of demo and bench
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
+WORKERS ?= 2
 ARGS ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-PYTEST = $(RUN) -m pytest $(TESTS) $(ARGS)
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 # The environment is stale if it does not hold this very checkout (it, or the checkout, was moved or copied), if its
 # interpreter is gone, or if another one was asked for.
