@@ -8,9 +8,17 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from vnetdp.warmup import warm_up
+
 # How long an example takes, or takes to be made up, says nothing on a machine that others use too.
 settings.register_profile("vnetdp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vnetdp")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Have the kernels compiled before the first test: no deadline of any test is meant for that. One worker does it for all."""
+    warm_up()
 
 
 @pytest.hookimpl(wrapper=True)
