@@ -17,7 +17,7 @@ settings.load_profile("vnetdp")
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled() -> None:
-    """Have the kernels compiled before the first test: no deadline of any test is meant for that. One worker does it for all."""
+    """Have the kernels compiled before the first test, by one process for all: no deadline of a test is meant for that."""
     warm_up()
 
 

@@ -34,7 +34,6 @@ from vnetdp import features as f
 from vnetdp.drive import drive
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.vhost_user.message import Request
-from vnetdp.warmup import warm_up
 from vnetdp_kernels import layout as lay
 from vnetdp_kernels.loops import BATCH
 
@@ -45,12 +44,6 @@ STEPS = range(8) if CAMPAIGN else (0, 3, 5, 7)  # of a handshake
 
 R = Request
 _NO_AREA = ("--protocol-features=-inflight_shmfd",)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    """Have the kernels in the cache: a front end waits 30 s for its back end, and a cold start may take longer."""
-    warm_up()
 
 
 @pytest.fixture(autouse=True)
