@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -251,8 +250,10 @@ def test_a_run_that_is_killed_leaves_a_capture(tmp_path: Path) -> None:
     out = tmp_path / "out.pcap"
     argv = [sys.executable, "-m", "vnetdp", "link", "generate:rate=2k", f"pcap:,{out}"]
     with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as run:
-        wait_for(lambda: out.exists() and out.stat().st_size > 1000, "frames were written")
-        run.send_signal(signal.SIGKILL)
+        try:
+            wait_for(lambda: out.exists() and out.stat().st_size > 1000, "frames were written")
+        finally:
+            run.kill()
     with PcapEndpoint(out) as source:
         assert len(taken(source)) > 10
         assert source.errors == 0
