@@ -141,7 +141,7 @@ def hold(move: Move) -> tuple[dict[str, int], dict[str, Any]]:
 
 def assert_whole(found: dict[str, int]) -> None:
     assert found["wrong"] == found["duplicate"] == 0, found
-    assert found["received"] >= 0.98 * found["sent"] > 1000, found
+    assert found["received"] >= 0.99 * found["sent"] > 1000, found
 
 
 def beat(folder: Path, source: Path, target: Path) -> tuple[dict[str, float], dict[str, Any]]:
@@ -182,9 +182,12 @@ def test_a_lost_dirty_log_is_found(tmp_path: Path) -> None:
     with ExitStack() as stack:
         source, target = (stack.enter_context(reflecting("vnetdp", tmp_path / side)) for side in ("a", "b"))
         proxy = stack.enter_context(ForgetfulProxy(tmp_path / "proxy", source))
-        found, said = hold(Move(tmp_path / "move", tmp_path / "proxy", target, stack))
+        found, _ = hold(Move(tmp_path / "move", tmp_path / "proxy", target, stack))
         assert proxy.logs_lost > 0
-    assert found["wrong"] > 0, (found, said)
+    # Answers are stale, or lost with the used ring's index.
+    assert found["sent"] > 1000, found
+    with pytest.raises(AssertionError):
+        assert_whole(found)
 
 
 @pytest.mark.parametrize("kind", ["vnetdp", *(["net_vhost"] if CAMPAIGN else [])])
