@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import join, layout
+from vnetdp_kernels import jit, join, layout
 
 from .backends.worker import WorkerBackend
 from .datapath import NO_LOG, NO_MEMORY, NO_TABLE, Datapath, Paced, Scratch
@@ -35,14 +35,10 @@ class _Side:
         self.backends = [WorkerBackend(paced, datapath, pair) for pair in range(datapath.pairs)]
 
 
-class Bridge(Owned):
-    """A back end on each of two sockets; what one's guest sends, the other's receives.
+class Join(Owned):
+    """The rings of two guests, for one thread to run (see `Runnable`)."""
 
-    Offloads are not offered: what one guest leaves undone, the other may not be able to do. Nor is RARP: where a guest has
-    moved to matters to a switch, and there is none. poll_us as in `Worker`.
-    """
-
-    def __init__(self, left: str, right: str, *, queue_pairs: int = 1, poll_us: int = 0) -> None:
+    def __init__(self, queue_pairs: int = 1) -> None:
         with ExitStack() as stack:
             self._datapaths: list[Datapath] = []
             for _ in range(2):
@@ -57,22 +53,7 @@ class Bridge(Owned):
             self.ctl[layout.CTL_DOORBELL] = 1
             self.run()  # compiles, if that is to be done, before a front end waits for an answer
             self.ctl[layout.CTL_DOORBELL] = 0
-            self._paced = Paced(self, "bridge", poll_us)
-            stack.callback(self._paced.close)
-            self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
-            self.servers = []
-            for path, side, mac in zip((left, right), self._sides, _MACS, strict=True):
-                end = stack.enter_context(NullEndpoint(queue_pairs))
-                server = Server(
-                    end,
-                    path,
-                    queue_pairs=queue_pairs,
-                    protocol_features=USUAL_PROTOCOL_FEATURES & ~ProtocolFeature.RARP,
-                    mac=mac,
-                    worker=side,
-                )
-                self.servers.append(stack.enter_context(server))
-            self._stack = stack.pop_all()
+            self._made = stack.pop_all()
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Join the two guests until the bell rings (see `Runnable`; it has no budget, and always waits)."""
@@ -102,6 +83,45 @@ class Bridge(Owned):
             s.one,
             poll_us,
         )
+
+    def close(self) -> None:
+        self._made.close()
+
+
+def warm_up(say: Callable[[str], None]) -> None:
+    """Compile, or load from the cache, what joins two guests."""
+    if not jit.cache_is_warm(join.join):
+        say("compiling the kernel that joins two guests, once for an installation: about 20 s ...")
+    Join().close()
+
+
+class Bridge(Join):
+    """A back end on each of two sockets; what one's guest sends, the other's receives.
+
+    Offloads are not offered: what one guest leaves undone, the other may not be able to do. Nor is RARP: where a guest has
+    moved to matters to a switch, and there is none. poll_us as in `Worker`.
+    """
+
+    def __init__(self, left: str, right: str, *, queue_pairs: int = 1, poll_us: int = 0) -> None:
+        super().__init__(queue_pairs)
+        with ExitStack() as stack:
+            stack.callback(super().close)
+            self._paced = Paced(self, "bridge", poll_us)
+            stack.callback(self._paced.close)
+            self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
+            self.servers = []
+            for path, side, mac in zip((left, right), self._sides, _MACS, strict=True):
+                end = stack.enter_context(NullEndpoint(queue_pairs))
+                server = Server(
+                    end,
+                    path,
+                    queue_pairs=queue_pairs,
+                    protocol_features=USUAL_PROTOCOL_FEATURES & ~ProtocolFeature.RARP,
+                    mac=mac,
+                    worker=side,
+                )
+                self.servers.append(stack.enter_context(server))
+            self._stack = stack.pop_all()
 
     def serve(self, stop: Callable[[], bool]) -> None:
         """Serve both sockets until *stop* says so (looked at five times a second), or one can't be served any more.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import commands, limits, output
+from . import commands, limits, output, signals
 from ._version import __version__
 from .errors import ConfigError, OutputError, VnetdpError
 
@@ -176,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help=_VERBOSE)
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, **kw: Any) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace, signals.Ending], int], text: str, **kw: Any
+    ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, **kw)
         sub.add_argument(
             "--json", type=_file, metavar="PATH", help="write the report as JSON to PATH; - is standard output"
@@ -290,11 +292,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input."""
+    """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input.
+
+    128 and the number of a signal (^C: 130) if one ended it before it was done, or a second one in the midst of ending.
+    """
     output.open_streams()
     try:
         try:
-            return _run(_parse(sys.argv[1:] if argv is None else argv))
+            return _run(_parse(sys.argv[1:] if argv is None else argv), program=argv is None)
         finally:
             output.flush()
     except BrokenPipeError:
@@ -302,18 +307,25 @@ def main(argv: list[str] | None = None) -> int:
     except OutputError as e:
         output.say(f"vnetdp: {e}")
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, program: bool) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
-    run: Callable[[argparse.Namespace], int] = args.run
+    run: Callable[[argparse.Namespace, signals.Ending], int] = args.run
     try:
         limits.raise_descriptor_limit()
         if args.command != "doctor":  # it reports that
             limits.check_memory()
         # Nothing here multiplies matrices; each thread of OpenBLAS takes memory, a task, and time to start.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        return run(args)
+        with signals.handled(program) as ending:
+            ending.writers.append(output.json_writer(args))
+            try:
+                return run(args, ending)
+            except signals.Ended as e:
+                return ending.give_up(e.number)
     except (OutputError, BrokenPipeError):
         raise
     except VnetdpError as e:
@@ -326,5 +338,3 @@ def _run(args: argparse.Namespace) -> int:
         _log.info("%s", said, exc_info=True)
         output.say(f"vnetdp: {said}")
         return 2
-    except KeyboardInterrupt:
-        return 130

@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import resource
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .output import human, say, write_json
+from .output import human, say
+from .signals import Ending
+
+if TYPE_CHECKING:
+    from .link import Link
+    from .migration.machine import MachineConfig
+    from .migration.matrix import Row
+    from .migration.run import Result
 
 _VHOST_USER = "vhost-user:"
+_LOOK_S = (0.001, 0.02)  # between two looks at the frames of a link: at first, and later
 _PROGRESS_S = 10.0  # between two lines that say how far long work is
 
 
 def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-@contextmanager
-def _until_signal() -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set, for the length of the block."""
-    event = threading.Event()
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        event.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _take_all_descriptors() -> None:
@@ -47,30 +36,26 @@ def _take_all_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-@contextmanager
-def _woken_by_signals() -> Iterator[int]:
-    """Give a descriptor that any signal makes readable, for the length of the block."""
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(reader)
-        os.close(writer)
+def _compile(ending: Ending) -> None:
+    """Have the kernels compiled, so that nothing waits for that later, and a signal ends it."""
+    from .warmup import warm_up
+
+    with ending.compiling():
+        warm_up(say)
 
 
-def demo(args: argparse.Namespace) -> int:
+def demo(args: argparse.Namespace, ending: Ending) -> int:
     from .demo import run
 
-    report = run(seconds=args.seconds, say=say)
-    if args.json:
-        write_json(args.json, report)
-    return 0 if report["ok"] else 1
+    _compile(ending)
+    report: dict[str, Any] = {"ok": False, "phases": []}
+    with ending.reporting(lambda: report):
+        run(args.seconds, say, report)
+    return 0 if ending.finish()["ok"] else 1
 
 
-def _bridge(args: argparse.Namespace) -> int:
-    from .bridge import Bridge
+def _bridge(args: argparse.Namespace, ending: Ending) -> int:
+    from .bridge import Bridge, warm_up
 
     left, right = (text.removeprefix(_VHOST_USER) for text in (args.left, args.right))
     if not args.left.startswith(_VHOST_USER) or not args.right.startswith(_VHOST_USER):
@@ -85,33 +70,38 @@ def _bridge(args: argparse.Namespace) -> int:
     _take_all_descriptors()
     poll_us = -1 if args.poll else args.poll_us
     until = time.monotonic() + args.seconds if args.seconds else math.inf
-    with _until_signal() as stop, Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge:
+    with ending.compiling():
+        warm_up(say)
+    with (
+        Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge,
+        ending.at_work(bridge.report, lambda report: _print_bridge(report, human(args))),
+    ):
         say(f"joining the guests on {left} and {right}; ^C or SIGTERM ends it")
-        bridge.serve(lambda: stop.is_set() or time.monotonic() >= until)
-        report = bridge.report()
-    for name in ("left_to_right", "right_to_left"):
-        human(args)(f"{name.replace('_', ' ')}: {counted(report[name]['packets'], 'packet')}")
-    if args.json:
-        write_json(args.json, report)
+        bridge.serve(lambda: ending.asked.is_set() or time.monotonic() >= until)
+    ending.finish()
     return 0
 
 
-def link(args: argparse.Namespace) -> int:
+def _print_bridge(report: dict[str, Any], tell: Callable[[str], None]) -> None:
+    for name in ("left_to_right", "right_to_left"):
+        tell(f"{name.replace('_', ' ')}: {counted(report[name]['packets'], 'packet')}")
+
+
+def link(args: argparse.Namespace, ending: Ending) -> int:
     if _VHOST_USER in (args.left[: len(_VHOST_USER)], args.right[: len(_VHOST_USER)]):
-        return _bridge(args)
+        return _bridge(args, ending)
     if args.switches is not None and args.switch_ms is None:
         raise ConfigError("--switches goes with --switch-ms, which says how often")
     from .endpoints.spec import endpoint_opener
     from .link import Link
-    from .warmup import warm_up
 
     # Both are read before either is opened, and both are opened before a capture is overwritten, which neither may read.
     openers = [endpoint_opener(text, args.queue_pairs) for text in (args.left, args.right)]
-    with _until_signal() as stop, ExitStack() as stack:
+    with ExitStack() as stack:
         left, right = (stack.enter_context(opener()) for opener in openers)
         for end, other in ((left, right), (right, left)):
             end.open_sink(other.files)
-        warm_up(say)
+        _compile(ending)
         link = stack.enter_context(
             Link(
                 left,
@@ -124,13 +114,11 @@ def link(args: argparse.Namespace) -> int:
                 switchable=args.switch_ms is not None,
             )
         )
-        say(f"linked {args.left} and {args.right} through {link.device.owner.value}; ^C or SIGTERM ends it")
-        _run_link(link, stop, args)
-        link.drain()
-        report = link.report()
-    _print_link(report, human(args))
-    if args.json:
-        write_json(args.json, report)
+        with ending.at_work(link.report, lambda report: _print_link(report, human(args))):
+            say(f"linked {args.left} and {args.right} through {link.device.owner.value}; ^C or SIGTERM ends it")
+            _run_link(link, ending.asked, args)
+            link.drain(ending.asked.is_set)
+    report = ending.finish()
     ledger = report.get("ledger")
     clean = ledger is None or not any(ledger[key] for key in ("lost", "duplicated", "reordered", "corrupted"))
     # With --switch-ms either owner is right; without, the one that was asked for.
@@ -138,35 +126,39 @@ def link(args: argparse.Namespace) -> int:
     return 0 if clean and as_asked and not report["errors"] else 1
 
 
-def _run_link(link: Any, stop: threading.Event, args: argparse.Namespace) -> None:
+def _run_link(link: Link, stop: threading.Event, args: argparse.Namespace) -> None:
     """Wait for a signal, the time asked for, or the end of what the endpoints have to give; switch on the way."""
-    until = time.monotonic() + args.seconds if args.seconds else None
-    tick = args.switch_ms / 1000 if args.switch_ms is not None else 0.2
-    while not stop.wait(tick):
-        if args.switch_ms is not None and (not args.switches or link.device.handovers <= args.switches):
-            link.switch()
-        if until is not None and time.monotonic() >= until:
+    began = now = time.monotonic()
+    until = began + args.seconds if args.seconds else math.inf
+    tick = args.switch_ms / 1000 if args.switch_ms is not None else math.inf
+    switch = began + tick
+    while now < until and not link.done:
+        # Often at first, when much happens in little time.
+        look = min(_LOOK_S[1], max(_LOOK_S[0], (now - began) / 100))
+        if stop.wait(max(0.0, min(look, switch - now, until - now))):
             return
-        ends = (link.left, link.right)
-        if any(end.finished for end in ends) and all(end.finished or not end.gives for end in ends):
-            return
+        link.look()
+        now = time.monotonic()
+        if now >= switch:
+            switch = now + tick
+            if not args.switches or link.device.handovers <= args.switches:
+                link.switch()
 
 
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace, ending: Ending) -> int:
     from .endpoints.spec import parse_endpoint
     from .features import parse, with_needs
     from .server import Server
     from .session import USUAL_PROTOCOL_FEATURES
     from .vhost_user.message import ProtocolFeature
-    from .warmup import warm_up
 
     _take_all_descriptors()
     features = None if args.features is None else with_needs(parse(args.features))
     known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
     protocol_features = parse(args.protocol_features, known, USUAL_PROTOCOL_FEATURES)
-    with _until_signal() as stop, ExitStack() as stack:
+    with ExitStack() as stack:
         endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
-        warm_up(say)
+        _compile(ending)
         server = stack.enter_context(
             Server(
                 endpoint,
@@ -180,24 +172,28 @@ def serve(args: argparse.Namespace) -> int:
                 inband=args.inband,
             )
         )
-        wake = stack.enter_context(_woken_by_signals())
-        say(f"serving {args.endpoint} {'to' if args.connect else 'on'} {args.socket}; ^C or SIGTERM ends it")
-        server.run(stop.is_set, wake)
-        counters = endpoint.counters()
-        report = {"served": server.served, "refused": server.refused, "endpoint": counters}
-    human(args)(f"served {counted(server.served, 'front end')}, {counted(counters['to_wire'], 'frame')} to the "
-                f"endpoint, {counters['from_wire']:,} from it")  # fmt: skip
-    if args.json:
-        write_json(args.json, report)
+
+        def report() -> dict[str, Any]:
+            return {"served": server.served, "refused": server.refused, "endpoint": endpoint.counters()}
+
+        with ending.at_work(report, lambda report: _print_served(report, human(args))):
+            say(f"serving {args.endpoint} {'to' if args.connect else 'on'} {args.socket}; ^C or SIGTERM ends it")
+            server.run(ending.asked.is_set, ending.fileno())
+    ending.finish()
     return 0
 
 
-def drive(args: argparse.Namespace) -> int:
+def _print_served(report: dict[str, Any], tell: Callable[[str], None]) -> None:
+    counters = report["endpoint"]
+    tell(f"served {counted(report['served'], 'front end')}, {counted(counters['to_wire'], 'frame')} to the "
+         f"endpoint, {counters['from_wire']:,} from it")  # fmt: skip
+
+
+def drive(args: argparse.Namespace, ending: Ending) -> int:
     from .drive import drive
     from .endpoints.loopback import GenerateEndpoint
     from .endpoints.spec import parse_endpoint
     from .features import parse, with_needs
-    from .warmup import warm_up
 
     spec = args.endpoint
     if args.count is not None:
@@ -205,12 +201,12 @@ def drive(args: argparse.Namespace) -> int:
         if kind != "generate":
             raise ConfigError("--count goes with the endpoint generate")
         spec = f"{kind}:{options + ',' if options else ''}count={args.count}"
-    with _until_signal() as stop, parse_endpoint(spec, args.queue_pairs) as endpoint:
-        warm_up(say)
-        report = drive(
+    with parse_endpoint(spec, args.queue_pairs) as endpoint:
+        _compile(ending)
+        drive(
             endpoint,
             args.socket,
-            stop.is_set,
+            ending.asked.is_set,
             say,
             listen=args.listen,
             queue_pairs=args.queue_pairs,
@@ -220,26 +216,29 @@ def drive(args: argparse.Namespace) -> int:
             wait_s=args.wait,
             seconds=args.seconds,
             poll_us=-1 if args.poll else args.poll_us,
+            at_work=lambda make: ending.at_work(make, lambda report: _print_driven(report, human(args))),
         )
         generator = endpoint.innermost
+    report = ending.finish()
     lost = report.get("ledger", {}).get("lost", 0)
-    human(args)(f"sent {report['tx_packets']:,}, received {report['rx_packets']:,} ({report['mpps']:.3f} Mpps), "
-          f"bad {report['bad_packets']:,}" + (f", lost {lost:,}" if lost else ""))  # fmt: skip
-    if args.json:
-        write_json(args.json, report)
     # Who says how many frames there are expects them back; without a count, a back end may take them and give none.
     expected = isinstance(generator, GenerateEndpoint) and generator.count >= 0
     return 1 if report["bad_packets"] or (lost and expected) else 0
 
 
+def _print_driven(report: dict[str, Any], tell: Callable[[str], None]) -> None:
+    lost = report.get("ledger", {}).get("lost", 0)
+    tell(f"sent {report['tx_packets']:,}, received {report['rx_packets']:,} ({report['mpps']:.3f} Mpps), "
+         f"bad {report['bad_packets']:,}" + (f", lost {lost:,}" if lost else ""))  # fmt: skip
+
+
 def _print_link(report: dict[str, Any], tell: Callable[[str], None]) -> None:
-    seconds = report["seconds"]
     for side, other in (("left", "right"), ("right", "left")):
         counters = report[side]
-        frames, size = counters["from_wire"], counters["bytes_from_wire"]
+        gbps = counters["bytes_from_wire"] * 8 / counters["seconds"] / 1e9 if counters["seconds"] else 0.0
         tell(
-            f"{side} to {other}: {counted(frames, 'frame')}, {frames / seconds / 1e6:.3f} Mpps, "
-            f"{size * 8 / seconds / 1e9:.3f} Gbit/s"
+            f"{side} to {other}: {counted(counters['from_wire'], 'frame')}, {counters['mpps']:.3f} Mpps, "
+            f"{gbps:.3f} Gbit/s"
         )
     dropped = {
         f"{side} {key.removeprefix('dropped_')}": report[side][key]
@@ -265,47 +264,50 @@ def _print_link(report: dict[str, Any], tell: Callable[[str], None]) -> None:
         tell(f"error: {error}")
 
 
-def bench(args: argparse.Namespace) -> int:
+def bench(args: argparse.Namespace, ending: Ending) -> int:
     from .bench.report import finish
 
     rounds = args.rounds or (20 if args.what == "migration" else 5)
-    if args.what == "ring":
-        from .bench.ring import run as run_ring
+    report: dict[str, Any] = {"bench": args.what, "results": []}
+    with ending.reporting(lambda: report):
+        if args.what == "ring":
+            from .bench.ring import run as run_ring
 
-        results = run_ring(rounds=rounds, seconds=args.seconds, say=say)
-    elif args.what == "peers":
-        from .bench.peers import run as run_peers
+            _compile(ending)
+            results = run_ring(rounds=rounds, seconds=args.seconds, say=say)
+        elif args.what == "peers":
+            from .bench.peers import run as run_peers
 
-        results = run_peers(rounds, args.seconds, say)
-    elif args.what == "migration":
-        from .bench.migration import run as run_migration
+            results = run_peers(rounds, args.seconds, say)
+        elif args.what == "migration":
+            from .bench.migration import run as run_migration
 
-        results = run_migration(rounds, say)
-    else:
-        from .bench.link import run as run_link
+            _compile(ending)
+            results = run_migration(rounds, say)
+        else:
+            from .bench.link import run as run_link
 
-        results = run_link(args.seconds, rounds, None, say)
-    if results and all(row.get("skipped") for row in results):
-        raise ConfigError(f"nothing can be measured here: {results[0]['skipped']}")
-    report = finish(args.what, results, args.plot, human(args))
-    if args.json:
-        write_json(args.json, report)
+            results = run_link(args.seconds, rounds, None, say)
+        if results and all(row.get("skipped") for row in results):
+            raise ConfigError(f"nothing can be measured here: {results[0]['skipped']}")
+        report |= finish(args.what, results, args.plot, human(args))
+    ending.finish()
     return 1 if any(row.get("failed") for row in results) else 0
 
 
-def doctor(args: argparse.Namespace) -> int:
+def doctor(args: argparse.Namespace, ending: Ending) -> int:
     from .doctor import run
 
-    report = run(human(args))
-    if args.json:
-        write_json(args.json, report)
-    return 0 if report["ok"] else 1
+    report: dict[str, Any] = {"ok": False}
+    with ending.reporting(lambda: report):
+        report |= run(human(args))
+    return 0 if ending.finish()["ok"] else 1
 
 
-def migrate(args: argparse.Namespace) -> int:
+def migrate(args: argparse.Namespace, ending: Ending) -> int:
     from .migration.host import Orders
     from .migration.machine import MachineConfig, check_endpoint
-    from .migration.run import Couple, Result
+    from .migration.run import Couple
 
     config = MachineConfig(
         queue_pairs=args.queue_pairs,
@@ -329,7 +331,11 @@ def migrate(args: argparse.Namespace) -> int:
     there_endpoint = args.target_endpoint or args.endpoint
     for endpoint in (args.endpoint, there_endpoint):
         check_endpoint(endpoint)
-    with Couple() as couple:
+    _compile(ending)
+    with (
+        Couple() as couple,
+        ending.reporting(lambda: _migrated(results), lambda report: _print_migration(report, human(args))),
+    ):
         couple.start(config)
         for n in range(args.repeat):
             time.sleep(0.05)
@@ -348,12 +354,7 @@ def migrate(args: argparse.Namespace) -> int:
                 break
         if result.outcome != "lost":
             couple.settle(result)
-    report = result.as_dict()
-    report["violations"] = [text for each in results for text in each.violations]
-    report["migrations"] = len(results)
-    _print_migration(report, human(args))
-    if args.json:
-        write_json(args.json, report)
+    report = ending.finish()
     if args.plot:
         from .migration.plot import draw
 
@@ -364,6 +365,13 @@ def migrate(args: argparse.Namespace) -> int:
     may_fall_back = there or args.target_userspace or "link" in (*args.change, args.churn)
     wanted = ("vhost", "userspace") if may_fall_back else ("vhost",)
     return 0 if all(each.outcome in wanted for each in results) and not report["violations"] and not missed else 1
+
+
+def _migrated(results: list[Result]) -> dict[str, Any]:
+    report: dict[str, Any] = results[-1].as_dict() if results else {}
+    report["violations"] = [text for each in results for text in each.violations]
+    report["migrations"] = len(results)
+    return report
 
 
 def _check_fault(text: str, pairs: int) -> None:
@@ -377,6 +385,8 @@ def _check_fault(text: str, pairs: int) -> None:
 
 
 def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> None:
+    if not report["migrations"]:
+        return
     times = f"{report['migrations']} migrations, the last: " if report["migrations"] > 1 else ""
     tell(f"{times}policy {report['policy']}, outcome {report['outcome']}")
     if report["error"]:
@@ -391,9 +401,8 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
         tell(f"violation: {text}")
 
 
-def faults(args: argparse.Namespace) -> int:
-    from .migration.machine import MachineConfig
-    from .migration.matrix import DEFECTS, Row, cases, chosen, run_all
+def faults(args: argparse.Namespace, ending: Ending) -> int:
+    from .migration.matrix import cases, chosen, run_all
 
     tell = human(args)
     traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
@@ -406,14 +415,14 @@ def faults(args: argparse.Namespace) -> int:
             tell(f"{name}: {says}")
         return 0
     began = said = time.monotonic()
-    done = 0
+    rows: list[tuple[MachineConfig, Row]] = []
 
     def one(row: Row, config: MachineConfig) -> None:
-        nonlocal done, said
-        done += 1
+        nonlocal said
+        rows.append((config, row))
         if time.monotonic() - said > _PROGRESS_S:
             said = time.monotonic()
-            say(f"{done} of {len(plan)} cases, {said - began:.0f} s")
+            say(f"{len(rows)} of {len(plan)} cases, {said - began:.0f} s")
         if not row.ok or args.verbose_rows:
             foreseen = (
                 "" if row.ok or args.policy != "seed" else " (predicted)" if row.predicted else " (not predicted)"
@@ -422,23 +431,23 @@ def faults(args: argparse.Namespace) -> int:
             tell(f"{row.case.id} ({machine}): {row.case.says}: {row.outcome}{foreseen}"
                  + "".join(f"\n    {text}" for text in row.violations))  # fmt: skip
 
-    rows = run_all(args.policy, plan, one)
-    ok = all(row.ok for _, row in rows)
-    tell(f"{counted(len(rows), 'case')}, {sum(not row.ok for _, row in rows)} not as they have to be, "
-         f"{time.monotonic() - began:.0f} s")  # fmt: skip
-    if args.policy == "seed":
-        wrong = [row for _, row in rows if not row.ok]
+    def report() -> dict[str, Any]:
+        shown = [{**row.as_dict(), "traffic": made.traffic, "queue_pairs": made.queue_pairs} for made, row in rows]
+        return {"policy": args.policy, "ok": len(rows) == len(plan) and all(row.ok for _, row in rows), "rows": shown}
+
+    _compile(ending)
+    with ending.reporting(report, lambda _: _print_faults(args.policy, [row for _, row in rows], began, tell)):
+        run_all(args.policy, plan, one)
+    return 0 if ending.finish()["ok"] else 1
+
+
+def _print_faults(policy: str, rows: list[Row], began: float, tell: Callable[[str], None]) -> None:
+    from .migration.matrix import DEFECTS
+
+    wrong = [row for row in rows if not row.ok]
+    tell(f"{counted(len(rows), 'case')}, {len(wrong)} not as they have to be, {time.monotonic() - began:.0f} s")
+    if policy == "seed":
         unseen = [name for name in DEFECTS if not any(row.predicted == name for row in wrong)]
         foreseen = sum(bool(row.predicted) for row in wrong)
         tell(f"of these {foreseen} were predicted, and {len(wrong) - foreseen} were not; "
              f"predicted and not seen: {', '.join(unseen) or 'none'}")  # fmt: skip
-    report = {
-        "policy": args.policy,
-        "ok": ok,
-        "rows": [
-            {**row.as_dict(), "traffic": config.traffic, "queue_pairs": config.queue_pairs} for config, row in rows
-        ],
-    }
-    if args.json:
-        write_json(args.json, report)
-    return 0 if ok else 1

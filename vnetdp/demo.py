@@ -22,11 +22,11 @@ from .warmup import warm_up
 _FRAME_LEN = 64
 
 
-def run(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run each phase for *seconds*; return the report that `vnetdp demo --json` writes."""
+def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> None:
+    """Run each phase for *seconds*; fill in the report that `vnetdp demo --json` writes."""
     warm_up(say)
     faults = Faults()
-    phases: list[dict[str, Any]] = []
+    phases: list[dict[str, Any]] = report["phases"]
     with ExitStack() as stack:
         memory = stack.enter_context(memory_for())
         wire = stack.enter_context(GenerateEndpoint(size=_FRAME_LEN))
@@ -85,9 +85,8 @@ def run(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
         f"{without_ms:.1f} ms without a packet: " + ("none was lost" if ok else "NOT OK"))  # fmt: skip
     for text in migrated.violations:
         say(f"violation: {text}")
-    return {
+    report |= {
         "ok": ok,
-        "phases": phases,
         "ledger": ledger.as_dict(),
         "handover_us": handovers_us,
         "migration": {key: migration[key] for key in ("policy", "outcome", "spans_us", "blackout_us", "violations")},

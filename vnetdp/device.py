@@ -104,7 +104,7 @@ class NetDevice(Owned):
         self._lock = OwnedLock(self)
         self._trouble = Trouble(self._notify_config)
         self._running = running
-        self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings)
+        self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings, fallback)
         self._listening = [
             backend.listen(self.check_rings, partial(self.take_from, owner))
             for owner, backends in ((Owner.USERSPACE, userspace), (Owner.VHOST, vhost or ()))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from vnetdp_kernels import layout
 
+from . import clock
 from .backends.vhost_user import NetConfig, VhostUserFrontEnd
 from .device import NetDevice
 from .driver import Driver, memory_for
@@ -22,7 +23,6 @@ from .watch import Watch
 
 _TICK_S = 0.02
 _ANSWER_S = 1.0  # a back end that has not answered by then serves another front end, or hangs
-_LOOK_S = 0.001  # so exact is the time that frames took
 _QUIET_S = 0.5  # nothing moved for so long: nothing more will
 _LOSS_S = 3.0  # the same while numbered frames are missing
 _SETTLE_S = 3.0  # for what is on its way when the time is up
@@ -42,11 +42,12 @@ def drive(
     wait_s: float = 30.0,
     seconds: float | None = None,
     poll_us: int = 0,
+    at_work: Callable[[Callable[[], dict[str, Any]]], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> dict[str, Any]:
     """Run *endpoint* as a guest of the back end on *path*, until *stop*, *seconds*, or its last frame came back.
 
     mtu: of what the other side sends, if it does not say so itself; a receive buffer holds a frame of that size even if
-    buffers can't be merged.
+    buffers can't be merged. at_work: a context for the time in which frames move, given a function that returns the report.
     Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign),
     seconds from the first frame received to the last, mpps (received in these), and with a generator the ledger of what
     came back.
@@ -74,8 +75,14 @@ def drive(
         _wait_for_owner(device, path, until, stop)
         say(f"driving {path}: {queue_pairs} queue pair{'s' * (queue_pairs > 1)} of {num}")
         driver.start(poll_us)
-        took = _run(front_end, driver, stop, math.inf if seconds is None else time.monotonic() + seconds)
-        return _report(endpoint, driver, took, front_end.connections)
+        received = clock.FrameClock()
+
+        def report() -> dict[str, Any]:
+            return _report(endpoint, driver, received, front_end.connections)
+
+        with at_work(report):
+            _run(front_end, driver, received, stop, math.inf if seconds is None else time.monotonic() + seconds)
+        return report()
 
 
 def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
@@ -112,24 +119,24 @@ def _wait_for_owner(device: NetDevice, path: str, until: float, stop: Callable[[
         time.sleep(_TICK_S)
 
 
-def _run(front_end: VhostUserFrontEnd, driver: Driver, stop: Callable[[], bool], until: float) -> float:
-    """Watch over the driver until the work is done, and return the seconds from the first frame received to the last.
+def _run(
+    front_end: VhostUserFrontEnd, driver: Driver, received: clock.FrameClock, stop: Callable[[], bool], until: float
+) -> None:
+    """Watch over the driver until the work is done; *received* looks at the frames received.
 
     Once it has to end, nothing more is sent, and what is on its way is waited for; not for ever, as a back end may have its
     own to send. A back end that dies is waited for, too.
     """
     generator = _generator(driver.endpoint)
-    looked = first = last = quiet_since = time.monotonic()
-    moved = received = 0
+    quiet_since = received.looked
+    moved = 0
     settled = math.inf
-    while looked < settled:
-        time.sleep(_LOOK_S)
+    while received.looked < settled:
+        time.sleep(clock.LOOK_S)
         driver.check()
-        before, looked = looked, time.monotonic()
         packets = driver.dvqs[:, layout.DVQ_PACKETS].copy()
-        if packets[0::2].sum() != received:
-            first, last = first if received else before, looked
-            received = int(packets[0::2].sum())
+        received.look(int(packets[0::2].sum()))
+        looked = received.looked
         if packets.sum() != moved or not front_end.connected:
             moved, quiet_since = int(packets.sum()), looked
         if settled == math.inf and (stop() or looked >= until):
@@ -141,7 +148,6 @@ def _run(front_end: VhostUserFrontEnd, driver: Driver, stop: Callable[[], bool],
             _LOSS_S if missing else _QUIET_S
         ):
             break
-    return last - first
 
 
 def _generator(endpoint: Endpoint) -> GenerateEndpoint | None:
@@ -149,15 +155,15 @@ def _generator(endpoint: Endpoint) -> GenerateEndpoint | None:
     return endpoint.innermost if isinstance(endpoint.innermost, GenerateEndpoint) else None
 
 
-def _report(endpoint: Endpoint, driver: Driver, took: float, connections: int) -> dict[str, Any]:
+def _report(endpoint: Endpoint, driver: Driver, took: clock.FrameClock, connections: int) -> dict[str, Any]:
     queues = driver.counters()
     received = sum(queue["packets"] for queue in queues[0::2])
     report: dict[str, Any] = {
         "tx_packets": sum(queue["packets"] for queue in queues[1::2]),
         "rx_packets": received,
         "bad_packets": 0,
-        "mpps": received / took / 1e6 if took else 0.0,
-        "seconds": took,
+        "mpps": took.mpps(received),
+        "seconds": took.seconds,
         "connections": connections,
         "endpoint": endpoint.counters(),
     }

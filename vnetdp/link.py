@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from vnetdp_kernels import layout
 
+from . import clock
 from .backends.base import Backend
 from .backends.process import WorkerProcess
 from .backends.worker import Worker
@@ -71,22 +73,27 @@ class Link(Owned):
             stack.callback(self.device.close)
             if self.worker is not None:
                 self.device.set_use_vhost(datapath != "userspace")
+            self.left, self.right = left, right
+            self._clocks = {"left": clock.FrameClock(), "right": clock.FrameClock()}
             self.driver = Driver(self.device, self.memory, right, queue_pairs=queue_pairs, num=num)
             stack.callback(self.driver.close)
             self.driver.start(poll_us)
             self._stack = stack.pop_all()
         self.datapath = datapath
-        self.left = left
-        self.right = right
-        self._began = time.monotonic()
 
     def switch(self) -> Owner:
         """Hand the rings to the other owner, and return it."""
         self.device.set_use_vhost(self.device.owner is not Owner.VHOST)
         return self.device.owner
 
+    def look(self) -> None:
+        """Note whether frames have come since the last look: rates are those from the first frame to the last."""
+        for side, each in self._clocks.items():
+            each.look(int(getattr(self, side).rows[:, layout.EP_FROM_WIRE].sum()))
+
     def report(self) -> dict[str, Any]:
-        """Return what happened so far, as plain values."""
+        """Return what happened so far, as plain values; seconds and mpps are of the frames that an end gave."""
+        self.look()
         errors = [str(error) for error in self.device.ring_errors()]
         if self.device.owner is Owner.NOBODY:
             errors.append(f"nobody runs the rings: {self.device.last_error or 'the driver is not ready'}")
@@ -96,26 +103,38 @@ class Link(Owned):
         report: dict[str, Any] = {
             "datapath": self.datapath,
             "owner": self.device.owner.value,
-            "seconds": time.monotonic() - self._began,
+            "seconds": max(each.seconds for each in self._clocks.values()),
             "handovers": self.device.handovers,
             "fallbacks": self.device.fallbacks,
             "status": self.device.status,
             "errors": errors,
-            "left": self.left.counters(),
-            "right": self.right.counters(),
+            "left": self._counters("left"),
+            "right": self._counters("right"),
             "queues": self.device.counters(),
         }
         if (ledger := self._ledger()) is not None:
             report["ledger"] = ledger.as_dict()
         return report
 
-    def drain(self) -> None:
-        """Let generators make no more frames, and wait until those on their way have arrived.
+    def _counters(self, side: str) -> dict[str, Any]:
+        end: Endpoint = getattr(self, side)
+        counters, took = end.counters(), self._clocks[side]
+        return counters | {"seconds": took.seconds, "mpps": took.mpps(counters["from_wire"])}
 
-        Between two generators it is known when that is; it is given up when none has arrived for 5 s. Elsewhere a quarter of
-        a second in which nothing moves is taken for it, and after 5 s it is given up.
-        """
+    @property
+    def done(self) -> bool:
+        """True once the last frame of every end that gives any of itself has come; never if none of them is finite."""
         ends = (self.left, self.right)
+        return any(end.finished for end in ends) and all(end.finished or not end.gives for end in ends)
+
+    def drain(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Let generators make no more frames, and wait until those on their way have arrived, and were answered.
+
+        Between two generators it is known when that is. Elsewhere it is when every frame counted at one end was counted at
+        the other, neither end has one in hand, and none has moved for a quarter of a second. It is given up when none has
+        moved for 5 s, unless an end has one in hand; and after 5 s if *stop* says so, or an end gives frames without end.
+        """
+        ends, finite = (self.left, self.right), self.done
         for inner in (end.innermost for end in ends):
             if isinstance(inner, GenerateEndpoint):
                 inner.stop()
@@ -124,16 +143,19 @@ class Link(Owned):
         began = moved = time.monotonic()
         before = None
         while True:
+            self.look()
             ledger = self._ledger()
             if ledger is not None and ledger.lost <= 0:
                 return
-            now = [end.counters() for end in ends]
-            if now != before:
+            now, idle = [end.counters() for end in ends], all(end.idle for end in ends)
+            if now != before or not (idle or ledger):
                 before, moved = now, time.monotonic()
-            since, patience = (began, _QUIET_S) if ledger is None else (moved, _PATIENCE_S)
-            if time.monotonic() - moved > patience or time.monotonic() - since > _PATIENCE_S:
+            known = ledger is None and _in_flight(now) <= 0
+            if time.monotonic() - moved > (_QUIET_S if known else _PATIENCE_S):
                 return
-            time.sleep(0.01)
+            if ledger is None and (stop() or not finite) and time.monotonic() - began > _PATIENCE_S:
+                return
+            time.sleep(clock.LOOK_S)
 
     def _ledger(self) -> Ledger | None:
         """Return what became of the frames of two generators, be it behind faults; None if the ends are others."""
@@ -145,3 +167,11 @@ class Link(Owned):
     def close(self) -> None:
         """Stop both threads, the device and the worker."""
         self._stack.close()
+
+
+def _in_flight(ends: list[dict[str, int]]) -> int:
+    """Return how many frames came from one end, and have neither reached the other nor been dropped."""
+    return sum(
+        end["from_wire"] - end["to_wire"] - sum(count for key, count in end.items() if key.startswith("dropped_"))
+        for end in ends
+    )

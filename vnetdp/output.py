@@ -108,3 +108,8 @@ def write_json(path: str, report: dict[str, Any]) -> None:
     else:
         with _kept_back():
             sys.stdout.write(text)
+
+
+def json_writer(args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
+    """Return what writes a report as --json asks for it."""
+    return lambda report: write_json(args.json, report) if args.json else None

@@ -35,7 +35,7 @@ class Owner(enum.Enum):
 class Owners(Owned):
     """The userspace datapath's backends, vhost's if there are any, and which of them has the rings.
 
-    check: called before rings are taken from an owner, once it stands still.
+    check: called before rings are taken from an owner, once it stands still. fallback: what is logged if vhost can't start.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class Owners(Owned):
         vhost: Sequence[Backend] | None,
         notifiers: Notifiers,
         check: Callable[[], None] = lambda: None,
+        fallback: bool = True,
     ) -> None:
         self._check = check
+        self._instead = "falling back on userspace virtio" if fallback else "nobody has the rings until it can"
         self.userspace = userspace
         self.vhost = vhost
         self._sites = vhost_net.one_a_site(vhost or ())
@@ -113,7 +115,7 @@ class Owners(Owned):
                 self.last_error = e
                 if owner is Owner.VHOST:
                     self.fallbacks += 1
-                    _log.warning("unable to start vhost: %s: falling back on userspace virtio", e)
+                    _log.warning("unable to start vhost: %s: %s", e, self._instead)
                 else:
                     _log.error("unable to start the userspace datapath: %s", e)
                 return False

@@ -31,7 +31,7 @@ def warm_up(say: Callable[[str], None] | None = None) -> float:
     began = time.perf_counter()
     with ExitStack() as stack:
         if _cold():
-            stack.enter_context(_one_at_a_time())
+            stack.enter_context(_one_at_a_time(say))
         _load(say)
     return time.perf_counter() - began
 
@@ -41,7 +41,7 @@ def _cold() -> bool:
 
 
 @contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def _one_at_a_time(say: Callable[[str], None] | None) -> Iterator[None]:
     """Have processes that start together compile once: the others wait, and then load what the first one made.
 
     The lock only saves work: where it can't be had, each compiles.
@@ -49,12 +49,16 @@ def _one_at_a_time() -> Iterator[None]:
     folder = cache.writable()
     with ExitStack() as stack:
         if folder is not None:
+            path = folder.path / "compiling.lock"
             with suppress(OSError):
-                fd = os.open(
-                    folder.path / "compiling.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-                )
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
                 stack.callback(os.close, fd)
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if say:
+                        say(f"waiting for another command, which compiles the kernels and holds {path} ...")
+                    fcntl.flock(fd, fcntl.LOCK_EX)
         yield
 
 

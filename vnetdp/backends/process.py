@@ -23,7 +23,7 @@ import numpy as np
 
 from vnetdp_kernels import layout
 
-from .. import limits
+from .. import child, limits
 from ..datapath import Datapath, Listeners, Paced
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError, MachineError
@@ -153,14 +153,7 @@ class WorkerProcess(Owned):
             (self._sock, verbs), (self._events, events) = pairs_of_sockets
             passed = (verbs.fileno(), events.fileno(), self.datapath.block.fd)
             code = f"from vnetdp.backends.process import main; main({passed}, {pairs}, {poll_us})"
-            path = os.pathsep.join(filter(None, sys.path))
-            # In a session of its own: ^C at a terminal is for us, and the child ends with us.
-            self._child = subprocess.Popen(
-                [sys.executable, "-c", code],
-                pass_fds=passed,
-                env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,
-            )
+            self._child = child.start(code, verbs, passed[1:])
             made.callback(self._child.wait)
             made.callback(self._child.kill)
             self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]
@@ -190,6 +183,9 @@ class WorkerProcess(Owned):
                 raise BackendError(verb, errno.ESRCH, None, said) from e
             except (OSError, EOFError) as e:
                 raise BackendError(verb, errno.ESRCH, None, "the worker process is gone") from e
+            except KeyboardInterrupt:
+                self._sock.close()  # an answer is on its way, which no other verb may take for its own
+                raise
         if not ok:
             raise BackendError(*answer)
         return answer
@@ -374,7 +370,8 @@ class _Child:
         self._holds: list[ExitStack] = []
 
     def _broken(self) -> None:
-        self._events.send(_BROKEN.encode())
+        with suppress(ConnectionError):
+            self._events.send(_BROKEN.encode())
 
     def apply(self, pair: int, verb: str, args: tuple[Any, ...]) -> object:
         if verb == _PING:
@@ -424,7 +421,7 @@ def main(passed: tuple[int, int, int], pairs: int, poll_us: int) -> None:
     """Serve verbs until the parent closes its end, or dies."""
     sock, events = (socket.socket(fileno=fd) for fd in passed[:2])
     try:
-        child = _Child(passed[2], pairs, poll_us, events)
+        served = _Child(passed[2], pairs, poll_us, events)
     except MachineError as e:
         sys.exit(f"vnetdp: the worker process: {e}")
     while True:
@@ -433,7 +430,8 @@ def main(passed: tuple[int, int, int], pairs: int, poll_us: int) -> None:
         except EOFError:
             os._exit(0)  # the thread is in a kernel, and everything else is shared memory
         try:
-            answer: tuple[bool, object] = (True, child.apply(pair, verb, args))
+            answer: tuple[bool, object] = (True, served.apply(pair, verb, args))
         except BackendError as e:
             answer = (False, (e.verb, e.errno, e.index, str(e)))
-        _send(sock, answer)
+        with suppress(ConnectionError):  # the parent is gone, and so are we
+            _send(sock, answer)

@@ -76,6 +76,7 @@ class Endpoint(Owned):
             self.rows[:, layout.EP_LIMIT] = -1
         # Whoever polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
         self._python_side = OwnedLock(self)
+        self._in_hand = 0  # calls of somebody else's code that have not returned
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
@@ -156,7 +157,11 @@ class Endpoint(Owned):
         """
         try:
             with self._python_side:
-                yield
+                self._in_hand += 1
+                try:
+                    yield
+                finally:
+                    self._in_hand -= 1
         except KeyboardInterrupt:
             raise  # the user's, while a device is stepped
         except BaseException as e:  # noqa: BLE001
@@ -250,8 +255,14 @@ class Endpoint(Owned):
 
     @property
     def gives(self) -> bool:
-        """True if frames come from it at all."""
-        return self.kind != layout.KIND_NULL
+        """True if frames come from it that answer none: an end that only answers is no source."""
+        return self.kind not in (layout.KIND_NULL, layout.KIND_ECHO, layout.KIND_MACSWAP, layout.KIND_REFLECT)
+
+    @property
+    def idle(self) -> bool:
+        """True if it has no frame in hand, on its way to the wire or from it."""
+        slots = self.rows[:, (layout.EP_OUT_COUNT, layout.EP_COUNT, layout.EP_HELD)]
+        return not (self._in_hand or slots.any())
 
     @property
     def innermost(self) -> Endpoint:

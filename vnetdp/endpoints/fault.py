@@ -303,6 +303,11 @@ class FaultEndpoint(Endpoint):
         return self.inner.gives
 
     @property
+    def idle(self) -> bool:
+        waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
+        return not waiting and self.inner.idle and super().idle
+
+    @property
     def innermost(self) -> Endpoint:
         return self.inner.innermost
 

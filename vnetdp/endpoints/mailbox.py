@@ -87,6 +87,10 @@ class MailboxEndpoint(Endpoint):
                 self.dropped += 1
         self.ready.signal()
 
+    @property
+    def idle(self) -> bool:
+        return not any(self._to_ring) and super().idle
+
     def close(self) -> None:
         for event in (*self._wake, self.ready):
             event.close()

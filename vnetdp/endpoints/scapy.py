@@ -48,6 +48,10 @@ class ScapyEndpoint(MailboxEndpoint):
         self.function = function
         self.batch = bool(getattr(function, "batch", False)) if batch is None else batch
 
+    @property
+    def gives(self) -> bool:
+        return False  # it answers
+
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         groups: list[Sequence[bytes]] = [frames] if self.batch else [[frame] for frame in frames]
         for group in groups:

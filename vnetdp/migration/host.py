@@ -15,10 +15,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .. import child
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, reason
 from ..owned import Owned
@@ -253,12 +254,8 @@ class HostProcess(Owned):
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ExitStack() as made, theirs:
             made.callback(self._sock.close)
-            path = os.pathsep.join(filter(None, sys.path))
-            self._child = subprocess.Popen(
-                [sys.executable, "-c", f"from vnetdp.migration.host import main; main({theirs.fileno()}, {quiet})"],
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, "PYTHONPATH": path},
-            )
+            code = f"from vnetdp.migration.host import main; main({theirs.fileno()}, {quiet})"
+            self._child = child.start(code, theirs, ())
             made.pop_all()
         self._lock = threading.Lock()
         self.close_on_fork()
@@ -321,7 +318,6 @@ def main(fd: int, quiet: bool) -> None:
     """Serve one parent until it closes its end."""
     if quiet:
         logging.disable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     sys.setswitchinterval(_SWITCH_S)
     host = Host()
     with socket.socket(fileno=fd) as sock:
@@ -334,5 +330,6 @@ def main(fd: int, quiet: bool) -> None:
                 answer = (True, getattr(host, what)(*args, *fds))
             except Exception as e:  # noqa: BLE001 - it is the parent's to judge
                 answer = (False, reason(e))
-            sock.send(pickle.dumps(answer))
+            with suppress(ConnectionError):  # the parent is gone, and so are we
+                sock.send(pickle.dumps(answer))
     host.drop()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .. import signals
 from ..errors import ConfigError
 from ..owned import Owned
 
@@ -40,6 +41,7 @@ class Listener(Owned):
             self._sock.close()
             raise
         self.close_on_fork()
+        signals.at_end(self.close)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -49,6 +51,7 @@ class Listener(Owned):
 
     def close(self) -> None:
         """Remove the file if it still is ours, and close the socket. A forked child leaves the file to its parent."""
+        signals.no_more_at_end(self.close)
         if self._made is not None and not self.inherited:
             # While it is open: nobody else's file can have the number of our inode before we close it.
             with suppress(OSError):

@@ -1,0 +1,40 @@
+"""What a process that we start does first: it ends with its parent, however that ends, and whatever it does itself then."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+
+def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start a Python process that runs *code*, and has the descriptors of *parent* and *passed*.
+
+    parent: the child's end of a pair of sockets. The child is in a session of its own: a signal from the terminal is for us
+    alone, and we end it.
+    """
+    fd = parent.fileno()
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from vnetdp.child import follow; follow({fd}); {code}"],
+        pass_fds=(fd, *passed),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
+    )
+
+
+def follow(fd: int) -> None:
+    """Have this process end once the other end of the socket *fd* is closed: also while it imports, or compiles."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
+    threading.Thread(target=_end_with_parent, args=(fd,), name="parent", daemon=True).start()
+
+
+def _end_with_parent(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, 0)  # POLLHUP comes unasked
+    poll.poll()
+    os._exit(0)

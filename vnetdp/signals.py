@@ -1,0 +1,231 @@
+"""How a signal ends a command: the first SIGINT, SIGTERM or SIGHUP asks it to end, the second ends it at once.
+
+A command at work looks at `Ending.asked`. Anywhere else the first signal raises `Ended`, which gets the main thread out of
+any system call and any lock. A thread counts the signals, and ends the process if the main thread hears nothing: it may be
+in compiled code, or wait for a thread that never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+Report = dict[str, Any]
+Writer = Callable[[Report], None]
+
+_removals: list[Callable[[], None]] = []
+
+_TOGETHER_S = 1.0  # signals so close together ask once: timeout(1) sends each twice
+_DEAF_S = 2.0  # the main thread hears nothing: it is in compiled code
+_UNWIND_S = 10.0  # for closing all that is open
+_TIDY_S = 2.0  # for socket files and the report, at an end without closing
+_TICK_S = 0.05
+
+
+class Ended(KeyboardInterrupt):
+    """A signal ended the command before its work was done."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Ending:
+    """What a command looks at, and leaves to be done, so that a signal can end it. `handled` makes it."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()  # to end, while it is at work
+        self.number = 0  # of the first signal
+        self.over = False
+        self.writers: list[Writer] = []
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._at_work = False
+        self._compiling = False
+        self._lock = threading.Lock()  # the report is made once, and written once
+        self._make: Callable[[], Report] = dict
+        self._report: Report | None = None
+        self._written = False
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once the command was asked to end."""
+        return self._fd
+
+    @contextmanager
+    def at_work(self, make: Callable[[], Report], *writers: Writer) -> Iterator[None]:
+        """Have the first signal set `asked` within the block, and raise nothing; the rest as `reporting`."""
+        with self.reporting(make, *writers):
+            self._at_work = True
+            try:
+                yield
+            finally:
+                self._at_work = False
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Have the first signal end the process within the block: LLVM takes 20 s and more, and runs no Python."""
+        self._compiling = True
+        try:
+            yield
+        finally:
+            self._compiling = False
+
+    @contextmanager
+    def reporting(self, make: Callable[[], Report], *writers: Writer) -> Iterator[None]:
+        """Have *make* return the report: when the block ends, by whatever, or when the process is ended at once.
+
+        *writers*: who writes it, beside those that are there.
+        """
+        self.writers += writers
+        self._make = make
+        try:
+            yield
+        finally:
+            self._made()
+
+    def finish(self) -> Report:
+        """Have the report written by every writer, one after the other, unless that was done; return it."""
+        report = self._made()
+        with self._lock, ExitStack() as each:  # one that fails does not keep the others from it
+            if not self._written:
+                self._written = True
+                for write in reversed(self.writers):
+                    each.callback(write, report)
+        return report
+
+    def give_up(self, number: int) -> int:
+        """Remove and write what a command that *number* ended has left to be done; return the exit status."""
+        for remove in tuple(_removals):
+            with suppress(Exception):
+                remove()
+        self._made().setdefault("ended_by", signal.Signals(number).name)
+        self.finish()
+        return 128 + number
+
+    def _made(self) -> Report:
+        with self._lock:
+            if self._report is None:
+                self._report = self._make()
+            return self._report
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """Handle the first signal, in the main thread; `count` handles those that follow."""
+        if self.number or self.over:
+            return
+        self.number = number
+        if not self._at_work:
+            raise Ended(number)
+        self.asked.set()
+        os.eventfd_write(self._fd, 1)
+
+    def count(self, pipe: int) -> None:
+        """Count the signals, whose numbers come through *pipe*, until it is closed; end the process if that is needed."""
+        numbers = b""
+        began = 0.0
+        while True:
+            if _readable(pipe, _TICK_S if numbers else None):
+                came = os.read(pipe, 64)
+                if not came:
+                    return
+                began = began if numbers else time.monotonic()
+                numbers += bytes(number for number in came if number in SIGNALS)
+            if numbers and self._must_end(len(numbers), time.monotonic() - began):
+                self._end(numbers[-1])
+
+    def _must_end(self, signals: int, passed_s: float) -> bool:
+        """Return whether to end at once, *passed_s* after the first of so many signals."""
+        if self._compiling:
+            return True
+        if signals > 1 and passed_s >= _TOGETHER_S:
+            return True
+        return not self._at_work and not self.asked.is_set() and passed_s >= (_UNWIND_S if self.number else _DEAF_S)
+
+    def _end(self, number: int) -> None:
+        """End the process; what can be tidied up in 2 s is."""
+        tidy = threading.Thread(target=self._tidy, args=(number,), name="tidy", daemon=True)
+        with suppress(RuntimeError):  # no thread can be started
+            tidy.start()
+            tidy.join(_TIDY_S)
+        os._exit(128 + number)
+
+    def _tidy(self, number: int) -> None:
+        for pid in _children():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        with suppress(Exception):
+            self.give_up(number)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _readable(fd: int, timeout_s: float | None) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def _children() -> list[int]:
+    """Return the processes that this one started, and that are still there."""
+    found: list[int] = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def at_end(remove: Callable[[], None]) -> None:
+    """Have *remove* called if a signal ends the command before `no_more_at_end`: files and namespaces outlive a process."""
+    _removals.append(remove)
+
+
+def no_more_at_end(remove: Callable[[], None]) -> None:
+    """Take back what `at_end` was told."""
+    with suppress(ValueError):
+        _removals.remove(remove)
+
+
+@contextmanager
+def handled(program: bool = False) -> Iterator[Ending]:
+    """Handle signals for the length of the block, if it runs in the main thread: elsewhere none can be handled.
+
+    program: nothing of it goes on after the block, so a later ^C just ends the process.
+    """
+    ending = Ending()
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            yield ending
+            return
+        pipe, signals = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        counter = threading.Thread(target=ending.count, args=(pipe,), name="signals", daemon=True)
+        counter.start()
+        wakeup = signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        if before[signal.SIGHUP] is signal.SIG_IGN:
+            del before[signal.SIGHUP]  # nohup
+        before = {number: handler for number, handler in before.items() if handler is not None}  # None: C's, not ours
+        try:
+            for number in before:
+                signal.signal(number, ending.hear)
+            yield ending
+        finally:
+            ending.over = True
+            for number, handler in before.items():
+                ends = program and number == signal.SIGINT
+                signal.signal(number, signal.SIG_DFL if ends else handler)
+            signal.set_wakeup_fd(wakeup)
+            os.close(signals)
+            counter.join()
+            os.close(pipe)
+    finally:
+        ending.close()
