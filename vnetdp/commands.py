@@ -56,6 +56,7 @@ def demo(args: argparse.Namespace, ending: Ending) -> int:
 
 def _bridge(args: argparse.Namespace, ending: Ending) -> int:
     from .bridge import Bridge, warm_up
+    from .server import check_queue_pairs
 
     left, right = (text.removeprefix(_VHOST_USER) for text in (args.left, args.right))
     if not args.left.startswith(_VHOST_USER) or not args.right.startswith(_VHOST_USER):
@@ -70,6 +71,7 @@ def _bridge(args: argparse.Namespace, ending: Ending) -> int:
     _take_all_descriptors()
     poll_us = -1 if args.poll else args.poll_us
     until = time.monotonic() + args.seconds if args.seconds else math.inf
+    check_queue_pairs(args.queue_pairs)
     with ending.compiling():
         warm_up(say)
     with (

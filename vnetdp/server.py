@@ -35,6 +35,12 @@ _BACKOFF_S = (0.05, 2.0)  # first and longest wait after an attempt that came to
 _SHORT_S = 1.0  # a session that ends sooner came to nothing too
 
 
+def check_queue_pairs(queue_pairs: int) -> None:
+    """Raise ConfigError for more queue pairs than a vhost-user device can have."""
+    if VRINGS * queue_pairs > MAX_VRINGS:
+        raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has room for {MAX_VRINGS // VRINGS}")
+
+
 class Server(Owned):
     """Serves *endpoint* to one front end after another, on the Unix socket *path*.
 
@@ -62,8 +68,7 @@ class Server(Owned):
     ) -> None:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, {queue_pairs} pairs are asked for")
-        if VRINGS * queue_pairs > MAX_VRINGS:
-            raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has room for {MAX_VRINGS // VRINGS}")
+        check_queue_pairs(queue_pairs)
         self.endpoint = endpoint
         self.path = path
         self.connect = connect

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from vnetdp import signals
 from vnetdp.errors import VnetdpError
 from vnetdp.owned import Owned
 
@@ -51,6 +52,7 @@ class NetnsPair(Owned):
         )
         if self._owns_sigterm:
             signal.signal(signal.SIGTERM, _exit)
+        signals.at_end(self._delete)
         try:
             for side in ("a", "b", *extra):
                 name = f"vnetdp-{os.getpid()}-{serial}-{side}"
@@ -139,14 +141,19 @@ class NetnsPair(Owned):
         try:
             while self._processes:
                 self.stop(self._processes.pop(), timeout=5.0)
-            while self.names:
-                _, name = self.names.popitem()
-                if (Path("/run/netns") / name).exists():
-                    _command("ip", "netns", "delete", name)
+            self._delete()
+            signals.no_more_at_end(self._delete)
         finally:
             if self._owns_sigterm:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 self._owns_sigterm = False
+
+    def _delete(self) -> None:
+        """Delete its namespaces; each is forgotten only once it is gone."""
+        for side, name in tuple(self.names.items()):
+            if (Path("/run/netns") / name).exists():
+                _command("ip", "netns", "delete", name)
+            del self.names[side]
 
     def _inside(self, side: str) -> tuple[str, ...]:
         # `ip netns exec` replaces itself by the command: the process id that Popen gives is the command's.

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 
+from .. import signals
 from ..announce import rarp
 from ..endpoints.netns import run_in
 from ..errors import VnetdpError
@@ -23,10 +24,15 @@ class TapNamespace(Owned):
     def __init__(self) -> None:
         self._name = f"vnetdp-faults-{os.getpid()}"
         self.source, self.target = (f"tap:{side},netns={self._name}" for side in ("source", "target"))
+        signals.at_end(self._delete)
         self._ip("netns", "add", self._name)
         self._ear = run_in(
             self._name, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_RARP))
         )
+
+    def _delete(self) -> None:
+        self._ip("netns", "delete", self._name)
+        signals.no_more_at_end(self._delete)
 
     def _ip(self, *args: str) -> str:
         done = subprocess.run(["ip", *args], capture_output=True, text=True, check=False)
@@ -51,4 +57,4 @@ class TapNamespace(Owned):
     def close(self) -> None:
         self._ear.close()
         if not self.inherited:
-            self._ip("netns", "delete", self._name)
+            self._delete()

@@ -1,0 +1,278 @@
+"""How a signal ends each command: asked to by the first, at once by the second, with its report and with nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import test_cli
+from tests.by_hand import COMPILED, wait_for
+from tests.test_cli import Shell
+from vnetdp import cli, signals
+
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+shell = test_cli.shell
+
+_CATCHES_ALL = """
+while True:
+    try:
+        time.sleep(1000)
+    except BaseException:
+        pass
+"""
+
+
+class Command:
+    """A command in a session of its own, and what it says."""
+
+    def __init__(self, shell: Shell, *args: str, **options: Any) -> None:
+        self._shell = shell
+        self.process = shell.start(*args, "--json", "report.json", start_new_session=True, **options)
+        self.said: list[str] = []
+
+    def says(self, text: str) -> None:
+        """Return once it has said *text*."""
+        assert self.process.stderr is not None
+        while not self.said or text not in self.said[-1]:
+            assert select.select([self.process.stderr], [], [], 120)[0], f"it did not say {text!r}: {self.said}"
+            self.said.append(self.process.stderr.readline())
+            assert self.said[-1], f"it ended, and did not say {text!r}: {self.said}"
+
+    def group(self, number: int) -> None:
+        """Send a signal to all of its session, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+    def ends(self, *status: int) -> dict[str, Any]:
+        """Return its report once it has ended, and every process of it has."""
+        done = self._shell.finish(self.process)
+        assert done.returncode in status, done.stderr
+        report: dict[str, Any] = json.loads((self._shell.folder / "report.json").read_text())
+        assert not any(path.is_socket() for path in self._shell.folder.iterdir())
+        return report
+
+
+def there(shell: Shell, name: str) -> Callable[[], bool]:
+    return (shell.folder / name).exists
+
+
+# --- asked to end ---
+
+
+def test_a_server_whose_terminal_is_closed_ends_as_by_sigterm(shell: Shell) -> None:
+    command = Command(shell, "serve", "macswap", "--socket", "s")
+    command.says("serving")
+    command.group(HUP)
+    assert command.ends(0)["served"] == 0
+
+
+def test_a_bridge_of_two_guests_ends_and_removes_both_sockets(shell: Shell) -> None:
+    command = Command(shell, "link", "vhost-user:left", "vhost-user:right")
+    command.says("joining")
+    command.group(HUP)
+    assert command.ends(0)["served"] == [0, 0]
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(shell: Shell) -> None:
+    command = Command(shell, "serve", "macswap", "--socket", "s")
+    command.says("serving")
+    command.process.send_signal(TERM)
+    command.group(TERM)  # timeout(1) does both
+    assert command.ends(0, 128 + TERM)["served"] == 0  # the other status on a machine that takes a second for it
+
+
+def test_a_front_end_that_waits_for_a_back_end_can_be_ended(shell: Shell) -> None:
+    command = Command(shell, "drive", "generate", "--listen", "--socket", "s", "--wait", "1000")
+    wait_for(there(shell, "s"), "it listens")
+    command.group(TERM)
+    assert command.ends(128 + TERM) == {"ended_by": "SIGTERM"}
+
+
+def test_a_migration_can_be_ended_with_both_its_processes(shell: Shell) -> None:
+    command = Command(shell, "migrate", "--repeat", "1000000", "--no-check")
+    wait_for(lambda: len(shell.processes()) == 3, "it has started both")
+    command.group(INT)
+    assert command.ends(128 + INT)["ended_by"] == "SIGINT"
+
+
+def test_a_demo_reports_the_phases_that_it_came_to(shell: Shell) -> None:
+    command = Command(shell, "demo", "--seconds", "1000")
+    command.says("both ways at once")
+    command.group(INT)
+    assert command.ends(128 + INT) == {"ok": False, "phases": [], "ended_by": "SIGINT"}
+
+
+def test_under_nohup_a_hangup_stays_ignored(shell: Shell) -> None:
+    command = Command(shell, "serve", "null", "--socket", "s", preexec_fn=lambda: signal.signal(HUP, signal.SIG_IGN))
+    command.says("serving")
+    masks = dict(
+        line.split(":\t")
+        for line in Path(f"/proc/{command.process.pid}/status").read_text().splitlines()
+        if ":\t" in line
+    )
+    assert int(masks["SigIgn"], 16) >> HUP - 1 & 1
+    assert all(int(masks["SigCgt"], 16) >> number - 1 & 1 for number in (INT, TERM))
+    command.group(TERM)
+    command.ends(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a namespace of processes")
+def test_as_the_first_process_of_a_container_it_hears_signals_too(shell: Shell) -> None:
+    code = "import os, sys; os.execvp('unshare', ['unshare', '--pid', '--fork', '--kill-child', *sys.argv[1:]])"
+    outer = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-m", "vnetdp", "serve", "null", "--socket", "s", "--json", "r"],
+        cwd=shell.folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert outer.stderr is not None
+        assert "serving" in outer.stderr.readline()
+        (inner,) = map(int, Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split())
+        os.kill(inner, TERM)
+        assert outer.wait(60) == 0
+        assert json.loads((shell.folder / "r").read_text())["served"] == 0
+        assert not (shell.folder / "s").exists()
+    finally:
+        outer.kill()
+        outer.communicate()
+
+
+# --- deaf: what blocks ---
+
+
+def test_a_second_signal_ends_what_a_function_of_the_users_holds_up(shell: Shell) -> None:
+    (shell.folder / "stuck.py").write_text(
+        "import pathlib, threading\n"
+        "def answer(packet):\n    pathlib.Path('called').touch()\n    threading.Event().wait()\n"
+    )
+    command = Command(shell, "link", "scapy:stuck:answer", "generate")
+    wait_for(there(shell, "called"), "the function is called")
+    command.group(INT)
+    command.group(TERM)
+    report = command.ends(128 + INT, 128 + TERM)  # any thread may take a signal, so either can be the last
+    assert report["ended_by"] in ("SIGINT", "SIGTERM")
+    assert report["right"]["from_wire"] > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "numbers"),
+    [("time.sleep(1000)", [INT]), (_CATCHES_ALL, [INT, TERM])],
+    ids=["that sleeps", "that catches everything"],
+)
+def test_a_module_of_the_users_does_not_keep_it_from_ending(shell: Shell, body: str, numbers: list[int]) -> None:
+    (shell.folder / "stuck.py").write_text(f"import pathlib, time\npathlib.Path('imported').touch()\n{body}\n")
+    command = Command(shell, "link", "scapy:stuck:answer", "null")
+    wait_for(there(shell, "imported"), "the module is imported")
+    for number in numbers:
+        command.group(number)
+    assert command.ends(*(128 + number for number in numbers))["ended_by"] in ("SIGINT", "SIGTERM")
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+def test_while_another_run_compiles_it_says_so_and_either_can_be_ended(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "there").mkdir()
+    first = Command(Shell(tmp_path / "there"), "link", "null", "null")
+    first.says("compiling the kernels")
+    first.group(signal.SIGSTOP)
+    second = Command(Shell(shell.folder), "link", "null", "null")
+    second.says("waiting for another command")
+    second.group(INT)
+    assert second.ends(128 + INT) == {"ended_by": "SIGINT"}
+    first.group(TERM)
+    first.group(signal.SIGCONT)
+    assert first.ends(128 + TERM) == {"ended_by": "SIGTERM"}
+
+
+# --- what outlives a command ---
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("link", "generate", "generate", "--datapath", "vhost-process"), ("migrate", "--repeat", "1000000")],
+    ids=["a worker", "two hosts"],
+)
+def test_no_process_outlives_a_command_that_was_killed(shell: Shell, args: tuple[str, ...]) -> None:
+    process = shell.start(*args)
+    wait_for(lambda: len(shell.processes()) > 1, "it has started another process")
+    process.kill()
+    shell.finish(process)  # also without a traceback of those that it started
+
+
+def test_what_was_to_be_removed_is_removed_when_a_signal_ends_the_command(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    signals.at_end((tmp_path / "file").unlink)
+    ending = signals.Ending()
+    assert ending.give_up(TERM) == 128 + TERM
+    signals.no_more_at_end((tmp_path / "file").unlink)
+    ending.close()
+    assert not (tmp_path / "file").exists()
+
+
+# --- in somebody else's program ---
+
+
+def test_a_command_runs_in_any_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    status: list[int] = []
+    thread = threading.Thread(target=lambda: status.append(cli.main(["link", "null", "generate:count=10"])))
+    thread.start()
+    thread.join()
+    assert status == [0]
+    assert "right to left: 10 frames" in capsys.readouterr().out
+
+
+def test_handlers_are_put_back() -> None:
+    def on_signal(_number: int, _frame: object) -> None: ...
+
+    before = {number: signal.signal(number, on_signal) for number in signals.SIGNALS}
+    try:
+        with signals.handled() as ending:
+            assert signal.getsignal(TERM) == ending.hear
+        assert all(signal.getsignal(number) is on_signal for number in signals.SIGNALS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_outside_of_its_work_a_signal_raises_and_within_it_asks() -> None:
+    with signals.handled() as ending, pytest.raises(signals.Ended):
+        signal.raise_signal(TERM)
+    with signals.handled() as ending, ending.at_work(lambda: {"done": True}):
+        signal.raise_signal(HUP)
+        assert ending.asked.is_set()
+        assert select.select([ending], [], [], 0)[0]
+    assert ending.finish() == {"done": True}
+
+
+def test_the_report_is_made_before_what_it_tells_of_is_closed_and_written_once() -> None:
+    written: list[dict[str, Any]] = []
+    closed = False
+
+    def fail(_report: dict[str, Any]) -> None:
+        raise OSError("no room")
+
+    ending = signals.Ending()
+    with (
+        pytest.raises(ValueError, match="in between"),
+        ending.reporting(lambda: {"closed": closed}, fail, written.append),
+    ):
+        raise ValueError("in between")
+    closed = True
+    with pytest.raises(OSError, match="no room"):
+        ending.finish()
+    ending.finish()
+    ending.close()
+    assert written == [{"closed": False}]
