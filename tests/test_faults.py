@@ -19,6 +19,7 @@ from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
+from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import BackendError, ConfigError
 from vnetdp.link import Link
 from vnetdp.memory import DirtyLog
@@ -90,6 +91,21 @@ def faulty(vhost_first: bool, worker_type: type[Worker | WorkerProcess] = Worker
         assert traffic.device.polls_started == traffic.device.polls_stopped
         assert not traffic.device.polled_by
         traffic.close()
+
+
+def test_a_device_that_may_not_fall_back_says_that_nobody_has_the_rings(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(1)
+    vhost = [FaultyBackend(worker.backends[0], 0, Faults([Fault("set_backend")]))]
+    with (
+        memory_for() as memory,
+        NullEndpoint() as wire,
+        NetDevice(memory, wire, vhost=vhost, fallback=False) as device,
+        Driver(device, memory),
+    ):
+        assert device.owner is Owner.NOBODY
+    worker.close()
+    assert "nobody has the rings until it can" in caplog.text
+    assert "falling back" not in caplog.text
 
 
 @pytest.mark.parametrize("times", TIMES)
