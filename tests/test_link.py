@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_an_end_that_only_answers_is_no_source(tmp_path: Path) -> None:
             answering as right,
             Link(left, right) as link,
         ):
-            wait_for(lambda link=link: link.done, "every frame was given")
+            wait_for(partial(getattr, link, "done"), "every frame was given")
             link.drain()
             assert left.counters()["to_wire"] == len(frames)
 
@@ -115,8 +116,12 @@ def test_answers_of_a_slow_function_are_waited_for() -> None:
 
 def test_a_drain_that_is_asked_to_end_does_not_wait_for_a_function_that_does_not_return() -> None:
     go_on = threading.Event()
+
+    def hang(_packet: Any) -> None:
+        go_on.wait()
+
     with (
-        ScapyEndpoint(lambda _: None if go_on.wait() else b"") as left,
+        ScapyEndpoint(hang) as left,
         GenerateEndpoint(count=3) as right,
         Link(left, right) as link,
     ):

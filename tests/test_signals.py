@@ -257,6 +257,14 @@ def test_outside_of_its_work_a_signal_raises_and_within_it_asks() -> None:
     assert ending.finish() == {"done": True}
 
 
+def test_a_signal_waits_until_what_was_begun_is_known() -> None:
+    reached: list[str] = []
+    with signals.handled(), pytest.raises(signals.Ended), signals.unbroken():
+        signal.raise_signal(TERM)
+        reached.append("the end of the block")
+    assert reached
+
+
 def test_the_report_is_made_before_what_it_tells_of_is_closed_and_written_once() -> None:
     written: list[dict[str, Any]] = []
     closed = False

@@ -24,6 +24,7 @@ Report = dict[str, Any]
 Writer = Callable[[Report], None]
 
 _removals: list[Callable[[], None]] = []
+_unbroken: list[int] = []  # for each block of the main thread: 0, or the signal that it put off
 
 _TOGETHER_S = 1.0  # signals so close together ask once: timeout(1) sends each twice
 _DEAF_S = 2.0  # the main thread hears nothing: it is in compiled code
@@ -123,6 +124,9 @@ class Ending:
             return
         self.number = number
         if not self._at_work:
+            if _unbroken:
+                _unbroken[-1] = number
+                return
             raise Ended(number)
         self.asked.set()
         os.eventfd_write(self._fd, 1)
@@ -193,6 +197,21 @@ def no_more_at_end(remove: Callable[[], None]) -> None:
     """Take back what `at_end` was told."""
     with suppress(ValueError):
         _removals.remove(remove)
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Have no signal raise `Ended` within the block, but after it: what is made there has to be known to `at_end`, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _unbroken.append(0)
+    try:
+        yield
+    finally:
+        number = _unbroken.pop()
+    if number:
+        raise Ended(number)
 
 
 @contextmanager

@@ -28,20 +28,21 @@ class Listener(Owned):
     def __init__(self, path: str, backlog: int) -> None:
         self._path = Path(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with _alone_in(self._path.parent):
-                _remove_if_dead(self._path)
-                self._sock.bind(path)
-                self._sock.listen(backlog)
-                self._made: os.stat_result | None = self._path.lstat()
-        except OSError as e:
-            self._sock.close()
-            raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
-        except ConfigError:
-            self._sock.close()
-            raise
-        self.close_on_fork()
-        signals.at_end(self.close)
+        with signals.unbroken():
+            try:
+                with _alone_in(self._path.parent):
+                    _remove_if_dead(self._path)
+                    self._sock.bind(path)
+                    self._sock.listen(backlog)
+                    self._made: os.stat_result | None = self._path.lstat()
+            except OSError as e:
+                self._sock.close()
+                raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
+            except ConfigError:
+                self._sock.close()
+                raise
+            self.close_on_fork()
+            signals.at_end(self.close)
 
     def fileno(self) -> int:
         return self._sock.fileno()
