@@ -210,7 +210,9 @@ def unbroken() -> Iterator[None]:
         yield
     finally:
         number = _unbroken.pop()
-    if number:
+    if number and _unbroken:
+        _unbroken[-1] = number
+    elif number:
         raise Ended(number)
 
 
