@@ -6,6 +6,8 @@ import select
 import threading
 from collections.abc import Callable
 
+from .. import limits
+from ..errors import MachineError
 from ..notify import EventFd
 
 
@@ -23,8 +25,8 @@ class HangUp:
         self._poll.register(self._stop.fd, select.POLLIN)
         self._thread = threading.Thread(target=self._wait, name="vhost-user-hang-up", daemon=True)
         try:
-            self._thread.start()
-        except RuntimeError:
+            limits.start(self._thread)
+        except MachineError:
             self._stop.close()
             raise
 
