@@ -197,9 +197,11 @@ def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
             store_u16_unaligned(hdr, at + 8, 0)
         return True
     needed = _needed(gso & ~VIRTIO_NET_HDR_GSO_ECN)
+    if needed == 0:
+        return False
     if gso & VIRTIO_NET_HDR_GSO_ECN:
         needed |= OFFLOAD_ECN
-    return needed != 0 and offloads & needed == needed
+    return offloads & needed == needed
 
 
 @inlined

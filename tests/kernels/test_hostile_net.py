@@ -303,4 +303,9 @@ def test_offloads(flags: int, gso: int, offloads: int, outcome: str, device: int
     else:
         assert rig.rx.used() == [(0, 72), (1, 72)]
         header = header if outcome == PASSED else HEADER
+        if device == lay.KIND_ECHO and not gso:
+            # Of a driver's header goes on what has a meaning: no checksum is done, and nothing is cut up.
+            header = (
+                struct.pack("<BBHHHHH", NEEDS, 0, 0, 0, 34, 16, 0) if flags & NEEDS and header != HEADER else HEADER
+            )
     assert rig.memory.read(gpa, 72) == header[:10] + b"\1\0" + pattern(1)

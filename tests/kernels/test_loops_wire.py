@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -266,6 +267,22 @@ FRAMES = st.lists(
 )
 
 
+KINDS = (0, 1, 3, 4, 5)  # of gso_type
+
+
+def tidied(frame: bytes, known: int) -> bytes:
+    """Return what goes on of a peer's frame: flags that are *known*, and the fields that have a meaning with them."""
+    flags, gso, hdr_len, size, start, offset = struct.unpack("<BBHHHH", frame[:10])
+    flags, gso = flags & known, 0 if gso == 0x80 else gso
+    if not gso:
+        hdr_len = size = 0
+    elif not 14 <= hdr_len <= len(frame) - 12:
+        hdr_len = 0
+    if not flags & 1:
+        start = offset = 0
+    return struct.pack("<BBHHHH", flags, gso, hdr_len, size, start, offset) + frame[10:]
+
+
 @settings(max_examples=scaled(100, 60), deadline=None)
 @given(
     out=FRAMES, into=FRAMES, layout=st.sampled_from(LAYOUTS), start=st.sampled_from((0, 65533)),
@@ -275,7 +292,10 @@ def test_driver_and_device(
     out: list[tuple[bytes, int, int]], into: list[tuple[bytes, int, int]], layout: tuple[bool, int], start: int,
     in_order: bool, num: int,
 ) -> None:  # fmt: skip
-    """What either puts in comes out of the other, whole, in order, header and all; merged where it must be."""
+    """What either puts in comes out of the other, whole and in order, merged where it must be.
+
+    Of the header comes what has a meaning; a frame to be cut up in a way that nobody knows does not reach the guest.
+    """
     mergeable, hdr_len = layout
     rig = Rig(
         num, mergeable=mergeable, hdr_len=hdr_len, start=start, in_order=in_order, buf_len=256 if mergeable else 1000,
@@ -293,8 +313,9 @@ def test_driver_and_device(
         rig.serve()
         got_out += rig.device.collect()
         got_in += rig.guest.collect()
-    assert got_out == sent
-    assert got_in == [frame for frame in coming if len(frame) <= num * 256 or not mergeable]
+    assert got_out == [tidied(frame, 1) for frame in sent]
+    known = [frame for frame in coming if (frame[1] == 0 or frame[1] & 0x7F) and frame[1] & 0x7F in KINDS]
+    assert got_in == [tidied(frame, 3) for frame in known if len(frame) <= num * 256 or not mergeable]
     assert not rig.vqs[:, lay.VQ_STATUS].any()
     assert not rig.dvqs[:, lay.DVQ_STATUS].any()
     assert rig.memory.intact()
