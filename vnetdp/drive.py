@@ -22,7 +22,7 @@ from .state import VIRTIO_NET_S_LINK_UP, Control
 from .watch import Watch
 
 _TICK_S = 0.02
-_ANSWER_S = 1.0  # a back end that has not answered by then serves another front end, or hangs
+_ANSWER_S = 1.0  # after which it is said what is waited for
 _QUIET_S = 0.5  # nothing moved for so long: nothing more will
 _LOSS_S = 3.0  # the same while numbered frames are missing
 _SETTLE_S = 3.0  # for what is on its way when the time is up
@@ -87,26 +87,25 @@ def drive(
 
 def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
     """Connect, again and again, and say what is waited for; ConfigError when the time is up, or waiting is in vain."""
-    until = time.monotonic() + wait_s
+    began = asked = time.monotonic()
+    until = began + wait_s
     said = ""
-    while not stop():
+
+    def stop_or_say() -> bool:
+        nonlocal said
+        since = asked if front_end.silent else began
+        if time.monotonic() - since > _ANSWER_S and front_end.trouble not in ("", said):
+            said = front_end.trouble
+            say(f"{front_end.path}: {said}; waiting")
+        return stop()
+
+    while not stop_or_say():
         asked = time.monotonic()
-
-        def stop_or_say(asked: float = asked) -> bool:
-            nonlocal said
-            if time.monotonic() - asked > _ANSWER_S and said != front_end.trouble:
-                said = front_end.trouble
-                say(f"{front_end.path}: {said}; waiting")
-            return stop()
-
         if front_end.connect(max(until - asked, _TICK_S), stop_or_say):
             return
         if time.monotonic() >= until:
             step = "" if front_end.silent else f": start one: vnetdp serve macswap --socket {front_end.path}"
             raise ConfigError(f"{front_end.path}: no back end within {wait_s:g} s: {front_end.trouble}{step}")
-        if said != front_end.trouble:
-            said = front_end.trouble
-            say(f"{front_end.path}: {said}; waiting")
         time.sleep(_TICK_S)
     raise ConfigError(f"ended before a back end was on {front_end.path}")
 
