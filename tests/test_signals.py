@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -205,6 +206,24 @@ def test_while_another_run_compiles_it_says_so_and_either_can_be_ended(
     finally:
         first.process.kill()
         first.process.communicate()
+
+
+def test_a_lock_that_another_run_holds_is_told_of_and_no_reason_not_to_end(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all that was looked for is compiled already."""
+    source = Path(str(vnetdp_kernels.__file__)).parent
+    cache = tmp_path / source.name / "__pycache__"
+    shutil.copytree(source, cache.parent)
+    cache.mkdir(exist_ok=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    with open(cache / "compiling.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = Command(Shell(shell.folder), "link", "null", "null")
+        command.says(f"waiting for another command, which compiles the kernels and holds {lock.name}")
+        command.group(HUP)
+        assert command.ends(128 + HUP) == {"ended_by": "SIGHUP"}
 
 
 # --- what outlives a command ---

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from .driver import Driver, memory_for
 from .endpoints.loopback import NullEndpoint
 
 _LOOPS = (loops.serve, loops.drive)
+_LOCK = "compiling.lock"
 _log = logging.getLogger(__name__)
 
 
@@ -29,9 +31,11 @@ def warm_up(say: Callable[[str], None] | None = None) -> float:
     *say* is told only if there is something to wait for.
     """
     began = time.perf_counter()
-    with ExitStack() as stack:
-        if _cold():
-            stack.enter_context(_one_at_a_time(say))
+    if _cold():
+        with _one_at_a_time(say):
+            _load(say)
+    else:
+        _wait_for_the_rest(say)
         _load(say)
     return time.perf_counter() - began
 
@@ -41,7 +45,7 @@ def _cold() -> bool:
 
 
 @contextmanager
-def _one_at_a_time(say: Callable[[str], None] | None) -> Iterator[None]:
+def _one_at_a_time(say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Have processes that start together compile once: the others wait, and then load what the first one made.
 
     The lock only saves work: where it can't be had, each compiles.
@@ -49,17 +53,35 @@ def _one_at_a_time(say: Callable[[str], None] | None) -> Iterator[None]:
     folder = cache.writable()
     with ExitStack() as stack:
         if folder is not None:
-            path = folder.path / "compiling.lock"
             with suppress(OSError):
+                path = folder.path / _LOCK
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
                 stack.callback(os.close, fd)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if say:
-                        say(f"waiting for another command, which compiles the kernels and holds {path} ...")
-                    fcntl.flock(fd, fcntl.LOCK_EX)
+                _lock(fd, fcntl.LOCK_EX, path, say)
         yield
+
+
+def _wait_for_the_rest(say: Callable[[str], None] | None) -> None:
+    """Wait while another command compiles: of all that is compiled, the loops are not the last."""
+    folder = jit.found(loops.serve)
+    if folder is None:
+        return  # loaded, or never compiled
+    path = folder / _LOCK
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            _lock(fd, fcntl.LOCK_SH, path, say)
+        finally:
+            os.close(fd)
+
+
+def _lock(fd: int, kind: int, path: Path, say: Callable[[str], None] | None) -> None:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if say:
+            say(f"waiting for another command, which compiles the kernels and holds {path} ...")
+        fcntl.flock(fd, kind)
 
 
 def _load(say: Callable[[str], None] | None) -> None:
