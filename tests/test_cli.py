@@ -5,123 +5,24 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import json
-import logging
 import os
 import re
 import resource
 import signal
 import struct
-import subprocess
-import sys
-import traceback
-import uuid
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
 
 import vnetdp
-from tests.by_hand import CAMPAIGN, COMPILED, scaled, wait_for
-from vnetdp import cli
+from tests.by_hand import COMPILED, scaled
+from tests.shell import TIMEOUT, Shell
 
-_TIMEOUT = 240  # seconds: the first command of a cold cache compiles
 _SHORT = ("link", "null", "null", "--seconds", "0.1")
 _PR_CAPBSET_DROP = 24
 _CAP_NET_ADMIN = 12
 _LEDGER = {"sent", "delivered", "lost", "duplicated", "reordered", "corrupted"}
-
-
-class Shell:
-    """Runs commands in a folder of their own, and knows every process that comes of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._mark = f"VNETDP_TEST={uuid.uuid4()}"
-        name, _, value = self._mark.partition("=")
-        self._env = {**os.environ, name: value, "COLUMNS": "100"}
-
-    def start(self, *args: str | bytes, **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "vnetdp", *args],
-            cwd=self.folder,
-            env=self._env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
-
-    def run(self, *args: str | bytes, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end; it may not have crashed, nor left a process behind."""
-        return self.finish(self.start(*args, **options))
-
-    def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-        try:
-            out, err = (text or "" for text in process.communicate(timeout=_TIMEOUT))  # None of one that was closed
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise
-        assert "Traceback" not in err, err
-        wait_for(lambda: not self.processes(), "every process of the command has ended")
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    def run_forked(self, *args: str | bytes) -> subprocess.CompletedProcess[str]:
-        """As `run`, in a fork of this process, which has imported everything; with VNETDP_CAMPAIGN=1 it is `run`."""
-        if CAMPAIGN:
-            return self.run(*args)
-        (out, to_out), (err, to_err) = os.pipe(), os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, if threads run
-            pid = os.fork()
-        if pid == 0:
-            self._become(args, to_out, to_err)
-        os.close(to_out)
-        os.close(to_err)
-        try:
-            with open(out) as said, open(err) as complained:
-                texts = said.read(), complained.read()
-        except BaseException:
-            os.kill(pid, signal.SIGKILL)
-            raise
-        finally:
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert "Traceback" not in texts[1], texts[1]
-        wait_for(lambda: not self.processes(), "every process of the command has ended")
-        return subprocess.CompletedProcess(args, status, *texts)
-
-    def _become(self, args: Sequence[str | bytes], out: int, err: int) -> NoReturn:
-        """Be the command."""
-        status = -1
-        try:
-            os.chdir(self.folder)
-            os.environ.update(self._env)
-            os.dup2(out, 1)
-            os.dup2(err, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
-            logging.root.handlers.clear()
-            status = cli.main([os.fsdecode(arg) for arg in args])
-        except SystemExit as e:
-            status = e.code if isinstance(e.code, int) else 1
-        except BaseException:  # noqa: BLE001 - nothing may pass: behind it are the tests
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status & 0xFF)
-
-    def processes(self) -> list[int]:
-        """Return the ids of the processes that came of our commands, and still run."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if self._mark.encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parts[2]))
-            except OSError:
-                continue  # it has just ended, or is another user's
-        return found
 
 
 @pytest.fixture
@@ -470,7 +371,7 @@ def test_drive_against_serve(shell: Shell) -> None:
     server = shell.start("serve", "echo", "--socket", "s", "--json", "served.json")
     try:
         driven = shell.start("drive", "generate", "--socket", "s", "--count", str(count), "--json", "-")
-        out, err = driven.communicate(timeout=_TIMEOUT)
+        out, err = driven.communicate(timeout=TIMEOUT)
         assert driven.returncode == 0, err
     finally:
         server.send_signal(signal.SIGTERM)
@@ -488,7 +389,7 @@ def test_frames_that_do_not_come_back_are_lost(shell: Shell, count: str, exits: 
     server = shell.start("serve", "null", "--socket", "s", "--features", "-mrg_rxbuf")
     try:
         driven = shell.start("drive", f"generate:rate=10k{count}", "--socket", "s", "--seconds", "0.5", "--json", "r")
-        out, err = driven.communicate(timeout=_TIMEOUT)
+        out, err = driven.communicate(timeout=TIMEOUT)
         assert driven.returncode == exits, err
     finally:
         server.send_signal(signal.SIGTERM)

@@ -21,7 +21,7 @@ import vnetdp
 import vnetdp_kernels
 from tests import test_cli
 from tests.by_hand import COMPILED, wait_for
-from tests.test_cli import Shell
+from tests.shell import Shell
 from vnetdp import cli, signals
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP

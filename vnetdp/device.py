@@ -166,7 +166,7 @@ class NetDevice(Owned):
                 raise ConfigError(f"queue {index} has no addresses: set_queue comes first")
             if queue.enabled:
                 return
-            backends = self._backends()
+            backends = self.owners.backends
             if backends is None:
                 queue.enabled = True
             else:
@@ -186,7 +186,7 @@ class NetDevice(Owned):
         """Reset one queue (2.6.1): the others go on. Its state is as after a device reset."""
         with self._lock:
             queue = self._registers.queue(index)
-            backends = self._backends()
+            backends = self.owners.backends
             if queue.enabled and backends is not None:
                 pair, vring = divmod(index, VRINGS)
                 try:
@@ -271,7 +271,7 @@ class NetDevice(Owned):
                 self._restart_after(e)
 
     def _tell_log(self) -> None:
-        backends = self._backends()
+        backends = self.owners.backends
         if backends is not None:
             vhost_net.set_log(backends, self.rings())
 
@@ -301,9 +301,6 @@ class NetDevice(Owned):
         mtu = self.control.mtu if self.driver_features & f.VIRTIO_NET_F_MTU else None
         return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu,
                                self._trouble.broken)  # fmt: skip
-
-    def _backends(self) -> Sequence[Backend] | None:
-        return self.owners.backends
 
     @property
     def ready(self) -> bool:
@@ -439,7 +436,7 @@ class NetDevice(Owned):
     def check_rings(self) -> None:
         """Look for queues that broke; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke."""
         with self._trouble.lock:
-            error = self._trouble.look(self._backends() or (), self.queues)
+            error = self._trouble.look(self.owners.backends or (), self.queues)
             if error is not None:
                 self.last_error = error
                 self._trouble.needs_reset()
@@ -496,9 +493,8 @@ class NetDevice(Owned):
                 self._running = False  # nor does a worker that ends now bring the rings back
                 self._hand_to(Owner.NOBODY)
                 self.owners.abandon()
-        if self._userspace_worker:
-            self._userspace_worker.close()
-        if self._stepped:
-            self._stepped.close()
+        for part in (self._userspace_worker, self._stepped):
+            if part is not None:
+                part.close()
         self.notifiers.close()
         self.config_call.close()

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import Shell, shell
+from tests.shell import Shell
+from tests.test_cli import shell
 from vnetdp.backends.faulty import POINTS
 from vnetdp.migration.matrix import cases
 from vnetdp.migration.names import FAULT_POINTS

@@ -61,11 +61,9 @@ def _full_eventfd() -> int:
 
 def _full_pipe() -> int:
     reader, writer = os.pipe2(os.O_NONBLOCK)
-    try:
+    with suppress(BlockingIOError):
         while True:
             os.write(writer, bytes(4096))
-    except BlockingIOError:
-        pass
     fd = os.open(f"/proc/self/fd/{writer}", os.O_RDWR)
     os.close(reader)
     os.close(writer)
