@@ -18,10 +18,11 @@ from vnetdp import features as f
 from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice
 from vnetdp.driver import BUFFER_LEN, Driver, memory_for
-from vnetdp.endpoints.loopback import EchoEndpoint, NullEndpoint
+from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.errors import ConfigError, GuestError
 from vnetdp.memory import GuestMemory
+from vnetdp.notify import EventFd
 from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
 
@@ -461,3 +462,25 @@ def test_a_thread_that_is_cheated_says_so_when_asked() -> None:
             driver.check()
         driver.reset()
         driver.check()
+
+
+def test_a_driver_uses_no_descriptor_of_a_device_that_was_closed() -> None:
+    """Another file may have the number by then: here, an eventfd that nobody may write to."""
+    with (
+        memory_for() as memory,
+        GenerateEndpoint(count=0) as source,
+        NullEndpoint() as wire,
+        NetDevice(memory, wire) as device,
+        Driver(device, memory, source, wanted=ALL & ~f.VIRTIO_RING_F_EVENT_IDX) as driver,
+    ):
+        driver.start()
+        numbers = {event.fd for event in (*device.kicks, *device.calls)}
+        device.close()
+        others = [EventFd() for _ in range(64)]
+        assert numbers <= {other.fd for other in others}, "each number is used again"
+        memory.write(device.queues[1].used, bytes(2))  # flags: the device wants to be kicked
+        source.rows[0, lay.EP_LIMIT] = 1
+        assert driver.step() == 1
+        assert [other.clear() for other in others] == [0] * len(others)
+        for other in others:
+            other.close()

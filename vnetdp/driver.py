@@ -21,6 +21,7 @@ from .endpoints.base import Endpoint
 from .endpoints.mailbox import MailboxEndpoint
 from .errors import ConfigError, GuestError
 from .memory import GuestMemory, SharedBlock, Words
+from .notifiers import Notifiers
 from .notify import EventFd
 from .owned import Owned
 from .virtqueue import check_num, ring_len
@@ -44,8 +45,7 @@ _INDICES = (
 class Device(Protocol):
     """What a driver needs of a device: its registers and its notifiers."""
 
-    kicks: list[EventFd]
-    calls: list[EventFd]
+    notifiers: Notifiers
 
     @property
     def device_features(self) -> int: ...
@@ -145,9 +145,10 @@ class Driver(Owned):
         self._buffer_len = buffer_len
         self.start_at = start_at
         self._scratch = Scratch(queue_pairs, num)
-        pairs = zip(device.kicks, device.calls, strict=True)
+        pairs = zip(device.notifiers.kicks, device.notifiers.calls, strict=True)
         self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
         self._thread: Paced | None = None
+        device.notifiers.on_close(self._unplug)
         if adopt:
             return
         try:
@@ -342,6 +343,11 @@ class Driver(Owned):
             self._thread.close()
             self._thread = None
             self.ctl[layout.CTL_DOORBELL] = 0
+
+    def _unplug(self) -> None:
+        """Stop, and use no descriptor of a device that closes its own: another file may have the number next."""
+        self.stop()
+        self.notify[:] = -1
 
     def reset(self, wanted: int | None = None) -> None:
         """Reset the device and start anew with it, with features *wanted* if given; what was in flight is gone.

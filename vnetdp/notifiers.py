@@ -7,6 +7,7 @@ grabbed), and calls go straight to the guest (guest notifiers, as an irqfd). Eac
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from .errors import BackendError
@@ -32,6 +33,11 @@ class Notifiers(Owned):
         self.grabs = 0
         self.host = 0
         self.guest = 0
+        self._on_close: list[Callable[[], None]] = []
+
+    def on_close(self, call: Callable[[], None]) -> None:
+        """Have *call* called before the descriptors are closed; not in a forked child."""
+        self._on_close.append(call)
 
     def assign(self) -> None:
         """Give every notifier to vhost; on BackendError what was given is back."""
@@ -88,5 +94,7 @@ class Notifiers(Owned):
         return self.grabs > 0
 
     def close(self) -> None:
+        while self._on_close and not self.inherited:
+            self._on_close.pop()()
         for event in (*self.kicks, *self.calls):
             event.close()
