@@ -107,6 +107,12 @@ def _picture(text: str) -> str:
 class _Parser(argparse.ArgumentParser):
     """An error is one line: the usage is a page, and --help shows it."""
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse of Python 3.11.2 (Debian 12) writes to a standard error that is closed, too, and fails.
+        file = file or sys.stderr
+        if file is not None:
+            super()._print_message(message, file)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
 

@@ -31,6 +31,7 @@ from vnetdp.migration.matrix import DEFECTS, RATE, Case, Matrix, Row, can_run, c
 from vnetdp.migration.ram import RamSource
 from vnetdp.migration.snapshot import FIELDS
 from vnetdp.migration.source import MAX_EARLY, MAX_ROUNDS, Source
+from vnetdp.migration.taps import why_no_taps
 from vnetdp.notify import EventFd
 from vnetdp.owners import Owner
 from vnetdp.state import Control
@@ -178,11 +179,17 @@ def test_cases_are_run_one_by_one_and_told() -> None:
     assert all(row.ok for _, row in rows)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.skipif(why_no_taps() is not None, reason=str(why_no_taps()))
 @pytest.mark.parametrize("case_id", ["T/vhost", "T/userspace", "T/source"])
 def test_taps_are_given_back_and_the_guest_is_announced(delta: Matrix, case_id: str) -> None:
     row = delta.run(case_of(case_id), config_of(4))
     assert row.ok, row.as_dict()
+
+
+def test_cases_with_taps_are_for_root_where_there_is_ip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert why_no_taps()
+    assert not [case for _, case in chosen((1,), ("idle",), "T")]
 
 
 def test_vhost_in_another_process_starts_nothing_early(delta: Matrix) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +17,13 @@ from ..owned import Owned
 
 _ETH_P_RARP = 0x8035
 _HEARD_S = 30.0  # it takes no time, unless the machine is busy with something else
+
+
+def why_no_taps() -> str | None:
+    """Return why there can't be such a namespace here; None if there can."""
+    if os.geteuid() != 0:
+        return "TAPs in a namespace of their own need root"
+    return None if shutil.which("ip") else "the ip command (iproute2) isn't installed"
 
 
 class TapNamespace(Owned):
