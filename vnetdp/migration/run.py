@@ -28,6 +28,14 @@ from .machine import MachineConfig, make_wire
 from .source import Report
 
 _SAMPLE_S = 0.0001
+_LOOK_ON_S = 0.02
+_FIRST_S = 5.0  # until a machine that runs is taken for one that moves no frame
+_WAYS = {
+    "both": (layout.EP_TO_WIRE, layout.EP_FROM_WIRE),
+    "tx": (layout.EP_TO_WIRE,),
+    "rx": (layout.EP_FROM_WIRE,),
+    "idle": (),
+}
 # What the destination does between the source's stop and its own first packet.
 DESTINATION_WORK = (
     "load_full",
@@ -210,8 +218,7 @@ class Couple(Owned):
             )
             send = self.source.begin("send", replace(source or Orders(), policy=policy), fds=(ours.fileno(),))
         reports = [_answer(self.source, send), _answer(self.target, receive)]
-        if self.config.traffic != "idle":
-            time.sleep(0.02)  # so that the first frames at the destination are seen
+        self._wait_for_first_frames()
         samples = watch.stop()
         sent, received = reports
         outcome = sent.outcome
@@ -242,6 +249,22 @@ class Couple(Owned):
             self.source, self.target = self.target, self.source
             self.config = replace(self.config, endpoint=config.endpoint)
         return result
+
+    def _wait_for_first_frames(self) -> None:
+        """Wait until frames go all the ways that they went before, if a machine runs: the first ones are to be seen."""
+        assert self.wire is not None
+        ways = _WAYS[self.config.traffic]
+        before = self.wire.rows[:, ways].sum(axis=0)
+        until = time.monotonic() + _FIRST_S
+        if ways:
+            time.sleep(_LOOK_ON_S)
+        while ((before > 0) & (self.wire.rows[:, ways].sum(axis=0) == before)).any():
+            if time.monotonic() > until or not self._runs():
+                return
+            time.sleep(_LOOK_ON_S)
+
+    def _runs(self) -> bool:
+        return any(host.alive and host.call("look")["owner"] != "nobody" for host in (self.source, self.target))
 
     def settle(self, result: Result) -> Result:
         """Make no more frames, wait for those on their way, and enter into *result* what the ledgers and the machine say."""
