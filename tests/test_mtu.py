@@ -16,8 +16,13 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp_kernels import layout as lay
 
 MTU = 1500
-LONGEST = lay.ETH_HLEN + lay.VLAN_HLEN + MTU
-LENGTHS = (60, 1514, LONGEST, LONGEST + 1, 4000)
+TAGS = (b"", b"\x81\x00", b"\x88\xa8")  # the EtherType of a frame without a VLAN tag, and of two with one
+LONGEST = lay.ETH_HLEN + MTU
+FRAMES = [
+    (tag, length + len(tag[:1]) * lay.VLAN_HLEN)
+    for tag in TAGS
+    for length in (60, LONGEST - 1, LONGEST, LONGEST + 1, 4000)
+]
 HEADER = struct.Struct("<BBHHHHH")
 EVERY = (1 << 64) - 1
 
@@ -41,11 +46,25 @@ def through(endpoint: Endpoint, offered: int, put: list[tuple[bytes, bytes]]) ->
         for data, header in put:
             assert box.put(data, header)
         got: list[bytes] = []
-        for _ in range(8):
+        for _ in range(16):
             guest.step()
             device.step()
             got += own.take()
         return [len(data) for data in got]
+
+
+def frames() -> list[tuple[bytes, bytes]]:
+    """Return each of FRAMES, with a header that asks for nothing."""
+    made = []
+    for n, (tag, length) in enumerate(FRAMES):
+        data = frame(n, length)
+        made.append((data[:12] + (tag or b"\x88\xb5") + data[14:], bytes(12)))
+    return made
+
+
+def passing() -> list[int]:
+    """Return the lengths of FRAMES that a link of that MTU carries: a tag is beside the MTU."""
+    return [length for tag, length in FRAMES if length <= LONGEST + bool(tag) * lay.VLAN_HLEN]
 
 
 def gso(kind: int) -> bytes:
@@ -56,9 +75,9 @@ def gso(kind: int) -> bytes:
 def test_a_long_frame_from_the_wire_is_dropped_and_counted(mtu: bool) -> None:
     with MailboxEndpoint() as wire:
         offered = EVERY if mtu else EVERY ^ f.VIRTIO_NET_F_MTU
-        got = through(wire, offered, [(frame(n, length), bytes(12)) for n, length in enumerate(LENGTHS)])
-        assert got == [length for length in LENGTHS if length <= LONGEST or not mtu]
-        assert wire.counters()["dropped_long"] == len(LENGTHS) - len(got)
+        got = through(wire, offered, frames())
+        assert got == (passing() if mtu else [length for _, length in FRAMES])
+        assert wire.counters()["dropped_long"] == len(FRAMES) - len(got)
 
 
 def test_a_segment_may_be_longer_and_an_ecn_bit_alone_is_none() -> None:
@@ -70,6 +89,6 @@ def test_a_segment_may_be_longer_and_an_ecn_bit_alone_is_none() -> None:
 
 def test_what_goes_from_ring_to_ring_is_held_to_it_too() -> None:
     with EchoEndpoint() as wire:
-        got = through(wire, EVERY, [(frame(n, length), bytes(12)) for n, length in enumerate(LENGTHS)])
-        assert got == [length for length in LENGTHS if length <= LONGEST]
-        assert wire.counters()["dropped_long"] == len(LENGTHS) - len(got)
+        got = through(wire, EVERY, frames())
+        assert got == passing()
+        assert wire.counters()["dropped_long"] == len(FRAMES) - len(got)
