@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ while True:
     except BaseException:
         pass
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hang_ups_are_heard() -> Iterator[None]:
+    """Have commands inherit no ignored SIGHUP, as tests have that are run by nohup."""
+    before = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, before)
 
 
 class Command:
