@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -208,6 +209,38 @@ def test_several_threads_may_pause_it(counting: Counting) -> None:
         thread.join()
     assert wrong == []
     paced.close()
+
+
+class Busy(Counting):
+    """Does not come back before it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_return = threading.Event()
+
+    def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
+        self.may_return.wait()
+        return super().run(budget, poll_us, timeout_ms)
+
+
+def test_it_goes_on_after_a_pause_that_was_broken_off() -> None:
+    busy = Busy()
+    paced = Paced(busy, "busy")
+    for _ in range(2):
+        timer = threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,))  # ^C, in the main thread
+        timer.start()
+        with pytest.raises(KeyboardInterrupt), paced.paused():
+            pass
+        timer.join()
+    busy.may_return.set()
+    wait_for(lambda: busy.count > 0, "it goes on")
+    for _ in range(3):
+        with paced.paused():
+            assert busy.inside == 0
+        busy.count = 0
+        wait_for(lambda: busy.count > 0, "it goes on")
+    paced.close()
+    busy.bell.close()
 
 
 def test_it_is_told_of_each_broken_queue(counting: Counting) -> None:

@@ -253,8 +253,9 @@ class Paced(Owned):
         self._pause = _Pause(self._halt, self._go_on)
         self._depth = 0
         # Queues, not events: to wake a thread by one costs a tenth.
-        self._parked: SimpleQueue[None] = SimpleQueue()
-        self._resume: SimpleQueue[None] = SimpleQueue()
+        self._parked: SimpleQueue[int] = SimpleQueue()
+        self._resume: SimpleQueue[int] = SimpleQueue()
+        self._turn = 0  # goes through both: what a pause that was broken off left there is of no other
         self._stopping = False
         self._ended = False
         self._hung = False
@@ -275,8 +276,10 @@ class Paced(Owned):
                 if reason == layout.LOOP_BROKEN:
                     self.listeners.tell_broken()
                 if ctl[layout.CTL_DOORBELL]:
-                    self._parked.put(None)
-                    self._resume.get()
+                    turn = self._turn
+                    self._parked.put(turn)
+                    while self._resume.get() != turn:
+                        pass
                     while self._to_signal:
                         with suppress(OSError):
                             self._to_signal.pop().signal()
@@ -288,7 +291,7 @@ class Paced(Owned):
             _log.exception("%s ended", self._thread.name)
             self.error = e
         self._ended = True
-        self._parked.put(None)
+        self._parked.put(self._turn)
         if self.error is not None:
             self.listeners.tell_gone()
 
@@ -311,10 +314,13 @@ class Paced(Owned):
         # A thread that ended, even by a defect, never parks again; nor need it be dead yet.
         if self._depth == 0 and not self._ended:
             try:
+                self._turn += 1
                 self._target.ctl[layout.CTL_DOORBELL] = 1
                 self._target.bell.signal()
                 self._wait_until_parked()
-            except BaseException:
+            except BaseException:  # ^C: the thread may be about to park, and goes on at once
+                self._target.ctl[layout.CTL_DOORBELL] = 0
+                self._resume.put(self._turn)
                 self._lock.release()
                 raise
         self._depth += 1
@@ -323,7 +329,8 @@ class Paced(Owned):
         until = time.monotonic() + self._timeout_s
         while True:
             try:
-                self._parked.get(timeout=min(_STUCK_S, self._timeout_s))
+                while self._parked.get(timeout=min(_STUCK_S, self._timeout_s)) != self._turn and not self._ended:
+                    pass
                 return
             except Empty:
                 if time.monotonic() >= until and self._abandon():
@@ -340,7 +347,7 @@ class Paced(Owned):
         if self._depth == 0 and not self._ended:
             self._target.bell.clear()
             self._target.ctl[layout.CTL_DOORBELL] = 0
-            self._resume.put(None)
+            self._resume.put(self._turn)
         self._lock.release()
 
     def park(self, parked: bool) -> None:
@@ -363,6 +370,6 @@ class Paced(Owned):
         with self.paused():
             self._stopping = True
             if self._depth > 1 and not self._ended:
-                self._resume.put(None)  # it is parked, and whoever parked it may be gone
+                self._resume.put(self._turn)  # it is parked, and whoever parked it may be gone
         if not self._hung:
             self._thread.join()
