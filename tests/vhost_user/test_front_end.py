@@ -360,3 +360,16 @@ def test_a_device_is_reset_while_its_back_end_hangs_and_runs_again_when_that_is_
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_device_goes_on_without_a_front_end_that_is_closed_before_it(tmp_path: Path) -> None:
+    with in_thread(tmp_path) as back_end:
+        for _ in range(10):  # a thread that looks may be as fast, or not
+            with attached(back_end.path) as front_end:
+                card = Card(front_end)
+                card.is_of(Owner.VHOST)
+                card.wait_for_more()
+                front_end.close()
+                card.is_of(Owner.USERSPACE)
+                card.wait_for_more()
+                card.finish()

@@ -242,7 +242,7 @@ class VhostUserFrontEnd(Owned):
             self._requests = None
 
     def close(self) -> None:
-        """Disconnect, and give up the socket and the inflight area."""
+        """Disconnect, and give up the socket and the inflight area. A device whose rings it still has goes on without it."""
         if self._listener is not None:
             # First of all: a back end that is left would come straight back.
             self._listener.close()
@@ -251,6 +251,7 @@ class VhostUserFrontEnd(Owned):
         self.disconnect()
         if self._conversation is not None and self._has_rings:
             self._conversation.gone()
+            self.listeners.tell_gone()
         self._hang_up()
         self._close_inflight()
 
