@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,19 @@ def test_the_report_is_made_before_what_it_tells_of_is_closed_and_written_once()
     ending.finish()
     ending.close()
     assert written == [{"closed": False}]
+
+
+def test_a_signal_that_comes_in_a_callback_is_heard_all_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    """An import ends in one, a set of weak references has many: what is raised there is only printed."""
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    ref = weakref.ref(thing, lambda _: signal.raise_signal(TERM))
+    with pytest.raises(signals.Ended) as ended, signals.handled():
+        del thing
+        time.sleep(60)
+    assert ended.value.number == TERM
+    assert ref() is None
+    assert "Traceback" not in capfd.readouterr().err

@@ -52,6 +52,7 @@ class Ending:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._at_work = False
         self._compiling = False
+        self._lost = False  # the first signal came in a callback of the interpreter's, which lets no exception through
         self._lock = threading.Lock()  # the report is made once, and written once
         self._make: Callable[[], Report] = dict
         self._report: Report | None = None
@@ -131,17 +132,33 @@ class Ending:
         self.asked.set()
         os.eventfd_write(self._fd, 1)
 
+    def unraisable(self, args: sys.UnraisableHookArgs) -> bool:
+        """Return whether `Ended` was lost, in a weak reference's callback or a finalizer: it comes again then."""
+        if not isinstance(args.exc_value, Ended):
+            return False
+        self.number = 0
+        self._lost = True
+        return True
+
     def count(self, pipe: int) -> None:
         """Count the signals, whose numbers come through *pipe*, until it is closed; end the process if that is needed."""
         numbers = b""
         began = 0.0
+        again = 0  # of those that come, how many we sent
         while True:
             if _readable(pipe, _TICK_S if numbers else None):
                 came = os.read(pipe, 64)
                 if not came:
                     return
                 began = began if numbers else time.monotonic()
-                numbers += bytes(number for number in came if number in SIGNALS)
+                came = bytes(number for number in came if number in SIGNALS)
+                ours = min(again, len(came))
+                again -= ours
+                numbers += came[ours:]
+            if numbers and self._lost:
+                self._lost = False
+                again += 1
+                signal.pthread_kill(threading.main_thread().ident or 0, numbers[0])
             if numbers and self._must_end(len(numbers), time.monotonic() - began):
                 self._end(numbers[-1])
 
@@ -235,7 +252,9 @@ def handled(program: bool = False) -> Iterator[Ending]:
         if before[signal.SIGHUP] is signal.SIG_IGN:
             del before[signal.SIGHUP]  # nohup
         before = {number: handler for number, handler in before.items() if handler is not None}  # None: C's, not ours
+        hook = sys.unraisablehook
         try:
+            sys.unraisablehook = lambda args: None if ending.unraisable(args) else hook(args)
             for number in before:
                 signal.signal(number, ending.hear)
             yield ending
@@ -244,6 +263,7 @@ def handled(program: bool = False) -> Iterator[Ending]:
             for number, handler in before.items():
                 ends = program and number == signal.SIGINT
                 signal.signal(number, signal.SIG_DFL if ends else handler)
+            sys.unraisablehook = hook
             signal.set_wakeup_fd(wakeup)
             os.close(signals)
             counter.join()
