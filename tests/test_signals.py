@@ -340,3 +340,22 @@ def test_a_signal_that_comes_in_a_callback_is_heard_all_the_same(capfd: pytest.C
     assert ended.value.number == TERM
     assert ref() is None
     assert "Traceback" not in capfd.readouterr().err
+
+
+_COMPILES = """
+import signal, time
+from numba.core.compiler_lock import global_compiler_lock
+from vnetdp import signals
+with signals.handled(), global_compiler_lock:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+    except BaseException:
+        print("raised")
+"""
+
+
+def test_a_signal_ends_the_process_wherever_a_kernel_is_compiled() -> None:
+    """Not only where that is known to take long: an exception in the midst of LLVM's work has crashed it."""
+    done = subprocess.run([sys.executable, "-c", _COMPILES], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout) == (128 + TERM, ""), done.stderr

@@ -125,6 +125,9 @@ class Ending:
             return
         self.number = number
         if not self._at_work:
+            if self._compiling or _numba_works():
+                self._compiling = True  # `count` ends the process
+                return
             if _unbroken:
                 _unbroken[-1] = number
                 return
@@ -164,7 +167,7 @@ class Ending:
 
     def _must_end(self, signals: int, passed_s: float) -> bool:
         """Return whether to end at once, *passed_s* after the first of so many signals."""
-        if self._compiling:
+        if self._compiling or (_numba_works() and not self._at_work):
             return True
         if signals > 1 and passed_s >= _TOGETHER_S:
             return True
@@ -194,6 +197,12 @@ def _readable(fd: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def _numba_works() -> bool:
+    """Return whether something is compiled, or loaded: an exception that is raised then gets lost in LLVM, or crashes it."""
+    lock = sys.modules.get("numba.core.compiler_lock")
+    return lock is not None and bool(lock.global_compiler_lock.is_locked())
 
 
 def _children() -> list[int]:
