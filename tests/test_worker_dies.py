@@ -258,6 +258,18 @@ def test_userspace_goes_on_where_a_worker_ended(how: str, state: str) -> None:
         assert ledger.reordered == ledger.corrupted == 0, ledger
 
 
+def test_a_device_whose_memory_was_closed_first_closes_after_its_worker_died() -> None:
+    with no_descriptor_leaks(), ExitStack() as stack:
+        bed = Bed(WorkerProcess(1))
+        stack.callback(bed.close)
+        bed.serve()
+        bed.memory.close()
+        _killed(bed)
+        wait_equal(lambda: bed.device.owner, Owner.NOBODY)
+        bed.device.close()
+        bed.guest.close()
+
+
 def test_a_device_hears_through_backends_that_are_wrapped() -> None:
     with ExitStack() as stack:
         worker = Worker(2)

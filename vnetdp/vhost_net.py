@@ -133,7 +133,9 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
 
 
 def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
-    """Return used.idx of a queue as it stands in guest memory."""
+    """Return used.idx of a queue as it stands in guest memory; once that is closed, the index that is known."""
+    if memory.closed:
+        return queue.last_avail_idx
     return load_u16_acquire(memory.mem, memory.translate(queue.used + VIRTQ_RING_IDX, 2))
 
 
