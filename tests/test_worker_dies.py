@@ -21,7 +21,7 @@ from vnetdp.backends.worker import Worker
 from vnetdp.driver import memory_for
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, MacswapEndpoint, drained
-from vnetdp.errors import BackendError
+from vnetdp.errors import BackendError, ConfigError
 from vnetdp.memory import DirtyLog
 from vnetdp.owners import Owner
 from vnetdp_kernels import layout as lay
@@ -344,4 +344,48 @@ def test_an_endpoint_that_hangs_costs_the_worker_and_no_frame(where: str) -> Non
         wire.go_on.set()
         wait_for(lambda: echoed(3), "the others come back")
         assert got == [frame(0), frame(1), frame(2)]
+        worker.close()
+
+
+def test_a_worker_has_one_device_at_a_time() -> None:
+    """A second one would lead the rings of the first into its own guest's memory."""
+    worker = Worker(2)
+    with ExitStack() as stack:
+        stack.callback(worker.close)
+        memories = [stack.enter_context(memory_for()) for _ in range(2)]
+        wire = stack.enter_context(GenerateEndpoint())
+        source = stack.enter_context(GenerateEndpoint())
+        with NetDevice(memories[0], wire, vhost=worker.backends[:1]) as first, Driver(first, memories[0], source):
+            with pytest.raises(ConfigError, match="a worker for each device"):
+                NetDevice(memories[1], wire, vhost=worker.backends[1:])
+            assert worker.datapath.memory is memories[0]
+        with NetDevice(memories[1], wire, vhost=worker.backends[1:]) as second:
+            assert not second.last_error
+
+
+class Meddler(Endpoint):
+    """An endpoint whose own code takes down its device's link."""
+
+    device: NetDevice
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        self.device.set_link(False)
+
+
+@pytest.mark.parametrize("use_vhost", [True, False])
+def test_an_endpoint_cannot_change_its_device_from_within_and_the_device_lives(use_vhost: bool) -> None:
+    worker = Worker(1)
+    with (
+        memory_for() as memory,
+        Meddler() as wire,
+        NetDevice(memory, wire, vhost=worker.backends) as device,
+        Driver(device, memory) as guest,
+    ):
+        wire.device = device
+        device.set_use_vhost(use_vhost)
+        guest.start()
+        guest.send(frame(0))
+        wait_equal(lambda: wire.errors, 1)
+        device.set_link(True)
+        assert device.owner is (Owner.VHOST if use_vhost else Owner.USERSPACE)
         worker.close()

@@ -21,7 +21,7 @@ from vnetdp_kernels import interrupt, layout, loops, peer, port
 
 from . import limits
 from .endpoints.base import Endpoint
-from .errors import VnetdpError
+from .errors import ConfigError, VnetdpError
 from .memory import Bytes, DirtyLog, GuestMemory, SharedBlock, Words
 from .notify import EventFd
 from .owned import Owned, OwnedLock
@@ -37,6 +37,7 @@ _UNSET = (
     layout.VQ_USED_GPA,
     layout.VQ_LOG_USED,
 )
+_LOOK = 0  # no pause's turn: "has another pause begun?"
 _STUCK_S = 0.5  # no kernel takes that long to look at the doorbell, unless a system call holds it
 NO_LOG: Bytes = np.zeros(0, np.uint8)
 NO_MEMORY: Bytes = np.zeros(1, np.uint8)
@@ -199,6 +200,12 @@ class Listeners:
 
         return remove
 
+    def add_device(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
+        """As `add`, for a device. ConfigError while another device is there: a datapath has one guest's memory."""
+        if self._all:
+            raise ConfigError("another device has this worker: make a worker for each device")
+        return self.add(on_broken, on_gone)
+
     def tell_broken(self) -> None:
         for on_broken, _ in tuple(self._all):
             on_broken()
@@ -276,10 +283,7 @@ class Paced(Owned):
                 if reason == layout.LOOP_BROKEN:
                     self.listeners.tell_broken()
                 if ctl[layout.CTL_DOORBELL]:
-                    turn = self._turn
-                    self._parked.put(turn)
-                    while self._resume.get() != turn:
-                        pass
+                    self._stand_still()
                     while self._to_signal:
                         with suppress(OSError):
                             self._to_signal.pop().signal()
@@ -294,6 +298,15 @@ class Paced(Owned):
         self._parked.put(self._turn)
         if self.error is not None:
             self.listeners.tell_gone()
+
+    def _stand_still(self) -> None:
+        """Park, and return once the pause that this is for is over; a later one may have begun meanwhile."""
+        turn = self._turn
+        self._parked.put(turn)
+        while (told := self._resume.get()) != turn:
+            if told == _LOOK and turn != self._turn:
+                turn = self._turn
+                self._parked.put(turn)
 
     @property
     def ended(self) -> bool:
@@ -310,11 +323,16 @@ class Paced(Owned):
         return self._pause
 
     def _halt(self) -> None:
+        if threading.current_thread() is self._thread and not self._ended:
+            raise ConfigError(
+                f"{self._thread.name} can't stop itself: an endpoint's own code may change its device in another thread only"
+            )
         self._lock.acquire()
         # A thread that ended, even by a defect, never parks again; nor need it be dead yet.
         if self._depth == 0 and not self._ended:
             try:
                 self._turn += 1
+                self._resume.put(_LOOK)  # it may be parked already, for a doorbell that rang without a pause
                 self._target.ctl[layout.CTL_DOORBELL] = 1
                 self._target.bell.signal()
                 self._wait_until_parked()

@@ -49,12 +49,11 @@ _log = logging.getLogger("vnetdp.device")
 class NetDevice(Owned):
     """A virtio-net device over *endpoint*, with *queue_pairs* pairs of queues in *memory*.
 
-    vhost: the worker's backends, one a pair; None = userspace only. threaded: the userspace datapath runs in the
-    device's own thread; if not, nothing moves but by `step` (and vhost must be None or stepped by its owner).
-    offered: feature bits to offer, of those that can be; None = all. The caller keeps and closes memory, endpoint
-    and worker; `close` gives up what the device itself made. fallback: False leaves the rings without an owner, not
-    with userspace, while vhost cannot have them. running: False is a device whose machine does not run yet, such as a
-    migration's destination. notifiers: in place of its own, which then become the device's.
+    vhost: backends of a worker that no other device has, one a pair; None = userspace only. threaded: the userspace datapath
+    runs in the device's own thread; False moves frames in `step` alone. offered: feature bits to offer; None = all that can
+    be. fallback: False leaves the rings without an owner while vhost cannot have them. running: False is a device whose
+    machine does not run yet, as at a migration's destination. notifiers: in place of its own, which become the device's.
+    The caller keeps and closes memory, endpoint and worker; `close` gives up the parts that the device made.
     """
 
     def __init__(
@@ -105,11 +104,13 @@ class NetDevice(Owned):
         self._trouble = Trouble(self._notify_config)
         self._running = running
         self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings, fallback)
-        self._listening = [
-            backend.listen(self.check_rings, partial(self.take_from, owner))
-            for owner, backends in ((Owner.USERSPACE, userspace), (Owner.VHOST, vhost or ()))
-            for backend in vhost_net.one_a_site(backends)
-        ]
+        self._listening: list[Callable[[], None]] = []
+        with ExitStack() as made:
+            made.callback(self.close)
+            for owner, backends in ((Owner.VHOST, vhost or ()), (Owner.USERSPACE, userspace)):
+                for backend in vhost_net.one_a_site(backends):
+                    self._listening.append(backend.listen(self.check_rings, partial(self.take_from, owner)))
+            made.pop_all()
 
     # --- registers, as a driver uses them ---
 
@@ -204,8 +205,7 @@ class NetDevice(Owned):
     def set_link(self, up: bool) -> None:
         """Set the link state; while it is down nobody owns the rings."""
         with self._lock:
-            status = self.control.net_status
-            self.set_control(net_status=status | VIRTIO_NET_S_LINK_UP if up else status & ~VIRTIO_NET_S_LINK_UP)
+            self.set_control(net_status=self.control.net_status & ~VIRTIO_NET_S_LINK_UP | VIRTIO_NET_S_LINK_UP * up)
 
     def set_control(self, **changes: Any) -> None:
         """Change what control commands, or the host, set: any fields of `Control`. ConfigError, and no change, if wrong."""

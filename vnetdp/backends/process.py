@@ -344,7 +344,7 @@ class ProcessBackend(Owned):
             self._worker.call(self._pair, _HOLD if parked else _RELEASE)
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
-        return self._worker.listeners.add(on_broken, on_gone)
+        return self._worker.listeners.add_device(on_broken, on_gone)
 
     def status(self, index: int) -> int:
         return int(self._rows[index, layout.VQ_STATUS])

@@ -153,7 +153,7 @@ class WorkerBackend(Owned):
         self._paced.park(parked)
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
-        return self._paced.listeners.add(on_broken, on_gone)
+        return self._paced.listeners.add_device(on_broken, on_gone)
 
     def status(self, index: int) -> int:
         return self._inner.status(index)

@@ -62,15 +62,19 @@ class Watch:
         limits.start(self._thread)
 
     def _watch(self) -> None:
-        to_wire, from_wire = self._rows[:, layout.EP_TO_WIRE], self._rows[:, layout.EP_FROM_WIRE]
         while not self._end.is_set():
-            self._samples.append((time.monotonic_ns(), int(to_wire.sum()), int(from_wire.sum())))
+            self._look()
             time.sleep(_SAMPLE_S)
+
+    def _look(self) -> None:
+        to_wire, from_wire = self._rows[:, layout.EP_TO_WIRE], self._rows[:, layout.EP_FROM_WIRE]
+        self._samples.append((time.monotonic_ns(), int(to_wire.sum()), int(from_wire.sum())))
 
     def stop(self) -> Words:
         """Stop looking; return int64[n, 3]: time in ns, frames to the wire, frames from the wire."""
         self._end.set()
         self._thread.join()
+        self._look()  # frames that its caller has seen are in the samples, however seldom the thread got a core
         return np.array(self._samples, np.int64).reshape(-1, 3)
 
 
