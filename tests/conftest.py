@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from vnetdp.warmup import warm_up
+
+# Tests that are run by nohup, or in the background of a script, have these ignored, and so would all that they start.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # How long an example takes, or takes to be made up, says nothing on a machine that others use too.
 settings.register_profile("vnetdp", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -226,12 +226,17 @@ class Busy(Counting):
 def test_it_goes_on_after_a_pause_that_was_broken_off() -> None:
     busy = Busy()
     paced = Paced(busy, "busy")
+
+    def interrupt_a_pause() -> None:
+        wait_for(lambda: bool(busy.ctl[lay.CTL_DOORBELL]), "the main thread waits for the other one")
+        signal.raise_signal(signal.SIGINT)  # ^C: Python handles it in the main thread
+
     for _ in range(2):
-        timer = threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,))  # ^C, in the main thread
-        timer.start()
+        thread = threading.Thread(target=interrupt_a_pause)
+        thread.start()
         with pytest.raises(KeyboardInterrupt), paced.paused():
             pass
-        timer.join()
+        thread.join()
     busy.may_return.set()
     wait_for(lambda: busy.count > 0, "it goes on")
     for _ in range(3):

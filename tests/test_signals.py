@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,6 @@ while True:
     except BaseException:
         pass
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hang_ups_are_heard() -> Iterator[None]:
-    """Have commands inherit no ignored SIGHUP, as tests have that are run by nohup."""
-    before = signal.signal(HUP, signal.SIG_DFL)
-    yield
-    signal.signal(HUP, before)
 
 
 class Command:
