@@ -170,6 +170,16 @@ def test_a_second_signal_ends_what_a_function_of_the_users_holds_up(shell: Shell
     assert report["right"]["from_wire"] > 0
 
 
+def test_a_second_signal_ends_a_worker_that_was_stopped_too(shell: Shell) -> None:
+    command = Command(shell, "link", "generate", "generate", "--datapath", "vhost-process")
+    command.says("linked")
+    for pid in set(shell.processes()) - {command.process.pid}:
+        os.kill(pid, signal.SIGSTOP)
+    for number in (INT, TERM):
+        os.kill(command.process.pid, number)
+    command.ends(128 + INT, 128 + TERM)  # which of the two was heard last is not certain
+
+
 @pytest.mark.parametrize(
     ("body", "numbers"),
     [("time.sleep(1000)", [INT]), (_CATCHES_ALL, [INT, TERM])],

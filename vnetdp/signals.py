@@ -185,6 +185,7 @@ class Ending:
         for pid in _children():
             with suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGCONT)  # one that was stopped hears of it now
         with suppress(Exception):
             self.give_up(number)
             sys.stdout.flush()

@@ -263,7 +263,7 @@ def _advice(name: str, queues: int, error: OSError) -> str:
             return "another program has it open: end that, or take another name"
         case errno.EINVAL:
             kind = "TAP with several queues" if queues > 1 else "TAP"
-            return f"it exists and is no {kind}: take another name or: sudo ip link delete {name}"
+            return f"it exists and is no {kind}: take another name"
         case errno.E2BIG:
             return f"more than {MAX_QUEUES} queues, with those that other programs have open"
         case _:
