@@ -103,7 +103,7 @@ class Backend(Protocol):
         """Have *on_broken* called when a ring of the site broke, and *on_gone* once nothing runs its rings any more.
 
         Both are called in a thread of the backend's. Return the function that takes this back. A backend that runs in the
-        caller's thread, or that something else watches, calls neither.
+        caller's thread calls neither. ConfigError if the backend's worker has another device already.
         """
 
     def status(self, index: int) -> int:
