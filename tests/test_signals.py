@@ -344,6 +344,29 @@ def test_a_signal_that_comes_in_a_callback_is_heard_all_the_same(capfd: pytest.C
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_signal_that_comes_where_the_interpreter_tells_of_a_lost_exception_is_heard_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is raised there is lost once more."""
+
+    class Thing:
+        def __del__(self) -> None:
+            raise ValueError
+
+    told: list[type[BaseException]] = []
+
+    def tell(args: sys.UnraisableHookArgs) -> None:
+        told.append(args.exc_type)
+        signal.raise_signal(TERM)
+
+    monkeypatch.setattr(sys, "unraisablehook", tell)
+    thing = Thing()
+    with pytest.raises(signals.Ended), signals.handled():
+        del thing
+        time.sleep(60)
+    assert told == [ValueError]
+
+
 _COMPILES = """
 import signal, time
 from numba.core.compiler_lock import global_compiler_lock

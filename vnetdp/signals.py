@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,7 +52,8 @@ class Ending:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._at_work = False
         self._compiling = False
-        self._lost = False  # the first signal came in a callback of the interpreter's, which lets no exception through
+        self._hook = sys.unraisablehook
+        self._sending = threading.Lock()  # held while a signal is sent again
         self._lock = threading.Lock()  # the report is made once, and written once
         self._make: Callable[[], Report] = dict
         self._report: Report | None = None
@@ -119,10 +120,12 @@ class Ending:
                 self._report = self._make()
             return self._report
 
-    def hear(self, number: int, _frame: FrameType | None) -> None:
+    def hear(self, number: int, frame: FrameType | None) -> None:
         """Handle the first signal, in the main thread; `count` handles those that follow."""
         if self.number or self.over:
             return
+        if _runs(Ending.unraisable.__code__, frame):
+            return  # an exception would be lost here, too: `count` sends the signal again
         self.number = number
         if not self._at_work:
             if self._compiling or _numba_works():
@@ -135,13 +138,12 @@ class Ending:
         self.asked.set()
         os.eventfd_write(self._fd, 1)
 
-    def unraisable(self, args: sys.UnraisableHookArgs) -> bool:
-        """Return whether `Ended` was lost, in a weak reference's callback or a finalizer: it comes again then."""
-        if not isinstance(args.exc_value, Ended):
-            return False
-        self.number = 0
-        self._lost = True
-        return True
+    def unraisable(self, args: sys.UnraisableHookArgs) -> None:
+        """Be `sys.unraisablehook`: if `Ended` was lost, in a weak reference's callback or a finalizer, it comes again."""
+        if isinstance(args.exc_value, Ended):
+            self.number = 0
+        else:
+            self._hook(args)
 
     def count(self, pipe: int) -> None:
         """Count the signals, whose numbers come through *pipe*, until it is closed; end the process if that is needed."""
@@ -158,12 +160,21 @@ class Ending:
                 ours = min(again, len(came))
                 again -= ours
                 numbers += came[ours:]
-            if numbers and self._lost:
-                self._lost = False
+            elif self._send_again(numbers[0]):
                 again += 1
-                signal.pthread_kill(threading.main_thread().ident or 0, numbers[0])
             if numbers and self._must_end(len(numbers), time.monotonic() - began):
                 self._end(numbers[-1])
+
+    def _send_again(self, number: int) -> bool:
+        """Send a signal that the main thread has not heard to it again; return whether that was needed.
+
+        It was about to enter a system call when the signal came, or could not let an exception through.
+        """
+        with self._sending:
+            if self.number or self.over:
+                return False
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+            return True
 
     def _must_end(self, signals: int, passed_s: float) -> bool:
         """Return whether to end at once, *passed_s* after the first of so many signals."""
@@ -198,6 +209,13 @@ def _readable(fd: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def _runs(code: CodeType, frame: FrameType | None) -> bool:
+    """Return whether *frame* is of *code*, or was called from there."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _numba_works() -> bool:
@@ -264,12 +282,14 @@ def handled(program: bool = False) -> Iterator[Ending]:
         before = {number: handler for number, handler in before.items() if handler is not None}  # None: C's, not ours
         hook = sys.unraisablehook
         try:
-            sys.unraisablehook = lambda args: None if ending.unraisable(args) else hook(args)
+            sys.unraisablehook = ending.unraisable
             for number in before:
                 signal.signal(number, ending.hear)
             yield ending
         finally:
             ending.over = True
+            with ending._sending:
+                pass  # no signal is sent again from here on, so none meets the handlers that are put back
             for number, handler in before.items():
                 ends = program and number == signal.SIGINT
                 signal.signal(number, signal.SIG_DFL if ends else handler)
