@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ import pytest
 
 from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
 from vnetdp import Driver, NetDevice, vhost_net
-from vnetdp.backends.faulty import Faults, FaultyBackend
+from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
 from vnetdp.driver import memory_for
@@ -256,6 +257,68 @@ def test_userspace_goes_on_where_a_worker_ended(how: str, state: str) -> None:
         died = isinstance(bed.worker, WorkerProcess)
         assert abs(ledger.lost) + ledger.duplicated <= (IN_HAND if died else 0), ledger
         assert ledger.reordered == ledger.corrupted == 0, ledger
+
+
+@pytest.mark.parametrize(
+    ("end", "says"), [(_killed, "was killed by SIGKILL"), (_stopped, "did not answer within 0.5 s, and was killed")]
+)
+def test_the_end_of_a_worker_process_is_said_in_one_line_and_once(
+    end: Callable[[Bed], None], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bed = Bed(WorkerProcess(1))
+    with ExitStack() as stack:
+        stack.callback(bed.close)
+        bed.serve()
+        end(bed)
+        wait_equal(lambda: bed.device.owner, Owner.USERSPACE)
+        for _ in range(10):
+            bed.device.set_use_vhost(False)
+            bed.device.set_use_vhost(True)
+        bed.moves()
+        assert bed.device.fallbacks == 11
+        bed.guest.close()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == (
+        f"vhost is gone: the worker process {bed.worker.pid} {says} (restart the program to use vhost again): "  # type: ignore[union-attr]
+        "falling back on userspace virtio (rings 0 and 1)"
+    )
+
+
+def test_the_exit_status_of_a_worker_process_is_said() -> None:
+    worker = WorkerProcess(1)
+    worker._events.shutdown(socket.SHUT_RDWR)
+    worker._sock.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(BackendError, match=f"the worker process {worker.pid} ended with exit status 0"):
+        worker.backends[0].set_features(0)
+    worker.close()
+    with pytest.raises(BackendError, match="ended with exit status 0"):
+        worker.backends[0].set_features(0)
+
+
+def test_why_vhost_cannot_start_is_said_again_once_it_could(caplog: pytest.LogCaptureFixture) -> None:
+    worker, faults = Worker(1), Faults()
+    vhost = [FaultyBackend(worker.backends[0], 0, faults)]
+    with (
+        memory_for() as memory,
+        MacswapEndpoint() as wire,
+        NetDevice(memory, wire, vhost=vhost) as device,
+        Driver(device, memory),
+    ):
+
+        def fail(times: int) -> None:
+            faults.append(Fault("set_vring_base", times=times))
+            for _ in range(times):
+                device.set_use_vhost(False)
+                device.set_use_vhost(True)
+                assert device.owner is Owner.USERSPACE
+
+        fail(3)
+        assert len(caplog.records) == 1
+        device.set_status(device.status)
+        assert device.owner is Owner.VHOST
+        fail(3)
+        assert len(caplog.records) == 2
+    worker.close()
 
 
 def test_a_device_whose_memory_was_closed_first_closes_after_its_worker_died() -> None:

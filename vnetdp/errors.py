@@ -80,9 +80,10 @@ class BackendError(VnetdpError):
         self.verb = verb
         self.errno = code
         self.index = index
+        self.detail = detail or os.strerror(code)
         where = "" if index is None else f" (vring {index})"
         name = errno.errorcode.get(code, str(code))
-        super().__init__(f"{verb}{where}: {name}: {detail or os.strerror(code)}")
+        super().__init__(f"{verb}{where}: {name}: {self.detail}")
 
 
 class UnbindError(BackendError):

@@ -7,6 +7,7 @@ before it, and whoever then gets the rings is decided by `hand_to`.
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import time
 from collections import deque
@@ -60,6 +61,7 @@ class Owners(Owned):
         self.handovers = 0
         self.handovers_ns: deque[int] = deque(maxlen=_HANDOVERS_KEPT)
         self.last_error: Exception | None = None
+        self._said = ""  # why vhost can't start, until it does
 
     @property
     def backends(self) -> Sequence[Backend] | None:
@@ -115,21 +117,33 @@ class Owners(Owned):
                 self.last_error = e
                 if owner is Owner.VHOST:
                     self.fallbacks += 1
-                    _log.warning("unable to start vhost: %s: %s", e, self._instead)
+                    self._say_once(e, rings)
                 else:
                     _log.error("unable to start the userspace datapath: %s", e)
                 return False
             self.owner = owner
+            if owner is Owner.VHOST:
+                self._said = ""
         if self.prepared is not None and owner is Owner.VHOST:
             self.take_as_bound()
         self.handovers += 1
         self.handovers_ns.append(time.perf_counter_ns() - began)
         return True
 
+    def _say_once(self, error: BackendError, rings: vhost_net.Rings) -> None:
+        """Log why vhost can't start, and who has the rings instead, unless that was the last thing said."""
+        said = f"unable to start vhost: {error}: {self._instead}"
+        if error.errno == errno.ESRCH:
+            numbers = [n for n, _, _ in vhost_net.enabled_queues(rings)]
+            said = f"vhost is gone: {error.detail}: {self._instead} ({_named(numbers)})"
+        if said != self._said:
+            _log.warning("%s", said)
+        self._said = said
+
     def _withhold(self, error: UnbindError) -> None:
         self.withheld = True
         self.last_error = error
-        _log.error("%s: nobody gets the rings until it lets go, or is ended", error)
+        _log.error("%s", error.detail)
 
     def _regain(self, rings: vhost_net.Rings) -> bool:
         """Try again to have vhost let go of every ring; what it used is in the rings."""
@@ -203,3 +217,10 @@ class Owners(Owned):
         if self.prepared is not None and self.vhost is not None:
             self.notifiers.release()
             self._release()
+
+
+def _named(rings: Sequence[int]) -> str:
+    """Return `ring 0`, `rings 0 to 3`, or all numbers if one between is missing."""
+    if len(rings) > 2 and rings[-1] - rings[0] == len(rings) - 1:
+        return f"rings {rings[0]} to {rings[-1]}"
+    return f"ring{'s' * (len(rings) != 1)} {' and '.join(map(str, rings)) if len(rings) < 3 else ', '.join(map(str, rings))}"

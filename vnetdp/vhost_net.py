@@ -122,7 +122,8 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     try:
         queue.last_avail_idx = backend.get_vring_base(index)
     except BackendError as e:
-        _log.warning("%s; going on from used.idx", e)
+        # That a backend is gone is said once for all its rings, when the next owner gets them.
+        _log.log(logging.INFO if e.errno == errno.ESRCH else logging.WARNING, "%s; going on from used.idx", e)
         queue.last_avail_idx = used_idx(rings.memory, queue)
         if rings.log is not None:
             # It may have been killed between a write to the used ring and its mark.

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from .userspace import COUNTERS, UserspaceBackend
 _MAX_MESSAGE = 1 << 16
 _MAX_FDS = 250  # SCM_MAX_FD is 253
 _TO_START = 12  # times the patience that a child has to answer first: it may be compiling
+_TO_END_S = 2.0  # for a child whose sockets are closed
 _BROKEN = "broken"
 _HOLD, _RELEASE = "hold", "release"  # not verbs: the child's thread stays out of the kernels in between
 _PING = "ping"  # nor this: it is answered, and that is all
@@ -141,6 +143,7 @@ class WorkerProcess(Owned):
         self.listeners = Listeners()
         self.timeout_s = timeout_s
         self._answered = False  # before that it may be compiling
+        self._end = ""  # what became of the child
         self.memory: GuestMemory | None = None  # the table that the child has
         self._lock = threading.Lock()
         with ExitStack() as made, ExitStack() as childs:
@@ -179,16 +182,28 @@ class WorkerProcess(Owned):
             except TimeoutError as e:
                 self._child.kill()
                 self._child.wait()
-                said = f"the worker process did not answer within {self._sock.gettimeout():g} s, and was killed"
-                raise BackendError(verb, errno.ESRCH, None, said) from e
+                self._end = f"did not answer within {self._sock.gettimeout():g} s, and was killed"
+                raise BackendError(verb, errno.ESRCH, None, self._how_it_ended()) from e
             except (OSError, EOFError) as e:
-                raise BackendError(verb, errno.ESRCH, None, "the worker process is gone") from e
+                raise BackendError(verb, errno.ESRCH, None, self._how_it_ended()) from e
             except KeyboardInterrupt:
                 self._sock.close()  # an answer is on its way, which no other verb may take for its own
                 raise
         if not ok:
             raise BackendError(*answer)
         return answer
+
+    def _how_it_ended(self) -> str:
+        """Return what became of a child that can't be talked to any more, and what its user can do."""
+        if not self._end and self._sock.fileno() < 0:
+            self._end = "was closed"
+        elif not self._end:
+            try:
+                code = self._child.wait(_TO_END_S)
+                self._end = f"ended with exit status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
+            except subprocess.TimeoutExpired:
+                self._end = "closed its connection"
+        return f"the worker process {self.pid} {self._end} (restart the program to use vhost again)"
 
     def _listen(self) -> None:
         """Pass on what the child tells by itself, until it is gone."""
@@ -230,6 +245,13 @@ class WorkerProcess(Owned):
         """Leave both sockets to the parent: the child is to see it if the parent closes them, or dies."""
         self._sock.close()
         self._events.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 class ProcessBackend(Owned):

@@ -154,15 +154,25 @@ class VhostUserBackend(Owned):
                 raise BackendError("GET_VRING_BASE", errno.EPROTO, index, f"the base of ring {answer.index}")
         except BackendError as e:
             if not self._fe.gone:
-                raise UnbindError(
-                    "set_backend", errno.ETIMEDOUT, index, f"the back end may have the ring still: {e}"
-                ) from e
+                raise UnbindError("set_backend", errno.ETIMEDOUT, index, self._keeps(e)) from e
             self._bound[index] = False
             self._base[index] = self._recover(index, n)
             return
         self._bound[index] = False
         self._base[index] = answer.num if self._can_be(index, answer.num) else None
         self._fe.reset_if_idle()
+
+    def _keeps(self, error: BackendError) -> str:
+        """Return what to say of a back end that did not let go of a ring."""
+        silent = error.errno in (
+            errno.ETIMEDOUT,
+            errno.ESRCH,
+        )  # ESRCH: nothing was asked, since it did not answer before
+        how = f"hangs: it has not answered for {self._fe.timeout_s:g} s" if silent else f"did not stop a ring: {error}"
+        return (
+            f"{self._fe.path}: the back end {how}; nobody else gets the rings, which it may still use: end it, "
+            "or let it go on"
+        )
 
     def _can_be(self, index: int, base: int) -> bool:
         """True if a back end can have stopped at *base*: neither behind what it used, nor ahead of what is available."""
