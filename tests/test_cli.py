@@ -18,6 +18,7 @@ import pytest
 import vnetdp
 from tests.by_hand import COMPILED, scaled
 from tests.shell import TIMEOUT, Shell
+from vnetdp import link as link_module
 
 _SHORT = ("link", "null", "null", "--seconds", "0.1")
 _PR_CAPBSET_DROP = 24
@@ -165,14 +166,28 @@ def test_what_one_end_reads_the_other_does_not_overwrite(shell: Shell, left: str
     assert (shell.folder / "a.pcap").read_bytes() == before
 
 
-def test_a_capture_that_is_cut_short_is_said_in_the_report(shell: Shell) -> None:
+def test_a_capture_that_is_cut_short_is_said_once_and_is_in_the_report(shell: Shell) -> None:
     write_pcap(shell.folder / "cut.pcap", [bytes(60)] * 9)
     os.truncate(shell.folder / "cut.pcap", 500)
-    done = shell.run("link", "pcap:cut.pcap", "fault:drop=0:pcap:,out.pcap", "--json", "report.json")
+    done = shell.run_forked("link", "pcap:cut.pcap", "fault:drop=0:pcap:,out.pcap", "--json", "report.json")
     assert done.returncode == 1
     said = "pcap: cut.pcap: the capture is cut short or damaged after 6 frames: it ends inside a record"
-    assert f"error: {said}" in done.stdout
+    assert (done.stdout + done.stderr).count("cut.pcap: ") == 1
+    assert f"vnetdp.endpoints: {said}\n" in done.stderr
     assert json.loads((shell.folder / "report.json").read_text())["errors"] == [said]
+
+
+def test_what_is_lost_when_a_capture_is_closed_is_a_failure_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of a FIFO takes nothing: once the time is up, what it did not take is lost."""
+    monkeypatch.setattr(link_module, "_PATIENCE_S", 0.2)
+    os.mkfifo(shell.folder / "fifo")
+    reader = os.open(shell.folder / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    done = shell.run_forked("link", "generate:count=200,size=1514", "pcap:,fifo", "--seconds", "0.5", "--json", "r")
+    os.close(reader)
+    assert done.returncode == 1
+    (error,) = json.loads((shell.folder / "r").read_text())["errors"]
+    assert "nobody reads fifo any more" in error
+    assert (done.stdout + done.stderr).count("nobody reads fifo") == 1
 
 
 def test_two_ends_may_write_to_nowhere(shell: Shell) -> None:
@@ -322,20 +337,23 @@ def test_a_signal_ends_a_link_and_it_reports(shell: Shell, datapath: str, number
     assert (report["owner"], report["fallbacks"]) == (datapath.partition("-")[0], 0)
 
 
-def test_another_owner_than_was_asked_for_is_no_success(shell: Shell) -> None:
-    process = shell.start("link", "generate:rate=100", "null", "--datapath", "vhost-process", "--json", "report.json")
+def test_a_worker_process_that_is_killed_is_one_line_and_costs_no_success(shell: Shell) -> None:
+    args = ("link", "generate:rate=100", "null", "--datapath", "vhost-process", "--queue-pairs", "2")
+    process = shell.start(*args, "--json", "report.json")
     assert process.stderr is not None
     while "linked" not in process.stderr.readline():
         assert process.poll() is None, "it ended before it was linked"
     (child,) = set(shell.processes()) - {process.pid}
     os.kill(child, signal.SIGKILL)
-    while "falling back on userspace" not in process.stderr.readline():
-        assert process.poll() is None, "it ended before it fell back"
+    said = process.stderr.readline()
+    assert f"the worker process {child} was killed by SIGKILL (restart the program to use vhost again)" in said
+    assert "falling back on userspace virtio (rings 0 to 3)" in said
     process.send_signal(signal.SIGTERM)
     done = shell.finish(process)
-    assert done.returncode == 1
+    assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((shell.folder / "report.json").read_text())
     assert (report["owner"], report["fallbacks"]) == ("userspace", 1)
+    assert "was killed by SIGKILL" in report["fallback"]
     assert "owner userspace" in done.stdout
 
 
@@ -384,20 +402,53 @@ def test_drive_against_serve(shell: Shell) -> None:
     assert not (shell.folder / "s").exists()
 
 
-@pytest.mark.parametrize(("count", "exits"), [("", 0), (",count=1000", 1)])
-def test_frames_that_do_not_come_back_are_lost(shell: Shell, count: str, exits: int) -> None:
+@pytest.mark.parametrize("count", ["", ",count=1000"])
+def test_frames_that_do_not_come_back_are_lost_if_so_many_are_expected(shell: Shell, count: str) -> None:
     server = shell.start("serve", "null", "--socket", "s", "--features", "-mrg_rxbuf")
     try:
         driven = shell.start("drive", f"generate:rate=10k{count}", "--socket", "s", "--seconds", "0.5", "--json", "r")
         out, err = driven.communicate(timeout=TIMEOUT)
-        assert driven.returncode == exits, err
+        assert driven.returncode == (1 if count else 0), err
     finally:
         server.send_signal(signal.SIGTERM)
         served = shell.finish(server)
     report = json.loads((shell.folder / "r").read_text())
-    assert report["ledger"]["lost"] == report["tx_packets"] > 0
-    assert f", lost {report['tx_packets']:,}\n" in out
+    assert report["tx_packets"] > 0
+    if count:
+        assert report["ledger"]["lost"] == report["tx_packets"]
+        assert f", lost {report['tx_packets']:,}\n" in out
+    else:
+        assert "ledger" not in report
+        assert "lost" not in out
     assert "served 1 front end, " in served.stdout
+
+
+def test_a_capture_that_fails_is_a_failure_of_drive_and_of_serve(shell: Shell) -> None:
+    write_pcap(shell.folder / "cut.pcap", [bytes(1500)] * 100)
+    os.truncate(shell.folder / "cut.pcap", 24 + 90 * 1516 + 20)
+    os.mkfifo(shell.folder / "fifo")
+    reader = os.open(shell.folder / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    server = shell.start("serve", "pcap:,fifo", "--socket", "s", "--json", "served")
+    try:
+        process = shell.start("drive", "pcap:cut.pcap", "--socket", "s", "--wait", str(TIMEOUT), "--json", "driven")
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        served = shell.finish(server)
+        os.close(reader)
+    for name, status, said, says in (
+        ("driven", process.returncode, out + err, "cut.pcap: the capture is cut"),
+        ("served", served.returncode, served.stdout + served.stderr, "reads fifo any"),
+    ):
+        assert status == 1
+        (error,) = json.loads((shell.folder / name).read_text())["errors"]
+        assert says in error
+        assert said.count(says) == 1
+
+
+def test_the_rule_for_exit_statuses_is_in_the_help(shell: Shell) -> None:
+    said = shell.run_forked("--help").stdout
+    assert all(f"\n  {status}  " in said for status in ("0", "1", "2", "128 + N"))
 
 
 # --- bench, doctor ---

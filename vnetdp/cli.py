@@ -25,7 +25,8 @@ endpoints:
   echo, macswap               send every frame back, as it came or with its addresses exchanged
   reflect                     a host with every IPv4 address: answers ARP and ICMP echo
   generate:size=64,rate=1M,count=100
-                              numbered frames, checked at the other end
+                              numbered frames, checked at the other end; rate: frames a second and queue, 0 (default) =
+                              as fast as the ring takes them; count: frames a queue, 0 = none (default: no end)
   tap:NAME[,netns=NS]         a TAP interface, made if it is not there
   pcap:IN[,OUT]               frames from one capture file, and into another
   scapy:MODULE:CALLABLE       a Python function on Scapy packets
@@ -35,6 +36,15 @@ endpoints:
   vhost-user:SOCKET           in link, on both sides: two guests, copied once from ring to ring
 """
 
+
+_STATUS = """\
+exit status, of every command:
+  0        done; a fallback that lost no frame is in the report and the log, and no failure
+  1        done, and something went wrong, which is said: frames were lost, duplicated, reordered or corrupted, an endpoint
+           or the back end failed, a check failed, or the report can't be written
+  2        not begun: wrong usage or input, or something is missing here
+  128 + N  signal N (130: ^C) ended it before it was at work, or a second signal did at once
+"""
 
 _VERBOSE = "log what happens, not only what goes wrong"
 _FEATURE_LISTS = ("--features", "--protocol-features")
@@ -176,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vnetdp",
         description="A userspace virtio-net datapath at native speed, with vhost offload.",
+        epilog=_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vnetdp {__version__}")
@@ -257,7 +268,8 @@ def _parser() -> argparse.ArgumentParser:
         "--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end"
     )
     drive.add_argument("--seconds", type=_positive, help="end after so long")
-    drive.add_argument("--wait", type=_positive, default=30.0, metavar="S", help="for a back end (default 30 s)")
+    drive.add_argument("--wait", type=_positive, default=30.0, metavar="S",
+                       help="for a back end, at first and whenever its connection is lost (default 30 s)")  # fmt: skip
     drive.add_argument("--mtu", type=_number(68, 65535, "an MTU"), default=1500, metavar="N",
                        help="of what the other side sends (default 1500)")  # fmt: skip
     drive.add_argument("--features", metavar="LIST",
@@ -298,10 +310,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit status: 0 done, 1 done and something is not as it must be, 2 wrong usage or input.
-
-    128 and the number of a signal (^C: 130) if one ended it before it was done, or a second one in the midst of ending.
-    """
+    """Run a command; return its exit status (see _STATUS)."""
     output.open_streams()
     try:
         try:

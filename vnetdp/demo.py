@@ -68,21 +68,23 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
     owners = [p["owner"] for p in phases]
     migrated = _migrate(seconds, phases, say)
     ledger += migrated.ledger
-    ok = (
-        fell_back
-        and ledger.clean
-        and owners == ["userspace", "vhost", "userspace", "vhost", "userspace"]
-        and migrated.outcome == "vhost"
-        and not migrated.violations
-        and migrated.blackout_us is not None
-        and all(p["packets"] for p in phases)
-    )
+    right = {
+        "the injected failure led to no fallback": fell_back,
+        "frames were not delivered as they were sent": ledger.clean,
+        f"owners were {', '.join(owners)}": owners == ["userspace", "vhost", "userspace", "vhost", "userspace"],
+        f"the migration's outcome is {migrated.outcome}": migrated.outcome == "vhost",
+        "the migration broke an invariant": not migrated.violations,
+        "no packet moved after the migration": migrated.blackout_us is not None,
+        "no packet moved in a phase": all(p["packets"] for p in phases),
+    }
+    ok = all(right.values())
+    verdict = "none was lost" if ok else "NOT OK: " + "; ".join(text for text, holds in right.items() if not holds)
     say(f"ledger: {ledger}")
     median = handovers_us[len(handovers_us) // 2]
     migration = migrated.as_dict()
     without_ms = (migrated.blackout_us or math.inf) / 1000
     say(f"{len(handovers_us)} changes of owner, median {median:.0f} µs, and a migration to another process, "
-        f"{without_ms:.1f} ms without a packet: " + ("none was lost" if ok else "NOT OK"))  # fmt: skip
+        f"{without_ms:.1f} ms without a packet: {verdict}")  # fmt: skip
     for text in migrated.violations:
         say(f"violation: {text}")
     report |= {

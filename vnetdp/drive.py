@@ -16,9 +16,9 @@ from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.base import Endpoint, frame_len
 from .endpoints.loopback import GenerateEndpoint, NullEndpoint
-from .errors import ConfigError
+from .errors import ConfigError, GuestError, UnbindError
 from .owners import Owner
-from .state import VIRTIO_NET_S_LINK_UP, Control
+from .state import VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_NET_S_LINK_UP, Control
 from .watch import Watch
 
 _TICK_S = 0.02
@@ -48,15 +48,18 @@ def drive(
 
     mtu: of what the other side sends, if it does not say so itself; a receive buffer holds a frame of that size even if
     buffers can't be merged. at_work: a context for the time in which frames move, given a function that returns the report.
+    wait_s: for a back end, at first and whenever its connection is lost.
+
     Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign),
-    seconds from the first frame received to the last, mpps (received in these), and with a generator the ledger of what
-    came back.
+    seconds from the first frame received to the last, mpps (received in these), errors, and with a generator the ledger of
+    what came back, if that answers what was sent: something did, or a count was asked for, and the back end sends no
+    numbered frames of its own.
     """
     with ExitStack() as stack:
         front_end = VhostUserFrontEnd(path, queue_pairs, listen=listen, queue_size=num, watched=True)
         stack.callback(front_end.close)
-        until = time.monotonic() + wait_s
-        _wait(front_end, wait_s, stop, say)
+        wait = _Wait(front_end, wait_s, say)
+        _connect(front_end, wait, stop)
         memory = stack.enter_context(memory_for(queue_pairs, num))
         nowhere = stack.enter_context(NullEndpoint(queue_pairs))
         config = front_end.config or NetConfig(Control.mac, VIRTIO_NET_S_LINK_UP, queue_pairs, 0)
@@ -71,105 +74,184 @@ def drive(
         stack.callback(driver.close)
         if device.last_error is not None and front_end.connected:
             raise ConfigError(f"{path}: {device.last_error}")
-        stack.enter_context(Watch(front_end, device))
-        _wait_for_owner(device, path, until, stop)
+        run = _Run(front_end, device, driver, wait_s, say)
+        stack.enter_context(Watch(front_end, device, run.moved))
+        _wait_for_owner(device, path, wait, stop)
         say(f"driving {path}: {queue_pairs} queue pair{'s' * (queue_pairs > 1)} of {num}")
         driver.start(poll_us)
-        received = clock.FrameClock()
-
-        def report() -> dict[str, Any]:
-            return _report(endpoint, driver, received, front_end.connections)
-
-        with at_work(report):
-            _run(front_end, driver, received, stop, math.inf if seconds is None else time.monotonic() + seconds)
-        return report()
+        with at_work(run.report):
+            run.run(stop, math.inf if seconds is None else time.monotonic() + seconds)
+        return run.report()
 
 
-def _wait(front_end: VhostUserFrontEnd, wait_s: float, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
-    """Connect, again and again, and say what is waited for; ConfigError when the time is up, or waiting is in vain."""
-    began = asked = time.monotonic()
-    until = began + wait_s
-    said = ""
+class _Wait:
+    """A wait for a back end, from now on for *wait_s* seconds at most, which says what it is for."""
+
+    def __init__(self, front_end: VhostUserFrontEnd, wait_s: float, say: Callable[[str], None]) -> None:
+        self._front_end, self._wait_s, self._say = front_end, wait_s, say
+        self._began = time.monotonic()
+        self._silent_since: float | None = None
+        self._said = ""
+        self.until = self._began + wait_s
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self.until
+
+    def look(self) -> None:
+        """Say what keeps the back end away, once it has for a second."""
+        trouble, now = self._front_end.trouble, time.monotonic()
+        self._silent_since = (self._silent_since or now) if self._front_end.silent else None
+        if now - (self._silent_since or self._began) > _ANSWER_S and trouble not in ("", self._said):
+            self._said = trouble
+            self._say(f"{self._front_end.path}: {trouble}; waiting")
+
+    def in_vain(self, what: str) -> str:
+        """Return what to say once it is over: *what* was waited for, why it did not come, and what to do."""
+        front_end = self._front_end
+        way = "--connect " if front_end.listening else ""
+        other = "end it, and start another" if front_end.hung else "start one"
+        step = f"{other}: vnetdp serve macswap {way}--socket {front_end.path}"
+        if front_end.silent:
+            step = "end that front end, or start the back end anew"
+        return f"{front_end.path}: {what} within {self._wait_s:g} s: {front_end.trouble}: {step}"
+
+
+def _connect(front_end: VhostUserFrontEnd, wait: _Wait, stop: Callable[[], bool]) -> None:
+    """Connect, again and again; ConfigError when the time is up, or waiting is in vain."""
 
     def stop_or_say() -> bool:
-        nonlocal said
-        since = asked if front_end.silent else began
-        if time.monotonic() - since > _ANSWER_S and front_end.trouble not in ("", said):
-            said = front_end.trouble
-            say(f"{front_end.path}: {said}; waiting")
+        wait.look()
         return stop()
 
     while not stop_or_say():
-        asked = time.monotonic()
-        if front_end.connect(max(until - asked, _TICK_S), stop_or_say):
+        if front_end.connect(max(wait.until - time.monotonic(), _TICK_S), stop_or_say):
             return
-        if time.monotonic() >= until:
-            step = "" if front_end.silent else f": start one: vnetdp serve macswap --socket {front_end.path}"
-            raise ConfigError(f"{front_end.path}: no back end within {wait_s:g} s: {front_end.trouble}{step}")
+        if wait.over:
+            raise ConfigError(wait.in_vain("no back end"))
         time.sleep(_TICK_S)
     raise ConfigError(f"ended before a back end was on {front_end.path}")
 
 
-def _wait_for_owner(device: NetDevice, path: str, until: float, stop: Callable[[], bool]) -> None:
+def _wait_for_owner(device: NetDevice, path: str, wait: _Wait, stop: Callable[[], bool]) -> None:
     """Wait until a back end has the rings: one that died over them may be followed by another. ConfigError if none is."""
     while device.owner is not Owner.VHOST:
-        if stop() or time.monotonic() >= until:
-            raise ConfigError(f"{path}: {device.last_error}")
+        if stop() or wait.over:
+            error = device.last_error
+            raise ConfigError(error.detail if isinstance(error, UnbindError) else f"{path}: {error}")
         time.sleep(_TICK_S)
 
 
-def _run(
-    front_end: VhostUserFrontEnd, driver: Driver, received: clock.FrameClock, stop: Callable[[], bool], until: float
-) -> None:
-    """Watch over the driver until the work is done; *received* looks at the frames received.
+class _Run:
+    """The driver at work: watched over until the work is done, or can't be. errors: why it can't, each said once."""
 
-    Once it has to end, nothing more is sent, and what is on its way is waited for; not for ever, as a back end may have its
-    own to send. A back end that dies is waited for, too.
-    """
-    generator = _generator(driver.endpoint)
-    quiet_since = received.looked
-    moved = 0
-    settled = math.inf
-    while received.looked < settled:
-        time.sleep(clock.LOOK_S)
-        driver.check()
-        packets = driver.dvqs[:, layout.DVQ_PACKETS].copy()
-        received.look(int(packets[0::2].sum()))
-        looked = received.looked
-        if packets.sum() != moved or not front_end.connected:
-            moved, quiet_since = int(packets.sum()), looked
-        if settled == math.inf and (stop() or looked >= until):
-            settled = looked + _SETTLE_S
-            if generator is not None:
-                generator.stop()
-        missing = generator is not None and generator.ledger_against(generator).lost > 0
-        if (driver.endpoint.finished or settled < math.inf) and looked - quiet_since > (
-            _LOSS_S if missing else _QUIET_S
-        ):
-            break
+    def __init__(
+        self, front_end: VhostUserFrontEnd, device: NetDevice, driver: Driver, wait_s: float, say: Callable[[str], None]
+    ) -> None:
+        self._front_end, self._device, self._driver = front_end, device, driver
+        self._wait_s, self._say = wait_s, say
+        self._wait: _Wait | None = None
+        self._connections = front_end.connections
+        self._generator = _generator(driver.endpoint)
+        self._strange = False  # numbered frames came that the generator had not made: they answer none of its own
+        self._received = clock.FrameClock()
+        self.errors: list[str] = []
+
+    def moved(self) -> int:
+        return int(self._driver.dvqs[:, layout.DVQ_PACKETS].sum())
+
+    def run(self, stop: Callable[[], bool], until: float) -> None:
+        """Return once the work is done, or has to end: *stop* or *until* says so, or an error.
+
+        Nothing more is sent then, and frames on their way are waited for; not for ever, as a back end may send its own.
+        """
+        endpoint, generator, received = self._driver.endpoint, self._generator, self._received
+        quiet_since = received.looked
+        moved = 0
+        settled = math.inf
+        waits = False  # for a back end, to go on with what is left to do
+        while received.looked < settled and self._works():
+            time.sleep(clock.LOOK_S)
+            packets = self._driver.dvqs[:, layout.DVQ_PACKETS].copy()
+            received.look(int(packets[0::2].sum()))
+            looked = received.looked
+            missing = generator is not None and generator.ledger_against(generator).lost > 0
+            waits = self._wait is not None and (missing or generator is None or not endpoint.finished)
+            if packets.sum() != moved or waits:
+                moved, quiet_since = int(packets.sum()), looked
+            if settled == math.inf and (stop() or looked >= until):
+                settled = looked + _SETTLE_S
+                if generator is not None:
+                    generator.stop()
+            if (endpoint.finished or settled < math.inf) and looked - quiet_since > (_LOSS_S if missing else _QUIET_S):
+                break
+        self._device.set_running(False)
+        error = self._device.owners.last_error
+        if not self.errors and self._device.owners.withheld and isinstance(error, UnbindError):
+            self.errors.append(error.detail)  # the device has said it
+        elif not self.errors and waits:
+            self.errors.append(f"{self._front_end.path}: there was no back end at the end")  # since when was said
+
+    def _works(self) -> bool:
+        """Look after the back end, the rings and the ledger; False, and `errors` says why, if there is no going on."""
+        if self._generator is not None:
+            ahead = self._generator.ledger[:, layout.LEDGER_NEXT].copy()
+            self._strange = self._strange or bool((ahead > self._generator.rows[:, layout.EP_SEQ]).any())
+        error = ""
+        try:
+            self._driver.check()
+        except GuestError as e:
+            error = f"{self._front_end.path}: the back end broke {e}"
+        if self._device.status & VIRTIO_CONFIG_S_NEEDS_RESET:
+            error = f"{self._front_end.path}: the back end says that a ring broke: start it anew, and drive it again"
+        error = error or self._follow()
+        if error:
+            self.errors.append(error)
+            self._say(f"vnetdp: {error}")
+        return not error
+
+    def _follow(self) -> str:
+        """Wait for the next back end if there is none any more; return why there is none once that took too long."""
+        front_end, device, wait = self._front_end, self._device, self._wait
+        if front_end.connected and (device.owner is Owner.VHOST or not device.ready):
+            self._wait = None
+            if front_end.connections != self._connections:
+                self._connections = front_end.connections
+                self._say(f"driving {front_end.path} again, over connection {self._connections}")
+        elif wait is None:
+            why = "hangs" if front_end.hung else "is gone: its connection was lost"
+            self._say(f"{front_end.path}: the back end {why}; waiting up to {self._wait_s:g} s for one on that socket")
+            self._wait = _Wait(front_end, self._wait_s, self._say)
+        elif wait.over:
+            return wait.in_vain("no back end came back")
+        else:
+            wait.look()
+        return ""
+
+    def report(self) -> dict[str, Any]:
+        queues = self._driver.counters()
+        received = sum(queue["packets"] for queue in queues[0::2])
+        report: dict[str, Any] = {
+            "tx_packets": sum(queue["packets"] for queue in queues[1::2]),
+            "rx_packets": received,
+            "bad_packets": 0,
+            "mpps": self._received.mpps(received),
+            "seconds": self._received.seconds,
+            "connections": self._front_end.connections,
+            "errors": [*self.errors, *self._driver.endpoint.failures],
+            "endpoint": self._driver.endpoint.counters(),
+        }
+        generator = self._generator
+        if generator is not None:
+            ledger = generator.ledger_against(generator)
+            report["bad_packets"] = ledger.corrupted + int(generator.ledger[:, layout.LEDGER_FOREIGN].sum())
+            # Frames are missed only by somebody who gets answers, or has said how many there have to be.
+            if not self._strange and (ledger.delivered or generator.count >= 0):
+                report["bad_packets"] += ledger.duplicated
+                report["ledger"] = ledger.as_dict()
+        return report
 
 
 def _generator(endpoint: Endpoint) -> GenerateEndpoint | None:
     """Return what makes numbered frames in *endpoint*, be it behind faults."""
     return endpoint.innermost if isinstance(endpoint.innermost, GenerateEndpoint) else None
-
-
-def _report(endpoint: Endpoint, driver: Driver, took: clock.FrameClock, connections: int) -> dict[str, Any]:
-    queues = driver.counters()
-    received = sum(queue["packets"] for queue in queues[0::2])
-    report: dict[str, Any] = {
-        "tx_packets": sum(queue["packets"] for queue in queues[1::2]),
-        "rx_packets": received,
-        "bad_packets": 0,
-        "mpps": took.mpps(received),
-        "seconds": took.seconds,
-        "connections": connections,
-        "endpoint": endpoint.counters(),
-    }
-    generator = _generator(endpoint)
-    if generator is not None:
-        ledger = generator.ledger_against(generator)
-        foreign = int(generator.ledger[:, layout.LEDGER_FOREIGN].sum())
-        report["ledger"] = ledger.as_dict()
-        report["bad_packets"] = ledger.corrupted + ledger.duplicated + foreign
-    return report

@@ -95,12 +95,16 @@ class Ending:
         finally:
             self._made()
 
-    def finish(self) -> Report:
-        """Have the report written by every writer, one after the other, unless that was done; return it."""
+    def finish(self, complete: Callable[[Report], None] = lambda _: None) -> Report:
+        """Have the report written by every writer, one after the other, unless that was done; return it.
+
+        complete: enters into it what came up since it was made.
+        """
         report = self._made()
         with self._lock, ExitStack() as each:  # one that fails does not keep the others from it
             if not self._written:
                 self._written = True
+                complete(report)
                 for write in reversed(self.writers):
                     each.callback(write, report)
         return report

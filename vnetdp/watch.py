@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from . import limits
@@ -15,12 +17,13 @@ from .notify import EventFd
 from .owned import Owned
 from .owners import Owner
 from .state import VIRTIO_NET_S_LINK_UP
-from .vhost_user.message import BackendRequest, Payload, VringState
+from .vhost_user.message import U64, BackendRequest, Payload, Request, VringState
 
 _log = logging.getLogger("vnetdp.watch")
 
 _ATTEMPT_S = 1.0  # for one handshake
 _BACKOFF_S = (0.02, 1.0)  # first and longest wait between two attempts
+_STILL_S = 5.0  # no frame moved for so long: the back end is asked whether it answers
 
 
 class Watch(Owned):
@@ -30,10 +33,15 @@ class Watch(Owned):
     can't stands still. The next back end gets the rings, in the one case from userspace, in the other with the inflight
     area of its predecessor. What a back end asks by itself is done, if the front end was made with *watched*: it has
     another configuration, calls, or a ring broke. While it watches, nobody else calls `connect`. Close it before the two.
+
+    moved: returns how many frames have moved. While none moves, the back end is asked every 5 s whether it still answers;
+    None: that it hangs is seen when it is asked something.
     """
 
-    def __init__(self, front_end: VhostUserFrontEnd, device: NetDevice) -> None:
+    def __init__(self, front_end: VhostUserFrontEnd, device: NetDevice, moved: Callable[[], int] | None = None) -> None:
         self._front_end = front_end
+        self._moved = moved
+        self._count = -1
         self._device = device
         self._stop = threading.Event()
         self._wake = EventFd()
@@ -44,8 +52,10 @@ class Watch(Owned):
     def _run(self) -> None:
         while not self._stop.is_set():
             if self._front_end.connected:
-                if self._front_end.wait(self._wake.fd):
+                if self._front_end.wait(self._wake.fd, None if self._moved is None else _STILL_S):
                     self._serve(self._front_end.take_request())
+                elif self._moved is not None:
+                    self._look_alive(self._moved())
             else:
                 self._follow()
 
@@ -62,6 +72,17 @@ class Watch(Owned):
             else:
                 _log.warning("%s: vring %d broke", self._front_end.path, payload.index)
                 self._device.mark_broken()
+
+    def _look_alive(self, count: int) -> None:
+        """Ask the back end something, if no frame moved since the last look; take the rings from one that hangs."""
+        before, self._count = self._count, count
+        if count != before or self._stop.is_set() or not self._front_end.connected:
+            return
+        try:
+            self._front_end.ask(Request.GET_FEATURES, U64)
+        except BackendError as e:
+            if e.errno != errno.ESRCH:  # one that is gone is followed as ever
+                self._device.restart_vhost()
 
     def _take_config(self) -> None:
         """Have the device say what the configuration of the back end says: MAC address, link and MTU."""

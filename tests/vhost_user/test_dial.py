@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -160,16 +161,25 @@ def test_a_guest_says_what_it_waits_for_and_goes_on_when_it_comes() -> None:
     assert report["rx_packets"] == 10
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_a_guest_whose_back_end_is_busy_is_not_told_to_start_one(silent: bool) -> None:
-    with socket.socket(socket.AF_UNIX) as sock, GenerateEndpoint(count=1) as endpoint:
-        if silent:
+_END_ONE = "end that front end, or start the back end anew"
+NO_BACK_END = {
+    "none": "it is not there: start one: vnetdp serve macswap --socket s",
+    "silent": f"it does not answer: it is busy with another front end, or hangs: {_END_ONE}",
+    "full": f"it is busy: others wait already to be served: {_END_ONE}",
+    "none connects": "no back end has connected to it: start one: vnetdp serve macswap --connect --socket s",
+}
+
+
+@pytest.mark.parametrize("kind", NO_BACK_END)
+def test_a_guest_without_a_back_end_is_told_the_step_that_helps(kind: str) -> None:
+    """Where there is one, that is not to start another."""
+    with ExitStack() as stack:
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+        if kind in ("silent", "full"):
             sock.bind("s")
-            sock.listen()
-        words = (
-            "does not answer: it is busy with another front end, or hangs$"
-            if silent
-            else "it is not there: start one: "
-        )
-        with pytest.raises(ConfigError, match=f"s: no back end within 0.2 s: it {words}".replace("it it", "it")):
-            drive(endpoint, "s", lambda: False, lambda _: None, wait_s=0.2)
+            sock.listen(0)
+        if kind == "full":
+            stack.enter_context(dial("s"))
+        endpoint = stack.enter_context(GenerateEndpoint(count=1))
+        with pytest.raises(ConfigError, match=f"^s: no back end within 0.2 s: {NO_BACK_END[kind]}$"):
+            drive(endpoint, "s", lambda: False, lambda _: None, wait_s=0.2, listen=kind == "none connects")

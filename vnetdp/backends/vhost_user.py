@@ -128,8 +128,9 @@ class VhostUserFrontEnd(Owned):
             sock = self._accept(until, stop) if self._listener is not None else dial(self.path)
         except NobodyYetError as e:
             self.trouble = str(e)
+            self.silent = isinstance(e.__cause__, OSError) and e.__cause__.errno == errno.EAGAIN  # its backlog is full
             return False
-        self.trouble, self.silent = "it does not answer: it is busy with another front end, or hangs", True
+        self.silent, self.trouble = True, "it does not answer: it is busy with another front end, or hangs"
         conversation = Conversation(sock, until, stop, self.timeout_s)
         try:
             self._shake_hands(conversation)
@@ -146,6 +147,7 @@ class VhostUserFrontEnd(Owned):
             backend.forget()
         self._status = 0
         self.memory = None
+        self.trouble, self.silent = "", False
         self._conversation = conversation
         self._hang_up_thread = HangUp(conversation.fileno(), self.listeners.tell_gone)
         self.connections += 1
@@ -190,6 +192,16 @@ class VhostUserFrontEnd(Owned):
         return conversation is not None and conversation.open
 
     @property
+    def hung(self) -> bool:
+        """True if the back end was left because it did not answer, and there is no other yet."""
+        return self._conversation is not None and self._conversation.hung
+
+    @property
+    def listening(self) -> bool:
+        """True if the back end connects to us."""
+        return self._listener is not None
+
+    @property
     def _has_rings(self) -> bool:
         return any(backend.bound for backend in self.backends)
 
@@ -198,8 +210,8 @@ class VhostUserFrontEnd(Owned):
         """True if no back end has a ring of ours: there is none, or the one we left has closed its end, or died."""
         return self._conversation is None or self._conversation.gone()
 
-    def wait(self, wake_fd: int) -> bool:
-        """Wait until the back end asks something, which is True, or has gone, or *wake_fd* is readable."""
+    def wait(self, wake_fd: int, timeout_s: float | None = None) -> bool:
+        """Wait until the back end asks something, which is True, or has gone, *wake_fd* is readable, or time is up."""
         conversation, requests = self._conversation, self._requests
         poll = select.poll()
         poll.register(wake_fd, select.POLLIN)
@@ -207,7 +219,7 @@ class VhostUserFrontEnd(Owned):
             poll.register(conversation.fileno(), select.POLLRDHUP)
         if requests is not None:
             poll.register(requests.fileno(), select.POLLIN)
-        ready = {fd for fd, _ in poll.poll()}
+        ready = {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
         return requests is not None and requests.fileno() in ready
 
     def take_request(self) -> tuple[BackendRequest, Payload] | None:

@@ -201,8 +201,10 @@ class Endpoint(Owned):
         self.rows[queue, layout.EP_DROP_ERROR] += frames
         self.errors += 1
         if self.errors == 1:
-            what = f"{type(error).__name__}: {error}{place(error)}"
-            _log.warning("%s: %s (logged once; counted from now on)", self.name, what)
+            # An endpoint's own error names its file or interface; a capture that can't be read on fails no second time.
+            named = isinstance(error, EndpointError) and str(error).startswith(self.name.partition(":")[0] + ":")
+            what = str(error) if named else f"{self.name}: {type(error).__name__}: {error}{place(error)}"
+            _log.warning("%s%s", what, "" if named and not frames else " (logged once; counted from now on)")
             _log.debug("%s: where that came from:", self.name, exc_info=error)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:

@@ -54,6 +54,7 @@ class Conversation(Owned):
         self._lock = OwnedLock(self)
         self._left_until: float | None = None  # we have left, and until when to wait for the other to do so
         self._gone = False
+        self.hung = False  # no answer came in time
         sock.settimeout(min(timeout_s, max(until - time.monotonic(), _SLICE_S)))
 
     def established(self) -> None:
@@ -87,6 +88,7 @@ class Conversation(Owned):
                     raise TimeoutError("no answer came")
                 got = self._transport.receive()
             except TimeoutError as e:
+                self.hung = True
                 self.leave()
                 raise BackendError(request.name, errno.ETIMEDOUT, None, f"the back end is silent: {e}") from e
             except OSError as e:
