@@ -356,7 +356,7 @@ class Paced(Owned):
                     self.error = VnetdpError(
                         f"{self._thread.name} has not come back from Python for {self._timeout_s:g} s"
                     )
-                    _log.error("%s; its rings are taken from it", self.error)
+                    _log.info("%s; its rings are taken from it", self.error)  # whose they are says so
                     return
                 interrupt.interrupt(self._thread.ident or 0)
 

@@ -17,12 +17,13 @@ from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
 from tests.test_drive_serve import served
 from tests.vhost_user.card import hang
 from tests.vhost_user.rig import serve
+from vnetdp import commands, watch
 from vnetdp import drive as drive_module
-from vnetdp import watch
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.drive import drive
 from vnetdp.driver import Driver
 from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
 from vnetdp_kernels import layout as lay
 
@@ -222,3 +223,21 @@ def test_a_ring_that_the_back_end_breaks_ends_driving_with_a_report(
         report = driving.finish()
     assert report["errors"] == [f"{path}: the back end broke queue 0: the device used a chain that is not in flight"]
     assert driving.said[-1] == f"vnetdp: {report['errors'][0]}"
+
+
+@pytest.mark.parametrize("ends", ["signal", "seconds", "count"])
+def test_frames_that_an_answering_back_end_loses_are_a_failure_however_driving_ends(path: Path, ends: str) -> None:
+    count = 50 if ends == "count" else -1
+    with (
+        GenerateEndpoint(rate=1000.0, count=count) as endpoint,
+        FaultEndpoint(EchoEndpoint(), drop=0.5) as wire,
+        served(wire, path),
+        patch.multiple(drive_module, _LOSS_S=0.5, _SETTLE_S=PATIENCE),
+    ):
+        driving = Driving(endpoint, path, wait_s=PATIENCE, seconds=0.5 if ends == "seconds" else None)
+        if ends == "signal":
+            driving.got(10)
+            driving.stop.set()
+        report = driving.finish()
+    assert report["ledger"]["lost"] == report["ledger"]["sent"] - report["ledger"]["delivered"] > 0
+    assert commands._status(report) == 1
