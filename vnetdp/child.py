@@ -11,6 +11,9 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from . import limits
+from .errors import MachineError
+
 
 def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start a Python process that runs *code*, and has the descriptors of *parent* and *passed*.
@@ -30,7 +33,10 @@ def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess
 def follow(fd: int) -> None:
     """Have this process end once the other end of the socket *fd* is closed: also while it imports, or compiles."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
-    threading.Thread(target=_end_with_parent, args=(fd,), name="parent", daemon=True).start()
+    try:
+        limits.start(threading.Thread(target=_end_with_parent, args=(fd,), name="parent", daemon=True))
+    except MachineError as e:
+        sys.exit(f"vnetdp: {e}")
 
 
 def _end_with_parent(fd: int) -> None:
