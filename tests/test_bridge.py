@@ -124,6 +124,8 @@ def test_a_guest_leaves_and_comes_back(tmp_path: Path) -> None:
             other.leave()
             assert bridge.report()["served"] == [1, turn]
         assert bridge.report()["right_to_left"]["packets"] == 3 * COUNT
+        assert bridge.report()["right_to_left"]["dropped_no_guest"] == 0
+        wait_for(lambda: bridge.report()["left_to_right"]["dropped_no_guest"] > 0, "frames for nobody are counted")
         stays.leave()
 
 

@@ -133,15 +133,19 @@ def test_two_namespaces(tmp_path: Path, shell_env: dict[str, str], namespaces: d
 
 
 def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
-    done = run([sys.executable, "-m", "vnetdp", "demo", "--seconds", "0.1", "--json", "-"], tmp_path)
-    assert done.returncode == 0, done.stderr
+    # As on a terminal, where both streams are one.
+    command = "exec 2>&1; " + shlex.join(
+        [sys.executable, "-m", "vnetdp", "demo", "--seconds", "0.1", "--json", "report"]
+    )
+    done = run(["sh", "-c", command], tmp_path)
+    assert done.returncode == 0, done.stdout
 
     def without_figures(text: str) -> list[str]:
         lines = [re.sub(r"[ \d,.]+", " ", line) for line in text.splitlines()]
         return [line for line in lines if not line.startswith("compil")]
 
-    assert without_figures(done.stderr) == without_figures(only("demo").text)
-    assert json.loads(done.stdout)["ok"]
+    assert without_figures(done.stdout) == without_figures(only("demo").text)
+    assert json.loads((tmp_path / "report").read_text())["ok"]
 
 
 # --- what it says ---

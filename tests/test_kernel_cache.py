@@ -226,6 +226,49 @@ def test_a_cache_folder_that_can_t_be_is_named_and_another_taken(kernels: Copied
         assert folder in trouble
 
 
+_SAID = """
+import json, logging, sys
+from vnetdp import doctor, output, warmup
+from vnetdp_kernels import loops
+from vnetdp_kernels.caller import twice
+
+said = []
+log = logging.Handler()
+log.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("vnetdp").addHandler(log)
+warmup.compile_once("a kernel", [twice], lambda: twice(0), said.append)
+loops.serve = loops.drive = twice
+check = doctor._cache()
+print(json.dumps([said, check.detail, check.advice]))
+"""
+
+
+@needs_root
+def test_that_kernels_can_t_be_kept_is_said_before_they_are_compiled(kernels: CopiedKernels) -> None:
+    kernels.seal()
+    nowhere = {"NUMBA_CACHE_DIR": "/proc/nowhere"}
+    said, _, _ = kernels.call_by(_HEEDING, _SAID, **nowhere)
+    assert said[0].startswith(
+        "compiled kernels can't be kept, so each run compiles them anew; let NUMBA_CACHE_DIR name"
+    )
+    assert said[1].startswith("compiling a kernel, at each start: ")
+    assert said[2].startswith("compiled in ")
+    assert len(said) == 3
+
+
+@needs_root
+def test_a_cache_that_is_warm_and_read_only_is_used_and_nobody_is_told_to_compile(kernels: CopiedKernels) -> None:
+    assert kernels.call(_SAID, NUMBA_CACHE_DIR="")[0][0].startswith("compiling a kernel, once for an installation: ")
+    kernels.seal()
+    warm = f"warm, in {kernels.package / '__pycache__'}"
+    assert kernels.call_by(_HEEDING, _SAID, NUMBA_CACHE_DIR="") == [[], warm, ""]
+    said, detail, advice = kernels.call_by(_HEEDING, _SAID, NUMBA_CACHE_DIR="/proc/nowhere")
+    assert said == [advice]
+    assert detail == warm
+    instead = f"compiled kernels are taken from {kernels.package / '__pycache__'} (/proc/nowhere"
+    assert advice.startswith(f"NUMBA_CACHE_DIR can't be used, so {instead}")
+
+
 @needs_root
 @pytest.mark.parametrize("options", ["size=8k", "nr_inodes=3"])
 def test_on_a_full_disk_no_part_is_kept_and_the_user_hears_of_it(kernels: CopiedKernels, options: str) -> None:

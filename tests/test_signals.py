@@ -46,12 +46,12 @@ class Command:
         self.process = shell.start(*args, "--json", "report.json", start_new_session=True, **options)
         self.said: list[str] = []
 
-    def says(self, text: str) -> None:
+    def says(self, text: str, where: str = "stderr") -> None:
         """Return once it has said *text*."""
-        assert self.process.stderr is not None
+        stream = getattr(self.process, where)
         while not self.said or text not in self.said[-1]:
-            assert select.select([self.process.stderr], [], [], 240)[0], f"it did not say {text!r}: {self.said}"
-            self.said.append(self.process.stderr.readline())
+            assert select.select([stream], [], [], 240)[0], f"it did not say {text!r}: {self.said}"
+            self.said.append(stream.readline())
             assert self.said[-1], f"it ended, and did not say {text!r}: {self.said}"
 
     def group(self, number: int) -> None:
@@ -112,7 +112,7 @@ def test_a_migration_can_be_ended_with_both_its_processes(shell: Shell) -> None:
 
 def test_a_demo_reports_the_phases_that_it_came_to(shell: Shell) -> None:
     command = Command(shell, "demo", "--seconds", "1000")
-    command.says("both ways at once")
+    command.says("both ways at once", "stdout")
     command.group(INT)
     assert command.ends(128 + INT) == {"ok": False, "phases": [], "ended_by": "SIGINT"}
 

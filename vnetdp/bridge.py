@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -10,17 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import jit, join, layout
+from vnetdp_kernels import join, layout
 
 from .backends.worker import WorkerBackend
 from .datapath import NO_LOG, NO_MEMORY, NO_TABLE, Datapath, Paced, Scratch
 from .endpoints.loopback import NullEndpoint
+from .errors import ConfigError
 from .memory import Bytes, Words
 from .notify import EventFd
 from .owned import Owned
 from .server import Server
 from .session import USUAL_PROTOCOL_FEATURES
+from .vhost_user.listener import check_free
 from .vhost_user.message import ProtocolFeature
+from .vhost_user.socket_path import check_path
+from .warmup import compile_once
 
 _LOOK_S = 0.2
 _MACS = (b"\x52\x54\x00\x12\x34\x56", b"\x52\x54\x00\x12\x34\x57")  # for guests that ask which they have
@@ -90,9 +95,17 @@ class Join(Owned):
 
 def warm_up(say: Callable[[str], None]) -> None:
     """Compile, or load from the cache, what joins two guests."""
-    if not jit.cache_is_warm(join.join):
-        say("compiling the kernel that joins two guests, once for an installation: about 20 s ...")
-    Join().close()
+    compile_once("the kernel that joins two guests", [join.join], lambda: Join().close(), say)
+
+
+def check_sockets(left: str, right: str) -> None:
+    """Raise ConfigError unless two sockets can be listened on at these paths; nothing stays behind."""
+    for path in (left, right):
+        check_path(path)
+    if os.path.realpath(left) == os.path.realpath(right):
+        raise ConfigError(f"both guests are to attach to {left}: name another socket for one of them")
+    for path in (left, right):
+        check_free(path)
 
 
 class Bridge(Join):
@@ -103,6 +116,7 @@ class Bridge(Join):
     """
 
     def __init__(self, left: str, right: str, *, queue_pairs: int = 1, poll_us: int = 0) -> None:
+        check_sockets(left, right)
         super().__init__(queue_pairs)
         with ExitStack() as stack:
             stack.callback(super().close)
@@ -153,6 +167,7 @@ class Bridge(Join):
                 "dropped_short": int(row[layout.EP_DROP_SHORT]),
                 "dropped_no_buffer": int(row[layout.EP_DROP_NO_BUFFER]),
                 "dropped_offload": int(row[layout.EP_DROP_OFFLOAD]),
+                "dropped_no_guest": int(row[layout.EP_DROP_ERROR]),  # nobody was there who receives
             }
             for name, row in zip(names, self._wire, strict=True)
         } | {"served": [server.served for server in self.servers]}

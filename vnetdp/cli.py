@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import logging
 import math
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,27 +17,10 @@ from typing import Any, NoReturn
 
 from . import commands, limits, output, signals
 from ._version import __version__
+from .endpoints.names import explained
 from .errors import ConfigError, OutputError, VnetdpError
 
 _log = logging.getLogger(__name__)
-
-_ENDPOINTS = """\
-endpoints:
-  null                        takes every frame, gives none
-  echo, macswap               send every frame back, as it came or with its addresses exchanged
-  reflect                     a host with every IPv4 address: answers ARP and ICMP echo
-  generate:size=64,rate=1M,count=100
-                              numbered frames, checked at the other end; rate: frames a second and queue, 0 (default) =
-                              as fast as the ring takes them; count: frames a queue, 0 = none (default: no end)
-  tap:NAME[,netns=NS]         a TAP interface, made if it is not there
-  pcap:IN[,OUT]               frames from one capture file, and into another
-  scapy:MODULE:CALLABLE       a Python function on Scapy packets
-  fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT
-                              any other, with faults: P of each frame is a probability from 0 to 1; eio (it is lost)
-                              and eagain (it is put off) on the way to the wire alone
-  vhost-user:SOCKET           in link, on both sides: two guests, copied once from ring to ring
-"""
-
 
 _STATUS = """\
 exit status, of every command:
@@ -84,8 +69,8 @@ def _file(text: str) -> str:
     """Refuse a file that can't be written before any work is done for it."""
     try:
         why = _why_not_written(text)
-    except OSError as e:  # too long a name, a folder that nobody lets us look into
-        why = e.strerror
+    except OSError as e:  # no folder, too long a name, a folder that nobody lets us look into
+        why = limits.of_path(text, e)
     if why:
         raise argparse.ArgumentTypeError(f"cannot write {text}: {why}")
     return text
@@ -95,15 +80,16 @@ def _why_not_written(text: str) -> str | None:
     if text == "-":
         return "standard output is closed" if sys.stdout is None else None
     path = Path(text)
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
     if path.is_dir():
-        return "it is a folder"
+        return "it is a folder: name a file"
     there = path if path.exists() else path.parent
-    if not os.access(there, os.W_OK):
-        read_only = os.statvfs(there).f_flag & os.ST_RDONLY
-        return "that file system is read-only" if read_only else "no right to write there"
-    return None
+    if not stat.S_ISDIR(path.parent.stat().st_mode):
+        code = errno.ENOTDIR
+    elif not os.access(there, os.W_OK):
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+    else:
+        return None
+    return limits.of_path(path, OSError(code, os.strerror(code)))
 
 
 def _picture(text: str) -> str:
@@ -118,10 +104,9 @@ class _Parser(argparse.ArgumentParser):
     """An error is one line: the usage is a page, and --help shows it."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse of Python 3.11.2 (Debian 12) writes to a standard error that is closed, too, and fails.
-        file = file or sys.stderr
-        if file is not None:
-            super()._print_message(message, file)
+        # argparse heeds no error; that of Python 3.11.2 (Debian 12) fails at a standard error that is closed.
+        if message:
+            (output.say if file in (None, sys.stderr) else output.tell)(message.removesuffix("\n"))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
@@ -216,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         "link",
         commands.link,
         "Join two endpoints through an emulated device and driver: LEFT is the device's, RIGHT the guest's.",
-        epilog=_ENDPOINTS,
+        epilog=explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     link.add_argument("left", metavar="LEFT")
@@ -228,14 +213,15 @@ def _parser() -> argparse.ArgumentParser:
     _polling(link)
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
                       help="hand the rings to the other owner every N ms")  # fmt: skip
-    link.add_argument("--switches", type=int, metavar="N", help="stop switching after N hand-overs (with --switch-ms)")
+    link.add_argument("--switches", type=_number(1, 1 << 62, "a count"), metavar="N",
+                      help="stop switching after N hand-overs (with --switch-ms)")  # fmt: skip
     link.add_argument("--seconds", type=_positive, help="end after so long (default: a signal ends it)")
 
     serve = command(
         "serve",
         commands.serve,
         "Be a vhost-user back end: QEMU, User Mode Linux and DPDK attach to SOCKET.",
-        epilog=_ENDPOINTS,
+        epilog=explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument("endpoint", metavar="ENDPOINT")
@@ -258,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         "drive",
         commands.drive,
         "Be a vhost-user front end: a guest's driver against any back end.",
-        epilog=_ENDPOINTS,
+        epilog=explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     drive.add_argument("endpoint", metavar="ENDPOINT")

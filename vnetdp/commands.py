@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .endpoints.names import VHOST_USER
 from .errors import ConfigError
-from .output import human, say
+from .output import human, is_same_file, say
 from .signals import Ending
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from .migration.matrix import Row
     from .migration.run import Result
 
-_VHOST_USER = "vhost-user:"
 _LOOK_S = (0.001, 0.02)  # between two looks at the frames of a link: at first, and later
 _PROGRESS_S = 10.0  # between two lines that say how far long work is
 
@@ -38,12 +39,22 @@ def _take_all_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _compile(ending: Ending) -> None:
-    """Have the kernels compiled, so that nothing waits for that later, and a signal ends it."""
+def _compile(ending: Ending, of_command: Callable[[Callable[[str], None]], object] | None = None) -> None:
+    """Have the kernels compiled, so that nothing waits for that later, and a signal ends it.
+
+    All that arguments can have wrong is refused before: it takes a minute. of_command: compiles in place of `warm_up`.
+    """
     from .warmup import warm_up
 
     with ending.compiling():
-        warm_up(say)
+        (of_command or warm_up)(say)
+
+
+def _check_report(args: argparse.Namespace, *others: Path | str) -> None:
+    """Raise ConfigError if the report would overwrite a capture, or a socket."""
+    for other in others:
+        if args.json not in (None, "-") and is_same_file(Path(args.json), Path(other)):
+            raise ConfigError(f"--json {args.json} and {other} are one file: name another for the report")
 
 
 def demo(args: argparse.Namespace, ending: Ending) -> int:
@@ -52,19 +63,27 @@ def demo(args: argparse.Namespace, ending: Ending) -> int:
     _compile(ending)
     report: dict[str, Any] = {"ok": False, "phases": []}
     with ending.reporting(lambda: report):
-        run(args.seconds, say, report)
+        run(args.seconds, human(args), report)
     return 0 if ending.finish()["ok"] else 1
 
 
 def _bridge(args: argparse.Namespace, ending: Ending) -> int:
-    from .bridge import Bridge, warm_up
+    from .bridge import Bridge, check_sockets, warm_up
     from .server import check_queue_pairs
 
-    left, right = (text.removeprefix(_VHOST_USER) for text in (args.left, args.right))
-    if not args.left.startswith(_VHOST_USER) or not args.right.startswith(_VHOST_USER):
-        raise ConfigError(
-            "vhost-user:SOCKET stands on both sides of a link, or use: vnetdp serve ENDPOINT --socket SOCKET"
-        )
+    left, right = (text.partition(":")[2] for text in (args.left, args.right))
+    for kind, other, socket in (
+        (args.left.partition(":")[0], args.left, right),
+        (args.right.partition(":")[0], args.right, left),
+    ):
+        if kind != VHOST_USER:
+            raise ConfigError(
+                f"{VHOST_USER}:SOCKET stands on both sides of a link; to serve {other} to one guest: vnetdp serve {other} "
+                f"--socket {socket or 'SOCKET'}"
+            )
+    for text, socket in ((args.left, left), (args.right, right)):
+        if not socket:
+            raise ConfigError(f"{text!r} names no socket: {VHOST_USER}:SOCKET, such as {VHOST_USER}:/tmp/net.sock")
     for option in ("datapath", "ring", "mtu", "switch_ms", "switches"):
         if getattr(args, option) is not None:
             raise ConfigError(
@@ -74,8 +93,9 @@ def _bridge(args: argparse.Namespace, ending: Ending) -> int:
     poll_us = -1 if args.poll else args.poll_us
     until = time.monotonic() + args.seconds if args.seconds else math.inf
     check_queue_pairs(args.queue_pairs)
-    with ending.compiling():
-        warm_up(say)
+    check_sockets(left, right)
+    _check_report(args, left, right)
+    _compile(ending, warm_up)
     with (
         Bridge(left, right, queue_pairs=args.queue_pairs, poll_us=poll_us) as bridge,
         ending.at_work(bridge.report, lambda report: _print_bridge(report, human(args))),
@@ -88,21 +108,33 @@ def _bridge(args: argparse.Namespace, ending: Ending) -> int:
 
 def _print_bridge(report: dict[str, Any], tell: Callable[[str], None]) -> None:
     for name in ("left_to_right", "right_to_left"):
-        tell(f"{name.replace('_', ' ')}: {counted(report[name]['packets'], 'packet')}")
+        dropped = [
+            f"{count:,} {key.removeprefix('dropped_')}"
+            for key, count in report[name].items()
+            if key.startswith("dropped_") and count
+        ]
+        tell(f"{name.replace('_', ' ')}: {counted(report[name]['packets'], 'packet')}"
+             + (f", dropped: {', '.join(dropped)}" if dropped else ""))  # fmt: skip
 
 
 def link(args: argparse.Namespace, ending: Ending) -> int:
-    if _VHOST_USER in (args.left[: len(_VHOST_USER)], args.right[: len(_VHOST_USER)]):
+    if VHOST_USER in (text.partition(":")[0] for text in (args.left, args.right)):
         return _bridge(args, ending)
     if args.switches is not None and args.switch_ms is None:
         raise ConfigError("--switches goes with --switch-ms, which says how often")
     from .endpoints.spec import endpoint_opener
-    from .link import Link
+    from .link import Link, check_datapath
 
     # Both are read before either is opened, and both are opened before a capture is overwritten, which neither may read.
     openers = [endpoint_opener(text, args.queue_pairs) for text in (args.left, args.right)]
+    if openers[0].tap is not None and openers[0].tap == openers[1].tap:
+        raise ConfigError(
+            f"both ends of the link are the interface {openers[0].tap[0]}: name another one for either end"
+        )
     with ExitStack() as stack:
         left, right = (stack.enter_context(opener()) for opener in openers)
+        check_datapath(args.datapath or "vhost", left)
+        _check_report(args, *left.files, *right.files)
         for end, other in ((left, right), (right, left)):
             end.open_sink(other.files)
         _compile(ending)
@@ -166,14 +198,18 @@ def serve(args: argparse.Namespace, ending: Ending) -> int:
     from .features import parse, with_needs
     from .server import Server
     from .session import USUAL_PROTOCOL_FEATURES
+    from .vhost_user.dial import why_not_there
+    from .vhost_user.listener import check_free
     from .vhost_user.message import ProtocolFeature
 
     _take_all_descriptors()
     features = None if args.features is None else with_needs(parse(args.features))
     known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
     protocol_features = parse(args.protocol_features, known, USUAL_PROTOCOL_FEATURES)
+    (why_not_there if args.connect else check_free)(args.socket)
     with ExitStack() as stack:
         endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
+        _check_report(args, *endpoint.files, args.socket)
         _compile(ending)
         server = stack.enter_context(
             Server(
@@ -198,8 +234,9 @@ def serve(args: argparse.Namespace, ending: Ending) -> int:
             }
 
         with ending.at_work(report, lambda report: _print_served(report, human(args))):
-            say(f"serving {args.endpoint} {'to' if args.connect else 'on'} {args.socket}; ^C or SIGTERM ends it")
-            server.run(ending.asked.is_set, ending.fileno())
+            begins = f"connecting to {args.socket}" if args.connect else f"serving {args.endpoint} on {args.socket}"
+            say(f"{begins}; ^C or SIGTERM ends it")
+            server.run(ending.asked.is_set, ending.fileno(), say)
     return _status(ending.finish(partial(_add_failures, ends=(endpoint,))))
 
 
@@ -213,6 +250,8 @@ def drive(args: argparse.Namespace, ending: Ending) -> int:
     from .drive import drive
     from .endpoints.spec import parse_endpoint
     from .features import parse, with_needs
+    from .vhost_user.dial import why_not_there
+    from .vhost_user.listener import check_free
 
     spec = args.endpoint
     if args.count is not None:
@@ -220,7 +259,10 @@ def drive(args: argparse.Namespace, ending: Ending) -> int:
         if kind != "generate":
             raise ConfigError("--count goes with the endpoint generate")
         spec = f"{kind}:{options + ',' if options else ''}count={args.count}"
+    features = None if args.features is None else with_needs(parse(args.features))
+    (check_free if args.listen else why_not_there)(args.socket)
     with parse_endpoint(spec, args.queue_pairs) as endpoint:
+        _check_report(args, *endpoint.files, args.socket)
         _compile(ending)
         drive(
             endpoint,
@@ -230,7 +272,7 @@ def drive(args: argparse.Namespace, ending: Ending) -> int:
             listen=args.listen,
             queue_pairs=args.queue_pairs,
             num=args.ring,
-            features=None if args.features is None else with_needs(parse(args.features)),
+            features=features,
             mtu=args.mtu,
             wait_s=args.wait,
             seconds=args.seconds,
@@ -321,7 +363,7 @@ def doctor(args: argparse.Namespace, ending: Ending) -> int:
 
 def migrate(args: argparse.Namespace, ending: Ending) -> int:
     from .migration.host import Orders
-    from .migration.machine import MachineConfig, check_endpoint
+    from .migration.machine import MachineConfig, check_endpoints
     from .migration.run import Couple
 
     config = MachineConfig(
@@ -344,8 +386,7 @@ def migrate(args: argparse.Namespace, ending: Ending) -> int:
     source = Orders(faults=here, changes=changes, churn=args.churn or "", check=not args.no_check)
     results: list[Result] = []
     there_endpoint = args.target_endpoint or args.endpoint
-    for endpoint in (args.endpoint, there_endpoint):
-        check_endpoint(endpoint)
+    check_endpoints(args.endpoint, there_endpoint, args.queue_pairs, say)
     _compile(ending)
     with (
         Couple() as couple,

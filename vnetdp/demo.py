@@ -17,14 +17,12 @@ from .driver import Driver, memory_for
 from .endpoints.loopback import GenerateEndpoint, drained
 from .migration.machine import MachineConfig
 from .migration.run import Couple, Result
-from .warmup import warm_up
 
 _FRAME_LEN = 64
 
 
 def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> None:
-    """Run each phase for *seconds*; fill in the report that `vnetdp demo --json` writes."""
-    warm_up(say)
+    """Run each phase for *seconds*, and *say* what came of it; fill in the report that `vnetdp demo --json` writes."""
     faults = Faults()
     phases: list[dict[str, Any]] = report["phases"]
     with ExitStack() as stack:

@@ -181,10 +181,12 @@ def _cache() -> Check:
     folder = cache.writable()
     trouble = cache.trouble()
     if jit.cache_is_warm(loops.serve) and jit.cache_is_warm(loops.drive):
-        return Check("numba cache", True, True, f"warm, in {jit.found(loops.serve)}", trouble if folder is None else "")
+        # That it can't be written to matters to the next version only.
+        found = jit.found(loops.serve)
+        return Check("numba cache", True, True, f"warm, in {found}", cache.passed_over(found))
     if folder is None:
         return Check("numba cache", False, False, "cold, and there is no folder for it: each run compiles", trouble)
-    cold = f"cold, in {folder.path}: the next command compiles first, some 20 s"
+    cold = f"cold, in {folder.path}: the next command compiles first, for some 30 s of one core"
     return Check("numba cache", True, True, cold, trouble or _cache_advice(folder.path))
 
 

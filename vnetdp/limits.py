@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shlex
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,11 +37,57 @@ def fault(error: BaseException) -> str:
             "nothing may make executable memory here, which compiled kernels take: allow it (systemd: "
             "MemoryDenyWriteExecute=no; SELinux: the permission execmem; or what a seccomp filter does to mprotect)"
         )
+    if isinstance(error.filename, str | bytes):
+        path = os.fsdecode(error.filename)
+        return f"{path}: {of_path(path, error)}"
     text = error.strerror or str(error)
-    if error.filename is not None:
-        text = f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {text}"
     step = _next_step(error)
     return f"{_first_line(text)}: {step}" if step else _first_line(text) + _if_memory_is_limited()
+
+
+def of_path(path: str | Path, error: OSError | ValueError) -> str:
+    """Return why nothing can be done with the file *path*: the error, which part of the path it is about, the next step."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return _first_line(error)  # such as a null byte in its name
+    step = _step_for_path(Path(path), error.errno) or _next_step(error)
+    return f"{error.strerror}: {step}" if step else _first_line(error.strerror) + _if_memory_is_limited()
+
+
+def _step_for_path(path: Path, code: int | None) -> str:
+    parents = list(reversed(path.parents))
+    try:
+        match code:
+            case errno.ENOENT:
+                missing = next((parent for parent in parents if not parent.exists()), None)
+                if missing is None:
+                    return "name a file that is there"
+                return f"there is no folder {missing}: mkdir -p {shlex.quote(str(path.parent))}"
+            case errno.ENOTDIR:
+                return next(
+                    (f"{parent} is not a folder: take another path" for parent in parents if not parent.is_dir()), ""
+                )
+            case errno.EISDIR:
+                return "it is a folder: name a file"
+            case errno.EACCES | errno.EPERM:
+                return _who_may(path)
+            case errno.ENAMETOOLONG:
+                longest = max(len(os.fsencode(part)) for part in path.parts)
+                return f"a name in it has {longest} bytes, and may have 255: take a shorter one"
+    except OSError:
+        pass
+    return ""
+
+
+def _who_may(path: Path) -> str:
+    """Return who has the right that was missing, to a folder on the way to *path*, or to *path*."""
+    parents = list(reversed(path.absolute().parents))
+    barred = next((parent for parent in parents if not os.access(parent, os.X_OK)), None)
+    there = barred or (path if os.path.lexists(path) else parents[-1])
+    status = there.stat()
+    return (
+        f"{there} belongs to user {status.st_uid}, with mode {stat.S_IMODE(status.st_mode):04o}, and this is user "
+        f"{os.geteuid()}: take another path, or have the right given (chmod)"
+    )
 
 
 def _next_step(error: OSError) -> str:

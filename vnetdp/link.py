@@ -27,6 +27,16 @@ _PATIENCE_S = 5.0
 DATAPATHS = ("userspace", "vhost", "vhost-process")
 
 
+def check_datapath(datapath: str, left: Endpoint) -> None:
+    """Raise ConfigError if the device's rings can't be served so."""
+    if datapath not in DATAPATHS:
+        raise ConfigError(f"datapath {datapath!r} is not one of {', '.join(DATAPATHS)}")
+    if datapath == "vhost-process" and left.kind == layout.KIND_PYTHON:
+        raise ConfigError(
+            f"{left.name} runs in Python, in this process: a worker process can't serve it; take --datapath vhost"
+        )
+
+
 class Link(Owned):
     """A device over *left* and a driver over *right*, each in a thread, sharing guest memory.
 
@@ -46,10 +56,7 @@ class Link(Owned):
         mtu: int | None = None,
         switchable: bool = False,
     ) -> None:
-        if datapath not in DATAPATHS:
-            raise ConfigError(f"datapath {datapath!r} is not one of {', '.join(DATAPATHS)}")
-        if datapath == "vhost-process" and left.kind == layout.KIND_PYTHON:
-            raise ConfigError(f"{left.name} runs in Python, in this process: a worker process can't serve it")
+        check_datapath(datapath, left)
         with ExitStack() as stack:
             self.memory = stack.enter_context(memory_for(queue_pairs, num))
             self.worker: Worker | WorkerProcess | None = None

@@ -46,7 +46,7 @@ def say(text: str) -> None:
 def tell(text: str) -> None:
     """Print *text* on standard output. If it can't be, the work goes on, and `flush` says so."""
     with _kept_back():
-        print(text)
+        print(text, flush=True)
 
 
 @contextmanager
@@ -113,3 +113,10 @@ def write_json(path: str, report: dict[str, Any]) -> None:
 def json_writer(args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
     """Return what writes a report as --json asks for it."""
     return lambda report: write_json(args.json, report) if args.json else None
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """True if what one writes the other would overwrite; /dev/null takes any number."""
+    if not path.exists():
+        return path.resolve() == other.resolve()
+    return path.is_file() and other.exists() and path.samefile(other)

@@ -32,6 +32,7 @@ _log = logging.getLogger("vnetdp.server")
 
 _MESSAGE_TIMEOUT_S = 5.0  # for the rest of a message that has begun
 _BACKOFF_S = (0.05, 2.0)  # first and longest wait after an attempt that came to nothing
+_ANSWER_S = 1.0  # after which it is said what is waited for
 _SHORT_S = 1.0  # a session that ends sooner came to nothing too
 
 
@@ -108,15 +109,16 @@ class Server(Owned):
         self.worker = self._own_worker
         before.close()
 
-    def run(self, stop: Callable[[], bool], wake_fd: int) -> None:
+    def run(self, stop: Callable[[], bool], wake_fd: int, say: Callable[[str], None] = _log.warning) -> None:
         """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked.
 
+        With `connect`, *say* is told what keeps us from a front end, and that one is served once we are connected.
         ConfigError if there never was a front end, and there never will be one at *path*. VnetdpError if a worker that was
         given has ended by itself; our own is made anew for the next front end.
         """
         self.check_maker()
         backoff = _BACKOFF_S[0]
-        said = ""
+        said, serving, alone_since = "", False, time.monotonic()
         while not stop():
             began = time.monotonic()
             failed = False
@@ -124,28 +126,24 @@ class Server(Owned):
                 self._renew_worker()
                 transport = self._accept(wake_fd) if self._listener is not None else Transport(dial(self.path))
                 if transport is not None:
-                    said = ""
+                    if self.connect and not serving:
+                        say(f"serving {self.endpoint.name} to {self.path}")
+                    said, serving = "", True
                     self._serve(transport, stop, wake_fd)
-            except (NobodyYetError, OSError) as e:
-                failed = True
-                if not isinstance(e, NobodyYetError):
-                    said = self._tell_once(said, str(e))
-            except ConfigError as e:
-                if not self.connect or not self.served:
+                    alone_since = time.monotonic()
+            except (NobodyYetError, ConfigError, OSError) as e:
+                if isinstance(e, ConfigError) and not (self.connect and self.served):
                     raise
                 failed = True
-                said = self._tell_once(said, str(e))
+                patient = isinstance(e, NobodyYetError) and time.monotonic() - alone_since < _ANSWER_S
+                if not patient and str(e) != said:
+                    said, serving = str(e), False
+                    say(f"{self.path}: no front end: {said}; trying again")
             if failed or (self.connect and time.monotonic() - began < _SHORT_S):
                 ready_of({wake_fd: select.POLLIN}, backoff)
                 backoff = min(backoff * 2, _BACKOFF_S[1])
             else:
                 backoff = _BACKOFF_S[0]
-
-    def _tell_once(self, said: str, trouble: str) -> str:
-        """Log what keeps front ends away, unless it was *said*; return it."""
-        if trouble != said:
-            _log.warning("%s: no front end: %s; trying again", self.path, trouble)
-        return trouble
 
     def _accept(self, wake_fd: int) -> Transport | None:
         """Wait for a front end; None if *wake_fd* became readable."""

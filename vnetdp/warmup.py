@@ -6,9 +6,10 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,32 +21,39 @@ from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.loopback import NullEndpoint
 
+Say = Callable[[str], None]
+
 _LOOPS = (loops.serve, loops.drive)
 _LOCK = "compiling.lock"
 _log = logging.getLogger(__name__)
 
 
-def warm_up(say: Callable[[str], None] | None = None) -> float:
+def warm_up(say: Say | None = None) -> float:
     """Compile, or load from the cache, what a device and a driver run; return the seconds it took.
 
-    *say* is told only if there is something to wait for.
+    *say* is told only if there is something to wait for, or if NUMBA_CACHE_DIR names a folder that can't be used.
     """
+    return compile_once("the kernels", _LOOPS, _run_all, say)
+
+
+def compile_once(what: str, loops: Sequence[Callable[..., Any]], run: Callable[[], None], say: Say | None) -> float:
+    """Have *run* compile, or load from the cache, *loops* and all that they call; return the seconds it took."""
     began = time.perf_counter()
-    if _cold():
+    if not _warm(loops):
         with _one_at_a_time(say):
-            _load(say)
+            _load(what, loops, run, say)
     else:
-        _wait_for_the_rest(say)
-        _load(say)
+        _wait_for_the_rest(loops[0], say)
+        _load(what, loops, run, say)
     return time.perf_counter() - began
 
 
-def _cold() -> bool:
-    return not all(jit.cache_is_warm(loop) for loop in _LOOPS)
+def _warm(loops: Sequence[Callable[..., Any]]) -> bool:
+    return all(jit.cache_is_warm(loop) for loop in loops)
 
 
 @contextmanager
-def _one_at_a_time(say: Callable[[str], None] | None = None) -> Iterator[None]:
+def _one_at_a_time(say: Say | None = None) -> Iterator[None]:
     """Have processes that start together compile once: the others wait, and then load what the first one made.
 
     The lock only saves work: where it can't be had, each compiles.
@@ -61,9 +69,9 @@ def _one_at_a_time(say: Callable[[str], None] | None = None) -> Iterator[None]:
         yield
 
 
-def _wait_for_the_rest(say: Callable[[str], None] | None) -> None:
+def _wait_for_the_rest(loop: Callable[..., Any], say: Say | None) -> None:
     """Wait while another command compiles: of all that is compiled, the loops are not the last."""
-    folder = jit.found(loops.serve)
+    folder = jit.found(loop)
     if folder is None:
         return  # loaded, or never compiled
     path = folder / _LOCK
@@ -75,7 +83,7 @@ def _wait_for_the_rest(say: Callable[[str], None] | None) -> None:
             os.close(fd)
 
 
-def _lock(fd: int, kind: int, path: Path, say: Callable[[str], None] | None) -> None:
+def _lock(fd: int, kind: int, path: Path, say: Say | None) -> None:
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -84,13 +92,27 @@ def _lock(fd: int, kind: int, path: Path, say: Callable[[str], None] | None) -> 
         fcntl.flock(fd, kind)
 
 
-def _load(say: Callable[[str], None] | None) -> None:
-    began = time.perf_counter()
-    cold = _cold()
-    if cold:
-        limits.check_memory(to_compile=True)
-    if cold and say:
-        say("compiling the kernels, once for an installation: about 20 s, a minute on a busy machine ...")
+def _load(what: str, loops: Sequence[Callable[..., Any]], run: Callable[[], None], say: Say | None) -> None:
+    if _warm(loops):
+        if say and (trouble := cache.passed_over(jit.found(loops[0]))):
+            say(trouble)
+        run()
+        return
+    limits.check_memory(to_compile=True)
+    began, before = time.perf_counter(), cache.trouble()
+    if before:
+        _log.warning("%s", before)
+    if say:
+        often = "at each start" if cache.writable() is None else "once for an installation"
+        say(f"compiling {what}, {often}: it takes some 30 s of one core ...")
+    run()
+    if say:
+        say(f"compiled in {time.perf_counter() - began:.1f} s")
+    if (after := cache.trouble()) != before:  # no room, which shows when it is written
+        _log.warning("%s", after)
+
+
+def _run_all() -> None:
     with (
         memory_for(num=2) as memory,
         NullEndpoint() as left,
@@ -103,7 +125,3 @@ def _load(say: Callable[[str], None] | None) -> None:
         driver.check_adopted(memory.end)
         verbs.check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
         guest.mark_dirty(NO_LOG, 0, 1)
-    if cold and say:
-        say(f"compiled in {time.perf_counter() - began:.1f} s")
-    if cold and (trouble := cache.trouble()):
-        _log.warning("%s", trouble)

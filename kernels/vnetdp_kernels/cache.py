@@ -154,15 +154,27 @@ def writable() -> Folder | None:
 
 def trouble() -> str:
     """Say why compiled kernels are not kept, or not where NUMBA_CACHE_DIR has them, and what to do; "" if all is well."""
+    writable()
     found = [folder.path for folder in folders()]
-    why = [f"{path}: {failures[path].strerror or failures[path]}" for path in found if path in failures]
-    if len(why) == len(found):
+    if all(path in failures for path in found):
+        why = "; ".join(f"{path}: {failures[path].strerror or failures[path]}" for path in found)
         fix = "let NUMBA_CACHE_DIR name a folder that you may write into, with 10 MB of room"
-        return f"compiled kernels can't be kept, so each run compiles them anew; {fix} ({'; '.join(why)})"
-    if config.CACHE_DIR and found[0] in failures:
-        kept = next(path for path in found if path not in failures)
-        return f"NUMBA_CACHE_DIR can't be used, so compiled kernels are kept in {kept} ({why[0]})"
-    return ""
+        return f"compiled kernels can't be kept, so each run compiles them anew; {fix} ({why})"
+    return passed_over()
+
+
+def passed_over(found: Path | None = None) -> str:
+    """Say that NUMBA_CACHE_DIR can't be used, why, and which folder is in its place; "" if it can, or is not set.
+
+    *found*: the folder that compiled kernels are loaded from, if there is one.
+    """
+    first, *others = (folder.path for folder in folders())
+    if not config.CACHE_DIR or not others:
+        return ""
+    why = f"{first}: {failures[first].strerror or failures[first]}"
+    kept = next((path for path in others if path not in failures), others[0])
+    instead = f"kept in {kept}" if found is None else f"taken from {found}"
+    return f"NUMBA_CACHE_DIR can't be used, so compiled kernels are {instead} ({why})"
 
 
 class KernelCache:

@@ -10,6 +10,7 @@ from .layout import (
     CTL_DOORBELL,
     CTL_PASSES,
     CTL_SLEEPS,
+    EP_DROP_ERROR,
     LOOP_BROKEN,
     LOOP_CONTROL,
     VQ_BOUND,
@@ -61,6 +62,7 @@ def _one_way(
         return 0
     if not txq[VQ_ENABLED] or not _usable(rxq):
         moved = discard_transmitq(mem, txq, log, BATCH)
+        ep[EP_DROP_ERROR] += moved
     else:
         moved = forward(
             mem, regions, txq, log, rows, to_mem, to_regions, rxq, to_log, iov, chains, ep, hdr, held, BATCH

@@ -94,8 +94,12 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     missing = tmp_path / "none" / "x.pcap"
     cases: list[tuple[Path | None, Path | None, str]] = [
         (None, None, "pcap: neither a capture to read nor one to write"),
-        (missing, None, f"pcap: cannot read {missing}: No such file or directory"),
-        (tmp_path, None, f"pcap: {tmp_path} is not a regular file"),
+        (
+            missing,
+            None,
+            f"pcap: cannot read {missing}: No such file or directory: there is no folder {missing.parent}: ",
+        ),
+        (tmp_path, None, f"pcap: {tmp_path} is a folder: name a capture file in it"),
         (tmp_path / "fifo", None, f"pcap: {tmp_path / 'fifo'} is not a regular file"),
         (good, missing, f"pcap: cannot write {missing}: No such file or directory"),
         (good, tmp_path, f"pcap: cannot write {tmp_path}: Is a directory"),

@@ -31,7 +31,7 @@ def serve(dpdk: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
                 folder = tmp_path_factory.mktemp("serve")
                 args = ["serve", endpoint, "--socket", str(folder / "s"), "--queue-pairs", "2"]
                 command = stack.enter_context(Command(folder, "serve", *args, *(["--connect"] if connect else [])))
-                command.wait_until_it_says("serving")
+                command.wait_until_it_says("connecting" if connect else "serving")
                 running[endpoint, connect] = command, folder / "s"
             return running[endpoint, connect]
 

@@ -302,7 +302,7 @@ def test_it_ends_while_a_call_waits_for_ever(tmp_path: Path) -> None:
 
 def test_it_ends_while_it_looks_for_a_front_end(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    with up(tmp_path, "--connect") as back_end, socket.socket(socket.AF_UNIX) as listener:
+    with supervised(tmp_path, "--connect") as back_end, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1)
         assert select.select([listener], [], [], PATIENCE)[0]

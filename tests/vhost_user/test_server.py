@@ -112,7 +112,7 @@ def test_a_command_offers_what_its_option_says(
 ) -> None:
     ran: list[ProtocolFeature] = []
 
-    def run(self: Server, stop: Callable[[], bool], wake_fd: int) -> None:
+    def run(self: Server, stop: Callable[[], bool], wake_fd: int, _say: object) -> None:
         def look() -> None:
             ran.append(offered(self.path))
             os.kill(os.getpid(), signal.SIGTERM)

@@ -19,6 +19,7 @@ from vnetdp_kernels import capture as cap
 from vnetdp_kernels import layout
 
 from ..errors import EndpointError
+from ..limits import of_path
 from ..memory import Bytes, Words
 
 _PIECE: Final = 1 << 16  # bytes that are unzipped at once
@@ -240,7 +241,7 @@ class CaptureReader:
             self._has(_SECTION_HEADER_LEN)
         except (OSError, EOFError, zlib.error) as e:
             if isinstance(e, OSError) and e.errno:
-                raise EndpointError(f"pcap: cannot read {self.path}: {e.strerror}") from e
+                raise EndpointError(f"pcap: cannot read {self.path}: {of_path(self.path, e)}") from e
             raise none from e
         start = self.data[: int(self.state[cap.END])][:_SECTION_HEADER_LEN].tobytes()
         if start[:4] == _SECTION_HEADER and len(start) == _SECTION_HEADER_LEN:
@@ -342,14 +343,17 @@ def _read_only(array: Bytes) -> Bytes:
 def _open(path: Path, state: Words) -> _Input:
     """Open a capture; state[AT] and state[END] say what of it is there already."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise EndpointError(f"pcap: {path} is a folder: name a capture file in it")
+        if not stat.S_ISREG(mode):
             raise EndpointError(
                 f"pcap: {path} is not a regular file: read from a copy of it, as `cat {path} >capture` makes one"
             )
         # Should a FIFO have taken its place since, it is not waited for.
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     except (OSError, ValueError) as e:
-        raise EndpointError(f"pcap: cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise EndpointError(f"pcap: cannot read {path}: {of_path(path, e)}") from e
     try:
         if file.peek(2)[:2] == b"\x1f\x8b":
             return _Stream(gzip.GzipFile(fileobj=file), file)
@@ -362,4 +366,4 @@ def _open(path: Path, state: Words) -> _Input:
         return mapped
     except OSError as e:
         file.close()
-        raise EndpointError(f"pcap: cannot read {path}: {e.strerror}") from e
+        raise EndpointError(f"pcap: cannot read {path}: {of_path(path, e)}") from e

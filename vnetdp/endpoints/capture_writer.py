@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import EndpointError
+from ..limits import of_path
 
 _SNAPLEN: Final = 262144  # tcpdump's
 _ETHERNET: Final = 1
@@ -135,4 +136,4 @@ class CaptureWriter:
 def _cannot_write(path: Path, error: OSError | ValueError) -> EndpointError:
     if getattr(error, "errno", None) == errno.ENXIO and path.is_fifo():
         return EndpointError(f"pcap: nobody reads the FIFO {path}: start its reader first")
-    return EndpointError(f"pcap: cannot write {path}: {getattr(error, 'strerror', None) or error}")
+    return EndpointError(f"pcap: cannot write {path}: {of_path(path, error)}")

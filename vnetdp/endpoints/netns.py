@@ -11,11 +11,26 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import EndpointError
+from ..limits import of_path
 
 T = TypeVar("T")
 
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _path(netns: str) -> str:
+    return netns if "/" in netns else f"/run/netns/{netns}"
+
+
+def identity(netns: str | None = None) -> object:
+    """Return what is the same for all names of a network namespace, None being ours, and for no other namespace."""
+    path = "/proc/thread-self/ns/net" if netns is None else _path(netns)
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return path  # it is not there
+    return status.st_dev, status.st_ino
 
 
 def run_in(netns: str, function: Callable[[], T]) -> T:
@@ -24,13 +39,13 @@ def run_in(netns: str, function: Callable[[], T]) -> T:
     It runs in a thread of its own that ends with it, so the caller's namespace never changes. What it opens
     stays in the namespace that it was opened in.
     """
-    path = netns if "/" in netns else f"/run/netns/{netns}"
+    path = _path(netns)
     try:
         handle = Path(path).open("rb")  # noqa: SIM115 - closed below
     except FileNotFoundError as e:
         raise EndpointError(f"no network namespace {netns}: make it with: sudo ip netns add {netns}") from e
     except OSError as e:
-        raise EndpointError(f"cannot open network namespace {path}: {e.strerror}") from e
+        raise EndpointError(f"cannot open network namespace {path}: {of_path(path, e)}") from e
 
     with handle:
         return run_inside(handle.fileno(), netns, function)

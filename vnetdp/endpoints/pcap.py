@@ -13,6 +13,7 @@ from vnetdp_kernels import layout
 from ..errors import EndpointError, reason
 from ..memory import Words
 from ..notify import EventFd
+from ..output import is_same_file
 from .base import PYTHON_SLOTS, Endpoint
 from .capture_reader import CaptureReader, foreign, frame_at
 from .capture_writer import CaptureWriter
@@ -68,7 +69,7 @@ class PcapEndpoint(Endpoint):
     def open_sink(self, others: Sequence[Path] = ()) -> None:
         if self._sink is None or self._writer is not None:
             return
-        if any(_is_same_file(self._sink, other) for other in (*others, *([self._source] if self._source else []))):
+        if any(is_same_file(self._sink, other) for other in (*others, *([self._source] if self._source else []))):
             raise EndpointError(
                 f"pcap: {self._sink} is both read and written, or written twice: name another file to write"
             )
@@ -185,10 +186,3 @@ class PcapEndpoint(Endpoint):
             self._writer.abandon()
             self._writer = None
         super().leave_to_parent()
-
-
-def _is_same_file(path: Path, other: Path) -> bool:
-    """True if what one writes the other would overwrite; /dev/null takes any number."""
-    if not path.exists():
-        return path.resolve() == other.resolve()
-    return path.is_file() and other.exists() and path.samefile(other)

@@ -8,18 +8,31 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
+from inspect import isroutine
 from pathlib import Path
-from typing import Any, Final
+from types import ModuleType
+from typing import Any, Final, NoReturn
 
 from ..errors import ConfigError
 from .base import Endpoint
 from .loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint, ReflectEndpoint
+from .names import KNOWN, VHOST_USER
 
+_SHOWN: Final = 8  # functions of a module, in an error
 _SUFFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 
-Opener = Callable[[], Endpoint]
+@dataclass(frozen=True)
+class Opener:
+    """Opens an endpoint when it is called. tap: the interface, and the namespace, that it will have; None if none."""
+
+    open: Callable[[], Endpoint]
+    tap: tuple[str, object] | None = None
+
+    def __call__(self) -> Endpoint:
+        return self.open()
 
 
 def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
@@ -40,16 +53,15 @@ def endpoint_opener(text: str, queues: int = 1) -> Opener:
     """
     kind, _, rest = text.partition(":")
     if kind not in _KINDS:
-        known = ", ".join(syntax for syntax, _ in _KINDS.values())
-        raise ConfigError(f"unknown endpoint {text!r}; known are {known}")
-    return _KINDS[kind][1](rest, queues)
+        raise ConfigError(f"unknown endpoint {text!r}; known are {KNOWN}")
+    return _KINDS[kind](rest, queues)
 
 
 def _plain(endpoint: type[Endpoint]) -> Callable[[str, int], Opener]:
     def make(rest: str, queues: int) -> Opener:
         if rest:
             raise ConfigError(f"{endpoint.name} takes no options, but got {rest!r}")
-        return partial(endpoint, queues)
+        return Opener(partial(endpoint, queues))
 
     return make
 
@@ -57,16 +69,18 @@ def _plain(endpoint: type[Endpoint]) -> Callable[[str, int], Opener]:
 def _generate(rest: str, queues: int) -> Opener:
     options = _options("generate", _parts(rest), {"size": _whole, "rate": _number, "count": _whole})
     GenerateEndpoint.check(**options)
-    return partial(GenerateEndpoint, queues, **options)
+    return Opener(partial(GenerateEndpoint, queues, **options))
 
 
 def _tap(rest: str, queues: int) -> Opener:
+    from .netns import identity
     from .tap import TapEndpoint
 
     name, *options = _parts(rest)
     if not name:
         raise ConfigError("tap: an interface has to be named: tap:NAME[,netns=NS]")
-    return partial(TapEndpoint, name, queues, **_options("tap", options, {"netns": str}))
+    found = _options("tap", options, {"netns": str})
+    return Opener(partial(TapEndpoint, name, queues, **found), (name, identity(**found)))
 
 
 def _pcap(rest: str, queues: int) -> Opener:
@@ -83,7 +97,7 @@ def _pcap(rest: str, queues: int) -> Opener:
             f"pcap: {rest} is a file: pcap:{rest.replace(',', ',,')} names it; to overwrite {sinks[0]}, name that "
             f"./{sinks[0]}"
         )
-    return partial(PcapEndpoint, source or None, "".join(sinks) or None, queues, sink_later=True)
+    return Opener(partial(PcapEndpoint, source or None, "".join(sinks) or None, queues, sink_later=True))
 
 
 def _scapy(rest: str, queues: int) -> Opener:
@@ -99,20 +113,34 @@ def _scapy(rest: str, queues: int) -> Opener:
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as e:
-        raise ConfigError(f"scapy: cannot import {module}: {type(e).__name__}: {e}") from e
+        where = f" (looked for in {here} and PYTHONPATH)" if isinstance(e, ModuleNotFoundError) else ""
+        raise ConfigError(f"scapy: cannot import {module}: {type(e).__name__}: {e}{where}") from e
     try:
         function = reduce(getattr, name.split("."), found)
     except AttributeError as e:
-        raise ConfigError(f"scapy: module {module} has no {name}") from e
+        raise ConfigError(f"scapy: module {module} has no {name}; {_callables(found)}") from e
     if not callable(function):
-        raise ConfigError(f"scapy: {module}:{name} is no callable that takes a packet")
+        kind = type(function).__name__
+        raise ConfigError(f"scapy: {module}:{name} is no callable, but of type {kind}; {_callables(found)}")
 
     def make() -> Endpoint:
         endpoint = ScapyEndpoint(function, queues)
         endpoint.name = f"scapy:{rest}"
         return endpoint
 
-    return make
+    return Opener(make)
+
+
+def _callables(module: ModuleType) -> str:
+    """Return which functions *module* has, and where it is: another one than was meant may have its name."""
+    own = sorted(
+        name
+        for name, value in vars(module).items()
+        if isroutine(value) and not name.startswith("_") and value.__module__ == module.__name__
+    )
+    where = getattr(module, "__file__", None) or module.__name__
+    more = f" and {len(own) - _SHOWN} more" if len(own) > _SHOWN else ""
+    return f"the functions of {where} are {', '.join(own[:_SHOWN]) or 'none'}{more}"
 
 
 def _fault(rest: str, queues: int) -> Opener:
@@ -134,19 +162,27 @@ def _fault(rest: str, queues: int) -> Opener:
             inner.close()
             raise
 
-    return make
+    return Opener(make, open_inner.tap)
 
 
-_KINDS: Final[dict[str, tuple[str, Callable[[str, int], Opener]]]] = {
-    "null": ("null", _plain(NullEndpoint)),
-    "echo": ("echo", _plain(EchoEndpoint)),
-    "macswap": ("macswap", _plain(MacswapEndpoint)),
-    "reflect": ("reflect", _plain(ReflectEndpoint)),
-    "generate": ("generate[:size=64,rate=1M,count=10k]", _generate),
-    "tap": ("tap:NAME[,netns=NS]", _tap),
-    "pcap": ("pcap:IN[,OUT]", _pcap),
-    "scapy": ("scapy:MODULE:CALLABLE", _scapy),
-    "fault": ("fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT", _fault),
+def _vhost_user(rest: str, _queues: int) -> NoReturn:
+    raise ConfigError(
+        f"{VHOST_USER}:SOCKET stands in link, on both sides; to serve one guest: vnetdp serve ENDPOINT --socket "
+        f"{rest or 'SOCKET'}"
+    )
+
+
+_KINDS: Final[dict[str, Callable[[str, int], Opener]]] = {
+    "null": _plain(NullEndpoint),
+    "echo": _plain(EchoEndpoint),
+    "macswap": _plain(MacswapEndpoint),
+    "reflect": _plain(ReflectEndpoint),
+    "generate": _generate,
+    "tap": _tap,
+    "pcap": _pcap,
+    "scapy": _scapy,
+    "fault": _fault,
+    VHOST_USER: _vhost_user,
 }
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from vnetdp_kernels import layout
 
@@ -27,7 +28,8 @@ from ..device import NetDevice
 from ..driver import Driver, driver_block, memory_for
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import EchoEndpoint, GenerateEndpoint, Ledger
-from ..endpoints.spec import parse_endpoint
+from ..endpoints.netns import identity
+from ..endpoints.spec import Opener, endpoint_opener, parse_endpoint
 from ..errors import ConfigError
 from ..memory import GuestMemory, Region, SharedBlock
 from ..owned import Owned
@@ -88,13 +90,39 @@ class _Numbered(GenerateEndpoint):
     vnet_hdr = True
 
 
-def check_endpoint(text: str) -> None:
-    """Raise ConfigError if a machine that is to migrate can't have the endpoint that *text* spells."""
+def check_endpoints(source: str, target: str, pairs: int, say: Callable[[str], None]) -> None:
+    """Raise ConfigError or EndpointError if no two machines can have these endpoints, found out by trying.
+
+    *say* is told if a TAP is in no bridge: where the guest has moved to, its frames would not follow.
+    """
+    openers = [_opener(text, pairs) for text in (source, target)]
+    taps = [opener.tap for opener in openers]
+    if taps[0] is not None and taps[0] == taps[1]:
+        raise ConfigError(
+            f"tap:{taps[0][0]}: source and destination need a TAP each, both in one bridge: name the destination's by "
+            "--target-endpoint tap:NAME"
+        )
+    with ExitStack() as tried:
+        for opener in openers if source != target else openers[:1]:
+            tried.enter_context(opener())
+        ours = [tap[0] for tap in taps if tap is not None and tap[1] == identity()]
+    multi_queue = " multi_queue" if pairs > 1 else ""
+    for name in ours:
+        if not (Path("/sys/class/net") / name / "master").exists():
+            say(
+                f"tap:{name} is in no bridge, and frames don't follow the guest from TAP to TAP without: "
+                f"sudo ip tuntap add dev {name} mode tap{multi_queue} && sudo ip link set {name} master BRIDGE up"
+            )
+
+
+def _opener(text: str, pairs: int) -> Opener:
+    """Return what opens the endpoint *text*; ConfigError if a machine that is to migrate can't have it."""
     kind, colon, _ = text.partition(":")
     if kind == "generate" and colon:
         raise ConfigError("generate has no options here: --size, --rate and --traffic say what is sent")
     if kind in _OF_ONE_PROCESS:
         raise ConfigError(f"{kind}: what it holds stays in its process, and does not migrate: take another endpoint")
+    return endpoint_opener(text, pairs)
 
 
 def make_wire(config: MachineConfig) -> Endpoint:

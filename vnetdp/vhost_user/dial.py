@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import stat
 from pathlib import Path
 
 from ..errors import ConfigError, VnetdpError
+from ..limits import of_path
+from .socket_path import check_path
 
 _MAY_COME = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EINTR)
-_NEXT_STEP = {
-    None: "take a shorter path, or a link to its folder",
-    errno.EACCES: "its permissions, or those of its folder, are not for this user",
-    errno.EPERM: "its permissions, or those of its folder, are not for this user",
-    errno.EPROTOTYPE: "it is not a stream socket, which vhost-user needs",
-}
 
 
 class NobodyYetError(VnetdpError):
@@ -24,6 +21,7 @@ class NobodyYetError(VnetdpError):
 
 def dial(path: str) -> socket.socket:
     """Connect to *path* without waiting; NobodyYetError if waiting may help, ConfigError if it can't."""
+    check_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)  # else it waits for as long as the other's backlog is full
@@ -31,27 +29,35 @@ def dial(path: str) -> socket.socket:
     except OSError as e:
         sock.close()
         if e.errno not in _MAY_COME:
-            step = _NEXT_STEP.get(e.errno)
-            raise ConfigError(f"cannot connect to {path}: {e.strerror or e}{f': {step}' if step else ''}") from e
-        raise NobodyYetError(_why(path, e.errno)) from e
+            stream = f"{e.strerror}: it is not a stream socket, which vhost-user needs: take another path"
+            why = stream if e.errno == errno.EPROTOTYPE else of_path(path, e)
+            raise ConfigError(f"cannot connect to {path}: {why}") from e
+        if e.errno == errno.EAGAIN:
+            raise NobodyYetError("it is busy: others wait already to be served") from e
+        raise NobodyYetError(why_not_there(path) or "nobody listens on it") from e
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _why(path: str, code: int | None) -> str:
-    """Return why nobody is there; ConfigError if it is because *path* is no socket."""
-    if code == errno.EAGAIN:
-        return "it is busy: others wait already to be served"
+def why_not_there(path: str) -> str:
+    """Return why there is no socket at *path* yet, "" if there is one; ConfigError if we can't connect to it, ever."""
+    check_path(path)
+    target = Path(path)
     try:
-        mode = Path(path).stat().st_mode
-    except OSError:
-        target = Path(path)
+        mode = target.stat().st_mode
+    except FileNotFoundError:
         if target.is_symlink():
             return f"it is a link to {target.readlink()}, which is not there"
         return "it is not there" if target.parent.is_dir() else f"its folder {target.parent} is not there"
+    except OSError as e:
+        raise ConfigError(f"cannot connect to {path}: {of_path(path, e)}") from e
     if not stat.S_ISSOCK(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a file"
         raise ConfigError(f"cannot connect to {path}: it is {kind}, not a socket: take another path, or remove it")
-    return "nobody listens on it"
+    if not os.access(path, os.W_OK):
+        raise ConfigError(
+            f"cannot connect to {path}: {of_path(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))}"
+        )
+    return ""

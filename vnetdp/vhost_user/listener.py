@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import socket
 import stat
 import time
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from .. import signals
 from ..errors import ConfigError
+from ..limits import of_path
 from ..owned import Owned
+from .socket_path import check_path
 
 _LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a millisecond
 
@@ -25,7 +28,9 @@ _LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a mill
 class Listener(Owned):
     """Listens on *path*; ConfigError if that can't be. A file that is no socket, or that somebody listens on, stays."""
 
-    def __init__(self, path: str, backlog: int) -> None:
+    def __init__(self, path: str, backlog: int | None) -> None:
+        """*backlog*: None only takes the path, and nobody can connect."""
+        check_path(path)
         self._path = Path(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with signals.unbroken():
@@ -33,11 +38,12 @@ class Listener(Owned):
                 with _alone_in(self._path.parent):
                     _remove_if_dead(self._path)
                     self._sock.bind(path)
-                    self._sock.listen(backlog)
+                    if backlog is not None:
+                        self._sock.listen(backlog)
                     self._made: os.stat_result | None = self._path.lstat()
             except OSError as e:
                 self._sock.close()
-                raise ConfigError(f"cannot listen on {path}: {e.strerror or e}") from e
+                raise ConfigError(f"cannot listen on {path}: {of_path(path, e)}") from e
             except ConfigError:
                 self._sock.close()
                 raise
@@ -62,6 +68,11 @@ class Listener(Owned):
 
     def leave_to_parent(self) -> None:
         self._sock.close()
+
+
+def check_free(path: str) -> None:
+    """Raise ConfigError if nothing can listen on *path*, found out by trying; nothing stays behind."""
+    Listener(path, None).close()
 
 
 @contextmanager
@@ -115,5 +126,7 @@ def _remove_if_dead(path: Path) -> None:
         except BlockingIOError:
             pass
         except OSError as e:
-            raise ConfigError(f"cannot use {path}: {e.strerror or e}") from e
+            raise ConfigError(
+                f"cannot use {path}, which is there: {of_path(path, e)}; or, if nobody needs it: rm {shlex.quote(str(path))}"
+            ) from e
     raise ConfigError(f"another program listens on {path}: end that, or take another path")

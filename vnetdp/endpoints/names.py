@@ -1,0 +1,47 @@
+"""The endpoints that a command line knows: the one list of them, for errors and --help, without NumPy."""
+
+from __future__ import annotations
+
+from textwrap import wrap
+from typing import Final
+
+_WIDTH: Final = 90
+
+# kind: its syntax, and the lines that --help has about it.
+ENDPOINTS: Final = {
+    "null": ("null", "takes every frame, gives none"),
+    "echo": ("echo", "sends every frame back"),
+    "macswap": ("macswap", "sends every frame back with its addresses exchanged"),
+    "reflect": ("reflect", "a host with every IPv4 address: answers ARP and ICMP echo"),
+    "generate": (
+        "generate[:size=64,rate=1M,count=100]",
+        (
+            "numbered frames, checked at the other end; rate: frames a second and queue, 0 (default) = as fast as the ring "
+            "takes them; count: frames a queue, 0 = none (default: no end)"
+        ),
+    ),
+    "tap": ("tap:NAME[,netns=NS]", "a TAP interface, made if it is not there"),
+    "pcap": ("pcap:IN[,OUT]", "frames from one capture file, and into another"),
+    "scapy": ("scapy:MODULE:CALLABLE", "a Python function on Scapy packets"),
+    "fault": (
+        "fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT",
+        (
+            "any other, with faults: P of each frame is a probability from 0 to 1; eio (it is lost) and eagain (it is put "
+            "off) on the way to the wire alone"
+        ),
+    ),
+    "vhost-user": ("vhost-user:SOCKET", "in link, on both sides: two guests, copied once from ring to ring"),
+}
+
+VHOST_USER: Final = "vhost-user"
+KNOWN: Final = ", ".join(syntax for syntax, _ in ENDPOINTS.values())
+
+
+def explained() -> str:
+    """Return the list as --help has it."""
+    lines = ["endpoints:"]
+    for syntax, text in ENDPOINTS.values():
+        first, *rest = wrap(text, _WIDTH)
+        lines += [f"  {syntax:<27} {first}"] if len(syntax) < 28 else [f"  {syntax}", f"{'':<30}{first}"]
+        lines += [f"{'':<30}{line}" for line in rest]
+    return "\n".join(lines) + "\n"
