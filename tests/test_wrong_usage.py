@@ -100,7 +100,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
         ["serve", "null", "--socket", "s" * 108],
         "has 108 bytes, and may have 107: take a shorter path",
     ),
-    "serve, an empty path": (["serve", "null", "--socket", ""], "a socket's path is empty"),
+    "serve, an empty path": (
+        ["serve", "null", "--socket", ""],
+        "cannot listen on a socket with an empty path: name a file",
+    ),
     "serve, a folder": (["serve", "null", "--socket", "/tmp"], "/tmp exists and is not a socket"),
     "serve, a guest": (["serve", "vhost-user:g", "--socket", "s"], "vhost-user:SOCKET stands in link, on both sides"),
     "serve, and a report": (["serve", "null", "--socket", "s", "--json", "s"], "--json s and s are one file"),

@@ -101,7 +101,7 @@ def warm_up(say: Callable[[str], None]) -> None:
 def check_sockets(left: str, right: str) -> None:
     """Raise ConfigError unless two sockets can be listened on at these paths; nothing stays behind."""
     for path in (left, right):
-        check_path(path)
+        check_path(path, "cannot listen on")
     if os.path.realpath(left) == os.path.realpath(right):
         raise ConfigError(f"both guests are to attach to {left}: name another socket for one of them")
     for path in (left, right):

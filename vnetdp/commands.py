@@ -42,7 +42,7 @@ def _take_all_descriptors() -> None:
 def _compile(ending: Ending, of_command: Callable[[Callable[[str], None]], object] | None = None) -> None:
     """Have the kernels compiled, so that nothing waits for that later, and a signal ends it.
 
-    All that arguments can have wrong is refused before: it takes a minute. of_command: compiles in place of `warm_up`.
+    What the arguments have wrong is refused before: this takes half a minute. of_command: compiles in place of `warm_up`.
     """
     from .warmup import warm_up
 

@@ -109,10 +109,10 @@ class Server(Owned):
         self.worker = self._own_worker
         before.close()
 
-    def run(self, stop: Callable[[], bool], wake_fd: int, say: Callable[[str], None] = _log.warning) -> None:
+    def run(self, stop: Callable[[], bool], wake_fd: int, say: Callable[[str], None] | None = None) -> None:
         """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked.
 
-        With `connect`, *say* is told what keeps us from a front end, and that one is served once we are connected.
+        With `connect`, *say* (None: the log) is told what keeps us from a front end, and of each one that we come to serve.
         ConfigError if there never was a front end, and there never will be one at *path*. VnetdpError if a worker that was
         given has ended by itself; our own is made anew for the next front end.
         """
@@ -127,7 +127,7 @@ class Server(Owned):
                 transport = self._accept(wake_fd) if self._listener is not None else Transport(dial(self.path))
                 if transport is not None:
                     if self.connect and not serving:
-                        say(f"serving {self.endpoint.name} to {self.path}")
+                        (say or _log.info)(f"serving {self.endpoint.name} to {self.path}")
                     said, serving = "", True
                     self._serve(transport, stop, wake_fd)
                     alone_since = time.monotonic()
@@ -138,7 +138,7 @@ class Server(Owned):
                 patient = isinstance(e, NobodyYetError) and time.monotonic() - alone_since < _ANSWER_S
                 if not patient and str(e) != said:
                     said, serving = str(e), False
-                    say(f"{self.path}: no front end: {said}; trying again")
+                    (say or _log.warning)(f"{self.path}: no front end: {said}; trying again")
             if failed or (self.connect and time.monotonic() - began < _SHORT_S):
                 ready_of({wake_fd: select.POLLIN}, backoff)
                 backoff = min(backoff * 2, _BACKOFF_S[1])

@@ -21,7 +21,7 @@ class NobodyYetError(VnetdpError):
 
 def dial(path: str) -> socket.socket:
     """Connect to *path* without waiting; NobodyYetError if waiting may help, ConfigError if it can't."""
-    check_path(path)
+    check_path(path, "cannot connect to")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)  # else it waits for as long as the other's backlog is full
@@ -43,7 +43,7 @@ def dial(path: str) -> socket.socket:
 
 def why_not_there(path: str) -> str:
     """Return why there is no socket at *path* yet, "" if there is one; ConfigError if we can't connect to it, ever."""
-    check_path(path)
+    check_path(path, "cannot connect to")
     target = Path(path)
     try:
         mode = target.stat().st_mode

@@ -30,7 +30,7 @@ class Listener(Owned):
 
     def __init__(self, path: str, backlog: int | None) -> None:
         """*backlog*: None only takes the path, and nobody can connect."""
-        check_path(path)
+        check_path(path, "cannot listen on")
         self._path = Path(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with signals.unbroken():

@@ -10,15 +10,15 @@ from ..errors import ConfigError
 _MOST_BYTES: Final = 107  # sun_path, less its null byte
 
 
-def check_path(path: str) -> None:
-    """Raise ConfigError if no socket can have *path*."""
-    if not path:
-        raise ConfigError("a socket's path is empty: name a file, such as /tmp/net.sock")
+def check_path(path: str, cannot: str) -> None:
+    """Raise ConfigError, which begins with *cannot*, if no socket can have *path*."""
     length = len(os.fsencode(path))
+    if not path:
+        raise ConfigError(f"{cannot} a socket with an empty path: name a file, such as /tmp/net.sock")
     if length > _MOST_BYTES:
         raise ConfigError(
-            f"the path of socket {path} has {length} bytes, and may have {_MOST_BYTES}: take a shorter path, or a link "
-            "to its folder"
+            f"{cannot} {path}: the path of this socket has {length} bytes, and may have {_MOST_BYTES}: take a shorter path, "
+            "or a link to its folder"
         )
     if "\0" in path:
-        raise ConfigError(f"the path of socket {path!r} has a null byte in it: take another path")
+        raise ConfigError(f"{cannot} {path!r}: it has a null byte in it: take another path")
