@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import select
@@ -15,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -295,8 +297,33 @@ def test_outside_of_its_work_a_signal_raises_and_within_it_asks() -> None:
     with signals.handled() as ending, ending.at_work(lambda: {"done": True}):
         signal.raise_signal(HUP)
         assert ending.asked.is_set()
-        assert select.select([ending], [], [], 0)[0]
+        assert select.select([ending.asked], [], [], 0)[0]
     assert ending.finish() == {"done": True}
+
+
+def test_a_signal_is_heard_wherever_it_interrupts_the_wait_for_it() -> None:
+    """The handler runs in between two lines of the main thread's: a lock that these hold is never let go."""
+    for moment in itertools.count(1):
+        lines = 0
+
+        def trace(_frame: FrameType, _event: str, _arg: object, moment: int = moment) -> Any:
+            nonlocal lines
+            lines += 1
+            if lines == moment:
+                signal.raise_signal(TERM)
+            return trace
+
+        with signals.handled() as ending, ending.at_work(dict):
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                ending.asked.wait(0.01)
+            finally:
+                sys.settrace(before)
+            assert ending.asked.is_set() == (lines >= moment)
+        if lines < moment:
+            break
+    assert moment > 5
 
 
 def test_a_signal_waits_until_what_was_begun_is_known() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import resource
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .endpoints.names import VHOST_USER
 from .errors import ConfigError
 from .output import human, is_same_file, say
-from .signals import Ending
+from .signals import Asked, Ending
 
 if TYPE_CHECKING:
     from .endpoints.base import Endpoint
@@ -175,7 +174,7 @@ def _status(report: dict[str, Any]) -> int:
     return 1 if wrong or report.get("bad_packets") or report["errors"] else 0
 
 
-def _run_link(link: Link, stop: threading.Event, args: argparse.Namespace, until: float) -> None:
+def _run_link(link: Link, stop: Asked, args: argparse.Namespace, until: float) -> None:
     """Wait for a signal, *until* (time.monotonic()), or the end of what the endpoints have to give; switch on the way."""
     began = now = time.monotonic()
     tick = args.switch_ms / 1000 if args.switch_ms is not None else math.inf
@@ -236,7 +235,7 @@ def serve(args: argparse.Namespace, ending: Ending) -> int:
         with ending.at_work(report, lambda report: _print_served(report, human(args))):
             begins = f"connecting to {args.socket}" if args.connect else f"serving {args.endpoint} on {args.socket}"
             say(f"{begins}; ^C or SIGTERM ends it")
-            server.run(ending.asked.is_set, ending.fileno(), say)
+            server.run(ending.asked.is_set, ending.asked.fileno(), say)
     return _status(ending.finish(partial(_add_failures, ends=(endpoint,))))
 
 

@@ -41,15 +41,41 @@ class Ended(KeyboardInterrupt):
         self.number = number
 
 
+class Asked:
+    """Whether a command at work was asked to end. A handler sets it, so there is no lock: the main thread might hold it."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._set = False
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once it is set."""
+        return self._fd
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        os.eventfd_write(self._fd, 1)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until it is set, for *timeout_s* seconds at most; return whether it is."""
+        _readable(self._fd, timeout_s)
+        return self._set
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class Ending:
     """What a command looks at, and leaves to be done, so that a signal can end it. `handled` makes it."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()  # to end, while it is at work
+        self.asked = Asked()
         self.number = 0  # of the first signal
         self.over = False
         self.writers: list[Writer] = []
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._at_work = False
         self._compiling = False
         self._hook = sys.unraisablehook
@@ -58,10 +84,6 @@ class Ending:
         self._make: Callable[[], Report] = dict
         self._report: Report | None = None
         self._written = False
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable once the command was asked to end."""
-        return self._fd
 
     @contextmanager
     def at_work(self, make: Callable[[], Report], *writers: Writer) -> Iterator[None]:
@@ -140,7 +162,6 @@ class Ending:
                 return
             raise Ended(number)
         self.asked.set()
-        os.eventfd_write(self._fd, 1)
 
     def unraisable(self, args: sys.UnraisableHookArgs) -> None:
         """Be `sys.unraisablehook`: if `Ended` was lost, in a weak reference's callback or a finalizer, it comes again."""
@@ -206,7 +227,7 @@ class Ending:
             sys.stdout.flush()
 
     def close(self) -> None:
-        os.close(self._fd)
+        self.asked.close()
 
 
 def _readable(fd: int, timeout_s: float | None) -> bool:
