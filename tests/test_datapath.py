@@ -169,6 +169,7 @@ def counting() -> Iterator[Counting]:
 
 def test_it_stands_still_while_it_is_paused(counting: Counting) -> None:
     paced = Paced(counting, "counting")
+    paced.start()
     for _ in range(scaled(500, 500)):
         with paced.paused():
             assert counting.inside == 0
@@ -191,6 +192,7 @@ def test_it_stands_still_while_it_is_paused(counting: Counting) -> None:
 
 def test_several_threads_may_pause_it(counting: Counting) -> None:
     paced = Paced(counting, "counting")
+    paced.start()
     wrong: list[int] = []
     holders = [0]
 
@@ -226,6 +228,7 @@ class Busy(Counting):
 def test_it_goes_on_after_a_pause_that_was_broken_off() -> None:
     busy = Busy()
     paced = Paced(busy, "busy")
+    paced.start()
 
     def interrupt_a_pause() -> None:
         wait_for(lambda: bool(busy.ctl[lay.CTL_DOORBELL]), "the main thread waits for the other one")
@@ -251,6 +254,7 @@ def test_it_goes_on_after_a_pause_that_was_broken_off() -> None:
 def test_it_is_told_of_each_broken_queue(counting: Counting) -> None:
     told: list[str] = []
     paced = Paced(counting, "counting")
+    paced.start()
     forget = paced.listeners.add(lambda: told.append(threading.current_thread().name), lambda: told.append("gone"))
     for n in range(3):
         counting.broken = True
@@ -286,6 +290,7 @@ def test_a_thread_that_dies_stands_still_and_says_so(error: BaseException, caplo
 
     failing = Failing(error)
     paced = Paced(failing, "failing")
+    paced.start()
     paced.listeners.add(lambda: None, on_gone)
     failing.may_end.set()
     wait_equal(lambda: told, ["failing"])

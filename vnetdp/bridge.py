@@ -14,7 +14,7 @@ import numpy as np
 from vnetdp_kernels import join, layout
 
 from .backends.worker import WorkerBackend
-from .datapath import NO_LOG, NO_MEMORY, NO_TABLE, Datapath, Paced, Scratch
+from .datapath import NO_LOG, NO_MEMORY, NO_TABLE, Datapath, Paced, Scratch, call_away
 from .endpoints.loopback import NullEndpoint
 from .errors import ConfigError
 from .memory import Bytes, Words
@@ -90,6 +90,8 @@ class Join(Owned):
         )
 
     def close(self) -> None:
+        if self.bell.fd >= 0 and not self.inherited:
+            call_away(self)
         self._made.close()
 
 
@@ -122,6 +124,7 @@ class Bridge(Join):
             stack.callback(super().close)
             self._paced = Paced(self, "bridge", poll_us)
             stack.callback(self._paced.close)
+            self._paced.start()
             self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
             self.servers = []
             for path, side, mac in zip((left, right), self._sides, _MACS, strict=True):

@@ -169,6 +169,8 @@ class Datapath(Owned):
         self.endpoint = self._own_endpoint
 
     def close(self) -> None:
+        if self.bell.fd >= 0 and not self.inherited:
+            call_away(self)
         self.bell.close()
         self._own_endpoint.close()
         self.block.close()
@@ -181,6 +183,12 @@ class Runnable(Protocol):
     bell: EventFd
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]: ...
+
+
+def call_away(target: Runnable) -> None:
+    """Have the thread that runs *target*, if there is still one, leave the kernels: a close that ^C broke off left it there."""
+    target.ctl[layout.CTL_DOORBELL] = 1
+    target.bell.signal()
 
 
 class Listeners:
@@ -234,7 +242,9 @@ class _Pause:
 
 
 class Paced(Owned):
-    """A thread that runs a datapath (or a driver), and stands still while somebody changes it.
+    """A thread that runs a datapath (or a driver) from `start` on, and stands still while somebody changes it.
+
+    Register `close` before `start`: ^C can come between any two steps, and what the thread runs outlives the thread.
 
     `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
     ends. Nests, also across calls. `listeners` are told in the thread: each time a queue broke, when they may not pause it,
@@ -264,16 +274,25 @@ class Paced(Owned):
         self._resume: SimpleQueue[int] = SimpleQueue()
         self._turn = 0  # goes through both: what a pause that was broken off left there is of no other
         self._stopping = False
+        self._begun = (
+            threading.Lock()
+        )  # held by the thread once it begins, or by `close`: then it does not begin any more
         self._ended = False
+        self._never = False  # it did not begin, and does not any more
         self._hung = False
         self._to_signal: list[EventFd] = []
         interrupt.install()
         self.listeners = Listeners()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, once."""
         limits.start(self._thread)
 
     def _main(self) -> None:
+        if not self._begun.acquire(blocking=False):
+            return  # it was closed before
         ctl, bell = self._target.ctl, self._target.bell
         try:
             while not self._stopping:
@@ -322,11 +341,14 @@ class Paced(Owned):
         """Hold the thread outside the kernels for the length of the block."""
         return self._pause
 
-    def _halt(self) -> None:
+    def _check_outside(self) -> None:
         if threading.current_thread() is self._thread and not self._ended:
             raise ConfigError(
                 f"{self._thread.name} can't stop itself: an endpoint's own code may change its device in another thread only"
             )
+
+    def _halt(self) -> None:
+        self._check_outside()
         self._lock.acquire()
         # A thread that ended, even by a defect, never parks again; nor need it be dead yet.
         if self._depth == 0 and not self._ended:
@@ -385,9 +407,26 @@ class Paced(Owned):
         """Stop the thread and wait for it. A forked child has no thread to stop."""
         if self.inherited:
             return
-        with self.paused():
+        self._check_outside()
+        try:
             self._stopping = True
-            if self._depth > 1 and not self._ended:
-                self._resume.put(self._turn)  # it is parked, and whoever parked it may be gone
-        if not self._hung:
-            self._thread.join()
+            if self._begun.acquire(blocking=False):
+                self._ended = self._never = True
+            with self.paused():
+                if self._depth > 1 and not self._ended:
+                    self._resume.put(self._turn)  # it is parked, and whoever parked it may be gone
+            if not (self._hung or self._never):
+                self._thread.join()
+        except BaseException:  # ^C
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """Have the thread end all the same, or enter no kernel any more: what it runs may be closed next."""
+        if self._ended:
+            return
+        call_away(self._target)
+        self._resume.put(self._turn)
+        self._thread.join(_STUCK_S)
+        if not self._ended and self._abandon():
+            self._ended = self._hung = True

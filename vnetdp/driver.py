@@ -19,7 +19,7 @@ from . import features as f
 from .datapath import Paced, Scratch
 from .endpoints.base import Endpoint
 from .endpoints.mailbox import MailboxEndpoint
-from .errors import ConfigError, GuestError
+from .errors import ConfigError, GuestError, MachineError
 from .memory import GuestMemory, SharedBlock, Words
 from .notifiers import Notifiers
 from .notify import EventFd
@@ -320,6 +320,11 @@ class Driver(Owned):
         self.check_maker()
         if self._thread is None:
             self._thread = Paced(self, "guest-driver", poll_us)
+            try:
+                self._thread.start()
+            except MachineError:
+                self._thread = None
+                raise
 
     def paused(self) -> AbstractContextManager[None]:
         """Have the thread, if there is one, stand still outside the kernels for the length of the block."""

@@ -386,6 +386,7 @@ class _Child:
         self._events = events
         self._paced = Paced(self._datapath, "vhost-process", poll_us)
         self._paced.listeners.add(self._broken, lambda: os._exit(1))
+        self._paced.start()
         self._backends = [UserspaceBackend(self._datapath, pair) for pair in range(pairs)]
         self._kept: dict[tuple[object, ...], Any] = {}
         self._endpoints: dict[int, Endpoint] = {}

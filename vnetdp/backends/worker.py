@@ -41,6 +41,8 @@ class Worker(Owned):
             made.callback(self.datapath.close)
             self.paced = Paced(self.datapath, name, poll_us, timeout_s, self.datapath.abandon)
             made.callback(self.paced.close)
+            self.paced.start()
+            made.callback(self._closing.set)
             self._watchdog: threading.Thread | None = None
             if timeout_s is not None:
                 self._watchdog = threading.Thread(target=self._watch, args=(timeout_s / 4,), name=f"{name}-watchdog")
