@@ -25,7 +25,7 @@ _EVERY = 1 if CAMPAIGN else 3  # which steps are tried
 
 
 class BreakOff:
-    """Raises KeyboardInterrupt in this thread at step *n* of what `run` calls, a call, a line or a return; `came`: if it had so many."""
+    """Raises KeyboardInterrupt at step *n* of `run`: a call, a line or a return. came: whether it had so many steps."""
 
     def __init__(self, n: int) -> None:
         self.came = False

@@ -69,7 +69,7 @@ def test_version(shell: Shell) -> None:
 
 def test_the_installed_command_is_this_one() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="vnetdp")
-    assert entry.value == "vnetdp.cli:main"
+    assert entry.value == "vnetdp.__main__:main"
 
 
 @pytest.mark.parametrize(

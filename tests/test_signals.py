@@ -240,6 +240,39 @@ def test_a_lock_that_another_run_holds_is_told_of_and_no_reason_not_to_end(
         assert command.ends(128 + HUP) == {"ended_by": "SIGHUP"}
 
 
+_AS_IT_LOADS = """
+import importlib.abc, signal, sys
+import vnetdp
+assert signal.getsignal(signal.SIGINT) is signal.{found}, "a library leaves signals alone"
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "vnetdp.cli":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+from vnetdp.__main__ import main
+sys.argv = ["vnetdp", "--version"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "says"),
+    [("default_int_handler", -INT, ""), ("SIG_IGN", 0, f"vnetdp {vnetdp.__version__}\n")],
+    ids=["as usual", "ignored"],
+)
+def test_a_command_that_is_still_being_loaded_ends_without_a_word(found: str, status: int, says: str) -> None:
+    def surroundings() -> None:
+        signal.signal(INT, signal.SIG_IGN if found == "SIG_IGN" else signal.SIG_DFL)
+
+    code = _AS_IT_LOADS.format(found=found)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=surroundings, timeout=240, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, says, "")
+
+
 # --- what outlives a command ---
 
 

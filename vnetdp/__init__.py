@@ -6,12 +6,12 @@ kernel is needed.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from ._version import __version__
 
+TYPE_CHECKING = False  # as typing has it, which takes longer to import than all else that a command does first
 if TYPE_CHECKING:
+    from typing import Any
+
     from .device import NetDevice
     from .driver import Driver
     from .memory import DirtyLog, GuestMemory, Region
@@ -29,5 +29,7 @@ __all__ = ["DirtyLog", "Driver", "GuestMemory", "NetDevice", "Region", "__versio
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        import importlib
+
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

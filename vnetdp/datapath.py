@@ -186,7 +186,7 @@ class Runnable(Protocol):
 
 
 def call_away(target: Runnable) -> None:
-    """Have the thread that runs *target*, if there is still one, leave the kernels: a close that ^C broke off left it there."""
+    """Have the thread that runs *target* leave the kernels, if a close that ^C broke off left one there."""
     target.ctl[layout.CTL_DOORBELL] = 1
     target.bell.signal()
 
