@@ -179,7 +179,7 @@ def _run_link(link: Link, stop: Asked, args: argparse.Namespace, until: float) -
     began = now = time.monotonic()
     tick = args.switch_ms / 1000 if args.switch_ms is not None else math.inf
     switch = began + tick
-    while now < until and not link.done:
+    while now < until and not link.done and not link.dead:
         # Often at first, when much happens in little time.
         look = min(_LOOK_S[1], max(_LOOK_S[0], (now - began) / 100))
         if stop.wait(max(0.0, min(look, switch - now, until - now))):

@@ -170,7 +170,7 @@ class _Run:
         moved = 0
         settled = math.inf
         waits = False  # for a back end, to go on with what is left to do
-        while received.looked < settled and self._works():
+        while received.looked < settled and not endpoint.gone and self._works():
             time.sleep(clock.LOOK_S)
             packets = self._driver.dvqs[:, layout.DVQ_PACKETS].copy()
             received.look(int(packets[0::2].sum()))

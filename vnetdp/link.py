@@ -135,18 +135,24 @@ class Link(Owned):
         ends = (self.left, self.right)
         return any(end.finished for end in ends) and all(end.finished or not end.gives for end in ends)
 
+    @property
+    def dead(self) -> bool:
+        """True once an end is gone: no frame passes the link any more."""
+        return self.left.gone or self.right.gone
+
     def drain(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Let generators make no more frames, and wait until those on their way have arrived, and were answered.
 
         Between two generators it is known when that is. Elsewhere it is when every frame counted at one end was counted at
         the other, neither end has one in hand, and none has moved for a quarter of a second. It is given up when none has
-        moved for 5 s, unless an end has one in hand; and after 5 s if *stop* says so, or an end gives frames without end.
+        moved for 5 s, unless an end has one in hand; and after 5 s if *stop* says so, or an end gives frames without end. An
+        end that is gone is not waited for.
         """
         ends, finite = (self.left, self.right), self.done
         for inner in (end.innermost for end in ends):
             if isinstance(inner, GenerateEndpoint):
                 inner.stop()
-        if not any(end.finished for end in ends):
+        if self.dead or not any(end.finished for end in ends):
             return  # what comes from elsewhere never ends
         began = moved = time.monotonic()
         before = None

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from vnetdp_kernels import layout
+
 from .backends.base import VRINGS
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
@@ -33,6 +35,7 @@ _log = logging.getLogger("vnetdp.server")
 _MESSAGE_TIMEOUT_S = 5.0  # for the rest of a message that has begun
 _BACKOFF_S = (0.05, 2.0)  # first and longest wait after an attempt that came to nothing
 _ANSWER_S = 1.0  # after which it is said what is waited for
+_ENDPOINT_S = 0.25  # between two looks whether a TAP is still there, of which no descriptor tells by itself
 _SHORT_S = 1.0  # a session that ends sooner came to nothing too
 
 
@@ -145,10 +148,21 @@ class Server(Owned):
             else:
                 backoff = _BACKOFF_S[0]
 
+    def _patience_s(self, visit: Visit | None = None) -> float | None:
+        """Return how long to wait before the next look at the endpoint, or at a visit; None = as long as it takes.
+
+        The endpoint says by itself that it is gone. A guest keeps its card, and may be shut down in its own time.
+        """
+        looks = [] if visit is None or visit.patience_s is None else [visit.patience_s]
+        if self.endpoint.innermost.kind == layout.KIND_TAP and not self.endpoint.gone:
+            looks.append(_ENDPOINT_S)
+        return min(looks, default=None)
+
     def _accept(self, wake_fd: int) -> Transport | None:
         """Wait for a front end; None if *wake_fd* became readable."""
         assert self._listener is not None
-        if self._listener.fileno() not in ready_of(dict.fromkeys((self._listener.fileno(), wake_fd), select.POLLIN)):
+        events = dict.fromkeys((self._listener.fileno(), wake_fd), select.POLLIN)
+        if self._listener.fileno() not in ready_of(events, self._patience_s()):
             return None
         return Transport(self._listener.accept())
 
@@ -166,7 +180,7 @@ class Server(Owned):
                 if self._worker_has_ended():
                     return
                 events = dict.fromkeys((transport.fileno(), wake_fd, self._worker_ended.fd), select.POLLIN)
-                ready = ready_of(events | session.descriptors() | visit.descriptors(), visit.patience_s)
+                ready = ready_of(events | session.descriptors() | visit.descriptors(), self._patience_s(visit))
                 session.look_at(ready)
                 if transport.fileno() not in ready:
                     if (in_vain := visit.in_vain(ready)) is not None:

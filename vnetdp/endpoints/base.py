@@ -277,6 +277,11 @@ class Endpoint(Owned):
         return False
 
     @property
+    def gone(self) -> bool:
+        """True once no frame will ever pass it again, as its interface was deleted; `failures` says so, too."""
+        return False
+
+    @property
     def failures(self) -> Sequence[str]:
         """What went wrong at its own end, so that frames are missing that were to come or go."""
         return ()

@@ -312,6 +312,10 @@ class FaultEndpoint(Endpoint):
         return self.inner.innermost
 
     @property
+    def gone(self) -> bool:
+        return self.inner.gone
+
+    @property
     def failures(self) -> Sequence[str]:
         return self.inner.failures
 

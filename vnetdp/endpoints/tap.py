@@ -11,9 +11,10 @@ import fcntl
 import logging
 import os
 import re
+import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
@@ -70,6 +71,7 @@ class TapEndpoint(Endpoint):
         self._devices: list[pytun.TunTapDevice] = []
         self._found_header_len = 0  # 0: as it was found
         self._found_mtu = 0
+        self._failures: list[str] = []
         try:
             if netns is None:
                 self._open(name, persist, "")
@@ -202,6 +204,20 @@ class TapEndpoint(Endpoint):
         mtu = self.mtu
         return super().longest_frame if mtu is None else frame_len(mtu)
 
+    @property
+    def gone(self) -> bool:
+        """True once the interface was deleted, be it with the namespace that it was moved to; the first look logs it."""
+        if not self._failures and self._devices and _broke(self._first()):
+            self._failures.append(
+                f"{self.name} was deleted, and no frame passes it any more: start the command again, for a new one"
+            )
+            _log.error("%s", self._failures[0])
+        return bool(self._failures)
+
+    @property
+    def failures(self) -> Sequence[str]:
+        return self._failures if self.gone else ()
+
     def close(self) -> None:
         if self._devices:
             # One that persists is left as the next program expects it: as it was, and without frames longer than its MTU.
@@ -221,6 +237,19 @@ class TapEndpoint(Endpoint):
         self._devices = []
         self.fds[:] = -1
         super().leave_to_parent()
+
+
+def _broke(fd: int) -> bool:
+    """Return whether the interface of the queue *fd* was deleted."""
+    poll = select.poll()
+    poll.register(fd, 0)  # POLLERR comes unasked
+    if not poll.poll(0):
+        return False
+    try:
+        fcntl.ioctl(fd, _TUNGETIFF, bytes(struct.calcsize(_IFREQ_NAME)))
+    except OSError as e:
+        return e.errno == errno.EBADFD
+    return False
 
 
 def _is_up(name: str) -> bool:
