@@ -182,6 +182,37 @@ def test_a_second_signal_ends_a_worker_that_was_stopped_too(shell: Shell) -> Non
     command.ends(128 + INT, 128 + TERM)  # which of the two was heard last is not certain
 
 
+def _stop(shell: Shell, command: Command) -> int:
+    """Stop the one process that *command* has started, and return its id."""
+    (pid,) = set(shell.processes()) - {command.process.pid}
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def test_a_worker_that_was_stopped_is_given_two_seconds_and_costs_no_frame(shell: Shell) -> None:
+    command = Command(shell, "link", "generate:rate=1000", "generate", "--datapath", "vhost-process")
+    command.says("linked")
+    pid = _stop(shell, command)
+    os.kill(command.process.pid, INT)
+    command.says(f"the worker process {pid} did not answer within 2")
+    report = command.ends(0, 1)
+    assert report["owner"] == "userspace"
+    assert f"the worker process {pid} did not answer" in report["fallback"]
+    assert report["ledger"]["sent"] > 0
+    # One that is killed may have moved a batch each way that it had not published yet.
+    assert abs(report["ledger"]["lost"]) + report["ledger"]["duplicated"] <= 2 * 64
+
+
+def test_a_worker_that_hangs_is_given_up_after_the_time_that_was_asked_for(shell: Shell) -> None:
+    args = ("link", "generate:rate=1000", "generate", "--datapath", "vhost-process", "--worker-timeout", "0.5")
+    command = Command(shell, *args)
+    command.says("linked")
+    pid = _stop(shell, command)
+    command.says(f"the worker process {pid} did not answer within 0.")
+    os.kill(command.process.pid, INT)
+    assert command.ends(0, 1)["owner"] == "userspace"
+
+
 @pytest.mark.parametrize(
     ("body", "numbers"),
     [("time.sleep(1000)", [INT]), (_CATCHES_ALL, [INT, TERM])],
@@ -286,6 +317,14 @@ def test_no_process_outlives_a_command_that_was_killed(shell: Shell, args: tuple
     wait_for(lambda: len(shell.processes()) > 1, "it has started another process")
     process.kill()
     shell.finish(process)  # also without a traceback of those that it started
+
+
+def test_a_worker_that_was_stopped_does_not_outlive_a_command_that_was_killed(shell: Shell) -> None:
+    command = Command(shell, "link", "generate:rate=1000", "generate", "--datapath", "vhost-process")
+    command.says("linked")
+    _stop(shell, command)
+    command.process.kill()
+    shell.finish(command.process)
 
 
 def test_what_was_to_be_removed_is_removed_when_a_signal_ends_the_command(tmp_path: Path) -> None:

@@ -10,29 +10,44 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Final
 
 from . import limits
 from .errors import MachineError
+
+TO_END_S: Final = 2.0  # for a process that is asked to end: one that was stopped never does
 
 
 def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start a Python process that runs *code*, and has the descriptors of *parent* and *passed*.
 
-    parent: the child's end of a pair of sockets. The child is in a session of its own: a signal from the terminal is for us
-    alone, and we end it.
+    parent: the child's end of a pair of sockets. The child is in a process group of its own: a signal from the terminal is
+    for us alone, and we end it. The group is in our session, so that the kernel wakes a child that is stopped when we die.
     """
     fd = parent.fileno()
     return subprocess.Popen(
         [sys.executable, "-c", f"from vnetdp.child import follow; follow({fd}); {code}"],
         pass_fds=(fd, *passed),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,
+        process_group=0,
     )
+
+
+def end(process: subprocess.Popen[bytes]) -> bool:
+    """Wait until *process* has ended, as it was asked to; kill one that has not within 2 s, and return False."""
+    try:
+        process.wait(timeout=TO_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+    return True
 
 
 def follow(fd: int) -> None:
     """Have this process end once the other end of the socket *fd* is closed: also while it imports, or compiles."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a group in the background may write to the terminal all the same
     try:
         limits.start(threading.Thread(target=_end_with_parent, args=(fd,), name="parent", daemon=True))
     except MachineError as e:

@@ -118,6 +118,11 @@ def _polling(command: argparse.ArgumentParser) -> None:
                          help="busy-poll so long before sleeping")  # fmt: skip
 
 
+def _worker_timeout(command: argparse.ArgumentParser, then: str) -> None:
+    command.add_argument("--worker-timeout", type=_positive, metavar="S",
+                         help=f"a worker that does not answer for S seconds (default 10) is given up: {then}")  # fmt: skip
+
+
 def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
     from .migration.names import CHANGES, FAULT_POINTS, POLICIES, TRAFFIC
 
@@ -211,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("--ring", type=_ring, metavar="N", help="queue size (default 256)")
     link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
     _polling(link)
+    _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 s")
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
                       help="hand the rings to the other owner every N ms")  # fmt: skip
     link.add_argument("--switches", type=_number(1, 1 << 62, "a count"), metavar="N",
@@ -239,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         "--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel"
     )
     _polling(serve)
+    _worker_timeout(serve, "its front end is hung up on, and served anew when it comes back")
 
     drive = command(
         "drive",

@@ -83,7 +83,7 @@ def _bridge(args: argparse.Namespace, ending: Ending) -> int:
     for text, socket in ((args.left, left), (args.right, right)):
         if not socket:
             raise ConfigError(f"{text!r} names no socket: {VHOST_USER}:SOCKET, such as {VHOST_USER}:/tmp/net.sock")
-    for option in ("datapath", "ring", "mtu", "switch_ms", "switches"):
+    for option in ("datapath", "ring", "mtu", "switch_ms", "switches", "worker_timeout"):
         if getattr(args, option) is not None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} means nothing between two guests, who bring their own rings"
@@ -147,6 +147,8 @@ def link(args: argparse.Namespace, ending: Ending) -> int:
                 poll_us=-1 if args.poll else args.poll_us,
                 mtu=args.mtu,
                 switchable=args.switch_ms is not None,
+                worker_timeout_s=args.worker_timeout or 10.0,
+                ending=ending.asked.is_set,
             )
         )
         with ending.at_work(link.report, lambda report: _print_link(report, human(args), _failures(left, right))):
@@ -221,6 +223,7 @@ def serve(args: argparse.Namespace, ending: Ending) -> int:
                 mtu=args.mtu,
                 poll_us=-1 if args.poll else args.poll_us,
                 inband=args.inband,
+                worker_timeout_s=args.worker_timeout or 10.0,
             )
         )
 

@@ -41,7 +41,9 @@ class Link(Owned):
     """A device over *left* and a driver over *right*, each in a thread, sharing guest memory.
 
     datapath: "userspace", "vhost" (a worker thread), or "vhost-process" (a worker process). poll_us: busy-poll so long
-    before sleeping, -1 = for ever. The endpoints stay the caller's, and are closed by it after the link.
+    before sleeping, -1 = for ever. worker_timeout_s: a worker that does not answer for so long loses its rings to userspace;
+    a worker process has 2 s once *ending* returns True, or the link drains. The endpoints stay the caller's, and are closed
+    by it after the link.
     """
 
     def __init__(
@@ -55,16 +57,19 @@ class Link(Owned):
         poll_us: int = 0,
         mtu: int | None = None,
         switchable: bool = False,
+        worker_timeout_s: float = 10.0,
+        ending: Callable[[], bool] = lambda: False,
     ) -> None:
         check_datapath(datapath, left)
+        self._draining = False
         with ExitStack() as stack:
             self.memory = stack.enter_context(memory_for(queue_pairs, num))
             self.worker: Worker | WorkerProcess | None = None
             backends: list[Backend] | None = None
             if datapath == "vhost-process":
-                self.worker = WorkerProcess(queue_pairs, poll_us)
+                self.worker = WorkerProcess(queue_pairs, poll_us, worker_timeout_s, lambda: self._draining or ending())
             elif datapath == "vhost" or switchable:
-                self.worker = Worker(queue_pairs, poll_us)
+                self.worker = Worker(queue_pairs, poll_us, timeout_s=worker_timeout_s)
             if self.worker is not None:
                 stack.callback(self.worker.close)
                 backends = list(self.worker.backends)
@@ -148,6 +153,9 @@ class Link(Owned):
         moved for 5 s, unless an end has one in hand; and after 5 s if *stop* says so, or an end gives frames without end. An
         end that is gone is not waited for.
         """
+        self._draining = True
+        if isinstance(self.worker, WorkerProcess):
+            self.worker.check()  # one that was stopped holds frames, which userspace goes on with
         ends, finite = (self.left, self.right), self.done
         for inner in (end.innermost for end in ends):
             if isinstance(inner, GenerateEndpoint):

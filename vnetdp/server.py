@@ -51,8 +51,8 @@ class Server(Owned):
     connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
     features: what may be offered of what can be; None = all. protocol_features: likewise; None = all but DEVICE_STATE, as
     QEMU migrates a guest that has it to no back end without. worker: who serves the rings; None makes a `Worker`, with
-    *poll_us*. inband: offer notifications as messages, which Linux takes wherever it can, and which cost it speed. The
-    endpoint, and a worker that was given, stay the caller's.
+    *poll_us* and *worker_timeout_s*. inband: offer notifications as messages, which Linux takes wherever it can, and which
+    cost it speed. The endpoint, and a worker that was given, stay the caller's.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Server(Owned):
         poll_us: int = 0,
         worker: Served | None = None,
         inband: bool = False,
+        worker_timeout_s: float = 10.0,
     ) -> None:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, {queue_pairs} pairs are asked for")
@@ -88,6 +89,7 @@ class Server(Owned):
         self._own_worker: Worker | None = None
         self._queue_pairs = queue_pairs
         self._poll_us = poll_us
+        self._worker_timeout_s = worker_timeout_s
         with ExitStack() as made:
             self._listener = None if connect else Listener(path, 8)
             if self._listener is not None:
@@ -99,7 +101,7 @@ class Server(Owned):
         self.worker: Served = worker
 
     def _make_worker(self) -> Worker:
-        return Worker(self._queue_pairs, self._poll_us, "vhost-worker")
+        return Worker(self._queue_pairs, self._poll_us, "vhost-worker", self._worker_timeout_s)
 
     def _renew_worker(self) -> None:
         """Put another in the place of a worker that ended by itself; VnetdpError if it was not ours to make."""

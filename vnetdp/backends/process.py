@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
+import math
 import os
 import pickle
 import signal
@@ -16,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -29,15 +32,17 @@ from ..datapath import Datapath, Listeners, Paced
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError, MachineError
 from ..memory import DirtyLog, GuestMemory, Region
-from ..notify import EventFd
+from ..notify import EventFd, readable
 from ..owned import Owned
 from .base import VRINGS
 from .userspace import COUNTERS, UserspaceBackend
 
+_log = logging.getLogger("vnetdp.worker")
+
 _MAX_MESSAGE = 1 << 16
 _MAX_FDS = 250  # SCM_MAX_FD is 253
 _TO_START = 12  # times the patience that a child has to answer first: it may be compiling
-_TO_END_S = 2.0  # for a child whose sockets are closed
+_LOOK_S = 0.1  # between two looks whether all is to end, while an answer is waited for
 _BROKEN = "broken"
 _HOLD, _RELEASE = "hold", "release"  # not verbs: the child's thread stays out of the kernels in between
 _PING = "ping"  # nor this: it is answered, and that is all
@@ -135,13 +140,21 @@ class WorkerProcess(Owned):
 
     Endpoints in Python stay with their process: binding one is refused (EOPNOTSUPP). If the child dies, every verb fails
     with ESRCH; devices that have the backends hear of it by themselves. A child that does not answer for *timeout_s* seconds
-    is killed; None waits for ever. Killed in the midst of a batch it may have moved up to 64 frames a queue that it had not
-    published yet: the next owner, which goes on from used.idx, repeats those sent, and lacks those received.
+    is killed; None waits for ever. Once *ending* returns True, as all is to end, a child has 2 s. Killed in the midst of a
+    batch it may have moved up to 64 frames a queue that it had not published yet: the next owner, which goes on from
+    used.idx, repeats those sent, and lacks those received.
     """
 
-    def __init__(self, pairs: int, poll_us: int = 0, timeout_s: float | None = 10.0) -> None:
+    def __init__(
+        self,
+        pairs: int,
+        poll_us: int = 0,
+        timeout_s: float | None = 10.0,
+        ending: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.listeners = Listeners()
         self.timeout_s = timeout_s
+        self._ending = ending
         self._answered = False  # before that it may be compiling
         self._end = ""  # what became of the child
         self.memory: GuestMemory | None = None  # the table that the child has
@@ -174,17 +187,11 @@ class WorkerProcess(Owned):
         self.check_maker()
         with self._lock:
             try:
-                timeout_s = self.timeout_s
-                self._sock.settimeout(timeout_s if timeout_s is None or self._answered else _TO_START * timeout_s)
                 _send(self._sock, (pair, verb, args))
+                self._await_answer()
                 ok, answer = _receive(self._sock)
                 self._answered = True
-            except TimeoutError as e:
-                self._child.kill()
-                self._child.wait()
-                self._end = f"did not answer within {self._sock.gettimeout():g} s, and was killed"
-                raise BackendError(verb, errno.ESRCH, None, self._how_it_ended()) from e
-            except (OSError, EOFError) as e:
+            except (OSError, EOFError, ValueError) as e:  # ValueError: `close` has closed the socket
                 raise BackendError(verb, errno.ESRCH, None, self._how_it_ended()) from e
             except KeyboardInterrupt:
                 self._sock.close()  # an answer is on its way, which no other verb may take for its own
@@ -199,11 +206,32 @@ class WorkerProcess(Owned):
             self._end = "was closed"
         elif not self._end:
             try:
-                code = self._child.wait(_TO_END_S)
+                code = self._child.wait(child.TO_END_S)
                 self._end = f"ended with exit status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
             except subprocess.TimeoutExpired:
                 self._end = "closed its connection"
         return f"the worker process {self.pid} {self._end} (restart the program to use vhost again)"
+
+    def _await_answer(self) -> None:
+        """Wait until the child has answered; one that does not in time is killed."""
+        began = time.monotonic()
+        patience_s = math.inf if self.timeout_s is None else self.timeout_s * (1 if self._answered else _TO_START)
+        until, hurried = began + patience_s, False
+        while not readable(self._sock, min(_LOOK_S, patience_s)):
+            now = time.monotonic()
+            if not hurried and self._ending():
+                until, hurried = min(until, now + child.TO_END_S), True
+            if now >= until:
+                self._child.kill()
+                self._child.wait()
+                self._end = f"did not answer within {now - began:.1f} s, and was killed"
+
+    def check(self) -> None:
+        """Ask the child whether it is there; return once it has answered, or every device has its rings back from it."""
+        try:
+            self.call(0, _PING)
+        except BackendError:
+            self._watch.join()
 
     def _listen(self) -> None:
         """Pass on what the child tells by itself, until it is gone."""
@@ -230,11 +258,9 @@ class WorkerProcess(Owned):
             self.datapath.close()
             return
         self._sock.close()
-        try:
-            self._child.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        if not child.end(self._child):
+            self._end = f"did not end within {child.TO_END_S:g} s, and was killed"
+            _log.error("the worker process %d %s", self.pid, self._end)
         for backend in self.backends:
             backend.forget()
         self._watch.join()

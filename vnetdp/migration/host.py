@@ -11,7 +11,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -34,6 +33,8 @@ from .seed import SeedTarget
 from .source import Cancelled, Report, Source
 from .stream import SectionType
 from .target import Target
+
+_log = logging.getLogger("vnetdp.migration")
 
 _MAX_MESSAGE = 1 << 17
 _SWITCH_S = 0.0002  # between two threads that both run Python: 5 ms, the default, would be most of a blackout
@@ -303,11 +304,8 @@ class HostProcess(Owned):
         if self.inherited:
             return
         self._sock.close()
-        try:
-            self._child.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        if not child.end(self._child):
+            _log.warning("the host of process %d did not end within %g s, and was killed", self.pid, child.TO_END_S)
 
     def leave_to_parent(self) -> None:
         """Leave the socket to the parent: the host is to see it if the parent closes it, or dies."""
