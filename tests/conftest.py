@@ -9,6 +9,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import zygote
 from vnetdp.warmup import warm_up
 
 # Tests that are run by nohup, or in the background of a script, have these ignored, and so would all that they start.
@@ -25,6 +26,13 @@ settings.load_profile("vnetdp")
 def compiled() -> None:
     """Have the kernels compiled before the first test, by one process for all: no deadline of a test is meant for that."""
     warm_up()
+    zygote.begin()
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the processes that vnetdp starts here be forked."""
+    monkeypatch.setattr("vnetdp.child.start", zygote.start)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.by_hand import CAMPAIGN, wait_for
+from tests.zygote import MARK, name_of, popen
 from vnetdp import cli
 
 TIMEOUT = 240  # seconds: the first command of a cold cache compiles
@@ -25,12 +26,11 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._mark = f"VNETDP_TEST={uuid.uuid4()}"
-        name, _, value = self._mark.partition("=")
-        self._env = {**os.environ, name: value, "COLUMNS": "100"}
+        self._mark = str(uuid.uuid4())
+        self._env = {**os.environ, MARK: self._mark, "COLUMNS": "100"}
 
     def start(self, *args: str | bytes, **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        return popen(
             [sys.executable, "-m", "vnetdp", *args],
             cwd=self.folder,
             env=self._env,
@@ -102,10 +102,14 @@ class Shell:
     def processes(self) -> list[int]:
         """Return the ids of the processes that came of our commands, and still run."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        mark, name = f"{MARK}={self._mark}".encode(), name_of(self._mark).encode()
+        for path in Path("/proc").glob("[0-9]*"):
             try:
-                if self._mark.encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parts[2]))
+                marked = mark in (path / "environ").read_bytes().split(b"\0")
+                if marked or (
+                    (path / "comm").read_bytes().strip() == name and (path / "stat").read_text().split()[2] != "Z"
+                ):
+                    found.append(int(path.name))
             except OSError:
                 continue  # it has just ended, or is another user's
         return found

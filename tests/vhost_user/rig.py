@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from tests.by_hand import PATIENCE, Ring, frame, wait_for
+from tests.zygote import popen
 from vnetdp.backends.vhost_user import VhostUserFrontEnd
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
@@ -433,7 +434,7 @@ def serve(path: str, log: Path, *options: str) -> subprocess.Popen[bytes]:
         *("--protocol-features", "+device_state", *options),
     ]
     with log.open("ab") as out:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out)
+        return popen(command, stdout=subprocess.DEVNULL, stderr=out)
 
 
 def stand_still(process: subprocess.Popen[bytes]) -> None:
