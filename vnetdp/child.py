@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from . import limits
 from .errors import MachineError
 
-TO_END_S: Final = 2.0  # for a process that is asked to end: one that was stopped never does
+TO_END_S: Final = 2.0  # for a process that is asked to end, if it was stopped: it never does
+_SLOW_S: Final = 20.0  # for one that runs, on a machine that is busy
 
 
 def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
@@ -34,14 +36,26 @@ def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess
 
 
 def end(process: subprocess.Popen[bytes]) -> bool:
-    """Wait until *process* has ended, as it was asked to; kill one that has not within 2 s, and return False."""
+    """Wait until *process* has ended, as it was asked to; kill it if it was stopped, or hangs, and return False."""
+    for patience_s in (TO_END_S, _SLOW_S):
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            if _stopped(process.pid):
+                break
+        else:
+            return True
+    process.kill()
+    process.wait()
+    return False
+
+
+def _stopped(pid: int) -> bool:
+    """Return whether a signal or a debugger has stopped the process."""
     try:
-        process.wait(timeout=TO_END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return False
-    return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False  # it has just ended
 
 
 def follow(fd: int) -> None:

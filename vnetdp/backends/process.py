@@ -259,7 +259,7 @@ class WorkerProcess(Owned):
             return
         self._sock.close()
         if not child.end(self._child):
-            self._end = f"did not end within {child.TO_END_S:g} s, and was killed"
+            self._end = "did not end when it was asked to, and was killed"
             _log.error("the worker process %d %s", self.pid, self._end)
         for backend in self.backends:
             backend.forget()
