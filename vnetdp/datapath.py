@@ -274,9 +274,7 @@ class Paced(Owned):
         self._resume: SimpleQueue[int] = SimpleQueue()
         self._turn = 0  # goes through both: what a pause that was broken off left there is of no other
         self._stopping = False
-        self._begun = (
-            threading.Lock()
-        )  # held by the thread once it begins, or by `close`: then it does not begin any more
+        self._begun = threading.Lock()  # taken by the thread as it begins, or by `close`, so that it never does
         self._ended = False
         self._never = False  # it did not begin, and does not any more
         self._hung = False
