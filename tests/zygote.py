@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -126,6 +127,7 @@ def main(fd: int) -> None:
         if not module.name.startswith(_LEFT_OUT):
             importlib.import_module(module.name)
     warm_up()
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # NumPy's, which rest
     gc.collect()
     gc.freeze()
     sock = socket.socket(fileno=fd)
