@@ -427,11 +427,14 @@ def test_a_worker_has_one_device_at_a_time() -> None:
 
 
 class Meddler(Endpoint):
-    """An endpoint whose own code takes down its device's link."""
+    """An endpoint whose own code takes down its device's link, once *may* has returned."""
 
     device: NetDevice
 
+    def may(self) -> None: ...
+
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        self.may()
         self.device.set_link(False)
 
 
@@ -450,5 +453,35 @@ def test_an_endpoint_cannot_change_its_device_from_within_and_the_device_lives(u
         guest.send(frame(0))
         wait_equal(lambda: wire.errors, 1)
         device.set_link(True)
+        assert device.owner is (Owner.VHOST if use_vhost else Owner.USERSPACE)
+        worker.close()
+
+
+@pytest.mark.parametrize("use_vhost", [True, False])
+def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for_no_one(use_vhost: bool) -> None:
+    """The other thread waits for the endpoint's."""
+    worker = Worker(1)
+    within = threading.Event()
+    with (
+        memory_for() as memory,
+        Meddler() as wire,
+        NetDevice(memory, wire, vhost=worker.backends) as device,
+        Driver(device, memory) as guest,
+    ):
+        running = worker if use_vhost else device._userspace_worker
+        assert running is not None
+        ctl = running.datapath.ctl
+
+        def waits() -> None:
+            within.set()
+            wait_for(lambda: ctl[lay.CTL_DOORBELL] == 1, "the other thread waits for this one")
+
+        wire.device, wire.may = device, waits  # type: ignore[method-assign]
+        device.set_use_vhost(use_vhost)
+        guest.start()
+        guest.send(frame(0))
+        assert within.wait(PATIENCE)
+        device.set_link(True)
+        wait_equal(lambda: wire.errors, 1)
         assert device.owner is (Owner.VHOST if use_vhost else Owner.USERSPACE)
         worker.close()

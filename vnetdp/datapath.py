@@ -339,14 +339,15 @@ class Paced(Owned):
         """Hold the thread outside the kernels for the length of the block."""
         return self._pause
 
-    def _check_outside(self) -> None:
+    def check_outside(self) -> None:
+        """Raise ConfigError in this very thread, which no one else can hold while it waits."""
         if threading.current_thread() is self._thread and not self._ended:
             raise ConfigError(
                 f"{self._thread.name} can't stop itself: an endpoint's own code may change its device in another thread only"
             )
 
     def _halt(self) -> None:
-        self._check_outside()
+        self.check_outside()
         self._lock.acquire()
         # A thread that ended, even by a defect, never parks again; nor need it be dead yet.
         if self._depth == 0 and not self._ended:
@@ -405,7 +406,7 @@ class Paced(Owned):
         """Stop the thread and wait for it. A forked child has no thread to stop."""
         if self.inherited:
             return
-        self._check_outside()
+        self.check_outside()
         try:
             self._stopping = True
             if self._begun.acquire(blocking=False):

@@ -100,7 +100,7 @@ class NetDevice(Owned):
             made.pop_all()
         self.kicks = self.notifiers.kicks
         self.calls = self.notifiers.calls
-        self._lock = OwnedLock(self)
+        self._lock = OwnedLock(self, lambda: self.owners.check_outside())
         self._trouble = Trouble(self._notify_config)
         self._running = running
         self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings, fallback)

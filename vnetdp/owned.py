@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn, Self, SupportsIndex
 
@@ -61,16 +62,22 @@ class Owned:
 
 
 class OwnedLock:
-    """A reentrant lock of *owner*. In a forked child, which its holder may be missing from, it raises ConfigError."""
+    """A reentrant lock of *owner*. In a forked child, which its holder may be missing from, it raises ConfigError.
 
-    def __init__(self, owner: Owned) -> None:
+    may_wait: called before another holder is waited for; it raises an error if that holder may wait for this thread.
+    """
+
+    def __init__(self, owner: Owned, may_wait: Callable[[], None] = lambda: None) -> None:
         self._lock = threading.RLock()
+        self._may_wait = may_wait
         self._name = type(owner).__name__
         self._maker = os.getpid()
 
     def acquire(self) -> None:
         _check_maker(self._name, self._maker)
-        self._lock.acquire()
+        if not self._lock.acquire(blocking=False):
+            self._may_wait()
+            self._lock.acquire()
 
     def release(self) -> None:
         self._lock.release()

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 
 from . import vhost_net
 from .backends.base import VRINGS, Backend
+from .datapath import Paced
 from .errors import BackendError, UnbindError
 from .notifiers import Notifiers
 from .owned import Owned
@@ -62,6 +63,12 @@ class Owners(Owned):
         self.handovers_ns: deque[int] = deque(maxlen=_HANDOVERS_KEPT)
         self.last_error: Exception | None = None
         self._said = ""  # why vhost can't start, until it does
+
+    def check_outside(self) -> None:
+        """Raise ConfigError in a thread that runs the rings: one that changes the device waits for it to stand still."""
+        for backend in (*self._sites, *self.userspace[:1]):
+            if isinstance(backend.site, Paced):
+                backend.site.check_outside()
 
     @property
     def backends(self) -> Sequence[Backend] | None:
