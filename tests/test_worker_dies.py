@@ -6,6 +6,7 @@ Nothing here tells the device of it: it hears by itself.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -260,7 +261,7 @@ def test_userspace_goes_on_where_a_worker_ended(how: str, state: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "says"), [(_killed, "was killed by SIGKILL"), (_stopped, "did not answer within 0.5 s, and was killed")]
+    ("end", "says"), [(_killed, "was killed by SIGKILL"), (_stopped, r"did not answer within [0-9.]+ s, and was killed")]
 )
 def test_the_end_of_a_worker_process_is_said_in_one_line_and_once(
     end: Callable[[Bed], None], says: str, caplog: pytest.LogCaptureFixture
@@ -278,9 +279,11 @@ def test_the_end_of_a_worker_process_is_said_in_one_line_and_once(
         assert bed.device.fallbacks == 11
         bed.guest.close()
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said == (
-        f"vhost is gone: the worker process {bed.worker.pid} {says} (restart the program to use vhost again): "  # type: ignore[union-attr]
-        "falling back on userspace virtio (rings 0 and 1)"
+    assert isinstance(bed.worker, WorkerProcess)
+    assert re.fullmatch(
+        rf"vhost is gone: the worker process {bed.worker.pid} {says} \(restart the program to use vhost again\): "
+        r"falling back on userspace virtio \(rings 0 and 1\)",
+        said,
     )
 
 
