@@ -261,7 +261,8 @@ def test_userspace_goes_on_where_a_worker_ended(how: str, state: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "says"), [(_killed, "was killed by SIGKILL"), (_stopped, r"did not answer within [0-9.]+ s, and was killed")]
+    ("end", "says"),
+    [(_killed, "was killed by SIGKILL"), (_stopped, r"did not answer within [0-9.]+ s, and was killed")],
 )
 def test_the_end_of_a_worker_process_is_said_in_one_line_and_once(
     end: Callable[[Bed], None], says: str, caplog: pytest.LogCaptureFixture
