@@ -41,7 +41,7 @@ def end(process: subprocess.Popen[bytes]) -> bool:
         try:
             process.wait(patience_s)
         except subprocess.TimeoutExpired:
-            if _stopped(process.pid):
+            if stopped(process.pid):
                 break
         else:
             return True
@@ -50,7 +50,7 @@ def end(process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _stopped(pid: int) -> bool:
+def stopped(pid: int) -> bool:
     """Return whether a signal or a debugger has stopped the process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")

@@ -28,7 +28,8 @@ exit status, of every command:
   1        done, and something went wrong, which is said: frames were lost, duplicated, reordered or corrupted, an endpoint
            or the back end failed, a check failed, or the report can't be written
   2        not begun: wrong usage or input, or something is missing here
-  128 + N  signal N (130: ^C) ended it before it was at work, or a second signal did at once
+  128 + N  signal N (130: ^C) ended it before its work was done, or a second signal did at once; link, serve and drive, which
+           work until they are asked to end, are done when the first signal comes, and end with 0 or 1
 """
 
 _VERBOSE = "log what happens, not only what goes wrong"

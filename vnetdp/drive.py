@@ -214,10 +214,12 @@ class _Run:
         """Wait for the next back end if there is none any more; return why there is none once that took too long."""
         front_end, device, wait = self._front_end, self._device, self._wait
         if front_end.connected and (device.owner is Owner.VHOST or not device.ready):
-            self._wait = None
             if front_end.connections != self._connections:
+                self._wait = None
                 self._connections = front_end.connections
                 self._say(f"driving {front_end.path} again, over connection {self._connections}")
+        elif wait is None and front_end.connected:
+            pass  # it is being given the rings
         elif wait is None:
             why = "hangs" if front_end.hung else "is gone: its connection was lost"
             self._say(f"{front_end.path}: the back end {why}; waiting up to {self._wait_s:g} s for one on that socket")

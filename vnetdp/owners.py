@@ -98,11 +98,12 @@ class Owners(Owned):
             wanted = ()  # parked already
         present = self.backends
         held = [*(present or ()), *wanted]
+        gone: BackendError | None = None
         with vhost_net.standing_still(held) if held else nullcontext():
             if present is not None:
                 self._check()
                 try:
-                    vhost_net.stop(present, rings)
+                    gone = vhost_net.stop(present, rings)
                 except UnbindError as e:
                     self._withhold(e)
             was, self.owner = self.owner, Owner.NOBODY
@@ -117,6 +118,9 @@ class Owners(Owned):
                     self._start_vhost(rings)
                 elif owner is Owner.USERSPACE:
                     vhost_net.start(self.userspace, rings)
+                    if gone is not None:
+                        self.last_error = gone
+                        self._say_once(gone, rings)
             except UnbindError as e:
                 self._withhold(e)
                 return False
@@ -138,7 +142,7 @@ class Owners(Owned):
         return True
 
     def _say_once(self, error: BackendError, rings: vhost_net.Rings) -> None:
-        """Log why vhost can't start, and who has the rings instead, unless that was the last thing said."""
+        """Log why vhost can't start, or has gone, and who has the rings instead, unless that was the last thing said."""
         said = f"unable to start vhost: {error}: {self._instead}"
         if error.errno == errno.ESRCH:
             numbers = [n for n, _, _ in vhost_net.enabled_queues(rings)]

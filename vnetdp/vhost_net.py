@@ -104,14 +104,15 @@ def start_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     backend.set_vring_call(index, rings.calls[n])
 
 
-def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
-    """Unbind one ring, and keep its next index in the device's queue.
+def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> BackendError | None:
+    """Unbind one ring, and keep its next index in the device's queue; return the error of a backend that is gone.
 
     A backend that can't tell the index any more (it died, or the verb failed) leaves used.idx in guest memory to go
     by: local backends finish each chain they take, so it is the same. UnbindError, and the index as it was, from one that
     may go on with the ring.
     """
     queue = rings.queues[VRINGS * pair + index]
+    gone: BackendError | None = None
     try:
         backend.set_backend(index, None)
     except UnbindError:
@@ -123,7 +124,8 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
         queue.last_avail_idx = backend.get_vring_base(index)
     except BackendError as e:
         # That a backend is gone is said once for all its rings, when the next owner gets them.
-        _log.log(logging.INFO if e.errno == errno.ESRCH else logging.WARNING, "%s; going on from used.idx", e)
+        gone = e if e.errno == errno.ESRCH else None
+        _log.log(logging.INFO if gone else logging.WARNING, "%s; going on from used.idx", e)
         queue.last_avail_idx = used_idx(rings.memory, queue)
         if rings.log is not None:
             # It may have been killed between a write to the used ring and its mark.
@@ -131,6 +133,7 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     if VRINGS * pair + index in rings.broken:
         # Whoever it broke under, the chain that broke it is not used; this backend may never have had it.
         queue.last_avail_idx = used_idx(rings.memory, queue)
+    return gone
 
 
 def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
@@ -214,24 +217,29 @@ def set_log(backends: Sequence[Backend], rings: Rings) -> None:
                     backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if rings.log else None)
 
 
-def stop(backends: Sequence[Backend], rings: Rings) -> None:
+def stop(backends: Sequence[Backend], rings: Rings) -> BackendError | None:
     """Take every enabled ring back; afterwards no backend touches a ring, and each queue has its exact index.
 
-    UnbindError if a backend may go on with a ring; all others are taken back.
+    Returns the error of a backend that was gone. UnbindError if a backend may go on with a ring; all others are taken back.
     """
     with standing_still(backends):
-        stop_vrings(backends, rings, [(pair, index) for _, pair, index in enabled_queues(rings)])
+        return stop_vrings(backends, rings, [(pair, index) for _, pair, index in enabled_queues(rings)])
 
 
 def stop_vrings(
     backends: Sequence[Backend], rings: Rings, which: Iterable[tuple[int, int]], cause: BaseException | None = None
-) -> None:
-    """Take back those rings, (pair, index) each; UnbindError, after all of them, if a backend may go on with one."""
+) -> BackendError | None:
+    """Take back those rings, (pair, index) each; return the error of a backend that was gone.
+
+    UnbindError, after all of them, if a backend may go on with one.
+    """
     kept: UnbindError | None = None
+    gone: BackendError | None = None
     for pair, index in which:
         try:
-            stop_vring(backends[pair], rings, pair, index)
+            gone = stop_vring(backends[pair], rings, pair, index) or gone
         except UnbindError as e:
             kept = kept or e
     if kept is not None:
         raise kept from cause
+    return gone

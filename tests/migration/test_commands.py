@@ -252,7 +252,7 @@ def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
         (("migrate", "--endpoint", "vhost-user:s"), "vhost-user:SOCKET stands in link, on both sides"),
         (("migrate", "--endpoint", "tap:t0"), "source and destination need a TAP each, both in one bridge"),
         (
-            ("migrate", "--endpoint", "tap:t0", "--target-endpoint", f"tap:{'t' * 16}"),
+            ("migrate", "--endpoint", f"tap:{'t' * 16}", "--target-endpoint", "tap:t0"),
             "no interface name: 1 to 15 bytes",
         ),
         (("migrate", "--target-endpoint", "tap:t0,netns=nowhere-at-all"), "sudo ip netns add nowhere-at-all"),

@@ -140,7 +140,8 @@ class WorkerProcess(Owned):
 
     Endpoints in Python stay with their process: binding one is refused (EOPNOTSUPP). If the child dies, every verb fails
     with ESRCH; devices that have the backends hear of it by themselves. A child that does not answer for *timeout_s* seconds
-    is killed; None waits for ever. Once *ending* returns True, as all is to end, a child has 2 s. Killed in the midst of a
+    is killed, and for 12 times as long before its first answer, as it may be compiling, unless it was stopped; None waits
+    for ever. Once *ending* returns True, as all is to end, a child has 2 s. Killed in the midst of a
     batch it may have moved up to 64 frames a queue that it had not published yet: the next owner, which goes on from
     used.idx, repeats those sent, and lacks those received.
     """
@@ -215,10 +216,13 @@ class WorkerProcess(Owned):
     def _await_answer(self) -> None:
         """Wait until the child has answered; one that does not in time is killed."""
         began = time.monotonic()
-        patience_s = math.inf if self.timeout_s is None else self.timeout_s * (1 if self._answered else _TO_START)
-        until, hurried = began + patience_s, False
+        patience_s = math.inf if self.timeout_s is None else self.timeout_s
+        until, hurried, starting = began + patience_s, False, not self._answered
         while not readable(self._sock, min(_LOOK_S, patience_s)):
             now = time.monotonic()
+            if now >= until and starting and not hurried and not child.stopped(self.pid):
+                until, starting = began + _TO_START * patience_s, False
+                _log.warning("the worker process %d has not answered yet: waiting, as it may be compiling", self.pid)
             if not hurried and self._ending():
                 until, hurried = min(until, now + child.TO_END_S), True
             if now >= until:

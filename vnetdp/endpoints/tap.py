@@ -157,6 +157,8 @@ class TapEndpoint(Endpoint):
                 return
             except OSError as e:
                 failed = e  # EINVAL: a kernel before 6.2 knows no USO
+        if self.gone:
+            raise EndpointError(self._failures[0])
         raise EndpointError(f"{self.name}: cannot set offloads {wanted:#x}: {failed.strerror}")
 
     def set_queue_active(self, queue: int, active: bool) -> None:
