@@ -18,7 +18,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.errors import ConfigError
 from vnetdp.notify import EventFd
 from vnetdp.server import Server
-from vnetdp.vhost_user.dial import NobodyYetError, dial
+from vnetdp.vhost_user.dial import NobodyYetError, dial, why_not_there
 
 
 @pytest.fixture(autouse=True)
@@ -212,3 +212,16 @@ def test_a_guest_without_a_back_end_is_told_the_step_that_helps(kind: str) -> No
         endpoint = stack.enter_context(GenerateEndpoint(count=1))
         with pytest.raises(ConfigError, match=f"^s: no back end within 0.2 s: {NO_BACK_END[kind]}$"):
             drive(endpoint, "s", lambda: False, lambda _: None, wait_s=0.2, listen=kind == "none connects")
+
+
+def test_a_socket_file_that_vanishes_while_it_is_looked_at_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+
+    def vanishing(path: str, mode: int) -> bool:
+        Path(path).unlink()
+        return access(path, mode)
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("s")
+    monkeypatch.setattr(os, "access", vanishing)
+    assert why_not_there("s") == "it is not there"

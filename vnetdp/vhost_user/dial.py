@@ -57,6 +57,8 @@ def why_not_there(path: str) -> str:
         kind = "a directory" if stat.S_ISDIR(mode) else "a file"
         raise ConfigError(f"cannot connect to {path}: it is {kind}, not a socket: take another path, or remove it")
     if not os.access(path, os.W_OK):
+        if not target.exists():
+            return "it is not there"  # any more
         raise ConfigError(
             f"cannot connect to {path}: {of_path(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))}"
         )
