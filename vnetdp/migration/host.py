@@ -320,7 +320,10 @@ def main(fd: int, quiet: bool) -> None:
     host = Host()
     with socket.socket(fileno=fd) as sock:
         while True:
-            data, fds, _, _ = socket.recv_fds(sock, _MAX_MESSAGE, 4)
+            try:
+                data, fds, _, _ = socket.recv_fds(sock, _MAX_MESSAGE, 4)
+            except ConnectionError:  # the parent is gone, and left an answer unread
+                break
             if not data:
                 break
             what, args = pickle.loads(data)
