@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import itertools
 import json
 import os
@@ -465,6 +466,36 @@ def test_a_signal_that_comes_where_the_interpreter_tells_of_a_lost_exception_is_
         del thing
         time.sleep(60)
     assert told == [ValueError]
+
+
+def _imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Any:
+    """Import a module of that *body*, and return it."""
+    (tmp_path / "new_module.py").write_text(f"import signal\nfrom vnetdp import signals\n{body}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "new_module", raising=False)
+    return importlib.import_module("new_module")
+
+
+def test_a_signal_that_comes_in_an_import_is_heard_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C code that imports, as NumPy's and Numba's does, makes an ImportError of whatever is raised there."""
+    with pytest.raises(signals.Ended), signals.handled():
+        module = _imported(tmp_path, monkeypatch, "signal.raise_signal(signal.SIGTERM)\nwhole = True\n")
+        time.sleep(60)
+    assert module.whole
+
+
+def test_a_command_that_runs_as_a_module_is_imported_hears_signals_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+heard = False
+try:
+    with signals.handled():
+        signal.raise_signal(signal.SIGTERM)
+except signals.Ended:
+    heard = True
+"""
+    assert _imported(tmp_path, monkeypatch, body).heard
 
 
 _COMPILES = """

@@ -31,6 +31,7 @@ _DEAF_S = 2.0  # the main thread hears nothing: it is in compiled code
 _UNWIND_S = 10.0  # for closing all that is open
 _TIDY_S = 2.0  # for socket files and the report, at an end without closing
 _TICK_S = 0.05
+_IMPORTLIB = "<frozen importlib._bootstrap>"
 
 
 class Ended(KeyboardInterrupt):
@@ -78,6 +79,7 @@ class Ending:
         self.writers: list[Writer] = []
         self._at_work = False
         self._compiling = False
+        self._imports = _imports(sys._getframe())  # the program of somebody else may run us as it is imported
         self._hook = sys.unraisablehook
         self._sending = threading.Lock()  # held while a signal is sent again
         self._lock = threading.Lock()  # the report is made once, and written once
@@ -150,8 +152,9 @@ class Ending:
         """Handle the first signal, in the main thread; `count` handles those that follow."""
         if self.number or self.over:
             return
-        if _runs(Ending.unraisable.__code__, frame):
-            return  # an exception would be lost here, too: `count` sends the signal again
+        # An exception would be lost in the hook, and C code that imports makes an ImportError of it: the signal comes again.
+        if _runs(Ending.unraisable.__code__, frame) or (not self._at_work and _imports(frame) > self._imports):
+            return
         self.number = number
         if not self._at_work:
             if self._compiling or _numba_works():
@@ -241,6 +244,15 @@ def _runs(code: CodeType, frame: FrameType | None) -> bool:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
+
+
+def _imports(frame: FrameType | None) -> int:
+    """Return how many calls of the import system *frame* is in."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == _IMPORTLIB
+        frame = frame.f_back
+    return count
 
 
 def _numba_works() -> bool:
