@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import signal
 import socket
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.by_hand import PATIENCE, no_descriptor_leaks
+from vnetdp import cli
 from vnetdp.backends import process
 from vnetdp.datapath import Datapath
+from vnetdp.errors import WorkError
 from vnetdp.migration import host
+from vnetdp.migration.host import HostProcess
+from vnetdp.migration.run import Couple
 from vnetdp.notify import readable
 
 LOOK = pickle.dumps(("look", ()))
@@ -50,3 +58,39 @@ def test_a_child_whose_parent_leaves_an_answer_unread_ends_quietly(
             ours.send(request_)
             assert readable(ours, PATIENCE)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_host_that_is_stopped_is_killed_and_so_is_one_that_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_STOPPED_S", 0.3)
+    with no_descriptor_leaks(), HostProcess(quiet=True) as one, HostProcess(quiet=True) as other:
+        for each in (one, other):
+            os.kill(each.pid, signal.SIGSTOP)
+        answer = one.begin("look")
+        with pytest.raises(WorkError, match=f"the host of process {one.pid} was stopped for 0 s, and was killed"):
+            answer(other)
+        assert not other.alive
+        with pytest.raises(WorkError, match=f"the host of process {other.pid} was stopped"):
+            other.call("look")
+
+
+@pytest.mark.parametrize(
+    "command", [("migrate",), ("faults", "--only", "B1", "--traffic", "idle", "--queue-pairs", "1")]
+)
+def test_a_host_that_is_killed_at_work_is_exit_status_1_and_in_the_report(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    migrate, killed = Couple.migrate, []
+
+    def killing(couple: Couple, *args: Any, **orders: Any) -> Any:
+        killed.append(couple.target.pid)
+        os.kill(couple.target.pid, signal.SIGKILL)
+        return migrate(couple, *args, **orders)
+
+    monkeypatch.setattr(Couple, "migrate", killing)
+    report = tmp_path / "report.json"
+    with no_descriptor_leaks():
+        assert cli.main([*command, "--json", str(report)]) == 1
+    said = f"the host of process {killed[0]} is gone"
+    assert said in report.read_text()
+    assert said in "".join(capfd.readouterr())
+    assert json.loads(report.read_text())

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from . import commands, limits, output, signals
 from ._version import __version__
 from .endpoints.names import explained
-from .errors import ConfigError, OutputError, VnetdpError
+from .errors import ConfigError, OutputError, VnetdpError, WorkError
 
 _log = logging.getLogger(__name__)
 
@@ -335,6 +335,11 @@ def _run(args: argparse.Namespace, program: bool) -> int:
                 return run(args, ending)
             except signals.Ended as e:
                 return ending.give_up(e.number)
+            except WorkError as e:
+                error = str(e)
+                output.say(f"vnetdp: {error}")
+                ending.finish(lambda report: report.update(error=error))
+                return 1
     except (OutputError, BrokenPipeError):
         raise
     except VnetdpError as e:

@@ -60,6 +60,10 @@ class MachineError(VnetdpError, OSError):
         return str(self.strerror)
 
 
+class WorkError(VnetdpError):
+    """Work that was begun can't be done: the exit status is 1."""
+
+
 class OutputError(VnetdpError):
     """The work is done, and its report can't be written."""
 

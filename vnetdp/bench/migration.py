@@ -13,7 +13,7 @@ from typing import Any
 
 from vnetdp_kernels import layout
 
-from ..errors import VnetdpError
+from ..errors import WorkError
 from ..memory import DirtyLog
 from ..migration.host import Orders
 from ..migration.machine import Machine, MachineConfig, make_wire
@@ -50,11 +50,11 @@ def _of(couple: Couple, pairs: int, rounds: int) -> list[dict[str, Any]]:
             time.sleep(0.01)
             result = couple.migrate(policy, source=Orders(check=False, changes=changes))
             if result.outcome != "vhost" or result.violations:
-                raise VnetdpError(f"{name}, {pairs} pairs: {result.outcome}: {result.error} {result.violations}")
+                raise WorkError(f"{name}, {pairs} pairs: {result.outcome}: {result.error} {result.violations}")
             seen[name].append(result)
     final = couple.settle(result)
     if final.violations:
-        raise VnetdpError(f"{pairs} pairs: {final.violations}")
+        raise WorkError(f"{pairs} pairs: {final.violations}")
     base = statistics.median(result.destination_us for result in seen["none"])
     rows = []
     for name, results in seen.items():
@@ -87,7 +87,7 @@ def _slowdown(rounds: int) -> dict[str, Any]:
         machine.drain()
         ledgers = machine.ledgers()
         if not all(ledger.clean for ledger in ledgers):
-            raise VnetdpError(f"frames were lost: {ledgers}")
+            raise WorkError(f"frames were lost: {ledgers}")
     without, while_sent = (statistics.median(rates[key]) for key in (False, True))
     return {"name": "packet rate of the source in pre-copy", "queue_pairs": 1, "mpps": while_sent, "peer": "not migrating",
             "ratio": while_sent / without}  # fmt: skip

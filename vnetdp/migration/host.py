@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from typing import Any
 
 from .. import child
 from ..backends.faulty import Fault, Faults
-from ..errors import VnetdpError, reason
+from ..errors import VnetdpError, WorkError, reason
+from ..notify import readable
 from ..owned import Owned
 from ..owners import Owner
 from ..state import DeviceState
@@ -37,6 +39,9 @@ from .target import Target
 _log = logging.getLogger("vnetdp.migration")
 
 _MAX_MESSAGE = 1 << 17
+_PATIENCE_S = 600.0  # for an answer: a host may be compiling, on a machine that is busy
+_STOPPED_S = 10.0  # for a host that was stopped: it may never go on
+_LOOK_S = 0.1  # between two looks whether it is
 _SWITCH_S = 0.0002  # between two threads that both run Python: 5 ms, the default, would be most of a blackout
 
 
@@ -248,7 +253,10 @@ def _uninterrupted(run: Callable[[], Report]) -> Report:
 
 
 class HostProcess(Owned):
-    """A `Host` in a process of its own. `call` waits for the answer; `begin` gives a function that does."""
+    """A `Host` in a process of its own. `call` waits for the answer; `begin` gives a function that does.
+
+    A host that is stopped for 10 s while its answer is waited for is killed. WorkError if the host is gone.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         """*quiet*: it logs nothing, since what fails in it is meant to."""
@@ -259,6 +267,8 @@ class HostProcess(Owned):
             self._child = child.start(code, theirs, ())
             made.pop_all()
         self._lock = threading.Lock()
+        self._stopped_s = 0.0
+        self._end = "is gone"
         self.close_on_fork()
 
     @property
@@ -269,18 +279,23 @@ class HostProcess(Owned):
     def alive(self) -> bool:
         return self._child.poll() is None
 
-    def begin(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Callable[[], Any]:
-        """Ask for *what*; its last arguments are *fds*, as the host will have them. Return what waits for the answer."""
+    def begin(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Callable[..., Any]:
+        """Ask for *what*; its last arguments are *fds*, as the host will have them.
+
+        Return a function that waits for the answer. Its arguments are the hosts that this one waits for in turn: they may
+        not be stopped either.
+        """
         self.check_maker()
         self._lock.acquire()
         try:
             socket.send_fds(self._sock, [pickle.dumps((what, args))], fds)
         except OSError as e:
             self._lock.release()
-            raise VnetdpError(f"the host of process {self.pid} is gone") from e
+            raise self._gone() from e
 
-        def answer() -> Any:
+        def answer(*others: HostProcess) -> Any:
             try:
+                self._await_answer(others)
                 data = self._sock.recv(_MAX_MESSAGE)
             except OSError:
                 data = b""
@@ -288,13 +303,35 @@ class HostProcess(Owned):
                 self._lock.release()
             if not data:
                 self._child.wait()
-                raise VnetdpError(f"the host of process {self.pid} is gone")
+                raise self._gone()
             done, result = pickle.loads(data)
             if not done:
                 raise VnetdpError(result)
             return result
 
         return answer
+
+    def _gone(self) -> WorkError:
+        return WorkError(f"the host of process {self.pid} {self._end}")
+
+    def _await_answer(self, others: tuple[HostProcess, ...]) -> None:
+        until = time.monotonic() + _PATIENCE_S
+        while not readable(self._sock, _LOOK_S):
+            for host in (self, *others):
+                host._kill_if_stopped()
+            if time.monotonic() > until:
+                self._kill(f"did not answer within {_PATIENCE_S:.0f} s")
+
+    def _kill_if_stopped(self) -> None:
+        """Look whether the host is stopped, and kill it once it was at every look for 10 s."""
+        self._stopped_s = self._stopped_s + _LOOK_S if child.stopped(self.pid) else 0.0
+        if self._stopped_s >= _STOPPED_S:
+            self._kill(f"was stopped for {_STOPPED_S:.0f} s")
+
+    def _kill(self, why: str) -> None:
+        self._end = f"{why}, and was killed"
+        self._child.kill()
+        self._child.wait()
 
     def call(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Any:
         return self.begin(what, *args, fds=fds)()

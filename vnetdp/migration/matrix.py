@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ..backends.base import RECEIVEQ, TRANSMITQ
-from ..errors import VnetdpError
+from ..errors import VnetdpError, WorkError
 from .changes import CHANGES
 from .host import Orders
 from .invariants import differences
@@ -280,17 +280,18 @@ class Matrix:
 
     def run(self, case: Case, config: MachineConfig) -> Row:
         """Run a case on a fresh machine, and give everything up again."""
-        if self._couple is None:
-            self._couple = Couple(quiet=True)
-        couple = self._couple
+        try:
+            couple = self._couple = self._couple or Couple(quiet=True)
+        except WorkError as e:
+            return Row(case, GONE, [f"I6: {e}"], ok=False)
         config = replace(config, vhost=case.source_vhost, process=case.process)
         try:
             with TapNamespace() if case.tap else nullcontext() as taps:
                 result, left = self._migrate(case, couple, config, taps)
+            couple.replace_dead()
         except VnetdpError as e:
             self.close()
             return Row(case, GONE, [f"I6: {e}"], ok=False)
-        couple.replace_dead()
         violations = result.violations + [f"leak: {count} {what}" for what, count in left.items()]
         return self._judge(case, result, violations)
 

@@ -215,16 +215,17 @@ class Couple(Owned):
         config = replace(self.config, vhost=vhost, endpoint=target_endpoint or self.config.endpoint)
         self._make(self.target, config)
         watch = Watch(self.wire)
-        ours, theirs = socket_pair(tcp)
-        with ours, theirs:
-            receive = self.target.begin(
-                "receive", replace(target or Orders(), policy=target_policy or policy), fds=(theirs.fileno(),)
-            )
-            send = self.source.begin("send", replace(source or Orders(), policy=policy), fds=(ours.fileno(),))
-        reports = [_answer(self.source, send), _answer(self.target, receive)]
-        self._wait_for_first_frames()
-        samples = watch.stop()
-        sent, received = reports
+        try:
+            ours, theirs = socket_pair(tcp)
+            with ours, theirs:
+                receive = self.target.begin(
+                    "receive", replace(target or Orders(), policy=target_policy or policy), fds=(theirs.fileno(),)
+                )
+                send = self.source.begin("send", replace(source or Orders(), policy=policy), fds=(ours.fileno(),))
+            sent, received = _answer(self.source, send, self.target), _answer(self.target, receive, self.source)
+            self._wait_for_first_frames()
+        finally:
+            samples = watch.stop()
         outcome = sent.outcome
         if outcome in ("lost", "source") and received.outcome in ("vhost", "userspace"):
             outcome = received.outcome  # the destination runs, though the source could not be told
@@ -268,7 +269,7 @@ class Couple(Owned):
             time.sleep(_LOOK_ON_S)
 
     def _runs(self) -> bool:
-        return any(host.alive and host.call("look")["owner"] != "nobody" for host in (self.source, self.target))
+        return any(_seen(host)["owner"] != "nobody" for host in (self.source, self.target))
 
     def settle(self, result: Result) -> Result:
         """Make no more frames, wait for those on their way, and enter into *result* what the ledgers and the machine say."""
@@ -313,10 +314,20 @@ class Couple(Owned):
             host.close()
 
 
-def _answer(host: HostProcess, wait: Callable[[], Report]) -> Report:
+def _answer(host: HostProcess, wait: Callable[..., Report], other: HostProcess) -> Report:
     """Wait for a host's report. One that raised, and lives, has lost its machine only if that does not run."""
     try:
-        return wait()
+        return wait(other)
     except VnetdpError as e:
-        runs = host.alive and host.call("look")["running"]
-        return Report("source" if runs else "lost", str(e))
+        seen = _seen(host)
+        return Report("source" if seen["running"] else "lost", str(e))
+
+
+def _seen(host: HostProcess) -> dict[str, Any]:
+    """Return what a host says of its machine; of one that is gone, or has none, that nothing runs."""
+    try:
+        if host.alive:
+            return dict(host.call("look"))
+    except VnetdpError:
+        pass
+    return {"running": False, "owner": "nobody"}
