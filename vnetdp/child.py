@@ -27,12 +27,13 @@ def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess
     for us alone, and we end it. The group is in our session, so that the kernel wakes a child that is stopped when we die.
     """
     fd = parent.fileno()
-    return subprocess.Popen(
-        [sys.executable, "-c", f"from vnetdp.child import follow; follow({fd}); {code}"],
-        pass_fds=(fd, *passed),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        process_group=0,
-    )
+    with limits.giving("a process"):
+        return subprocess.Popen(
+            [sys.executable, "-c", f"from vnetdp.child import follow; follow({fd}); {code}"],
+            pass_fds=(fd, *passed),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            process_group=0,
+        )
 
 
 def end(process: subprocess.Popen[bytes]) -> bool:

@@ -196,6 +196,8 @@ class TapEndpoint(Endpoint):
         try:
             self._ask(change)
         except OSError as e:
+            if self.gone:
+                raise EndpointError(self._failures[0]) from e
             hint = e.strerror
             if e.errno == errno.EPERM:
                 hint = f"run as root or: sudo ip link set dev {name} mtu {mtu}"
