@@ -20,7 +20,7 @@ from vnetdp.backends import process
 from vnetdp.datapath import Datapath
 from vnetdp.errors import WorkError
 from vnetdp.migration import host
-from vnetdp.migration.host import HostProcess
+from vnetdp.migration.host import HostProcess, Orders
 from vnetdp.migration.run import Couple
 from vnetdp.notify import readable
 
@@ -94,3 +94,19 @@ def test_a_host_that_is_killed_at_work_is_exit_status_1_and_in_the_report(
     assert said in report.read_text()
     assert said in "".join(capfd.readouterr())
     assert json.loads(report.read_text())
+
+
+def test_a_demo_whose_migrated_machine_is_lost_ends_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    migrate = Couple.migrate
+    monkeypatch.setattr(
+        Couple, "migrate", lambda couple, policy: migrate(couple, policy, target=Orders(die_at="bound"))
+    )
+    report = tmp_path / "report.json"
+    with no_descriptor_leaks():
+        assert cli.main(["demo", "--seconds", "0.01", "--json", str(report)]) == 1
+    out = capfd.readouterr().out
+    assert "NOT OK" in out
+    assert "the migration's outcome is lost" in out
+    assert json.loads(report.read_text())["migration"]["error"] in out

@@ -422,7 +422,8 @@ def migrate(args: argparse.Namespace, ending: Ending) -> int:
         human(args)(f"no fault struck: {', '.join(args.fault)}")
     may_fall_back = there or args.target_userspace or "link" in (*args.change, args.churn)
     wanted = ("vhost", "userspace") if may_fall_back else ("vhost",)
-    return 0 if all(each.outcome in wanted for each in results) and not report["violations"] and not missed else 1
+    well = all(each.outcome in wanted and not each.error for each in results)
+    return 0 if well and not report["violations"] and not missed else 1
 
 
 def _migrated(results: list[Result]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
         "frames were not delivered as they were sent": ledger.clean,
         f"owners were {', '.join(owners)}": owners == ["userspace", "vhost", "userspace", "vhost", "userspace"],
         f"the migration's outcome is {migrated.outcome}": migrated.outcome == "vhost",
+        "the migration met an error": not migrated.error,
         "the migration broke an invariant": not migrated.violations,
         "no packet moved after the migration": migrated.blackout_us is not None,
         "no packet moved in a phase": all(p["packets"] for p in phases),
@@ -83,13 +84,17 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
     without_ms = (migrated.blackout_us or math.inf) / 1000
     say(f"{len(handovers_us)} changes of owner, median {median:.0f} µs, and a migration to another process, "
         f"{without_ms:.1f} ms without a packet: {verdict}")  # fmt: skip
+    if migrated.error:
+        say(f"error: {migrated.error}")
     for text in migrated.violations:
         say(f"violation: {text}")
     report |= {
         "ok": ok,
         "ledger": ledger.as_dict(),
         "handover_us": handovers_us,
-        "migration": {key: migration[key] for key in ("policy", "outcome", "spans_us", "blackout_us", "violations")},
+        "migration": {
+            key: migration[key] for key in ("policy", "outcome", "error", "spans_us", "blackout_us", "violations")
+        },
     }
 
 
@@ -112,7 +117,7 @@ def _migrate(seconds: float, phases: list[dict[str, Any]], say: Callable[[str], 
         phase("vhost, in a process of its own")
         result = couple.migrate("delta")
         phase("migrated to a second process")
-        return couple.settle(result)
+        return result if result.outcome == "lost" else couple.settle(result)
 
 
 def _received(device: NetDevice) -> int:

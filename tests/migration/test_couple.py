@@ -20,7 +20,7 @@ from vnetdp.migration.changes import CHANGES
 from vnetdp.migration.host import HostProcess, Orders
 from vnetdp.migration.invariants import differences
 from vnetdp.migration.machine import MachineConfig
-from vnetdp.migration.run import Couple, Result, blackout_us
+from vnetdp.migration.run import Couple, Result, _answer, _errors, blackout_us
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
 from vnetdp_kernels import layout as lay
@@ -216,6 +216,39 @@ def test_a_host_that_is_gone_says_so() -> None:
         couple.migrate(target=Orders(die_at="setup"))
         with pytest.raises(VnetdpError, match=f"the host of process {couple.target.pid} is gone"):
             couple.migrate()
+
+
+# --- where something else fails once the machine has arrived ---
+
+
+def test_a_machine_that_arrived_is_not_lost_though_something_fails_there_afterwards(couple: Couple) -> None:
+    couple.start(config_of())
+    here, there = couple.source, couple.target
+    result = couple.migrate(target=Orders(changes=(("no change", "bound"),)))
+    assert (result.outcome, result.error) == ("vhost", "KeyError: 'no change'")
+    assert (couple.source, couple.target) == (there, here)
+    assert_well(couple, result)
+
+
+def test_a_host_that_raises_in_place_of_its_report_has_the_machine_if_it_runs(couple: Couple) -> None:
+    couple.start(config_of())
+    here, there = couple.source, couple.target
+
+    def report(host: HostProcess, receives: bool) -> str:
+        raised = _answer(host, host.begin("no such thing"), there, receives)
+        assert "no such thing" in raised.error
+        return raised.outcome
+
+    assert report(here, False) == "source"
+    assert report(here, True) == "vhost"
+    assert report(there, False) == report(there, True) == "lost"
+
+
+def test_the_errors_of_both_sides_are_shown_unless_one_only_heard_of_the_other() -> None:
+    assert _errors("", "") == ""
+    assert _errors("its own", "") == _errors("", "its own") == "its own"
+    assert _errors("the destination failed: its own", "its own") == "the destination failed: its own"
+    assert _errors("it is gone", "no memory") == "it is gone; the destination: no memory"
 
 
 # --- where it is cancelled ---

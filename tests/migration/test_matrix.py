@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from vnetdp.announce import ROUNDS_S, rarp
 from vnetdp.backends.faulty import Fault
 from vnetdp.errors import BackendError, EndpointError
 from vnetdp.memory import DirtyLog, Words
+from vnetdp.migration import machine as machine_module
 from vnetdp.migration.changes import LEFT, leaving
 from vnetdp.migration.host import Host, HostProcess, Orders
 from vnetdp.migration.invariants import differences, violations
@@ -470,6 +472,27 @@ def test_a_poller_that_was_killed_is_in_nobodys_way(machine: Machine) -> None:
         wait_for(lambda: not host.alive, "the host is dead")
     machine.device.endpoint.start_polling(1, machine)
     machine.device.endpoint.stop_polling(1, machine)
+
+
+def test_draining_ends_though_frames_are_made_for_ever(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another machine on the same wire, which nobody told to make no more."""
+    monkeypatch.setattr(machine_module, "_DRAIN_S", 0.2)
+    over = threading.Event()
+
+    def make_frames() -> None:
+        while not over.wait(0.0001):
+            machine.wire.rows[:, lay.EP_SEQ] += 1
+
+    other = threading.Thread(target=make_frames)
+    other.start()
+    try:
+        wait_for(
+            lambda: any(ledger.sent > ledger.delivered for ledger in machine.ledgers()), "the other has made frames"
+        )
+        assert not machine.drain()
+    finally:
+        over.set()
+        other.join()
 
 
 def test_a_ring_that_breaks_is_reported(machine: Machine) -> None:

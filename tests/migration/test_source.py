@@ -147,8 +147,8 @@ def test_a_host_that_raised_may_still_have_its_machine(alive: bool, running: boo
     host: Any = Host()
     host.alive = alive
 
-    def wait() -> Report:
+    def wait(_other: object) -> Report:
         raise VnetdpError("it raised")
 
-    report = _answer(host, wait)
+    report = _answer(host, wait, host)
     assert (report.outcome, report.error) == (outcome, "it raised")

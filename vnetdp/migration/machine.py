@@ -35,6 +35,7 @@ from ..memory import GuestMemory, Region, SharedBlock
 from ..owned import Owned
 from .ram import RamSource, pages_of
 
+_DRAIN_S = 30.0  # for all frames that were made: they are few
 _SLEEP_S = 1.0  # a call that has not come by then was lost
 # What of the guest's end of the traffic stays as it was made; the rest counts, or says what comes next.
 _CONSTANT = [
@@ -308,15 +309,20 @@ class Machine(Owned):
                     end.rows[:, layout.EP_LIMIT] = limit if traffic else end.rows[:, layout.EP_SEQ]
 
     def drain(self, seconds: float = 3.0) -> bool:
-        """Make no more frames, and return whether all that were made arrive; False if none does for so many seconds."""
+        """Make no more frames, and return whether all that were made arrive.
+
+        False if none does for so many seconds, or some have not after 30 s: another machine may be on the wire.
+        """
         self.allow(False)
         self.device.set_link(True)  # frames that wait for it are not lost
         seen, since = self.ledgers(), time.monotonic()
+        until = since + _DRAIN_S
         while any(ledger.sent != ledger.delivered for ledger in seen):
             before, seen = seen, self.ledgers()
+            now = time.monotonic()
             if seen != before:
-                since = time.monotonic()
-            elif time.monotonic() > since + seconds:
+                since = now
+            if now > min(since + seconds, until):
                 return False
             time.sleep(0.0005)
         return True

@@ -222,7 +222,8 @@ class Couple(Owned):
                     "receive", replace(target or Orders(), policy=target_policy or policy), fds=(theirs.fileno(),)
                 )
                 send = self.source.begin("send", replace(source or Orders(), policy=policy), fds=(ours.fileno(),))
-            sent, received = _answer(self.source, send, self.target), _answer(self.target, receive, self.source)
+            sent = _answer(self.source, send, self.target)
+            received = _answer(self.target, receive, self.source, receives=True)
             self._wait_for_first_frames()
         finally:
             samples = watch.stop()
@@ -233,7 +234,7 @@ class Couple(Owned):
         result = Result(
             policy,
             outcome,
-            sent.error or received.error,
+            _errors(sent.error, received.error),
             Ledger(),
             [
                 f"{side}: {text}"
@@ -314,13 +315,27 @@ class Couple(Owned):
             host.close()
 
 
-def _answer(host: HostProcess, wait: Callable[..., Report], other: HostProcess) -> Report:
-    """Wait for a host's report. One that raised, and lives, has lost its machine only if that does not run."""
+def _answer(host: HostProcess, wait: Callable[..., Report], other: HostProcess, receives: bool = False) -> Report:
+    """Wait for a host's report. One that raised, and lives, has lost its machine only if that does not run.
+
+    receives: it is the destination, where a machine that runs has arrived.
+    """
     try:
         return wait(other)
     except VnetdpError as e:
         seen = _seen(host)
-        return Report("source" if seen["running"] else "lost", str(e))
+        if not seen["running"]:
+            return Report("lost", str(e))
+        if not receives:
+            return Report("source", str(e))
+        return Report("userspace" if seen["owner"] == "nobody" else seen["owner"], str(e))  # as `Target` reports it
+
+
+def _errors(source: str, target: str) -> str:
+    """Return the errors of both sides; mostly one says what it heard from the other."""
+    if not source or not target or target in source:
+        return source or target
+    return f"{source}; the destination: {target}"
 
 
 def _seen(host: HostProcess) -> dict[str, Any]:

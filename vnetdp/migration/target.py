@@ -89,7 +89,13 @@ class Target:
             if not isinstance(e, Exception):
                 raise
             return report
-        self.resume()
+        try:
+            self.resume()
+        except Exception as e:
+            if not self.device.running:
+                raise
+            report.error = reason(e)
+            _log.warning("the machine runs here, and not all went well: %s", report.error)
         self._see_who_serves()
         try:
             self._channel.send(RUNNING, json.dumps(self._summary()).encode())
