@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import signal
 import socket
 import warnings
@@ -110,3 +111,22 @@ def test_a_demo_whose_migrated_machine_is_lost_ends_and_says_so(
     assert "NOT OK" in out
     assert "the migration's outcome is lost" in out
     assert json.loads(report.read_text())["migration"]["error"] in out
+
+
+@pytest.mark.parametrize("command", ["migrate", "demo"])
+def test_a_host_that_can_make_no_machine_while_another_runs_is_exit_status_1(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It has no room for one: what the command did before is not undone by that."""
+    migrate = Couple.migrate
+
+    def without_room(couple: Couple, *args: Any, **orders: Any) -> Any:
+        resource.prlimit(couple.target.pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+        return migrate(couple, *args, **orders)
+
+    monkeypatch.setattr(Couple, "migrate", without_room)
+    with no_descriptor_leaks():
+        assert cli.main([command, *(("--seconds", "0.01") if command == "demo" else ())]) == 1
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert "vnetdp: " in err

@@ -15,6 +15,7 @@ from .backends.worker import Worker
 from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.loopback import GenerateEndpoint, drained
+from .errors import VnetdpError, WorkError
 from .migration.machine import MachineConfig
 from .migration.run import Couple, Result
 
@@ -100,24 +101,27 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
 
 def _migrate(seconds: float, phases: list[dict[str, Any]], say: Callable[[str], None]) -> Result:
     """Migrate a machine of the same kind, under the same traffic, from one process to another; add its two phases."""
-    with Couple() as couple:
-        couple.start(MachineConfig(size=_FRAME_LEN))
+    try:
+        with Couple() as couple:
+            couple.start(MachineConfig(size=_FRAME_LEN))
 
-        def phase(name: str) -> None:
-            assert couple.wire is not None
-            rows = couple.wire.rows
-            before, began = rows.sum(axis=0), time.perf_counter()
-            time.sleep(seconds)
-            took, moved = time.perf_counter() - began, rows.sum(axis=0) - before
-            packets = int(moved[layout.EP_TO_WIRE] + moved[layout.EP_FROM_WIRE])
-            owner = couple.source.call("look")["owner"]
-            phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
-            say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")
+            def phase(name: str) -> None:
+                assert couple.wire is not None
+                rows = couple.wire.rows
+                before, began = rows.sum(axis=0), time.perf_counter()
+                time.sleep(seconds)
+                took, moved = time.perf_counter() - began, rows.sum(axis=0) - before
+                packets = int(moved[layout.EP_TO_WIRE] + moved[layout.EP_FROM_WIRE])
+                owner = couple.source.call("look")["owner"]
+                phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
+                say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")
 
-        phase("vhost, in a process of its own")
-        result = couple.migrate("delta")
-        phase("migrated to a second process")
-        return result if result.outcome == "lost" else couple.settle(result)
+            phase("vhost, in a process of its own")
+            result = couple.migrate("delta")
+            phase("migrated to a second process")
+            return result if result.outcome == "lost" else couple.settle(result)
+    except VnetdpError as e:
+        raise WorkError(str(e)) from e  # the phases before were run
 
 
 def _received(device: NetDevice) -> int:

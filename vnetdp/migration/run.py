@@ -17,7 +17,7 @@ from vnetdp_kernels import layout
 from .. import limits
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import Ledger
-from ..errors import VnetdpError
+from ..errors import VnetdpError, WorkError
 from ..memory import Words
 from ..owned import Owned
 from ..state import DeviceState
@@ -213,7 +213,10 @@ class Couple(Owned):
         assert self.wire is not None
         vhost = self.config.vhost if target_vhost is None else target_vhost
         config = replace(self.config, vhost=vhost, endpoint=target_endpoint or self.config.endpoint)
-        self._make(self.target, config)
+        try:
+            self._make(self.target, config)
+        except VnetdpError as e:
+            raise WorkError(str(e)) from e  # the machine ran already
         watch = Watch(self.wire)
         try:
             ours, theirs = socket_pair(tcp)
