@@ -26,7 +26,7 @@ Writer = Callable[[Report], None]
 _removals: list[Callable[[], None]] = []
 _unbroken: list[int] = []  # for each block of the main thread: 0, or the signal that it put off
 
-_TOGETHER_S = 1.0  # signals so close together ask once: timeout(1) sends each twice
+_TOGETHER_S = 1.0  # those that follow the first so closely ask nothing more: timeout(1) sends each twice
 _DEAF_S = 2.0  # the main thread hears nothing: it is in compiled code
 _UNWIND_S = 10.0  # for closing all that is open
 _TIDY_S = 2.0  # for socket files and the report, at an end without closing
@@ -177,20 +177,24 @@ class Ending:
         """Count the signals, whose numbers come through *pipe*, until it is closed; end the process if that is needed."""
         numbers = b""
         began = 0.0
+        second = False  # one came that is not of the first request
         again = 0  # of those that come, how many we sent
         while True:
             if _readable(pipe, _TICK_S if numbers else None):
                 came = os.read(pipe, 64)
                 if not came:
                     return
-                began = began if numbers else time.monotonic()
                 came = bytes(number for number in came if number in SIGNALS)
                 ours = min(again, len(came))
                 again -= ours
-                numbers += came[ours:]
+                if len(came) > ours:
+                    now = time.monotonic()
+                    began = began if numbers else now
+                    second = second or now - began >= _TOGETHER_S
+                    numbers += came[ours:]
             elif self._send_again(numbers[0]):
                 again += 1
-            if numbers and self._must_end(len(numbers), time.monotonic() - began):
+            if numbers and self._must_end(second, time.monotonic() - began):
                 self._end(numbers[-1])
 
     def _send_again(self, number: int) -> bool:
@@ -204,11 +208,11 @@ class Ending:
             signal.pthread_kill(threading.main_thread().ident or 0, number)
             return True
 
-    def _must_end(self, signals: int, passed_s: float) -> bool:
-        """Return whether to end at once, *passed_s* after the first of so many signals."""
+    def _must_end(self, second: bool, passed_s: float) -> bool:
+        """Return whether to end at once, *passed_s* after the first signal. second: it was followed by another request."""
         if self._compiling or (_numba_works() and not self._at_work):
             return True
-        if signals > 1 and passed_s >= _TOGETHER_S:
+        if second:
             return True
         return not self._at_work and not self.asked.is_set() and passed_s >= (_UNWIND_S if self.number else _DEAF_S)
 
