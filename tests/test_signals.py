@@ -369,6 +369,32 @@ def test_what_was_to_be_removed_is_removed_when_a_signal_ends_the_command(tmp_pa
     assert not (tmp_path / "file").exists()
 
 
+_GOES_ON = """
+import pathlib, signal, threading
+from vnetdp import signals
+file = pathlib.Path("file")
+made = threading.Event()
+def write(report):
+    made.wait()
+    while file.exists():
+        pass
+with signals.handled() as ending, ending.compiling(), ending.reporting(dict, write):
+    signal.raise_signal(signal.SIGTERM)
+    signals._ends.wait()
+    file.touch()
+    made.set()
+    signals.at_end(file.unlink)
+    print("goes on with what was removed", flush=True)
+"""
+
+
+def test_what_is_made_while_the_process_is_being_ended_is_removed_too(tmp_path: Path) -> None:
+    with popen([sys.executable, "-c", _GOES_ON], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate(timeout=60) == ("", None)
+        assert process.returncode == 128 + TERM
+    assert not list(tmp_path.iterdir())
+
+
 # --- in somebody else's program ---
 
 

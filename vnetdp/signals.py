@@ -24,6 +24,7 @@ Report = dict[str, Any]
 Writer = Callable[[Report], None]
 
 _removals: list[Callable[[], None]] = []
+_ends = threading.Event()  # the process is being ended, while the main thread goes on
 _unbroken: list[int] = []  # for each block of the main thread: 0, or the signal that it put off
 
 _TOGETHER_S = 1.0  # those that follow the first so closely ask nothing more: timeout(1) sends each twice
@@ -218,6 +219,7 @@ class Ending:
 
     def _end(self, number: int) -> None:
         """End the process; what can be tidied up in 2 s is."""
+        _ends.set()
         tidy = threading.Thread(target=self._tidy, args=(number,), name="tidy", daemon=True)
         with suppress(RuntimeError):  # no thread can be started
             tidy.start()
@@ -277,6 +279,9 @@ def _children() -> list[int]:
 def at_end(remove: Callable[[], None]) -> None:
     """Have *remove* called if a signal ends the command before `no_more_at_end`: files and namespaces outlive a process."""
     _removals.append(remove)
+    if _ends.is_set():
+        remove()
+        threading.Event().wait()  # for the end of the process: the work can't go on without it
 
 
 def no_more_at_end(remove: Callable[[], None]) -> None:
