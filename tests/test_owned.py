@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,31 @@ def test_none_can_be_copied_or_pickled_and_closing_twice_is_closing_once(kind: s
             made.close()
         memory.write(0, b"there")
         assert memory.read(0, 5) == b"there"
+        Shared.__mro__[1].close(endpoint)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [*MORE, *KINDS])
+def test_closing_it_while_it_is_being_closed_closes_no_descriptor_twice(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then the number may be the descriptor of somebody else. Each is closed here while the first one is at it."""
+    with (
+        memory_for(2) as memory,
+        Shared(2) as endpoint,
+        make_wire(MachineConfig()) as wire,
+        NetDevice(memory, wire, threaded=False) as device,
+    ):
+        made = (MORE | KINDS)[kind](Given(memory, endpoint, device, tmp_path))
+        closes, closer = os.close, threading.get_ident()
+
+        def close(fd: int) -> None:
+            if threading.get_ident() == closer:
+                made.close()
+            closes(fd)
+
+        monkeypatch.setattr(os, "close", close)
+        made.close()
+        monkeypatch.undo()
         Shared.__mro__[1].close(endpoint)  # type: ignore[attr-defined]
 
 

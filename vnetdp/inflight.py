@@ -135,9 +135,9 @@ class InflightArea:
                 area[journal:][: layout.JOURNAL_LEN] = 0
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # first: another thread that closes it, too, finds none
+        if fd >= 0:
+            os.close(fd)
 
 
 def _size_with_journals(num_queues: int, queue_size: int) -> int:

@@ -316,11 +316,11 @@ class GuestMemory(Owned):
 
     def close(self) -> None:
         """Give it up: `mem` raises ConfigError from now on. It is unmapped as soon as no kernel and no array uses it."""
-        if not self._foreign:
-            for region in self.regions:
-                os.close(region.fd)
-        self.regions = []
+        regions, self.regions = self.regions, []
         self._mem = None
+        if not self._foreign:
+            for region in regions:
+                os.close(region.fd)
 
 
 def _map_over(address: int, region: Region) -> None:
@@ -383,9 +383,9 @@ class SharedBlock(Owned):
 
     def close(self) -> None:
         """Give up the descriptor; arrays stay usable."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # first: another thread that closes it, too, finds none
+        if fd >= 0:
+            os.close(fd)
 
 
 class DirtyLog(Owned):

@@ -94,7 +94,8 @@ class Notifiers(Owned):
         return self.grabs > 0
 
     def close(self) -> None:
-        while self._on_close and not self.inherited:
-            self._on_close.pop()()
+        calls, self._on_close = self._on_close, []
+        for call in reversed(calls if not self.inherited else []):
+            call()
         for event in (*self.kicks, *self.calls):
             event.close()

@@ -57,6 +57,6 @@ class EventFd(Owned):
             return 0
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # first: another thread that closes it, too, finds none
+        if fd >= 0:
+            os.close(fd)

@@ -385,9 +385,7 @@ class Session:
         if payload.direction not in (0, 1) or payload.phase != 0 or any(ring.bound for ring in self._vrings.rings):
             return U64(1 | NO_FD)
         check_state_channel(fds[0])
-        if self._pending_state >= 0:
-            os.close(self._pending_state)
-            self._pending_state = -1
+        self._close_pending_state()
         if payload.direction == 0:
             self._device_state_ok = state_fd.save(fds[0], self._mac, self._mtu)
         else:
@@ -468,5 +466,9 @@ class Session:
                 self._endpoint.set_mtu(self._mtu_before)
         if self._front_end is not None:
             self._front_end.close()
-        if self._pending_state >= 0:
-            os.close(self._pending_state)
+        self._close_pending_state()
+
+    def _close_pending_state(self) -> None:
+        fd, self._pending_state = self._pending_state, -1
+        if fd >= 0:
+            os.close(fd)

@@ -89,9 +89,9 @@ class Visit:
         return "the front end's process has ended, and another waits"
 
     def close(self) -> None:
-        if self._process >= 0:
-            os.close(self._process)
-            self._process = -1
+        fd, self._process = self._process, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _process_of(sock: socket.socket) -> int:

@@ -62,9 +62,10 @@ class _RemoteEndpoint(Endpoint):
         return True
 
     def close(self) -> None:
-        for fd in set(self.fds.tolist()) - {-1}:
-            os.close(fd)
+        fds = set(self.fds.tolist()) - {-1}
         super().close()
+        for fd in fds:
+            os.close(fd)
 
 
 def _pack(message: object) -> tuple[bytes, list[int]]:

@@ -305,9 +305,9 @@ class VhostUserFrontEnd(Owned):
             os.close(fd)
 
     def _close_inflight(self) -> None:
-        if self._inflight is not None:
-            os.close(self._inflight[1])
-            self._inflight = None
+        inflight, self._inflight = self._inflight, None
+        if inflight is not None:
+            os.close(inflight[1])
         self._inflight_is_over = False
 
     # --- messages ---

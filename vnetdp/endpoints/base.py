@@ -309,6 +309,6 @@ class Endpoint(Owned):
         self.leave_to_parent()
 
     def leave_to_parent(self) -> None:
-        if self._claims_fd >= 0:
-            os.close(self._claims_fd)
-            self._claims_fd = -1
+        fd, self._claims_fd = self._claims_fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -385,6 +385,6 @@ class _Alarm:
 
     def close(self) -> None:
         self._poll.close()
-        if self._timer >= 0:
-            os.close(self._timer)
-            self._timer = -1
+        fd, self._timer = self._timer, -1
+        if fd >= 0:
+            os.close(fd)
