@@ -29,7 +29,7 @@ from tests import test_cli
 from tests.by_hand import COMPILED, wait_for
 from tests.shell import Shell
 from tests.zygote import popen
-from vnetdp import cli, signals
+from vnetdp import cli, output, signals
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 shell = test_cli.shell
@@ -429,6 +429,47 @@ def test_outside_of_its_work_a_signal_raises_and_within_it_asks() -> None:
         assert ending.asked.is_set()
         assert select.select([ending.asked], [], [], 0)[0]
     assert ending.finish() == {"done": True}
+
+
+def test_a_signal_that_comes_while_the_report_is_written_leaves_it_and_the_status_whole() -> None:
+    written: list[str] = []
+
+    def write(report: dict[str, Any]) -> None:
+        signal.raise_signal(TERM)
+        written.extend(report)
+
+    for at_work in (True, False):
+        with signals.handled() as ending:
+            with (ending.at_work if at_work else ending.reporting)(lambda: {"done": True}, write):
+                pass
+            assert ending.finish() == {"done": True}
+            assert not ending.asked.is_set()
+    assert written == ["done", "done"]
+
+
+def test_a_signal_that_comes_while_all_is_closed_leaves_the_report_and_the_status_whole() -> None:
+    with signals.handled() as ending:
+        with ending.at_work(lambda: {"done": True}):
+            pass
+        signal.raise_signal(TERM)
+        assert ending.finish() == {"done": True}
+
+
+@pytest.mark.parametrize("error", [signals.Ended(TERM), ValueError()], ids=["a signal", "a defect"])
+def test_whatever_breaks_off_the_writing_of_a_file_leaves_no_part_of_it(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), output.whole_file(str(tmp_path / "file")):
+        (tmp_path / "file").write_text("a part")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_is_ended_at_once_leaves_no_part_of_a_file(tmp_path: Path) -> None:
+    ending = signals.Ending()
+    with output.whole_file(str(tmp_path / "file")):
+        (tmp_path / "file").write_text("a part")
+        ending.give_up(TERM)
+        assert not list(tmp_path.iterdir())
+    ending.close()
 
 
 def test_a_signal_is_heard_wherever_it_interrupts_the_wait_for_it() -> None:

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from . import signals
 from .errors import OutputError
-from .limits import fault
+from .limits import fault, of_path
 
 _lost: list[OSError] = []  # why standard output took something not
 
@@ -90,14 +91,23 @@ def _to_nowhere(fd: int) -> None:
 
 @contextmanager
 def whole_file(path: str) -> Iterator[None]:
-    """Write the file *path* in this block. If it can't be: OutputError, and no part of it is left."""
-    try:
-        yield
-    except OSError as e:
+    """Write the file *path* in this block. If it can't be: OutputError. No part of it is left, whatever breaks that off."""
+
+    def remove() -> None:
         with suppress(OSError):
             if stat.S_ISREG(Path(path).stat().st_mode):
                 Path(path).unlink()
-        raise OutputError(f"cannot write {path}: {fault(e)}") from e
+
+    signals.at_end(remove)
+    try:
+        yield
+    except BaseException as e:
+        remove()
+        if isinstance(e, OSError):
+            raise OutputError(f"cannot write {path}: {of_path(path, e)}") from e
+        raise
+    finally:
+        signals.no_more_at_end(remove)
 
 
 def write_json(path: str, report: dict[str, Any]) -> None:

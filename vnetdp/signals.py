@@ -79,6 +79,7 @@ class Ending:
         self.over = False
         self.writers: list[Writer] = []
         self._at_work = False
+        self._done = False
         self._compiling = False
         self._imports = _imports(sys._getframe())  # the program of somebody else may run us as it is imported
         self._hook = sys.unraisablehook
@@ -90,11 +91,15 @@ class Ending:
 
     @contextmanager
     def at_work(self, make: Callable[[], Report], *writers: Writer) -> Iterator[None]:
-        """Have the first signal set `asked` within the block, and raise nothing; the rest as `reporting`."""
+        """Have the first signal set `asked` within the block, and raise nothing; the rest as `reporting`.
+
+        Once the block has ended the work is done: a signal that comes first then leaves 10 s to close and report all.
+        """
         with self.reporting(make, *writers):
             self._at_work = True
             try:
                 yield
+                self._done = True
             finally:
                 self._at_work = False
 
@@ -126,6 +131,7 @@ class Ending:
         complete: enters into it what came up since it was made.
         """
         report = self._made()
+        self._done = True
         with self._lock, ExitStack() as each:  # one that fails does not keep the others from it
             if not self._written:
                 self._written = True
@@ -154,10 +160,11 @@ class Ending:
         if self.number or self.over:
             return
         # An exception would be lost in the hook, and C code that imports makes an ImportError of it: the signal comes again.
-        if _runs(Ending.unraisable.__code__, frame) or (not self._at_work and _imports(frame) > self._imports):
+        quiet = self._at_work or self._done
+        if _runs(Ending.unraisable.__code__, frame) or (not quiet and _imports(frame) > self._imports):
             return
         self.number = number
-        if not self._at_work:
+        if not quiet:
             if self._compiling or _numba_works():
                 self._compiling = True  # `count` ends the process
                 return
@@ -165,7 +172,8 @@ class Ending:
                 _unbroken[-1] = number
                 return
             raise Ended(number)
-        self.asked.set()
+        if self._at_work:
+            self.asked.set()
 
     def unraisable(self, args: sys.UnraisableHookArgs) -> None:
         """Be `sys.unraisablehook`: if `Ended` was lost, in a weak reference's callback or a finalizer, it comes again."""
@@ -279,15 +287,22 @@ def _children() -> list[int]:
 def at_end(remove: Callable[[], None]) -> None:
     """Have *remove* called if a signal ends the command before `no_more_at_end`: files and namespaces outlive a process."""
     _removals.append(remove)
-    if _ends.is_set():
+    if _main_thread_is_over():
         remove()
-        threading.Event().wait()  # for the end of the process: the work can't go on without it
+        threading.Event().wait()
 
 
 def no_more_at_end(remove: Callable[[], None]) -> None:
     """Take back what `at_end` was told."""
     with suppress(ValueError):
         _removals.remove(remove)
+    if _main_thread_is_over():
+        threading.Event().wait()
+
+
+def _main_thread_is_over() -> bool:
+    """Return whether this is the main thread, while another one ends the process: what was removed is missing here."""
+    return _ends.is_set() and threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
