@@ -26,10 +26,11 @@ from tests.machine_bed import (
     without_executable_memory,
 )
 from tests.test_exhaustion import descriptors
+from vnetdp import output
 from vnetdp.device import NetDevice
 from vnetdp.driver import memory_for
 from vnetdp.endpoints.loopback import NullEndpoint
-from vnetdp.errors import MachineError
+from vnetdp.errors import MachineError, OutputError
 
 _LINK = ["link", "null", "generate:count=10"]
 _COMMAND = [sys.executable, "-m", "vnetdp"]
@@ -227,6 +228,26 @@ def test_a_report_that_does_not_fit_leaves_no_part_of_it(tmp_path: Path) -> None
     assert done.stderr.splitlines()[-1].startswith("vnetdp: cannot write disk/r: No space left on device: make room")
     assert "right to left: 10 frames" in done.stdout
     assert done.stdout.splitlines()[-1] == "rest"
+
+
+def test_a_report_whose_folder_is_gone_by_then_names_it_once(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "r"
+    with pytest.raises(OutputError) as failed:
+        output.write_json(str(path), {})
+    assert str(failed.value).startswith(
+        f"cannot write {path}: No such file or directory: there is no folder {path.parent}: "
+    )
+
+
+def test_a_current_folder_that_was_deleted_is_named_as_the_reason(tmp_path: Path) -> None:
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    refused(run(["sh", "-c", script, "sh", *_COMMAND, *_LINK], tmp_path), "the current folder was deleted", "(cd)")
+
+
+@needs_root
+def test_without_dev_null_a_stream_that_is_closed_costs_nothing_either(tmp_path: Path) -> None:
+    done = run(on_a_disk(Path("/dev"), "size=64k", ["sh", "-c", 'exec "$@" <&-', "sh", *_COMMAND, *_LINK]), tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ def _step_for_path(path: Path, code: int | None) -> str:
     parents = list(reversed(path.parents))
     try:
         match code:
+            case errno.ENOENT if not path.is_absolute() and (gone := _no_current_folder()):
+                return gone
             case errno.ENOENT:
                 missing = next((parent for parent in parents if not parent.exists()), None)
                 if missing is None:
@@ -78,6 +80,15 @@ def _step_for_path(path: Path, code: int | None) -> str:
     return ""
 
 
+def _no_current_folder() -> str:
+    """Return what to do if the folder that this process is in was deleted; "" if it is there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return "the current folder was deleted: go to one that is there (cd)"
+    return ""
+
+
 def _who_may(path: Path) -> str:
     """Return who has the right that was missing, to a folder on the way to *path*, or to *path*."""
     parents = list(reversed(path.absolute().parents))
@@ -93,6 +104,8 @@ def _who_may(path: Path) -> str:
 def _next_step(error: OSError) -> str:
     """Return what is known of the limit that *error* ran into, and how to raise it; "" if nothing is."""
     match error.errno:
+        case errno.ENOENT if error.filename is None:
+            return _no_current_folder()
         case errno.EMFILE:
             return f"{descriptors()}; raise the limit: ulimit -n 65536"
         case errno.ENFILE:

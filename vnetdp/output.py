@@ -29,7 +29,7 @@ def open_streams() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is fd
+            os.set_inheritable(_open_nowhere(), True)  # the lowest free number, which is fd
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -84,9 +84,17 @@ def flush() -> None:
 
 def _to_nowhere(fd: int) -> None:
     """Let what is left in a stream's buffer go out when the interpreter ends, which would fail once more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    nowhere = _open_nowhere()
     os.dup2(nowhere, fd)
     os.close(nowhere)
+
+
+def _open_nowhere() -> int:
+    """Open /dev/null, or, where there is none, an empty file in memory."""
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError:
+        return os.memfd_create("nowhere")
 
 
 @contextmanager
