@@ -27,7 +27,7 @@ _removals: list[Callable[[], None]] = []
 _ends = threading.Event()  # the process is being ended, while the main thread goes on
 _unbroken: list[int] = []  # for each block of the main thread: 0, or the signal that it put off
 
-_TOGETHER_S = 1.0  # those that follow the first so closely ask nothing more: timeout(1) sends each twice
+_TOGETHER_S = 0.25  # those that follow the first so closely ask nothing more for 10 s: timeout(1) sends each twice
 _DEAF_S = 2.0  # the main thread hears nothing: it is in compiled code
 _UNWIND_S = 10.0  # for closing all that is open
 _TIDY_S = 2.0  # for socket files and the report, at an end without closing
@@ -203,7 +203,8 @@ class Ending:
                     numbers += came[ours:]
             elif self._send_again(numbers[0]):
                 again += 1
-            if numbers and self._must_end(second, time.monotonic() - began):
+            passed_s = time.monotonic() - began
+            if numbers and self._must_end(second or (len(numbers) > 1 and passed_s >= _UNWIND_S), passed_s):
                 self._end(numbers[-1])
 
     def _send_again(self, number: int) -> bool:
