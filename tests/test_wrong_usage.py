@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     ),
     "pcap, written to a folder": (["link", "null", "pcap:,/tmp"], "Is a directory: it is a folder: name a file"),
     "pcap, below a file": (["link", "pcap:/bin/sh/f", "null"], "Not a directory: /bin/sh is not a folder"),
-    "pcap, a long name": (["link", f"pcap:{'n' * 300}", "null"], "a name in it has 300 bytes, and may have 255"),
+    "pcap, a long name": (["link", f"pcap:{'n' * 300}", "null"], "a name in it is too long: 300 bytes, of at most 255"),
     "pcap not a capture": (["link", "pcap:/proc/self/stat", "null"], "not a pcap"),
     "pcap without a file": (["link", "pcap:", "null"], "pcap:IN[,OUT]"),
     "scapy without a callable": (["link", "scapy:os", "null"], "scapy:MODULE:CALLABLE"),
@@ -82,7 +82,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
         ["link", "vhost-user:s", "vhost-user:./s"],
         "both guests are to attach to s: name another",
     ),
-    "bridge, a long path": (["link", "vhost-user:s", f"vhost-user:{'s' * 108}"], "has 108 bytes, and may have 107"),
+    "bridge, a long path": (
+        ["link", "vhost-user:s", f"vhost-user:{'s' * 108}"],
+        "too long for a socket: 108 bytes, of at most 107",
+    ),
     "bridge in no folder": (
         ["link", "vhost-user:s", "vhost-user:no/such/s"],
         "there is no folder no: mkdir -p no/such",
@@ -98,7 +101,7 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "serve in no folder": (["serve", "null", "--socket", "no/such/folder/s"], "no/such/folder/s"),
     "serve, a long path": (
         ["serve", "null", "--socket", "s" * 108],
-        "has 108 bytes, and may have 107: take a shorter path",
+        "too long for a socket: 108 bytes, of at most 107: take a shorter",
     ),
     "serve, an empty path": (
         ["serve", "null", "--socket", ""],
@@ -111,7 +114,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
         ["serve", "null", "--connect", "--socket", "/bin/sh"],
         "it is a file, not a socket",
     ),
-    "serve, connecting by a long path": (["serve", "null", "--connect", "--socket", "s" * 108], "and may have 107"),
+    "serve, connecting by a long path": (
+        ["serve", "null", "--connect", "--socket", "s" * 108],
+        "too long for a socket: 108 bytes, of at most 107",
+    ),
     "serve, unknown feature": (["serve", "null", "--socket", "s", "--features=-teleport"], "teleport"),
     "serve, two kinds of lists": (["serve", "null", "--socket", "s", "--features", "-csum,mq"], "with a minus"),
     "drive, nobody there": (["drive", "null", "--socket", "s", "--wait", "0.1"], "s"),

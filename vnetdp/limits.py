@@ -74,7 +74,7 @@ def _step_for_path(path: Path, code: int | None) -> str:
                 return _who_may(path)
             case errno.ENAMETOOLONG:
                 longest = max(len(os.fsencode(part)) for part in path.parts)
-                return f"a name in it has {longest} bytes, and may have 255: take a shorter one"
+                return f"a name in it is too long: {longest} bytes, of at most 255: take a shorter one"
     except OSError:
         pass
     return ""

@@ -87,7 +87,7 @@ def test_what_no_waiting_heals_is_said_at_once(kind: str) -> None:
 
 @pytest.mark.parametrize("length", [108, 120, 5000])
 def test_a_path_that_is_too_long_is_said_at_once(length: int) -> None:
-    with pytest.raises(ConfigError, match=f"has {length} bytes, and may have 107: take a shorter path"):
+    with pytest.raises(ConfigError, match=f"too long for a socket: {length} bytes, of at most 107: take a shorter"):
         dial("x" * length)
 
 

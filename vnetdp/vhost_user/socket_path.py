@@ -17,8 +17,8 @@ def check_path(path: str, cannot: str) -> None:
         raise ConfigError(f"{cannot} a socket with an empty path: name a file, such as /tmp/net.sock")
     if length > _MOST_BYTES:
         raise ConfigError(
-            f"{cannot} {path}: the path of this socket has {length} bytes, and may have {_MOST_BYTES}: take a shorter path, "
-            "or a link to its folder"
+            f"{cannot} {path}: this path is too long for a socket: {length} bytes, of at most {_MOST_BYTES}: take a shorter "
+            "one, or a link to its folder"
         )
     if "\0" in path:
         raise ConfigError(f"{cannot} {path!r}: it has a null byte in it: take another path")
