@@ -485,6 +485,7 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
         guest.start()
         guest.send(frame(0))
         assert within.wait(PATIENCE)
+        device.set_link(False)  # which takes the rings from the endpoint's thread
         device.set_link(True)
         wait_equal(lambda: wire.errors, 1)
         assert device.owner is (Owner.VHOST if use_vhost else Owner.USERSPACE)
