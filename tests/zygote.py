@@ -47,15 +47,14 @@ _zygote: _Zygote | None = None
 
 def popen(args: Sequence[str | bytes], **options: Any) -> subprocess.Popen[Any]:
     """Be `subprocess.Popen`, by way of the zygote if that makes no difference."""
-    like = _zygote is not None and not CAMPAIGN and "preexec_fn" not in options
-    if like and _zygote is not None and _zygote.surroundings == _surroundings(options.get("env") or os.environ):
+    if "preexec_fn" not in options and _serves(options.get("env") or os.environ):
         return _Forked(args, **options)
     return subprocess.Popen(args, **options)
 
 
 def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
     """Be `vnetdp.child.start`."""
-    if _zygote is None or CAMPAIGN or _zygote.surroundings != _surroundings(os.environ):
+    if not _serves(os.environ):
         return _start(code, parent, passed)
     fd = parent.fileno()
     text = f"from vnetdp.child import follow; follow({fd}); {code}"
@@ -66,6 +65,11 @@ def begin() -> None:
     """Start this test process's zygote."""
     global _zygote
     _zygote = _Zygote()
+
+
+def _serves(env: Mapping[str, str]) -> bool:
+    """Return whether a process with *env* may be the zygote's."""
+    return _zygote is not None and not CAMPAIGN and _zygote.surroundings == _surroundings(env)
 
 
 def _surroundings(env: Mapping[str, str]) -> list[object]:
@@ -191,7 +195,7 @@ def _be_apart(job: dict[str, Any], fds: list[int]) -> None:
         os.setsid()
     elif job["group"] not in (None, -1):
         os.setpgid(0, job["group"])
-    moved = [_out_of_the_way(fd) for fd in fds]
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _MOVED) for fd in fds]
     for fd, place in zip(moved, job["fds"], strict=True):
         os.dup2(fd, place)
     kept = sorted(set(job["fds"]))
@@ -204,10 +208,6 @@ def _be_apart(job: dict[str, Any], fds: list[int]) -> None:
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-
-
-def _out_of_the_way(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _MOVED)
 
 
 def name_of(mark: str) -> str:

@@ -141,10 +141,10 @@ class WorkerProcess(Owned):
 
     Endpoints in Python stay with their process: binding one is refused (EOPNOTSUPP). If the child dies, every verb fails
     with ESRCH; devices that have the backends hear of it by themselves. A child that does not answer for *timeout_s* seconds
-    is killed, and for 12 times as long before its first answer, as it may be compiling, unless it was stopped; None waits
-    for ever. Once *ending* returns True, as all is to end, a child has 2 s. Killed in the midst of a
-    batch it may have moved up to 64 frames a queue that it had not published yet: the next owner, which goes on from
-    used.idx, repeats those sent, and lacks those received.
+    is killed; before its first answer it has 12 times as long, as it may be compiling, unless it was stopped. None waits for
+    ever. Once *ending* returns True, as all is to end, a child has 2 s. Killed in the midst of a batch it may have moved up
+    to 64 frames a queue that it had not published yet: the next owner, which goes on from used.idx, repeats those sent, and
+    lacks those received.
     """
 
     def __init__(

@@ -164,10 +164,8 @@ class VhostUserBackend(Owned):
 
     def _keeps(self, error: BackendError) -> str:
         """Return what to say of a back end that did not let go of a ring."""
-        silent = error.errno in (
-            errno.ETIMEDOUT,
-            errno.ESRCH,
-        )  # ESRCH: nothing was asked, since it did not answer before
+        # ESRCH: nothing was asked, since the back end did not answer before.
+        silent = error.errno in (errno.ETIMEDOUT, errno.ESRCH)
         how = f"hangs: it has not answered for {self._fe.timeout_s:g} s" if silent else f"did not stop a ring: {error}"
         return (
             f"{self._fe.path}: the back end {how}; nobody else gets the rings, which it may still use: end it, "
