@@ -111,6 +111,17 @@ def echo(text):
 def ends(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+def fork_to_live_on(read, write):
+    # It lives until `read` can be read; the parent goes on once it gave up what a forked child gives up first.
+    ready, say = os.pipe()
+    if not (child := os.fork()):
+        os.close(write)
+        os.write(say, b"x")
+        os.read(read, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    return child
+
 def refused(use):
     try:
         use()
@@ -183,12 +194,7 @@ def test_a_forked_child_leaves_its_parents_rings_alone(worker: str) -> None:
 _LIVES_ON = """
 worker = WorkerProcess(1)
 read, write = os.pipe()
-child = os.fork()
-if not child:
-    os.close(write)
-    os.read(read, 1)  # until the parent closes it
-    os._exit(0)
-os.close(read)
+child = fork_to_live_on(read, write)
 os.kill(worker.pid, 0)
 worker.close()
 print(worker._child.returncode)
@@ -245,11 +251,8 @@ with EchoEndpoint() as wire, Server(wire, path) as server:
         sys.exit(0)
     assert ends(child) == 0
     assert Path(path).is_socket()
-    if not (child := os.fork()):
-        os.read(0, 1)  # it lives on while its parent dies
-        os._exit(0)
+    fork_to_live_on(0, os.pipe()[1])  # it lives on while its parent dies
     socket.socket(socket.AF_UNIX).connect(path)
-    print(child, flush=True)
     os._exit(0)
 """
 
@@ -262,7 +265,6 @@ def test_a_forked_child_neither_removes_its_parents_socket_nor_keeps_it_open(tmp
     ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"True\n"
-        int(parent.stdout.readline())
         assert parent.wait(60) == 0
         with socket.socket(socket.AF_UNIX) as front_end, pytest.raises(ConnectionRefusedError):
             front_end.connect(path)
@@ -287,11 +289,7 @@ if not (child := os.fork()):
 assert ends(child) == 0
 print(tap.mtu)
 read, write = os.pipe()
-if not (child := os.fork()):
-    os.close(write)
-    os.read(read, 1)
-    os._exit(0)
-os.close(read)
+child = fork_to_live_on(read, write)
 tap.close()
 with TapEndpoint("vtap", netns=name) as again:  # not: another program has it open
     print(again.mtu)
