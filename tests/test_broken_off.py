@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -30,8 +31,6 @@ class BreakOff:
     def __init__(self, n: int) -> None:
         self.came = False
         self._left = n
-        # One object as long as this lives: an interpreter (3.11.2) was seen to call it after its last reference had gone.
-        self._traced = self._trace
 
     def _trace(self, frame: FrameType, event: str, _arg: Any) -> Callable[..., Any] | None:
         if not any(place in frame.f_code.co_filename for place in _PLACES):
@@ -42,17 +41,21 @@ class BreakOff:
                 self.came = True
                 sys.settrace(None)
                 raise KeyboardInterrupt
-        return self._traced
+        return self._trace
 
     def run(self, call: Callable[[], object]) -> None:
         before = sys.gettrace()
-        sys.settrace(self._traced)
+        # The collector may run other objects' finalizers at any step. They are no steps of the call; and where one is broken
+        # off while a frame is made to be traced, the interpreter calls the trace function that was freed meanwhile.
+        gc.disable()
+        sys.settrace(self._trace)
         try:
             call()
         except KeyboardInterrupt:
             assert self.came
         finally:
             sys.settrace(before)
+            gc.enable()
 
 
 def _threads() -> set[threading.Thread]:

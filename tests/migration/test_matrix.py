@@ -209,9 +209,10 @@ def test_what_is_started_early_is_found(seed: Matrix) -> None:
 
 # --- what the patch gets wrong ---
 
-# Row, traffic, and what it predicts: a violation for each, or the frames that were lost or came twice.
+# Row, traffic, and what it predicts: a violation for each, or the frames that were lost or came twice; "a|b": either, as an
+# early index is behind by less than the queue's size, or by more.
 PREDICTED = {
-    "D1": ("D1/2,1/once", "both", ["duplicated"]),
+    "D1": ("D1/2,1/once", "both", ["duplicated|avail.idx moved by more than the queue's size"]),
     "D2": ("D2/2,0/always", "idle", ["I4: queue 6 is enabled, and userspace"]),
     "D6": ("D6", "idle", [f"I4: queue {n} is enabled, and userspace" for n in (1, 3, 5, 7)]),
     "E4": ("E4", "idle", [f"I4: queue {n} is enabled, and vhost" for n in range(8)]),
@@ -230,7 +231,7 @@ def test_seed_shows_the_defect_and_delta_does_not(seed: Matrix, delta: Matrix, n
             break
     assert not row.ok
     for text in predicted:
-        assert any(text in found for found in row.violations), (text, row.violations)
+        assert any(one in found for found in row.violations for one in text.split("|")), (text, row.violations)
     better = delta.run(case, config)
     assert better.ok, better.as_dict()
     assert (better.violations, better.lost, better.duplicated) == ([], 0, 0)
