@@ -5,6 +5,7 @@ The kernels are compiled already. Memory is the proportional set size (smaps_rol
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,10 @@ def family(pid: int) -> list[int]:
 
 @pytest.fixture
 def spaces() -> Iterator[NetnsPair]:
-    """Two namespaces whose TAPs and addresses are there already: what remains to be waited for is the link."""
+    """Two namespaces whose TAPs and addresses are there already: what remains to be waited for is the link.
+
+    Each knows the other's MAC address: a ping that is not even sent, since ARP got no answer for 3 s, would end with that.
+    """
     if (missing := why_no_netns()) is not None:
         pytest.skip(missing)
     if shutil.which("ping") is None:
@@ -59,6 +63,9 @@ def spaces() -> Iterator[NetnsPair]:
         for side in ADDRESSES:
             pair.add_tap(side, TAP)
         pair.configure(TAP)
+        for side, other in (("a", "b"), ("b", "a")):
+            mac = json.loads(pair.ip(other, f"-json link show dev {TAP}"))[0]["address"]
+            pair.ip(side, f"neighbour replace {ADDRESSES[other]} lladdr {mac} dev {TAP} nud permanent")
         yield pair
 
 
