@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from tests.by_hand import CAMPAIGN, no_descriptor_leaks, wait_for
-from vnetdp import Driver, NetDevice
+from vnetdp import Driver, NetDevice, signals
 from vnetdp.backends.worker import Worker
 from vnetdp.datapath import Datapath, Paced
 from vnetdp.driver import memory_for
 from vnetdp.endpoints.loopback import NullEndpoint
+from vnetdp.vhost_user.listener import Listener
 
 _EVENTS = ("call", "line", "return")
 _PLACES = (f"{os.sep}vnetdp{os.sep}", f"{os.sep}contextlib.py")
@@ -111,6 +114,20 @@ def test_a_thread_is_ended_before_what_it_runs_is_closed(
         if not breaks.came:
             break
     assert n > 50
+
+
+def test_a_signal_while_a_socket_file_is_removed_leaves_none(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    for n in range(1000):
+        breaks = BreakOff(n)
+        listener = Listener(str(path), 1)
+        breaks.run(listener.close)
+        with signals.handled() as ending:
+            ending.give_up(signal.SIGTERM)  # as a command that was broken off does
+        assert not path.exists(), f"broken off at step {n}"
+        if not breaks.came:
+            break
+    assert 5 < n < 999
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -58,13 +58,13 @@ class Listener(Owned):
 
     def close(self) -> None:
         """Remove the file if it still is ours, and close the socket. A forked child leaves the file to its parent."""
-        signals.no_more_at_end(self.close)
         if self._made is not None and not self.inherited:
             # While it is open: nobody else's file can have the number of our inode before we close it.
             with suppress(OSError):
                 _remove(self._path, self._made)
         self._made = None
         self._sock.close()
+        signals.no_more_at_end(self.close)  # last: a signal that breaks off the rest has it called once more
 
     def leave_to_parent(self) -> None:
         self._sock.close()
