@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks
-from vnetdp import cli
+from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
+from vnetdp import child, cli
 from vnetdp.backends import process
 from vnetdp.datapath import Datapath
 from vnetdp.errors import WorkError
@@ -66,6 +66,7 @@ def test_a_host_that_is_stopped_is_killed_and_so_is_one_that_it_waits_for(monkey
     with no_descriptor_leaks(), HostProcess(quiet=True) as one, HostProcess(quiet=True) as other:
         for each in (one, other):
             os.kill(each.pid, signal.SIGSTOP)
+        wait_for(lambda: child.stopped(one.pid) and child.stopped(other.pid), "both are stopped")
         answer = one.begin("look")
         with pytest.raises(WorkError, match=f"the host of process {one.pid} was stopped for 0 s, and was killed"):
             answer(other)
