@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from vnetdp_kernels import join, layout
+from vnetdp_kernels.rows import Control, Limits
 
 from .backends.worker import WorkerBackend
-from .datapath import NO_LOG, NO_MEMORY, NO_TABLE, Datapath, Paced, Scratch, call_away
+from .datapath import Datapath, Paced, call_away, scratch_for
 from .endpoints.loopback import NullEndpoint
 from .errors import ConfigError
 from .memory import Bytes, Words
@@ -54,40 +55,17 @@ class Join(Owned):
             self._wire: Words = np.zeros((2, layout.EP_SLOTS), np.int64)
             self._wire[:, layout.EP_KIND] = layout.KIND_ECHO
             self._held: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
-            self._scratch = Scratch(2 * queue_pairs)
+            self._scratch = scratch_for(2 * queue_pairs)
             self.ctl[layout.CTL_DOORBELL] = 1
             self.run()  # compiles, if that is to be done, before a front end waits for an answer
             self.ctl[layout.CTL_DOORBELL] = 0
             self._made = stack.pop_all()
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
-        """Join the two guests until the bell rings (see `Runnable`; it has no budget, and always waits)."""
-        a, b = self._datapaths
-        s = self._scratch
-        return join.join(
-            a.memory.mem if a.memory else NO_MEMORY,
-            a.memory.table if a.memory else NO_TABLE,
-            a.log.log if a.log and a.logging else NO_LOG,
-            a.vqs,
-            a.notify,
-            b.memory.mem if b.memory else NO_MEMORY,
-            b.memory.table if b.memory else NO_TABLE,
-            b.log.log if b.log and b.logging else NO_LOG,
-            b.vqs,
-            b.notify,
-            self._wire,
-            self._held,
-            self.ctl,
-            self.bell.fd,
-            s.iov,
-            s.rows,
-            s.chains,
-            s.hdr,
-            s.words,
-            s.pollfds,
-            s.one,
-            poll_us,
-        )
+        """Join the two guests (see `Runnable`)."""
+        a, b = (datapath.rings for datapath in self._datapaths)
+        control, limits = Control(self.ctl, self.bell.fd), Limits(budget, poll_us, timeout_ms)
+        return join.join(a, b, self._wire, self._held, control, self._scratch, limits)
 
     def close(self) -> None:
         if self.bell.fd >= 0 and not self.inherited:

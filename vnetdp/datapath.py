@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from vnetdp_kernels import interrupt, layout, loops, peer, port
+from vnetdp_kernels.rows import Control, Guest, Limits, Rings, Scratch
 
 from . import limits
 from .endpoints.base import Endpoint
@@ -44,22 +45,18 @@ NO_MEMORY: Bytes = np.zeros(1, np.uint8)
 NO_TABLE: Words = np.zeros((0, layout.REGION_SLOTS), np.int64)
 
 
-class Scratch:
-    """The arrays a loop needs and nobody keeps; never shared between threads.
-
-    iov and rows int64[cap, 3], chains int64[n, 2], hdr uint8[HDR_SCRATCH], words int64[SCRATCH_WORDS],
-    pollfds int64[2, n], one as `peer.tell_words`.
-    """
-
-    def __init__(self, pairs: int, max_num: int = layout.VIRTQ_MAX_NUM) -> None:
-        cap = max(max_num, layout.MIN_CHAIN_CAP)
-        self.iov: Words = np.zeros((2 * cap, layout.IOV_SLOTS), np.int64)
-        self.rows: Words = np.zeros((cap, layout.IOV_SLOTS), np.int64)
-        self.chains: Words = np.zeros((cap, 2), np.int64)
-        self.hdr: Bytes = np.zeros(port.HDR_SCRATCH, np.uint8)
-        self.words: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
-        self.pollfds: Words = np.zeros((2, 3 * pairs + 1), np.int64)
-        self.one: Words = peer.tell_words()
+def scratch_for(pairs: int, max_num: int = layout.VIRTQ_MAX_NUM) -> Scratch:
+    """Return the arrays that a loop over *pairs* queue pairs of up to *max_num* descriptors needs and nobody keeps."""
+    cap = max(max_num, layout.MIN_CHAIN_CAP)
+    return Scratch(
+        iov=np.zeros((2 * cap, layout.IOV_SLOTS), np.int64),
+        frame_iov=np.zeros((cap, layout.IOV_SLOTS), np.int64),
+        chains=np.zeros((cap, 2), np.int64),
+        hdr=np.zeros(port.HDR_SCRATCH, np.uint8),
+        words=np.zeros(port.SCRATCH_WORDS, np.int64),
+        pollfds=np.zeros((2, 3 * pairs + 1), np.int64),
+        one=peer.tell_words(),
+    )
 
 
 class Datapath(Owned):
@@ -84,7 +81,7 @@ class Datapath(Owned):
         self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
         self.translated: list[GuestMemory | None] = [None] * (2 * pairs)  # by which table a ring's offsets are
         self.notify: Words = np.full((2 * pairs, 2), -1, np.int64)
-        self._scratch = Scratch(pairs)
+        self._scratch = scratch_for(pairs)
         self._in_kernel = False
         self._abandoned = False
         if block_fd is None:
@@ -102,6 +99,15 @@ class Datapath(Owned):
         """The dirty log, if what is written is logged."""
         return self.log.log if self.log and self.logging else NO_LOG
 
+    @property
+    def rings(self) -> Rings:
+        """The rings as kernels take them; guest memory is left out while no ring is bound."""
+        memory = self.memory if self.bound else None
+        guest = (
+            Guest(memory.mem, memory.table, self.dirty_bits) if memory else Guest(NO_MEMORY, NO_TABLE, self.dirty_bits)
+        )
+        return Rings(guest, self.vqs, self.notify)
+
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Serve the bound queues; return (layout.LOOP_*, frames moved).
 
@@ -109,7 +115,7 @@ class Datapath(Owned):
         the bell rings. poll_us: busy-poll so long before sleeping, -1 = for ever.
         """
         self.check_maker()
-        memory, endpoint, scratch = self.memory if self.bound else None, self.endpoint, self._scratch
+        rings, endpoint, control = self.rings, self.endpoint, Control(self.ctl, self.bell.fd)
         moved = 0
         while True:
             endpoint.service()
@@ -117,34 +123,8 @@ class Datapath(Owned):
             if self._abandoned:
                 self._in_kernel = False
                 return layout.LOOP_CONTROL, moved
-            reason, n = loops.serve(
-                memory.mem if memory else NO_MEMORY,
-                memory.table if memory else NO_TABLE,
-                self.dirty_bits,
-                self.vqs,
-                endpoint.rows[: self.pairs],  # an endpoint may have more queues than we have pairs
-                endpoint.fds,
-                endpoint.held,
-                endpoint.in_frames,
-                endpoint.in_lengths,
-                endpoint.out_frames,
-                endpoint.out_lengths,
-                endpoint.ledger,
-                endpoint.windows,
-                self.notify,
-                self.ctl,
-                self.bell.fd,
-                scratch.iov,
-                scratch.rows,
-                scratch.chains,
-                scratch.hdr,
-                scratch.words,
-                scratch.pollfds,
-                scratch.one,
-                budget if budget < 0 else budget - moved,
-                poll_us,
-                timeout_ms,
-            )
+            limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
+            reason, n = loops.serve(rings, endpoint.wire, control, self._scratch, limits)
             self._in_kernel = False
             moved += n
             if reason != layout.LOOP_PYTHON:

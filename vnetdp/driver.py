@@ -14,9 +14,10 @@ import numpy as np
 
 from vnetdp_kernels import driver as kernels
 from vnetdp_kernels import layout, loops, split_driver
+from vnetdp_kernels.rows import Control, DriverRings, Limits
 
 from . import features as f
-from .datapath import Paced, Scratch
+from .datapath import Paced, scratch_for
 from .endpoints.base import Endpoint
 from .endpoints.mailbox import MailboxEndpoint
 from .errors import ConfigError, GuestError, MachineError
@@ -144,9 +145,10 @@ class Driver(Owned):
         self._frame_len = max(frame_len, endpoint.longest_frame)
         self._buffer_len = buffer_len
         self.start_at = start_at
-        self._scratch = Scratch(queue_pairs, num)
+        self._scratch = scratch_for(queue_pairs, num)
         pairs = zip(device.notifiers.kicks, device.notifiers.calls, strict=True)
         self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
+        self.rings = DriverRings(memory.mem, self.dvqs, self.states, self.notify)
         self._thread: Paced | None = None
         device.notifiers.on_close(self._unplug)
         if adopt:
@@ -262,34 +264,12 @@ class Driver(Owned):
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Run all queues; return (layout.LOOP_*, frames moved). As `Datapath.run`."""
         self.check_maker()
-        endpoint, scratch = self.endpoint, self._scratch
+        endpoint, control = self.endpoint, Control(self.ctl, self.bell.fd)
         moved = 0
         while True:
             endpoint.service()
-            reason, n = loops.drive(
-                self.memory.mem,
-                self.dvqs,
-                self.states,
-                endpoint.rows[: self.queue_pairs],  # an endpoint may have more queues than we have pairs
-                endpoint.fds,
-                endpoint.in_frames,
-                endpoint.in_lengths,
-                endpoint.out_frames,
-                endpoint.out_lengths,
-                endpoint.ledger,
-                endpoint.windows,
-                self.notify,
-                self.ctl,
-                self.bell.fd,
-                scratch.iov,
-                scratch.hdr,
-                scratch.words,
-                scratch.pollfds,
-                scratch.one,
-                budget if budget < 0 else budget - moved,
-                poll_us,
-                timeout_ms,
-            )
+            limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
+            reason, n = loops.drive(self.rings, endpoint.wire, control, self._scratch, limits)
             moved += n
             if reason != layout.LOOP_PYTHON:
                 endpoint.service()

@@ -69,6 +69,7 @@ from .layout import (
 )
 from .port import emit, linearize, now_ns, produce, split_header, swap_macs, tidy
 from .reflect import answer
+from .rows import Frame, Port, Scratch
 
 
 @kernel
@@ -104,25 +105,18 @@ def _put_frame(mem: Bytes, dvq: Words, state: Words, length: int) -> None:
 
 
 @kernel
-def send(
-    mem: Bytes,
-    dvq: Words,
-    state: Words,
-    ep: Words,
-    fd: int,
-    in_frames: Bytes,
-    in_lengths: Words,
-    scratch: Words,
-    budget: int,
-) -> int:
-    """Bring up to *budget* frames from the endpoint into transmit buffers and publish them; return how many."""
+def send(mem: Bytes, dvq: Words, state: Words, port: Port, words: Words, budget: int) -> int:
+    """Bring up to *budget* frames from the endpoint into transmit buffers and publish them; return how many.
+
+    words: of `Scratch`.
+    """
     if dvq[DVQ_NUM_FREE] < budget:
         reclaim(mem, dvq, state)
-    now = now_ns(ep, scratch)
+    now = now_ns(port.ep, words)
     sent = 0
     while sent < budget and dvq[DVQ_NUM_FREE] > 0:
         at = dvq[DVQ_BUF_OFFSET] + dvq[DVQ_FREE_HEAD] * dvq[DVQ_BUF_LEN]
-        length = produce(ep, fd, in_frames, in_lengths, mem, at, dvq[DVQ_BUF_LEN], now)
+        length = produce(port, mem, at, dvq[DVQ_BUF_LEN], now)
         if length == 0:
             break
         _put_frame(mem, dvq, state, length)
@@ -144,8 +138,9 @@ def post_receive(mem: Bytes, dvq: Words, state: Words) -> None:
 
 
 @inlined
-def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int, frame_len: int, ep: Words) -> None:
+def _answer(mem: Bytes, tx: Words, tx_state: Words, ep: Words, frame: Frame) -> None:
     """Send a received frame back as the endpoint wants it, if it fits; one without an answer is done with."""
+    frame_len = frame.length
     if NET_HDR_LEN + frame_len > tx[DVQ_BUF_LEN]:
         ep[EP_DROP_LONG] += 1
         return
@@ -154,7 +149,7 @@ def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int
     at = tx[DVQ_BUF_OFFSET] + tx[DVQ_FREE_HEAD] * tx[DVQ_BUF_LEN]
     store_u64_unaligned(mem, at, 0)
     store_u64_unaligned(mem, at + 4, 0)
-    linearize(mem, iov, row, n, mem, at + NET_HDR_LEN)
+    linearize(frame, mem, at + NET_HDR_LEN)
     if ep[EP_KIND] == KIND_MACSWAP:
         swap_macs(mem, at + NET_HDR_LEN, mem, at + NET_HDR_LEN)
     elif ep[EP_KIND] == KIND_REFLECT:
@@ -165,35 +160,48 @@ def _answer(mem: Bytes, tx: Words, tx_state: Words, iov: Words, row: int, n: int
         ep[EP_BYTES_FROM_WIRE] += frame_len
 
 
+@inlined
+def _take_buffers(mem: Bytes, dvq: Words, state: Words, iov: Words, ready: int) -> tuple[int, int]:
+    """Take the buffers of one frame off the ring into *iov*: (buffers, bytes), or (E_*, 0). *ready*: of `used_ready`.
+
+    With VIRTIO_NET_F_MRG_RXBUF a frame has num_buffers of them, which become used together (5.1.6.4.1).
+    """
+    n = 1
+    total = 0
+    k = 0
+    while k < n:
+        head, length = ring.take_used(mem, dvq, state)
+        if head < 0:
+            return head, 0
+        at = dvq[DVQ_BUF_OFFSET] + head * dvq[DVQ_BUF_LEN]
+        iov[k, IOV_OFFSET] = at
+        iov[k, IOV_LEN] = length
+        total += length
+        ring.release(dvq, state, head)
+        if k == 0 and dvq[DVQ_MRG_RXBUF]:
+            n = load_u16_unaligned(mem, at + NET_HDR_NUM_BUFFERS) if length >= NET_HDR_LEN else 0
+            if n < 1 or n > iov.shape[0] or (n > ready and n - 1 > ring.refresh_used(mem, dvq)):
+                return E_NUM_BUFFERS, 0
+        k += 1
+    return n, total
+
+
 @kernel
 def receive(
-    mem: Bytes,
-    dvq: Words,
-    state: Words,
-    tx: Words,
-    tx_state: Words,
-    iov: Words,
-    ep: Words,
-    fd: int,
-    hdr: Bytes,
-    out_frames: Bytes,
-    out_lengths: Words,
-    ledger: Words,
-    windows: Bytes,
-    scratch: Words,
-    budget: int,
+    mem: Bytes, dvq: Words, state: Words, tx: Words, tx_state: Words, port: Port, scratch: Scratch, budget: int
 ) -> int:
     """Hand up to *budget* received frames to the endpoint, and post their buffers again; return how many.
 
     An endpoint that answers (echo, macswap, reflect) sends through the transmitq *tx*. A device that breaks the rules
     leaves its E_* in DVQ_STATUS, and nothing more is received.
     """
+    ep = port.ep
+    hdr = scratch.hdr
     answers = KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT
     frames = 0
     size = 0
-    taken = 0
     while frames < budget and dvq[DVQ_STATUS] == 0:
-        if ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] >= out_lengths.size:
+        if ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] >= port.out_lengths.size:
             break
         if answers and tx[DVQ_NUM_FREE] == 0 and reclaim(mem, tx, tx_state) <= 0:
             break
@@ -201,48 +209,24 @@ def receive(
         if ready <= 0:
             dvq[DVQ_STATUS] = ready
             break
-        head, length = ring.take_used(mem, dvq, state)
-        if head < 0:
-            dvq[DVQ_STATUS] = head
+        n, total = _take_buffers(mem, dvq, state, scratch.iov, ready)
+        if n < 0:
+            dvq[DVQ_STATUS] = n
             break
-        at = dvq[DVQ_BUF_OFFSET] + head * dvq[DVQ_BUF_LEN]
-        iov[0, IOV_OFFSET] = at
-        iov[0, IOV_LEN] = length
-        ring.release(dvq, state, head)
-        taken += 1
-        n = 1
-        total = length
-        if dvq[DVQ_MRG_RXBUF]:
-            n = load_u16_unaligned(mem, at + NET_HDR_NUM_BUFFERS) if length >= NET_HDR_LEN else 0
-            # All buffers of a frame become used together (5.1.6.4.1).
-            if n < 1 or n > iov.shape[0] or (n > ready and n - 1 > ring.refresh_used(mem, dvq)):
-                dvq[DVQ_STATUS] = E_NUM_BUFFERS
-                break
-            for k in range(1, n):
-                head, length = ring.take_used(mem, dvq, state)
-                if head < 0:
-                    dvq[DVQ_STATUS] = head
-                    break
-                iov[k, IOV_OFFSET] = dvq[DVQ_BUF_OFFSET] + head * dvq[DVQ_BUF_LEN]
-                iov[k, IOV_LEN] = length
-                total += length
-                ring.release(dvq, state, head)
-                taken += 1
-            if dvq[DVQ_STATUS]:
-                break
-        row, frame_len = split_header(mem, iov, n, total, dvq[DVQ_HDR_LEN], hdr)
-        tidy(hdr, frame_len, VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID)
-        if frame_len == 0:
+        row, length = split_header(Frame(mem, scratch.iov, 0, n, total), dvq[DVQ_HDR_LEN], hdr)
+        frame = Frame(mem, scratch.iov, row, n, length)
+        tidy(hdr, frame.length, VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID)
+        if frame.length == 0:
             dvq[DVQ_DROPPED] += 1
         elif answers:
-            _answer(mem, tx, tx_state, iov, row, n, frame_len, ep)
-        elif emit(mem, iov, row, n, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
+            _answer(mem, tx, tx_state, ep, frame)
+        elif emit(frame, hdr, port, scratch.words):
             # A TAP that takes no more: the buffer goes back to the device all the same.
             dvq[DVQ_DROPPED] += 1
         frames += 1
-        size += frame_len
+        size += frame.length
         post_receive(mem, dvq, state)
-    if taken:
+    if frames:
         ring.publish_available(mem, dvq)
         if answers:
             ring.publish_available(mem, tx)

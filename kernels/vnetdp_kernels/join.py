@@ -3,202 +3,145 @@
 from __future__ import annotations
 
 from . import split as ring
-from .atomic import Bytes, Words, load_i64_acquire
-from .io import POLLIN, clock_ns, poll
-from .jit import kernel
-from .layout import (
-    CTL_DOORBELL,
-    CTL_PASSES,
-    CTL_SLEEPS,
-    EP_DROP_ERROR,
-    LOOP_BROKEN,
-    LOOP_CONTROL,
-    VQ_BOUND,
-    VQ_CALL_DUE,
-    VQ_ENABLED,
-    VQ_STATUS,
-)
-from .loops import BATCH, POLL_WITHOUT_KICK_MS, add_pollfd, call, take_kick
+from . import wait
+from .atomic import Bytes, Words
+from .io import POLLIN
+from .jit import inlined, kernel
+from .layout import EP_DROP_ERROR, LOOP_IDLE, VQ_BOUND, VQ_CALL_DUE, VQ_ENABLED, VQ_KICKS, VQ_STATUS
+from .loops import call, disable_kicks
 from .net import discard_transmitq, forward
-from .port import CLOCK_AT
+from .rows import Control, Limits, Rings, Scratch
 
 
-@kernel
+@inlined
 def _usable(vq: Words) -> bool:
     return bool(vq[VQ_BOUND] and vq[VQ_ENABLED] and not vq[VQ_STATUS])
 
 
 @kernel
-def _call_if_due(mem: Bytes, vq: Words, fd: int, pollfds: Words, one: Words) -> None:
-    """Make the decision about a call that whoever had the ring before may have left open."""
+def _call_if_due(rings: Rings, queue: int, scratch: Scratch) -> None:
+    """Make the decision about a call that an owner of the ring before this one may have left open."""
+    vq = rings.vqs[queue]
     if vq[VQ_CALL_DUE] and _usable(vq):
         vq[VQ_CALL_DUE] = 0
-        call(mem, vq, fd, pollfds, one)
+        call(rings.guest.mem, vq, rings.notify[queue, 1], scratch)
 
 
 @kernel
-def _one_way(
-    mem: Bytes,
-    regions: Words,
-    log: Bytes,
-    txq: Words,
-    tx_call: int,
-    to_mem: Bytes,
-    to_regions: Words,
-    to_log: Bytes,
-    rxq: Words,
-    rx_call: int,
-    rows: Words,
-    iov: Words,
-    chains: Words,
-    ep: Words,
-    hdr: Bytes,
-    held: Bytes,
-    pollfds: Words,
-    one: Words,
-) -> int:
-    """Move a batch from a transmitq to the other guest's receiveq; what is sent to nobody is used and dropped."""
+def _one_way(src: Rings, dst: Rings, pair: int, ep: Words, held: Bytes, scratch: Scratch) -> int:
+    """Move a batch from a transmitq to the other guest's receiveq; frames for an unusable receiveq are used and dropped."""
+    rx, tx = 2 * pair, 2 * pair + 1
+    txq, rxq = src.vqs[tx], dst.vqs[rx]
     if not txq[VQ_BOUND] or txq[VQ_STATUS]:
         return 0
     if not txq[VQ_ENABLED] or not _usable(rxq):
-        moved = discard_transmitq(mem, txq, log, BATCH)
+        moved = discard_transmitq(src.guest.mem, txq, src.guest.log, wait.BATCH)
         ep[EP_DROP_ERROR] += moved
     else:
-        moved = forward(
-            mem, regions, txq, log, rows, to_mem, to_regions, rxq, to_log, iov, chains, ep, hdr, held, BATCH
-        )
+        moved = forward(src.guest, txq, dst.guest, rxq, ep, held, scratch, wait.BATCH)
         if moved:
-            call(to_mem, rxq, rx_call, pollfds, one)
+            call(dst.guest.mem, rxq, dst.notify[rx, 1], scratch)
     if moved:
-        call(mem, txq, tx_call, pollfds, one)
+        call(src.guest.mem, txq, src.notify[tx, 1], scratch)
     return moved
 
 
+@inlined
+def _usable_of(rings: Rings, pair: int) -> int:
+    return int(_usable(rings.vqs[2 * pair])) + 2 * int(_usable(rings.vqs[2 * pair + 1]))
+
+
 @kernel
-def _ask(
-    mem: Bytes,
-    log: Bytes,
-    txq: Words,
-    tx_kick: int,
-    tx_what: int,
-    to_mem: Bytes,
-    to_log: Bytes,
-    rxq: Words,
-    rx_kick: int,
-    rx_what: int,
-    pollfds: Words,
-    n: int,
-) -> tuple[bool, int]:
+def _pass(a: Rings, b: Rings, eps: Words, held: Bytes, scratch: Scratch) -> tuple[int, int]:
+    """Give each queue pair a turn, both ways; return (chains moved, what was found)."""
+    moved = 0
+    for pair in range(a.vqs.shape[0] // 2):
+        a_ok, b_ok = _usable_of(a, pair), _usable_of(b, pair)
+        for queue in (2 * pair, 2 * pair + 1):
+            _call_if_due(a, queue, scratch)
+            _call_if_due(b, queue, scratch)
+        moved += _one_way(a, b, pair, eps[0], held, scratch)
+        moved += _one_way(b, a, pair, eps[1], held, scratch)
+        if a_ok != _usable_of(a, pair) or b_ok != _usable_of(b, pair):
+            return moved, wait.BROKEN
+    return moved, wait.SERVED
+
+
+@kernel
+def _ask(src: Rings, src_first: int, dst: Rings, dst_first: int, pair: int, pollfds: Words, n: int) -> tuple[bool, int]:
     """Ask for the one kick that can set a way going again, and poll for it: (look again at once, entries of pollfds).
 
     It is the transmitq's; if frames that wait there found no buffers, the receiveq's. Buffers for frames that nobody sends
-    are no reason to wake.
+    are no reason to wake. src_first and dst_first: what a pollfd stands for, of queue 0 of either.
     """
+    rx, tx = 2 * pair, 2 * pair + 1
+    txq, rxq = src.vqs[tx], dst.vqs[rx]
     if txq[VQ_BOUND] and not txq[VQ_STATUS]:
         if ring.known_available(txq) == 0:
-            return ring.enable_kicks(mem, txq, log), add_pollfd(pollfds, n, tx_kick, POLLIN, tx_what)
+            n = wait.add_pollfd(pollfds, n, src.notify[tx, 0], POLLIN, src_first + tx)
+            return ring.enable_kicks(src.guest.mem, txq, src.guest.log), n
         if _usable(rxq):
-            return ring.enable_kicks(to_mem, rxq, to_log), add_pollfd(pollfds, n, rx_kick, POLLIN, rx_what)
+            n = wait.add_pollfd(pollfds, n, dst.notify[rx, 0], POLLIN, dst_first + rx)
+            return ring.enable_kicks(dst.guest.mem, rxq, dst.guest.log), n
     return False, n
 
 
 @kernel
+def _watch(a: Rings, b: Rings, control: Control, pollfds: Words, wait_ms: int) -> tuple[bool, int, int]:
+    """Ask for kicks both ways, and fill pollfds; return (look again at once, pollfds, ms to wait at most)."""
+    again = False
+    n = wait.add_control(pollfds, control)
+    queues = a.vqs.shape[0]
+    for pair in range(queues // 2):
+        asked, n = _ask(a, 0, b, queues, pair, pollfds, n)
+        again |= asked
+        asked, n = _ask(b, queues, a, 0, pair, pollfds, n)
+        again |= asked
+    for k in range(n):
+        if pollfds[0, k] & 0xFFFFFFFF == 0xFFFFFFFF:
+            wait_ms = wait.POLL_UNNOTIFIED_MS
+    return again, n, wait_ms
+
+
+@kernel
 def join(
-    a_mem: Bytes,
-    a_regions: Words,
-    a_log: Bytes,
-    a_vqs: Words,
-    a_notify: Words,
-    b_mem: Bytes,
-    b_regions: Words,
-    b_log: Bytes,
-    b_vqs: Words,
-    b_notify: Words,
-    eps: Words,
-    held: Bytes,
-    ctl: Words,
-    ctl_fd: int,
-    iov: Words,
-    rows: Words,
-    chains: Words,
-    hdr: Bytes,
-    scratch: Words,
-    pollfds: Words,
-    one: Words,
-    poll_us: int,
+    a: Rings, b: Rings, eps: Words, held: Bytes, control: Control, scratch: Scratch, limits: Limits
 ) -> tuple[int, int]:
     """Serve the bound queues of two devices with the same number of pairs; return (LOOP_*, chains moved).
 
-    a_ and b_: as in `loops.serve`. eps int64[2, EP_SLOTS]: the wire's counters, from a and from b. pollfds
-    int64[2, 2 * pairs + 1]. poll_us: busy-poll so long before sleeping, -1 = for ever.
+    eps int64[2, EP_SLOTS]: the wire's counters, from a and from b. scratch.pollfds int64[2, 2 * pairs + 1]. A pass is whole,
+    so more chains than limits.budget may move.
     """
-    n_pairs = a_vqs.shape[0] // 2
     moved = 0
-    idle_since = 0
+    waited = 0
+    since = 0
     while True:
-        if load_i64_acquire(ctl, CTL_DOORBELL):
-            return LOOP_CONTROL, moved
-        ctl[CTL_PASSES] += 1
-        before = moved
-        for q in range(n_pairs):
-            rx, tx = 2 * q, 2 * q + 1
-            a_ok = _usable(a_vqs[rx]) + 2 * _usable(a_vqs[tx])
-            b_ok = _usable(b_vqs[rx]) + 2 * _usable(b_vqs[tx])
-            for i in (rx, tx):
-                _call_if_due(a_mem, a_vqs[i], a_notify[i, 1], pollfds, one)
-                _call_if_due(b_mem, b_vqs[i], b_notify[i, 1], pollfds, one)
-            moved += _one_way(
-                a_mem, a_regions, a_log, a_vqs[tx], a_notify[tx, 1], b_mem, b_regions, b_log, b_vqs[rx], b_notify[rx, 1],
-                rows, iov, chains, eps[0], hdr, held, pollfds, one,
-            )  # fmt: skip
-            moved += _one_way(
-                b_mem, b_regions, b_log, b_vqs[tx], b_notify[tx, 1], a_mem, a_regions, a_log, a_vqs[rx], a_notify[rx, 1],
-                rows, iov, chains, eps[1], hdr, held, pollfds, one,
-            )  # fmt: skip
-            if (
-                a_ok != _usable(a_vqs[rx]) + 2 * _usable(a_vqs[tx])
-                or b_ok != _usable(b_vqs[rx]) + 2 * _usable(b_vqs[tx])
-            ):  # fmt: skip
-                return LOOP_BROKEN, moved
-        if moved != before:
-            idle_since = 0
+        n, found = _pass(a, b, eps, held, scratch)
+        moved += n
+        why = wait.leave(control, limits, moved, found)
+        if why != wait.GO_ON:
+            return why, moved
+        if n:
+            since = 0
+            waited = 0
             continue
-        if poll_us:
-            now = clock_ns(scratch[CLOCK_AT:])
-            idle_since = idle_since or now
-            if poll_us < 0 or now - idle_since < poll_us * 1000:
-                continue
-        idle_since = 0
-        wait_ms = -1
-        again = False
-        n = add_pollfd(pollfds, 0, ctl_fd, POLLIN, -1)
-        for q in range(n_pairs):
-            rx, tx = 2 * q, 2 * q + 1
-            asked, n = _ask(
-                a_mem, a_log, a_vqs[tx], a_notify[tx, 0], tx,
-                b_mem, b_log, b_vqs[rx], b_notify[rx, 0], 2 * n_pairs + rx, pollfds, n,
-            )  # fmt: skip
-            again |= asked
-            asked, n = _ask(
-                b_mem, b_log, b_vqs[tx], b_notify[tx, 0], 2 * n_pairs + tx,
-                a_mem, a_log, a_vqs[rx], a_notify[rx, 0], rx, pollfds, n,
-            )  # fmt: skip
-            again |= asked
-        for k in range(n):
-            if pollfds[0, k] & 0xFFFFFFFF == 0xFFFFFFFF:
-                wait_ms = POLL_WITHOUT_KICK_MS
+        if limits.timeout_ms == 0:
+            return LOOP_IDLE, moved
+        again, since = wait.busy(limits, scratch, since)
+        if again:
+            continue
+        wait_ms = limits.timeout_ms if limits.timeout_ms < 0 else limits.timeout_ms - waited
+        again, n_fds, wait_ms = _watch(a, b, control, scratch.pollfds, wait_ms)
+        woken = 0
         if not again:
-            ctl[CTL_SLEEPS] += 1
-            woken = poll(pollfds[0], n, wait_ms)
-            for k in range(n):
-                what = pollfds[1, k]
-                if woken > 0 and pollfds[0, k] >> 48 and what >= 0:
-                    if what < 2 * n_pairs:
-                        take_kick(a_vqs[what], a_notify[what], pollfds[0, k], scratch)
-                    else:
-                        take_kick(b_vqs[what - 2 * n_pairs], b_notify[what - 2 * n_pairs], pollfds[0, k], scratch)
-        for i in range(2 * n_pairs):
-            if a_vqs[i, VQ_BOUND]:
-                ring.disable_kicks(a_mem, a_vqs[i], a_log)
-            if b_vqs[i, VQ_BOUND]:
-                ring.disable_kicks(b_mem, b_vqs[i], b_log)
+            why, waited = wait.sleep(control, limits, scratch.pollfds, n_fds, wait_ms, waited)
+            if why != wait.GO_ON:
+                return why, moved
+            woken = wait.take_woken(scratch.pollfds, n_fds, eps)
+            wait.take_notifications(scratch, n_fds, 0, a.vqs, VQ_KICKS, a.notify, 0)
+            wait.take_notifications(scratch, n_fds, a.vqs.shape[0], b.vqs, VQ_KICKS, b.notify, 0)
+        disable_kicks(a)
+        disable_kicks(b)
+        why = wait.leave_awake(woken, eps)
+        if why != wait.GO_ON:
+            return why, moved

@@ -72,20 +72,23 @@ from .port import (
     tidy,
 )
 from .reflect import answer
+from .rows import Frame, Guest, Port, Scratch
 
 _SHORT = 128  # bytes of a frame that is written as soon as asked for
 _MACS_LEN = 12  # the two addresses of an Ethernet header
+_NO_ANSWER = -1000  # no E_*: the frame is taken, and not answered
 
 
 @inlined
 def _scatter(
-    mem: Bytes, vq: Words, log: Bytes, iov: Words, row: int, into: int, src: Bytes, src_offset: int, length: int
+    guest: Guest, vq: Words, iov: Words, row: int, into: int, src: Bytes, src_offset: int, length: int
 ) -> tuple[int, int]:
     """Write *length* bytes into *iov* from byte *into* of *row* on; return where the next byte goes."""
     done = 0
     while done < length:
         part = min(length - done, iov[row, IOV_LEN] - into)
-        write(mem, vq, log, iov[row, IOV_OFFSET] + into, iov[row, IOV_GPA] + into, src, src_offset + done, part)
+        offset, gpa = iov[row, IOV_OFFSET] + into, iov[row, IOV_GPA] + into
+        write(guest.mem, vq, guest.log, offset, gpa, src, src_offset + done, part)
         done += part
         into += part
         if into == iov[row, IOV_LEN]:
@@ -95,48 +98,63 @@ def _scatter(
 
 
 @inlined
-def place(
-    mem: Bytes,
-    regions: Words,
-    vq: Words,
-    log: Bytes,
-    iov: Words,
-    chains: Words,
-    ahead: int,
-    hdr: Bytes,
-    hdr_at: int,
-    swap: bool,
-    src: Bytes,
-    rows: Words,
-    row: int,
-    n_rows: int,
-    frame_len: int,
-) -> int:
+def place(guest: Guest, vq: Words, scratch: Scratch, ahead: int, hdr: Bytes, swap: bool, frame: Frame) -> int:
     """Put one frame into receive buffers, *ahead* chains behind the next one; return the chains it took.
 
-    The frame: virtio_net_hdr at hdr[hdr_at], then rows [row, n_rows) of *rows* in *src*, *frame_len* bytes. swap: exchange
-    its MAC addresses; *hdr* then has room for them behind the header. chains int64[n, 2] and iov int64[m, 3] are scratch.
-    Returns 0 if the driver has not made enough buffers available yet, E_TOO_BIG if no buffers could hold the frame,
-    or the E_* of a malformed chain. Nothing is published.
+    hdr: its virtio_net_hdr. swap: exchange its MAC addresses; *hdr* then has room for them behind the header. Writes iov and
+    chains of *scratch*. Returns 0 if the driver has not made enough buffers available yet, E_TOO_BIG if no buffers could
+    hold the frame, or the E_* of a malformed chain. Nothing is published.
     """
+    mem = guest.mem
+    iov = scratch.iov
     hdr_len = vq[VQ_HDR_LEN]
-    need = hdr_len + frame_len
-    if ahead < ring.available(mem, vq) and hdr_len == NET_HDR_LEN and n_rows - row == 1:
+    need = hdr_len + frame.length
+    if ahead < ring.available(mem, vq) and hdr_len == NET_HDR_LEN and frame.n_rows - frame.row == 1:
         # The common shape: one piece, into one buffer of one descriptor.
         head = ring.head_at(mem, vq, ahead)
         if head >= 0:
-            n_out, n_in, _, size = ring.gather(mem, regions, vq, head, iov)
+            n_out, n_in, _, size = ring.gather(mem, guest.regions, vq, head, iov)
             if n_out == 0 and n_in == 1 and size >= need:
                 to = iov[0, IOV_OFFSET]
-                at = rows[row, IOV_OFFSET]
-                write_header(mem, to, hdr, hdr_at, 1)
-                copy(mem, to + NET_HDR_LEN, src, at, frame_len)
+                at = frame.iov[frame.row, IOV_OFFSET]
+                write_header(mem, to, hdr, 0, 1)
+                copy(mem, to + NET_HDR_LEN, frame.mem, at, frame.length)
                 if swap:
-                    swap_macs(mem, to + NET_HDR_LEN, src, at)
-                if log.size > 0:
-                    note(vq, log, iov[0, IOV_GPA], need)
+                    swap_macs(mem, to + NET_HDR_LEN, frame.mem, at)
+                if guest.log.size > 0:
+                    note(vq, guest.log, iov[0, IOV_GPA], need)
                 ring.put_used(mem, vq, ahead, head, need)
                 return 1
+    taken = _claim(guest, vq, scratch, ahead, need)
+    if taken <= 0:
+        return taken
+    store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, taken)
+    row = frame.row
+    to_row, into = _scatter(guest, vq, iov, 0, 0, hdr, 0, hdr_len)
+    if swap:
+        row = take_front(frame, _MACS_LEN, hdr, NET_HDR_LEN)
+        swap_macs(hdr, NET_HDR_LEN, hdr, NET_HDR_LEN)
+        to_row, into = _scatter(guest, vq, iov, to_row, into, hdr, NET_HDR_LEN, _MACS_LEN)
+    for k in range(row, frame.n_rows):
+        at, part = frame.iov[k, IOV_OFFSET], frame.iov[k, IOV_LEN]
+        to_row, into = _scatter(guest, vq, iov, to_row, into, frame.mem, at, part)
+    left = need
+    for k in range(taken):
+        part = min(left, scratch.chains[k, 1])
+        ring.put_used(mem, vq, ahead + k, scratch.chains[k, 0], part)
+        left -= part
+    return taken
+
+
+@inlined
+def _claim(guest: Guest, vq: Words, scratch: Scratch, ahead: int, need: int) -> int:
+    """Gather receive chains of *need* bytes together, from the one *ahead* of the next on.
+
+    Returns how many they are; otherwise as `place`.
+    """
+    mem = guest.mem
+    iov = scratch.iov
+    chains = scratch.chains
     room = 0
     taken = 0
     filled = 0
@@ -156,7 +174,7 @@ def place(
         head = ring.head_at(mem, vq, ahead + taken)
         if head < 0:
             return head
-        n_out, n_in, _, size = ring.gather(mem, regions, vq, head, iov[filled:])
+        n_out, n_in, _, size = ring.gather(mem, guest.regions, vq, head, iov[filled:])
         if n_out < 0 and filled:
             # Rows used up by the merge are no fault of the driver's: look at this chain by itself.
             filled = 0
@@ -173,45 +191,19 @@ def place(
         filled += n_in
         room += size
         taken += 1
-    store_u16_unaligned(hdr, hdr_at + NET_HDR_NUM_BUFFERS, taken)
-    at, into = _scatter(mem, vq, log, iov, 0, 0, hdr, hdr_at, hdr_len)
-    if swap:
-        macs = hdr_at + NET_HDR_LEN
-        row = take_front(src, rows, row, n_rows, _MACS_LEN, hdr, macs)
-        swap_macs(hdr, macs, hdr, macs)
-        at, into = _scatter(mem, vq, log, iov, at, into, hdr, macs, _MACS_LEN)
-    for k in range(row, n_rows):
-        at, into = _scatter(mem, vq, log, iov, at, into, src, rows[k, IOV_OFFSET], rows[k, IOV_LEN])
-    left = need
-    for k in range(taken):
-        part = min(left, chains[k, 1])
-        ring.put_used(mem, vq, ahead + k, chains[k, 0], part)
-        left -= part
     return taken
 
 
 @kernel
-def drain_transmitq(
-    mem: Bytes,
-    regions: Words,
-    vq: Words,
-    log: Bytes,
-    iov: Words,
-    ep: Words,
-    fd: int,
-    hdr: Bytes,
-    out_frames: Bytes,
-    out_lengths: Words,
-    ledger: Words,
-    windows: Bytes,
-    scratch: Words,
-    budget: int,
-) -> int:
+def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget: int) -> int:
     """Hand up to *budget* frames of the transmitq to the endpoint, and publish their chains as used.
 
     Returns the chains used. A malformed chain breaks the queue: its E_* goes into the row, and the good chains
     before it are still published. A chain no longer than its header is used and counted, nothing more.
     """
+    mem = guest.mem
+    hdr = scratch.hdr
+    ep = port.ep
     n = min(ring.available(mem, vq), budget)
     status = min(n, 0)
     used = 0
@@ -222,20 +214,21 @@ def drain_transmitq(
         if head < 0:
             status = head
             break
-        n_out, _, length, _ = ring.gather(mem, regions, vq, head, iov)
+        n_out, _, length, _ = ring.gather(mem, guest.regions, vq, head, scratch.iov)
         if n_out <= 0:
             status = n_out if n_out < 0 else E_DIRECTION
             break
-        row, frame_len = split_header(mem, iov, n_out, length, vq[VQ_HDR_LEN], hdr)
-        tidy(hdr, frame_len, VIRTIO_NET_HDR_F_NEEDS_CSUM)
-        if exceeds_mtu(vq, load_u8(hdr, NET_HDR_GSO_TYPE), frame_len, mem, iov, row, n_out):
+        row, length = split_header(Frame(mem, scratch.iov, 0, n_out, length), vq[VQ_HDR_LEN], hdr)
+        frame = Frame(mem, scratch.iov, row, n_out, length)
+        tidy(hdr, frame.length, VIRTIO_NET_HDR_F_NEEDS_CSUM)
+        if exceeds_mtu(vq, load_u8(hdr, NET_HDR_GSO_TYPE), frame):
             ep[EP_DROP_LONG] += 1
-        elif emit(mem, iov, row, n_out, frame_len, hdr, ep, fd, out_frames, out_lengths, ledger, windows, scratch):
+        elif emit(frame, hdr, port, scratch.words):
             break
         ring.put_used(mem, vq, used, head, 0)
         used += 1
     if used:
-        ring.publish_used(mem, vq, log, used)
+        ring.publish_used(mem, vq, guest.log, used)
         # The endpoint counts what it took; the rest is dropped, and it says why.
         frames = ep[EP_TO_WIRE] - frames
         vq[VQ_PACKETS] += frames
@@ -270,28 +263,17 @@ def discard_transmitq(mem: Bytes, vq: Words, log: Bytes, budget: int) -> int:
 
 
 @kernel
-def fill_receiveq(
-    mem: Bytes,
-    regions: Words,
-    vq: Words,
-    log: Bytes,
-    iov: Words,
-    chains: Words,
-    ep: Words,
-    fd: int,
-    held: Bytes,
-    in_frames: Bytes,
-    in_lengths: Words,
-    scratch: Words,
-    rows: Words,
-    budget: int,
-) -> int:
+def fill_receiveq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget: int) -> int:
     """Bring up to *budget* frames from the endpoint into receive buffers, and publish these as used.
 
-    held uint8[FRAME_SLOT]: the frame in hand, which stays there (EP_HELD bytes) while no buffer is there for it.
-    Nothing is taken from the endpoint while the ring is empty. Returns the frames dealt with: placed, or dropped.
+    The frame in hand stays in port.held (EP_HELD bytes) while no buffer is there for it. Nothing is taken from the endpoint
+    while the ring is empty. Returns the frames dealt with: placed, or dropped.
     """
-    now = now_ns(ep, scratch)
+    mem = guest.mem
+    ep = port.ep
+    held = port.held
+    rows = scratch.frame_iov
+    now = now_ns(ep, scratch.words)
     used = 0
     frames = 0
     dropped = 0
@@ -307,7 +289,7 @@ def fill_receiveq(
                 break
             if used >= n:
                 break
-            length = produce(ep, fd, in_frames, in_lengths, held, 0, held.size, now)
+            length = produce(port, held, 0, held.size, now)
             if length == 0:
                 break
             if not accepts(held, 0, vq[VQ_OFFLOADS]):
@@ -316,17 +298,18 @@ def fill_receiveq(
                 continue
             rows[0, IOV_OFFSET] = NET_HDR_LEN
             rows[0, IOV_LEN] = length - NET_HDR_LEN
-            if exceeds_mtu(vq, load_u8(held, NET_HDR_GSO_TYPE), length - NET_HDR_LEN, held, rows, 0, 1):
+            frame = Frame(held, rows, 0, 1, length - NET_HDR_LEN)
+            if exceeds_mtu(vq, load_u8(held, NET_HDR_GSO_TYPE), frame):
                 ep[EP_DROP_LONG] += 1
                 dropped += 1
                 continue
             ep[EP_HELD] = length
         body_len = ep[EP_HELD] - NET_HDR_LEN
         if ep[EP_HELD] > _SHORT:
-            ring.expect_frame(mem, regions, vq, used + 1, ep[EP_HELD])  # the next one often is as long
+            ring.expect_frame(mem, guest.regions, vq, used + 1, ep[EP_HELD])  # the next one often is as long
         rows[0, IOV_OFFSET] = NET_HDR_LEN
         rows[0, IOV_LEN] = body_len
-        n = place(mem, regions, vq, log, iov, chains, used, held, 0, False, held, rows, 0, 1, body_len)
+        n = place(guest, vq, scratch, used, held, False, Frame(held, rows, 0, 1, body_len))
         if n == E_TOO_BIG:
             ep[EP_DROP_NO_BUFFER] += 1
             ep[EP_HELD] = 0
@@ -341,7 +324,7 @@ def fill_receiveq(
         frames += 1
         size += body_len
     if used:
-        ring.publish_used(mem, vq, log, used)
+        ring.publish_used(mem, vq, guest.log, used)
         vq[VQ_PACKETS] += frames
         vq[VQ_BYTES] += size
         vq[VQ_CHAINS] += used
@@ -351,21 +334,7 @@ def fill_receiveq(
 
 @kernel
 def forward(
-    src_mem: Bytes,
-    src_regions: Words,
-    txq: Words,
-    src_log: Bytes,
-    rows: Words,
-    dst_mem: Bytes,
-    dst_regions: Words,
-    rxq: Words,
-    dst_log: Bytes,
-    iov: Words,
-    chains: Words,
-    ep: Words,
-    hdr: Bytes,
-    held: Bytes,
-    budget: int,
+    src: Guest, txq: Words, dst: Guest, rxq: Words, ep: Words, held: Bytes, scratch: Scratch, budget: int
 ) -> int:
     """Move up to *budget* frames from a transmitq straight into a receiveq, copying each once.
 
@@ -373,87 +342,60 @@ def forward(
     transmitq. *held* (uint8[FRAME_SLOT]) is where reflect writes its answers. Returns the chains used in the transmitq.
     """
     kind = ep[EP_KIND]
-    n = min(ring.available(src_mem, txq), budget)
+    n = min(ring.available(src.mem, txq), budget)
     status_tx = min(n, 0)
     status_rx = 0
     used_tx = 0
     used_rx = 0
     frames = 0
     size = 0
+    hdr = scratch.hdr
     while used_tx < n:
-        head = ring.head_at(src_mem, txq, used_tx)
+        head = ring.head_at(src.mem, txq, used_tx)
         if head < 0:
             status_tx = head
             break
-        n_out, _, length, _ = ring.gather(src_mem, src_regions, txq, head, rows)
+        n_out, _, length, _ = ring.gather(src.mem, src.regions, txq, head, scratch.frame_iov)
         if n_out <= 0:
             status_tx = n_out if n_out < 0 else E_DIRECTION
             break
-        row, frame_len = split_header(src_mem, rows, n_out, length, txq[VQ_HDR_LEN], hdr)
-        tidy(hdr, frame_len, VIRTIO_NET_HDR_F_NEEDS_CSUM)
-        gso = load_u8(hdr, NET_HDR_GSO_TYPE)
-        ring.expect_frame(dst_mem, dst_regions, rxq, used_rx + 1, NET_HDR_LEN + frame_len)
+        row, length = split_header(Frame(src.mem, scratch.frame_iov, 0, n_out, length), txq[VQ_HDR_LEN], hdr)
+        frame = Frame(src.mem, scratch.frame_iov, row, n_out, length)
+        tidy(hdr, frame.length, VIRTIO_NET_HDR_F_NEEDS_CSUM)
+        ring.expect_frame(dst.mem, dst.regions, rxq, used_rx + 1, NET_HDR_LEN + frame.length)
         got = 0
-        if frame_len < ETH_HLEN:
-            ep[EP_DROP_SHORT] += 1
-            txq[VQ_DROPPED] += 1
-        elif (
-            frame_len > MAX_FRAME_LEN
-            or exceeds_mtu(txq, gso, frame_len, src_mem, rows, row, n_out)
-            or exceeds_mtu(rxq, gso, frame_len, src_mem, rows, row, n_out)
-        ):
-            ep[EP_DROP_LONG] += 1
-            txq[VQ_DROPPED] += 1
-        elif kind != KIND_REFLECT and not (makes_sense(hdr, 0, frame_len) and accepts(hdr, 0, rxq[VQ_OFFLOADS])):
-            ep[EP_DROP_OFFLOAD] += 1
-            txq[VQ_DROPPED] += 1
-        elif kind == KIND_REFLECT:
-            linearize(src_mem, rows, row, n_out, held, NET_HDR_LEN)
-            answer_len = answer(held, NET_HDR_LEN, frame_len)
-            if answer_len:
-                store_u64_unaligned(held, 0, 0)
-                store_u16_unaligned(held, 8, 0)
-                rows[0, IOV_OFFSET] = NET_HDR_LEN
-                rows[0, IOV_LEN] = answer_len
-                got = place(
-                    dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, held, 0, False, held, rows, 0, 1,
-                    answer_len,
-                )  # fmt: skip
-                if got == 0:
-                    break
+        if _may_pass(txq, rxq, ep, kind, hdr, frame):
+            if kind == KIND_REFLECT:
+                got = _reflect(dst, rxq, scratch, used_rx, held, frame)
             else:
-                # Taken, and not answered.
-                ep[EP_TO_WIRE] += 1
-                ep[EP_BYTES_TO_WIRE] += frame_len
-                txq[VQ_PACKETS] += 1
-                txq[VQ_BYTES] += frame_len
-        else:
-            got = place(
-                dst_mem, dst_regions, rxq, dst_log, iov, chains, used_rx, hdr, 0, kind == KIND_MACSWAP, src_mem, rows, row,
-                n_out, frame_len,
-            )  # fmt: skip
+                got = place(dst, rxq, scratch, used_rx, hdr, kind == KIND_MACSWAP, frame)
             if got == 0:
                 break
         if got > 0:
             used_rx += got
             frames += 1
-            size += frame_len
+            size += frame.length
+        elif got == _NO_ANSWER:
+            ep[EP_TO_WIRE] += 1
+            ep[EP_BYTES_TO_WIRE] += frame.length
+            txq[VQ_PACKETS] += 1
+            txq[VQ_BYTES] += frame.length
         elif got == E_TOO_BIG:
             ep[EP_DROP_NO_BUFFER] += 1
             rxq[VQ_DROPPED] += 1
         elif got < 0:
             status_rx = got
             break
-        ring.put_used(src_mem, txq, used_tx, head, 0)
+        ring.put_used(src.mem, txq, used_tx, head, 0)
         used_tx += 1
     journal = txq[VQ_JOURNAL]
     if journal and used_rx:
         # Two indices can't be published as one: whoever goes on after a crash in between finds both here.
-        store_u16(src_mem, journal + JOURNAL_RECEIVEQ_IDX, rxq[VQ_LAST_USED_IDX] + used_rx)
-        store_u16(src_mem, journal + JOURNAL_TRANSMITQ_IDX, txq[VQ_LAST_USED_IDX] + used_tx)
-        store_u16_release(src_mem, journal + JOURNAL_VALID, 1)
+        store_u16(src.mem, journal + JOURNAL_RECEIVEQ_IDX, rxq[VQ_LAST_USED_IDX] + used_rx)
+        store_u16(src.mem, journal + JOURNAL_TRANSMITQ_IDX, txq[VQ_LAST_USED_IDX] + used_tx)
+        store_u16_release(src.mem, journal + JOURNAL_VALID, 1)
     if used_rx:
-        ring.publish_used(dst_mem, rxq, dst_log, used_rx)
+        ring.publish_used(dst.mem, rxq, dst.log, used_rx)
         rxq[VQ_PACKETS] += frames
         rxq[VQ_BYTES] += size
         rxq[VQ_CHAINS] += used_rx
@@ -462,14 +404,47 @@ def forward(
         ep[EP_BYTES_TO_WIRE] += size
         ep[EP_BYTES_FROM_WIRE] += size
     if used_tx:
-        ring.publish_used(src_mem, txq, src_log, used_tx)
+        ring.publish_used(src.mem, txq, src.log, used_tx)
         txq[VQ_PACKETS] += frames
         txq[VQ_BYTES] += size
         txq[VQ_CHAINS] += used_tx
         if journal:
-            store_u16_release(src_mem, journal + JOURNAL_VALID, 0)
+            store_u16_release(src.mem, journal + JOURNAL_VALID, 0)
     if status_tx < 0:
         txq[VQ_STATUS] = status_tx
     if status_rx < 0:
         rxq[VQ_STATUS] = status_rx
     return used_tx
+
+
+@inlined
+def _may_pass(txq: Words, rxq: Words, ep: Words, kind: int, hdr: Bytes, frame: Frame) -> bool:
+    """Return whether a frame can go from *txq* to *rxq*; one that can't is counted as dropped."""
+    gso = load_u8(hdr, NET_HDR_GSO_TYPE)
+    reason = 0
+    if frame.length < ETH_HLEN:
+        reason = EP_DROP_SHORT
+    elif frame.length > MAX_FRAME_LEN or exceeds_mtu(txq, gso, frame) or exceeds_mtu(rxq, gso, frame):
+        reason = EP_DROP_LONG
+    elif kind != KIND_REFLECT and not (makes_sense(hdr, 0, frame.length) and accepts(hdr, 0, rxq[VQ_OFFLOADS])):
+        reason = EP_DROP_OFFLOAD
+    if reason == 0:
+        return True
+    ep[reason] += 1
+    txq[VQ_DROPPED] += 1
+    return False
+
+
+@inlined
+def _reflect(guest: Guest, rxq: Words, scratch: Scratch, ahead: int, held: Bytes, frame: Frame) -> int:
+    """`place` the answer to a frame, made in *held*; _NO_ANSWER if it asks for none."""
+    linearize(frame, held, NET_HDR_LEN)
+    answer_len = answer(held, NET_HDR_LEN, frame.length)
+    if answer_len == 0:
+        return _NO_ANSWER
+    store_u64_unaligned(held, 0, 0)
+    store_u16_unaligned(held, 8, 0)
+    rows = scratch.frame_iov
+    rows[0, IOV_OFFSET] = NET_HDR_LEN
+    rows[0, IOV_LEN] = answer_len
+    return place(guest, rxq, scratch, ahead, held, False, Frame(held, rows, 0, 1, answer_len))

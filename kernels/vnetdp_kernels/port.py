@@ -79,6 +79,7 @@ from .layout import (
     VQ_MAX_FRAME,
 )
 from .ledger import enter, stamp
+from .rows import Frame, Port, Wire
 
 _MAX_IOVECS = 64  # a frame in more pieces is made whole first: writev takes 1,024 at most
 CLOCK_AT = 2 * (_MAX_IOVECS + 2)  # where the clock's scratch begins behind the iovecs
@@ -87,15 +88,33 @@ HDR_SCRATCH = 64  # bytes: virtio_net_hdr, and the addresses behind it
 
 
 @inlined
-def take_front(mem: Bytes, iov: Words, row: int, n: int, length: int, dst: Bytes, at: int) -> int:
-    """Move *length* bytes off the front of rows [row, n) of *iov* to *dst* at *at*; return the first row left.
+def port_of(wire: Wire, pair: int) -> Port:
+    """Return the rows of one queue pair."""
+    return Port(
+        wire.eps[pair],
+        wire.fds[pair],
+        wire.held[pair],
+        wire.in_frames[pair],
+        wire.in_lengths[pair],
+        wire.out_frames[pair],
+        wire.out_lengths[pair],
+        wire.ledger,
+        wire.windows,
+    )
 
-    The rows are shifted past what was taken. Takes less where there is less: then n comes back.
+
+@inlined
+def take_front(frame: Frame, length: int, dst: Bytes, at: int) -> int:
+    """Move *length* bytes off the front of *frame* to *dst* at *at*; return the first row left.
+
+    The rows are shifted past what was taken. Takes less where there is less: then n_rows comes back.
     """
+    iov = frame.iov
+    row = frame.row
     done = 0
-    while row < n and done < length:
+    while row < frame.n_rows and done < length:
         part = min(length - done, iov[row, IOV_LEN])
-        copy(dst, at + done, mem, iov[row, IOV_OFFSET], part)
+        copy(dst, at + done, frame.mem, iov[row, IOV_OFFSET], part)
         done += part
         if part == iov[row, IOV_LEN]:
             row += 1
@@ -106,11 +125,13 @@ def take_front(mem: Bytes, iov: Words, row: int, n: int, length: int, dst: Bytes
 
 
 @inlined
-def split_header(mem: Bytes, iov: Words, n: int, length: int, hdr_len: int, hdr: Bytes) -> tuple[int, int]:
-    """Move the virtio_net_hdr off the front of *iov*, *length* bytes in *n* rows, into *hdr* (uint8[HDR_SCRATCH]).
+def split_header(chain: Frame, hdr_len: int, hdr: Bytes) -> tuple[int, int]:
+    """Move the virtio_net_hdr off the front of *chain* into *hdr* (uint8[HDR_SCRATCH]).
 
-    Returns (first row of the frame, bytes of the frame); (n, 0) if the chain is no longer than the header.
+    Returns (first row of the frame, bytes of the frame); 0 bytes if the chain is no longer than its header.
     """
+    mem = chain.mem
+    iov = chain.iov
     first = iov[0, IOV_LEN]
     if hdr_len == NET_HDR_LEN and first > NET_HDR_LEN:
         at = iov[0, IOV_OFFSET]
@@ -120,8 +141,8 @@ def split_header(mem: Bytes, iov: Words, n: int, length: int, hdr_len: int, hdr:
         iov[0, IOV_LEN] = first - NET_HDR_LEN
         row = 0
     else:
-        row = take_front(mem, iov, 0, n, hdr_len, hdr, 0)
-    return row, max(length - hdr_len, 0)
+        row = take_front(chain, hdr_len, hdr, 0)
+    return row, max(chain.length - hdr_len, 0)
 
 
 @inlined
@@ -205,28 +226,29 @@ def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
 
 
 @inlined
-def exceeds_mtu(vq: Words, gso: int, frame_len: int, mem: Bytes, iov: Words, row: int, n: int) -> bool:
-    """True if a frame, rows [row, n) of *iov*, is longer than the MTU that was negotiated allows (5.1.4.1).
+def exceeds_mtu(vq: Words, gso: int, frame: Frame) -> bool:
+    """True if a frame is longer than the MTU that was negotiated allows (5.1.4.1).
 
     gso: its gso_type; a segment may have any length, and a VLAN tag is not counted.
     """
     limit = vq[VQ_MAX_FRAME]
-    if limit == 0 or frame_len <= limit:
+    if limit == 0 or frame.length <= limit:
         return False
     if gso & ~VIRTIO_NET_HDR_GSO_ECN != VIRTIO_NET_HDR_GSO_NONE:
         return False
-    return frame_len > limit + VLAN_HLEN or not _is_tagged(mem, iov, row, n)
+    return frame.length > limit + VLAN_HLEN or not _is_tagged(frame)
 
 
 @kernel
-def _is_tagged(mem: Bytes, iov: Words, row: int, n: int) -> bool:
-    """True if the EtherType of a frame, rows [row, n) of *iov*, is that of a VLAN tag."""
+def _is_tagged(frame: Frame) -> bool:
+    """True if the EtherType of a frame is that of a VLAN tag."""
+    iov = frame.iov
     ether_type = 0
     at = 0
-    for k in range(row, n):
+    for k in range(frame.row, frame.n_rows):
         for i in range(ETH_TYPE_AT, ETH_TYPE_AT + 2):
             if at <= i < at + iov[k, IOV_LEN]:
-                ether_type = ether_type << 8 | load_u8(mem, iov[k, IOV_OFFSET] + i - at)
+                ether_type = ether_type << 8 | load_u8(frame.mem, iov[k, IOV_OFFSET] + i - at)
         at += iov[k, IOV_LEN]
         if at >= ETH_TYPE_AT + 2:
             break
@@ -234,58 +256,30 @@ def _is_tagged(mem: Bytes, iov: Words, row: int, n: int) -> bool:
 
 
 @kernel
-def linearize(mem: Bytes, iov: Words, row: int, n: int, dst: Bytes, at: int) -> int:
-    """Copy rows [row, n) of *iov* to *dst* from *at*; return the bytes copied."""
-    start = at
-    for k in range(row, n):
-        copy(dst, at, mem, iov[k, IOV_OFFSET], iov[k, IOV_LEN])
+def linearize(frame: Frame, dst: Bytes, at: int) -> None:
+    """Copy a frame to *dst* from *at* on, in one piece."""
+    iov = frame.iov
+    for k in range(frame.row, frame.n_rows):
+        copy(dst, at, frame.mem, iov[k, IOV_OFFSET], iov[k, IOV_LEN])
         at += iov[k, IOV_LEN]
-    return at - start
 
 
 @inlined
-def emit(
-    mem: Bytes,
-    iov: Words,
-    row: int,
-    n: int,
-    frame_len: int,
-    hdr: Bytes,
-    ep: Words,
-    fd: int,
-    out_frames: Bytes,
-    out_lengths: Words,
-    ledger: Words,
-    windows: Bytes,
-    scratch: Words,
-) -> int:
-    """Hand one frame, rows [row, n) of *iov*, to the endpoint. Returns 0 when it is done with, or E_BLOCKED.
+def emit(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
+    """Hand one frame, and its virtio_net_hdr, to the endpoint. Returns 0 when it is done with, or E_BLOCKED.
 
-    hdr uint8: its virtio_net_hdr. out_frames uint8[slots * slot_len] and out_lengths int64[slots] hold frames for
-    endpoints in Python, and make a frame in many pieces whole. What can't go out is dropped and counted.
+    words: of `Scratch`. What can't go out is dropped and counted.
     """
-    if frame_len < ETH_HLEN:
+    ep = port.ep
+    if frame.length < ETH_HLEN:
         ep[EP_DROP_SHORT] += 1
         return 0
-    if frame_len > MAX_FRAME_LEN:
+    if frame.length > MAX_FRAME_LEN:
         ep[EP_DROP_LONG] += 1
         return 0
     kind = ep[EP_KIND]
     if kind == KIND_TAP:
-        store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
-        scratch[0] = address(hdr, 0)
-        scratch[1] = NET_HDR_LEN
-        count = n - row
-        if count <= _MAX_IOVECS:
-            for k in range(count):
-                scratch[2 + 2 * k] = address(mem, iov[row + k, IOV_OFFSET])
-                scratch[3 + 2 * k] = iov[row + k, IOV_LEN]
-        else:
-            linearize(mem, iov, row, n, out_frames, 0)
-            scratch[2] = address(out_frames, 0)
-            scratch[3] = frame_len
-            count = 1
-        written = writev(fd, scratch, count + 1)
+        written = _write_to_tap(frame, hdr, port, words)
         if written == -EAGAIN:
             return E_BLOCKED
         if written < 0:
@@ -295,43 +289,62 @@ def emit(
             return 0
     elif kind == KIND_PYTHON:
         slot = ep[EP_OUT_COUNT]
-        if slot >= out_lengths.size:
+        if slot >= port.out_lengths.size:
             return E_BLOCKED
-        slot_len = out_frames.size // out_lengths.size
-        if frame_len + NET_HDR_LEN > slot_len:
+        slot_len = port.out_frames.size // port.out_lengths.size
+        if frame.length + NET_HDR_LEN > slot_len:
             ep[EP_DROP_LONG] += 1
             return 0
         at = slot * slot_len
         store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
-        copy(out_frames, at, hdr, 0, NET_HDR_LEN)
-        linearize(mem, iov, row, n, out_frames, at + NET_HDR_LEN)
-        out_lengths[slot] = frame_len + NET_HDR_LEN
+        copy(port.out_frames, at, hdr, 0, NET_HDR_LEN)
+        linearize(frame, port.out_frames, at + NET_HDR_LEN)
+        port.out_lengths[slot] = frame.length + NET_HDR_LEN
         ep[EP_OUT_COUNT] = slot + 1
     elif ep[EP_CHECK]:
-        if n - row == 1:
-            enter(mem, iov[row, IOV_OFFSET], frame_len, ledger, windows)
-        elif frame_len <= out_frames.size:
-            linearize(mem, iov, row, n, out_frames, 0)
-            enter(out_frames, 0, frame_len, ledger, windows)
+        if frame.n_rows - frame.row == 1:
+            enter(frame.mem, frame.iov[frame.row, IOV_OFFSET], frame.length, port.ledger, port.windows)
+        elif frame.length <= port.out_frames.size:
+            linearize(frame, port.out_frames, 0)
+            enter(port.out_frames, 0, frame.length, port.ledger, port.windows)
         else:
             ep[EP_DROP_LONG] += 1
             return 0
     ep[EP_TO_WIRE] += 1
-    ep[EP_BYTES_TO_WIRE] += frame_len
+    ep[EP_BYTES_TO_WIRE] += frame.length
     return 0
 
 
 @inlined
-def produce(ep: Words, fd: int, in_frames: Bytes, in_lengths: Words, dst: Bytes, at: int, room: int, now: int) -> int:
+def _write_to_tap(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
+    """Write a frame to the TAP with one writev; return the bytes, or -errno. One in many pieces is made whole first."""
+    store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
+    words[0] = address(hdr, 0)
+    words[1] = NET_HDR_LEN
+    count = frame.n_rows - frame.row
+    if count <= _MAX_IOVECS:
+        for k in range(count):
+            words[2 + 2 * k] = address(frame.mem, frame.iov[frame.row + k, IOV_OFFSET])
+            words[3 + 2 * k] = frame.iov[frame.row + k, IOV_LEN]
+    else:
+        linearize(frame, port.out_frames, 0)
+        words[2] = address(port.out_frames, 0)
+        words[3] = frame.length
+        count = 1
+    return writev(port.fd, words, count + 1)
+
+
+@inlined
+def produce(port: Port, dst: Bytes, at: int, room: int, now: int) -> int:
     """Bring one frame in from the endpoint, header first, to *dst* at *at*; return its bytes, 0 if there is none.
 
-    room: bytes there. now: CLOCK_MONOTONIC in ns, looked at only by a generator with a rate. Frames for Python's
-    endpoints come from in_frames uint8[slots * slot_len], in_lengths int64[slots].
+    room: bytes there. now: CLOCK_MONOTONIC in ns, looked at only by a generator with a rate.
     """
+    ep = port.ep
     kind = ep[EP_KIND]
     length = 0
     if kind == KIND_TAP:
-        length = read(fd, dst, at, room)
+        length = read(port.fd, dst, at, room)
         if length < 0:
             if length != -EAGAIN:
                 ep[EP_LAST_ERRNO] = -length
@@ -345,27 +358,15 @@ def produce(ep: Words, fd: int, in_frames: Bytes, in_lengths: Words, dst: Bytes,
             ep[EP_DROP_LONG] += 1
             return 0
     elif kind == KIND_GENERATE:
-        if ep[EP_LIMIT] >= 0 and ep[EP_SEQ] >= ep[EP_LIMIT]:
+        length = _generate(ep, dst, at, room, now)
+        if length == 0:
             return 0
-        if ep[EP_INTERVAL_NS]:
-            if now < ep[EP_NEXT_NS]:
-                return 0
-            # A generator that was held back does not catch up: it goes on from now.
-            ep[EP_NEXT_NS] = max(ep[EP_NEXT_NS] + ep[EP_INTERVAL_NS], now - 1_000_000)
-        length = NET_HDR_LEN + ep[EP_SIZE]
-        if length > room:
-            ep[EP_DROP_LONG] += 1
-            return 0
-        store_u64_unaligned(dst, at, 0)
-        store_u64_unaligned(dst, at + 4, 0)
-        stamp(dst, at + NET_HDR_LEN, ep[EP_SIZE], ep[EP_FLOW], ep[EP_SEQ])
-        ep[EP_SEQ] += 1
     elif kind == KIND_PYTHON:
         while length == 0:
             if ep[EP_COUNT] == 0:
                 return 0
             slot = ep[EP_FIRST]
-            length = in_lengths[slot]
+            length = port.in_lengths[slot]
             ep[EP_FIRST] = slot + 1
             ep[EP_COUNT] -= 1
             if length > room:
@@ -374,11 +375,32 @@ def produce(ep: Words, fd: int, in_frames: Bytes, in_lengths: Words, dst: Bytes,
             elif length < NET_HDR_LEN + ETH_HLEN:
                 ep[EP_DROP_SHORT] += 1
                 length = 0
-        copy(dst, at, in_frames, slot * (in_frames.size // in_lengths.size), length)
+        copy(dst, at, port.in_frames, slot * (port.in_frames.size // port.in_lengths.size), length)
     else:
         return 0
     ep[EP_FROM_WIRE] += 1
     ep[EP_BYTES_FROM_WIRE] += length - NET_HDR_LEN
+    return int(length)
+
+
+@inlined
+def _generate(ep: Words, dst: Bytes, at: int, room: int, now: int) -> int:
+    """Write the generator's next frame to *dst* at *at*; return its bytes, 0 if none is due or it has no room."""
+    if ep[EP_LIMIT] >= 0 and ep[EP_SEQ] >= ep[EP_LIMIT]:
+        return 0
+    if ep[EP_INTERVAL_NS]:
+        if now < ep[EP_NEXT_NS]:
+            return 0
+        # A generator that was held back does not catch up: it goes on from now.
+        ep[EP_NEXT_NS] = max(ep[EP_NEXT_NS] + ep[EP_INTERVAL_NS], now - 1_000_000)
+    length = NET_HDR_LEN + ep[EP_SIZE]
+    if length > room:
+        ep[EP_DROP_LONG] += 1
+        return 0
+    store_u64_unaligned(dst, at, 0)
+    store_u64_unaligned(dst, at + 4, 0)
+    stamp(dst, at + NET_HDR_LEN, ep[EP_SIZE], ep[EP_FLOW], ep[EP_SEQ])
+    ep[EP_SEQ] += 1
     return int(length)
 
 

@@ -125,17 +125,16 @@ def put_chain(
     state: Words,
     iov: Words,
     n_out: int,
-    n_in: int,
     n_direct: int,
     table: Words,
     token: int,
 ) -> int:
-    """Make a chain of n_out readable, then n_in writable buffers available; return its head, or E_FULL.
+    """Make a chain available, *n_out* readable buffers before the writable ones; return its head, or E_FULL.
 
-    iov int64[n, 3] as in `gather`. The first *n_direct* buffers go into the ring's own descriptors; the rest, if
+    iov int64[n, 3] as in `gather`: all buffers. The first *n_direct* go into the ring's own descriptors; the rest, if
     any, into an indirect table at *table* (int64[2]: window offset, guest address), 16 bytes each, any alignment.
     """
-    n = n_out + n_in
+    n = iov.shape[0]
     n_desc = n_direct + (1 if n_direct < n else 0)
     if n_desc > dvq[DVQ_NUM_FREE]:
         return E_FULL

@@ -15,6 +15,7 @@ import numpy as np
 from vnetdp_kernels import driver, loops, net, peer, port, split, split_driver
 from vnetdp_kernels import layout as lay
 from vnetdp_kernels.atomic import Bytes, Words
+from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, Port, Rings, Scratch, Wire
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 COMPILED = hasattr(split.gather, "py_func")  # False with NUMBA_DISABLE_JIT=1
@@ -205,7 +206,7 @@ class Queue:
         if n == direct == 1:
             gpa, length = int(iov[0, lay.IOV_GPA]), int(iov[0, lay.IOV_LEN])
             return split_driver.put_single(mem, self.dvq, self.state, gpa, length, 1 - n_out, token)
-        return split_driver.put_chain(mem, self.dvq, self.state, iov, n_out, n - n_out, direct, table, token)
+        return split_driver.put_chain(mem, self.dvq, self.state, iov, n_out, direct, table, token)
 
     def offer(self, *heads: int) -> None:
         """Make chains available behind the driver kernels' back."""
@@ -287,13 +288,32 @@ class Side:
         self.windows: Bytes = np.zeros((2 * pairs, lay.LEDGER_WINDOW), np.uint8)
         self.ctl: Words = np.zeros(lay.CTL_SLOTS, np.int64)
         self.ctl_fd = -1
-        self.iov: Words = np.zeros((cap, lay.IOV_SLOTS), np.int64)
-        self.rows: Words = np.zeros((cap, lay.IOV_SLOTS), np.int64)
-        self.chains: Words = np.zeros((num, 2), np.int64)
-        self.hdr: Bytes = np.zeros(port.HDR_SCRATCH, np.uint8)
-        self.scratch: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
-        self.pollfds: Words = np.zeros((2, 3 * pairs + 1), np.int64)
-        self.one: Words = peer.tell_words()
+        self.scratch = Scratch(
+            iov=np.zeros((cap, lay.IOV_SLOTS), np.int64),
+            frame_iov=np.zeros((cap, lay.IOV_SLOTS), np.int64),
+            chains=np.zeros((num, 2), np.int64),
+            hdr=np.zeros(port.HDR_SCRATCH, np.uint8),
+            words=np.zeros(port.SCRATCH_WORDS, np.int64),
+            pollfds=np.zeros((2, 3 * pairs + 1), np.int64),
+            one=peer.tell_words(),
+        )
+
+    @property
+    def wire(self) -> Wire:
+        return Wire(
+            self.eps, self.fds, self.held, self.in_frames, self.in_lengths, self.out_frames, self.out_lengths, self.ledger,
+            self.windows,
+        )  # fmt: skip
+
+    def port(self, pair: int) -> Port:
+        return Port(
+            self.eps[pair], int(self.fds[pair]), self.held[pair], self.in_frames[pair], self.in_lengths[pair],
+            self.out_frames[pair], self.out_lengths[pair], self.ledger, self.windows,
+        )  # fmt: skip
+
+    @property
+    def control(self) -> Control:
+        return Control(self.ctl, self.ctl_fd)
 
     def feed(self, *frames: bytes, pair: int = 0) -> None:
         """Lay frames, virtio_net_hdr first, into the slots of a Python endpoint, as from the wire."""
@@ -384,56 +404,48 @@ class Rig:
         driver.post_receive(self.memory.mem, queue.dvq, queue.state)
         split_driver.publish_available(self.memory.mem, queue.dvq)
 
+    @property
+    def device_guest(self) -> Guest:
+        return Guest(self.memory.mem, self.memory.regions, self.memory.log)
+
+    @property
+    def device_rings(self) -> Rings:
+        return Rings(self.device_guest, self.vqs, self.notify)
+
+    @property
+    def driver_rings(self) -> DriverRings:
+        return DriverRings(self.memory.mem, self.dvqs, self.states, self.notify)
+
     def drain(self, budget: int = 64, pair: int = 0) -> int:
-        m, s, p = self.memory, self.device, pair
-        return net.drain_transmitq(
-            m.mem, m.regions, self.vqs[2 * p + 1], m.log, s.iov, s.eps[p], int(s.fds[p]), s.hdr,
-            s.out_frames[p], s.out_lengths[p], s.ledger, s.windows, s.scratch, budget,
-        )  # fmt: skip
+        s = self.device
+        return net.drain_transmitq(self.device_guest, self.vqs[2 * pair + 1], s.port(pair), s.scratch, budget)
 
     def fill(self, budget: int = 64, pair: int = 0) -> int:
-        m, s, p = self.memory, self.device, pair
-        return net.fill_receiveq(
-            m.mem, m.regions, self.vqs[2 * p], m.log, s.iov, s.chains, s.eps[p], int(s.fds[p]), s.held[p],
-            s.in_frames[p], s.in_lengths[p], s.scratch, s.rows, budget,
-        )  # fmt: skip
+        s = self.device
+        return net.fill_receiveq(self.device_guest, self.vqs[2 * pair], s.port(pair), s.scratch, budget)
 
     def forward(self, budget: int = 64, to: Rig | None = None) -> int:
         """Move frames from this guest's transmitq to its own receiveq, or to that of another guest."""
-        m, s, other = self.memory, self.device, to or self
-        n = other.memory
+        s, other = self.device, to or self
         return net.forward(
-            m.mem, m.regions, self.vqs[1], m.log, s.rows, n.mem, n.regions, other.vqs[0], n.log, s.iov,
-            s.chains, s.eps[0], s.hdr, s.held[0], budget,
-        )  # fmt: skip
+            self.device_guest, self.vqs[1], other.device_guest, other.vqs[0], s.eps[0], s.held[0], s.scratch, budget
+        )
 
     def send(self, budget: int = 64, pair: int = 0) -> int:
         q, s = 2 * pair + 1, self.guest
-        return driver.send(
-            self.memory.mem, self.dvqs[q], self.states[q], s.eps[pair], int(s.fds[pair]), s.in_frames[pair],
-            s.in_lengths[pair], s.scratch, budget,
-        )  # fmt: skip
+        return driver.send(self.memory.mem, self.dvqs[q], self.states[q], s.port(pair), s.scratch.words, budget)
 
     def receive(self, budget: int = 64, pair: int = 0) -> int:
-        q, s, p = 2 * pair, self.guest, pair
+        q, s = 2 * pair, self.guest
         return driver.receive(
-            self.memory.mem, self.dvqs[q], self.states[q], self.dvqs[q + 1], self.states[q + 1], s.iov,
-            s.eps[p], int(s.fds[p]), s.hdr, s.out_frames[p], s.out_lengths[p], s.ledger, s.windows, s.scratch,
+            self.memory.mem, self.dvqs[q], self.states[q], self.dvqs[q + 1], self.states[q + 1], s.port(pair), s.scratch,
             budget,
         )  # fmt: skip
 
     def serve(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
-        m, s = self.memory, self.device
-        return loops.serve(
-            m.mem, m.regions, m.log, self.vqs, s.eps, s.fds, s.held, s.in_frames, s.in_lengths, s.out_frames,
-            s.out_lengths, s.ledger, s.windows, self.notify, s.ctl, s.ctl_fd, s.iov, s.rows, s.chains, s.hdr,
-            s.scratch, s.pollfds, s.one, budget, poll_us, timeout_ms,
-        )  # fmt: skip
+        s = self.device
+        return loops.serve(self.device_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))
 
     def drive(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
-        m, s = self.memory, self.guest
-        return loops.drive(
-            m.mem, self.dvqs, self.states, s.eps, s.fds, s.in_frames, s.in_lengths, s.out_frames,
-            s.out_lengths, s.ledger, s.windows, self.notify, s.ctl, s.ctl_fd, s.iov, s.hdr, s.scratch,
-            s.pollfds, s.one, budget, poll_us, timeout_ms,
-        )  # fmt: skip
+        s = self.guest
+        return loops.drive(self.driver_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))

@@ -108,7 +108,7 @@ def test_frames_too_long(pieces: int, device: int) -> None:
 def test_a_legacy_header_carries_nothing_over() -> None:
     """num_buffers, which a legacy header has not, is zero towards the wire, whatever was in hand before."""
     rig = Rig(16, hdr_len=lay.NET_HDR_LEN_LEGACY, mergeable=False)
-    rig.device.hdr[:] = 0xFF
+    rig.device.scratch.hdr[:] = 0xFF
     put(rig.tx, 0, [70], FRAME[2:])
     assert rig.serve()[1] == 1
     assert rig.device.collect() == [FRAME]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.kernels.rig import WRITE, Rig, pattern
 from vnetdp_kernels import layout as lay
-from vnetdp_kernels import loops, split_driver
+from vnetdp_kernels import split_driver, wait
 
 HEADER = bytes(lay.NET_HDR_LEN)
 FRAME = HEADER + pattern(1)
@@ -77,10 +77,10 @@ def test_doorbell(rigs: Make, loop: Loop) -> None:
     rig.post_receive()
     reason, moved = loop(rig, -1)
     assert reason == lay.LOOP_CONTROL
-    assert 0 < moved <= 2 * loops.BATCH
+    assert 0 < moved <= 2 * wait.BATCH
 
 
-@pytest.mark.parametrize("budget", [0, 1, loops.BATCH - 1, loops.BATCH, loops.BATCH + 1, 300])
+@pytest.mark.parametrize("budget", [0, 1, wait.BATCH - 1, wait.BATCH, wait.BATCH + 1, 300])
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_budget(rigs: Make, pairs: int, budget: int) -> None:
     """A loop moves as many frames as it may, and not one more."""
@@ -98,10 +98,10 @@ def test_each_pair_has_its_turn(rigs: Make) -> None:
     rig = rigs(512, 3, buf_len=128, **GENERATE)
     for pair in range(3):
         rig.post_receive(pair)
-    rig.drive(3 * loops.BATCH)
-    assert rig.dvqs[1::2, lay.DVQ_PACKETS].tolist() == [loops.BATCH] * 3
-    rig.serve(6 * loops.BATCH)
-    assert rig.vqs[:, lay.VQ_PACKETS].tolist() == [loops.BATCH] * 6
+    rig.drive(3 * wait.BATCH)
+    assert rig.dvqs[1::2, lay.DVQ_PACKETS].tolist() == [wait.BATCH] * 3
+    rig.serve(6 * wait.BATCH)
+    assert rig.vqs[:, lay.VQ_PACKETS].tolist() == [wait.BATCH] * 6
 
 
 @pytest.mark.parametrize("loop", [Rig.serve, Rig.drive])
@@ -343,10 +343,10 @@ def test_python_has_something_to_read(rigs: Make, loop: Loop) -> None:
 
 def test_frames_of_a_batch_that_is_all_dropped_hold_nothing_up(rigs: Make) -> None:
     """Python's slots hold more frames than a turn: those behind a whole turn of useless ones are still seen."""
-    rig = rigs(16, slots=loops.BATCH + 10, mergeable=False)
+    rig = rigs(16, slots=wait.BATCH + 10, mergeable=False)
     rig.rx.desc(0, rig.memory.low(72), 72, WRITE)
     rig.rx.offer(0)
-    rig.device.feed(*[FRAME + bytes(100)] * (loops.BATCH + 5), FRAME)
+    rig.device.feed(*[FRAME + bytes(100)] * (wait.BATCH + 5), FRAME)
     running = Running(rig.serve, -1, 0, -1)
     wait_until(lambda: rig.rx.used_idx == 1, "the last frame is not delivered")
     rig.device.ring_doorbell()

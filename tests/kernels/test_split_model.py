@@ -212,7 +212,7 @@ class SplitRing(RuleBasedStateMachine):
         """Take the chain *ahead* of the next one, check it, fill *share* percent of its writable bytes."""
         chain = self.driver.chains[ahead]
         assert split.head_at(self.mem, self.vq, ahead) == chain.head
-        iov = self.rig.device.iov
+        iov = self.rig.device.scratch.iov
         iov[:] = -1
         n = len(chain.segments)
         n_in = n - chain.n_out
@@ -373,8 +373,8 @@ def test_a_ring_filled_to_the_last_descriptor(num: int, in_order: bool) -> None:
         assert split.available(mem, queue.vq) == num
         for k, head in enumerate(heads):
             assert split.head_at(mem, queue.vq, k) == head
-            assert split.gather(mem, regions, queue.vq, head, rig.device.iov) == (1, 0, 1 + k % 64, 0)
-            assert rig.device.iov[0, lay.IOV_LEN] == 1 + k % 64
+            assert split.gather(mem, regions, queue.vq, head, rig.device.scratch.iov) == (1, 0, 1 + k % 64, 0)
+            assert rig.device.scratch.iov[0, lay.IOV_LEN] == 1 + k % 64
         token_of = {head: k for k, head in enumerate(heads)}
         order = heads if in_order else heads[::-1]
         for k, head in enumerate(order):

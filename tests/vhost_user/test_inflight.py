@@ -24,7 +24,7 @@ from tests.by_hand import Ring, frame, no_descriptor_leaks
 from tests.vhost_user.rig import NUM, ByHand, Guest, InThread, inflight
 from vnetdp import features as f
 from vnetdp.backends.userspace import UserspaceBackend
-from vnetdp.datapath import NO_LOG, Datapath, Scratch
+from vnetdp.datapath import NO_LOG, Datapath, scratch_for
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, MacswapEndpoint, ReflectEndpoint
 from vnetdp.errors import ConfigError, RequestRefused
@@ -32,7 +32,7 @@ from vnetdp.inflight import InflightArea
 from vnetdp.memory import Bytes, GuestMemory
 from vnetdp.vhost_user.message import Inflight, Request
 from vnetdp_kernels import layout as lay
-from vnetdp_kernels import net, split
+from vnetdp_kernels import net, rows, split
 
 R = Request
 LEN = 1 << 18  # from guest address 0 on, so that the window has no hole
@@ -98,16 +98,13 @@ class BackEndAtWork:
             backend.set_vring_base(index, base)
         for index in (0, 1):
             backend.set_backend(index, self._endpoint)
-        self._scratch = Scratch(1, NUM)
+        self._scratch = scratch_for(1, NUM)
 
     def arguments(self, budget: int = NUM) -> tuple[Any, ...]:
         """Return what `forward` is called with."""
-        mem, table, s = self._scene.memory.mem, self._scene.memory.table, self._scratch
+        guest = rows.Guest(self._scene.memory.mem, self._scene.memory.table, NO_LOG)
         rxq, txq = self._datapath.vqs
-        return (
-            mem, table, txq, NO_LOG, s.rows, mem, table, rxq, NO_LOG, s.iov, s.chains, self._endpoint.rows[0], s.hdr,
-            self._endpoint.held[0], budget,
-        )  # fmt: skip
+        return guest, txq, guest, rxq, self._endpoint.rows[0], self._endpoint.held[0], self._scratch, budget
 
     def work(self) -> None:
         """Move all there is to move."""

@@ -35,7 +35,7 @@ from vnetdp.drive import drive
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.vhost_user.message import Request
 from vnetdp_kernels import layout as lay
-from vnetdp_kernels.loops import BATCH
+from vnetdp_kernels.wait import BATCH
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 DEATHS_OF_A_BACK_END = 50 if CAMPAIGN else 2

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from vnetdp_kernels import bench, layout
+from vnetdp_kernels.rows import Control
 
 from ..backends.worker import Worker
-from ..datapath import Scratch
+from ..datapath import scratch_for
 from ..device import NetDevice
 from ..driver import Driver, memory_for
 from ..endpoints.base import Endpoint
@@ -80,50 +81,25 @@ class OneCore:
             if self.log is not None:
                 stack.callback(self.log.close)
                 self.device.set_log(self.log)
-            self._scratch = Scratch(1)
+            self._scratch = scratch_for(1)
             self._ctl = np.zeros(layout.CTL_SLOTS, np.int64)
             self._clock = np.zeros(2, np.int64)
             self._stack = stack.pop_all()
 
     def alternate(self, rounds: int) -> tuple[int, int]:
         """Let them take *rounds* turns; return (ns of the device, frames that it moved). Checks its counts."""
-        stepped, e, g, s = self.device.stepped, self.endpoint, self.guest, self._scratch
         before = sum(queue["packets"] for queue in self.device.counters())
         ns, frames = bench.alternate(
-            self.memory.mem,
-            self.memory.table,
-            self.log.log if self.log else np.zeros(0, np.uint8),
-            stepped.vqs,
-            e.rows,
-            e.fds,
-            e.held,
-            e.in_frames,
-            e.in_lengths,
-            e.out_frames,
-            e.out_lengths,
-            e.ledger,
-            e.windows,
-            self.driver.dvqs,
-            self.driver.states,
-            g.rows,
-            g.in_frames,
-            g.in_lengths,
-            g.out_frames,
-            g.out_lengths,
-            g.ledger,
-            g.windows,
-            self.driver.notify,
-            self._ctl,
-            s.iov,
-            s.rows,
-            s.chains,
-            s.hdr,
-            s.words,
-            s.pollfds,
-            s.one,
+            self.device.stepped.rings,
+            self.endpoint.wire,
+            self.driver.rings,
+            self.guest.wire,
+            Control(self._ctl, -1),
+            self._scratch,
             self._clock,
             rounds,
         )
+        e, g = self.endpoint, self.guest
         queues = self.device.counters()
         moved = sum(queue["packets"] for queue in queues) - before
         # What echoes goes through both queues, and counts as one frame.

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vnetdp_kernels import layout
+from vnetdp_kernels.rows import Port, Wire
 
 from ..errors import EndpointError, place
 from ..memory import Bytes, SharedBlock, Words
@@ -70,6 +71,17 @@ class Endpoint(Owned):
         self.in_frames: Bytes = self.block.carve(np.uint8, queues, slots * layout.FRAME_SLOT)
         self.out_frames: Bytes = self.block.carve(np.uint8, queues, slots * layout.FRAME_SLOT)
         self.fds: Words = np.full(queues, -1, np.int64)
+        self.wire = Wire(
+            self.rows,
+            self.fds,
+            self.held,
+            self.in_frames,
+            self.in_lengths,
+            self.out_frames,
+            self.out_lengths,
+            self.ledger,
+            self.windows,
+        )
         if block_fd is None:
             self.rows[:, layout.EP_KIND] = self.kind
             self.rows[:, layout.EP_FLOW] = np.arange(queues)
@@ -83,6 +95,20 @@ class Endpoint(Owned):
         self.polls_stopped = 0
         self.polls_refused = 0
         self.errors = 0
+
+    def port(self, queue: int) -> Port:
+        """Return the rows of one queue, as kernels take them."""
+        return Port(
+            self.rows[queue],
+            int(self.fds[queue]),
+            self.held[queue],
+            self.in_frames[queue],
+            self.in_lengths[queue],
+            self.out_frames[queue],
+            self.out_lengths[queue],
+            self.ledger,
+            self.windows,
+        )
 
     # --- who polls it ---
 

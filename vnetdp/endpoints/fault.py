@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from vnetdp_kernels import layout, port, reflect
+from vnetdp_kernels.rows import Frame
 
 from ..errors import EndpointError
 from ..memory import Bytes, Words
@@ -138,7 +139,8 @@ class FaultEndpoint(Endpoint):
         self._from_wire = [_Way(self.faults, q, "from wire", self.struck) for q in range(inner.queues)]
         self._frame: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
         self._iov: Words = np.zeros((1, layout.IOV_SLOTS), np.int64)
-        self._scratch: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
+        self._words: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
+        self._ports = [inner.port(queue) for queue in range(inner.queues)]
         self._ended = False
         self.fds[:] = np.array([alarm.fileno() for alarm in self._alarms])
 
@@ -204,36 +206,12 @@ class FaultEndpoint(Endpoint):
             return True
         frame_len = len(frame) - layout.NET_HDR_LEN
         self._iov[0] = layout.NET_HDR_LEN, frame_len, 0
-        status = port.emit(
-            self._frame,
-            self._iov,
-            0,
-            1,
-            frame_len,
-            self._frame,
-            inner.rows[queue],
-            int(inner.fds[queue]),
-            inner.out_frames[queue],
-            inner.out_lengths[queue],
-            inner.ledger,
-            inner.windows,
-            self._scratch,
-        )
-        return int(status) != layout.E_BLOCKED
+        whole = Frame(self._frame, self._iov, 0, 1, frame_len)
+        return int(port.emit(whole, self._frame, self._ports[queue], self._words)) != layout.E_BLOCKED
 
     def _take(self, queue: int) -> bytes:
         """Return one frame of the inner endpoint's, empty if there is none now."""
-        inner = self.inner
-        length = port.produce(
-            inner.rows[queue],
-            int(inner.fds[queue]),
-            inner.in_frames[queue],
-            inner.in_lengths[queue],
-            self._frame,
-            0,
-            layout.FRAME_SLOT,
-            time.monotonic_ns(),
-        )
+        length = port.produce(self._ports[queue], self._frame, 0, layout.FRAME_SLOT, time.monotonic_ns())
         return self._frame[:length].tobytes()
 
     def _loop_back(self, queue: int, length: int) -> None:
@@ -333,6 +311,7 @@ class FaultEndpoint(Endpoint):
     def close(self) -> None:
         for alarm in self._alarms:
             alarm.close()
+        self._ports.clear()  # their descriptors may soon be another file's
         self.inner.close()
         super().close()
 
