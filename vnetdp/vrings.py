@@ -190,8 +190,7 @@ class Vrings:
             ring.base = self.inflight.recover(index, self.memory, ring.num, avail, used, other_used)
             at = self.memory.beside_offset
             # What moves from ring to ring within this guest can be journalled; the other end of a bridge is not ours.
-            loops_back = layout.KIND_ECHO <= self._endpoint.kind <= layout.KIND_REFLECT
-            journal = self.inflight.journal_at(index) if loops_back else 0
+            journal = self.inflight.journal_at(index) if self._endpoint.answers else 0
             backend.set_vring_inflight(vring, at + self.inflight.area_at(index), at + journal if journal else 0)
             backend.set_vring_base(vring, ring.base)
         else:

@@ -7,6 +7,7 @@ received in one piece. Frames go from the endpoint straight into guest memory, a
 from __future__ import annotations
 
 from . import split_driver as ring
+from .answer import answer, answers
 from .atomic import (
     Bytes,
     Words,
@@ -56,10 +57,7 @@ from .layout import (
     EP_TO_WIRE,
     IOV_LEN,
     IOV_OFFSET,
-    KIND_ECHO,
-    KIND_MACSWAP,
     KIND_PYTHON,
-    KIND_REFLECT,
     NET_HDR_LEN,
     NET_HDR_NUM_BUFFERS,
     VIRTIO_NET_HDR_F_DATA_VALID,
@@ -67,8 +65,7 @@ from .layout import (
     VIRTQ_DESC_F_WRITE,
     VIRTQ_DESC_SIZE,
 )
-from .port import emit, linearize, now_ns, produce, split_header, swap_macs, tidy
-from .reflect import answer
+from .port import emit, linearize, now_ns, produce, split_header, tidy
 from .rows import Frame, Port, Scratch
 
 
@@ -150,10 +147,7 @@ def _answer(mem: Bytes, tx: Words, tx_state: Words, ep: Words, frame: Frame) -> 
     store_u64_unaligned(mem, at, 0)
     store_u64_unaligned(mem, at + 4, 0)
     linearize(frame, mem, at + NET_HDR_LEN)
-    if ep[EP_KIND] == KIND_MACSWAP:
-        swap_macs(mem, at + NET_HDR_LEN, mem, at + NET_HDR_LEN)
-    elif ep[EP_KIND] == KIND_REFLECT:
-        frame_len = answer(mem, at + NET_HDR_LEN, frame_len)
+    frame_len = answer(ep[EP_KIND], mem, at + NET_HDR_LEN, frame_len)
     if frame_len:
         _put_frame(mem, tx, tx_state, NET_HDR_LEN + frame_len)
         ep[EP_FROM_WIRE] += 1
@@ -197,13 +191,13 @@ def receive(
     """
     ep = port.ep
     hdr = scratch.hdr
-    answers = KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT
+    sends_back = answers(ep)
     frames = 0
     size = 0
     while frames < budget and dvq[DVQ_STATUS] == 0:
         if ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] >= port.out_lengths.size:
             break
-        if answers and tx[DVQ_NUM_FREE] == 0 and reclaim(mem, tx, tx_state) <= 0:
+        if sends_back and tx[DVQ_NUM_FREE] == 0 and reclaim(mem, tx, tx_state) <= 0:
             break
         ready = ring.used_ready(mem, dvq)
         if ready <= 0:
@@ -218,7 +212,7 @@ def receive(
         tidy(hdr, frame.length, VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID)
         if frame.length == 0:
             dvq[DVQ_DROPPED] += 1
-        elif answers:
+        elif sends_back:
             _answer(mem, tx, tx_state, ep, frame)
         elif emit(frame, hdr, port, scratch.words):
             # A TAP that takes no more: the buffer goes back to the device all the same.
@@ -228,7 +222,7 @@ def receive(
         post_receive(mem, dvq, state)
     if frames:
         ring.publish_available(mem, dvq)
-        if answers:
+        if sends_back:
             ring.publish_available(mem, tx)
     dvq[DVQ_PACKETS] += frames
     dvq[DVQ_BYTES] += size

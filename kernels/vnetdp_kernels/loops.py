@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from . import driver, split_driver, wait
 from . import split as ring
+from .answer import answers
 from .atomic import Bytes, Words
 from .io import POLLIN, POLLOUT, signal
 from .jit import inlined, kernel
@@ -22,9 +23,7 @@ from .layout import (
     EP_HELD,
     EP_KIND,
     EP_OUT_COUNT,
-    KIND_ECHO,
     KIND_PYTHON,
-    KIND_REFLECT,
     KIND_TAP,
     LOOP_IDLE,
     LOOP_PYTHON,
@@ -69,11 +68,6 @@ def _is_polled(ep: Words) -> bool:
 
 
 @inlined
-def _answers(ep: Words) -> bool:
-    return KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT
-
-
-@inlined
 def _serves(vq: Words) -> bool:
     return bool(vq[VQ_BOUND] and not vq[VQ_STATUS])
 
@@ -108,7 +102,7 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[
         if serve_tx and not txq[VQ_ENABLED]:
             chains_tx = discard_transmitq(guest.mem, txq, guest.log, turn)
             moved += chains_tx
-        elif _answers(ep):
+        elif answers(ep):
             if serve_tx and serve_rx:
                 chains_tx = forward(guest, txq, guest, rxq, ep, wire.held[q], scratch, turn)
                 frames_rx = chains_tx
@@ -152,7 +146,7 @@ def _watch_device(
         txq = rings.vqs[2 * q + 1]
         ep = wire.eps[q]
         events = 0
-        forwards = _answers(ep) and txq[VQ_ENABLED] != 0
+        forwards = answers(ep) and txq[VQ_ENABLED] != 0
         no_room = False  # frames to forward wait for receive buffers: more frames change nothing
         serve_rx = _serves(rxq) and rxq[VQ_ENABLED] != 0
         if _serves(txq) and (serve_rx or not forwards):
@@ -279,7 +273,7 @@ def _watch_driver(
         if ep[EP_BLOCKED]:
             found = wait.PYTHON  # what has been received waits in the ring
             wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
-        elif txq[DVQ_NUM_FREE] or not _answers(ep):
+        elif txq[DVQ_NUM_FREE] or not answers(ep):
             again |= split_driver.enable_calls(rings.mem, rxq)
             n = wait.add_pollfd(pollfds, n, rings.notify[2 * q, 1], POLLIN, 2 * q)
             wait_ms = wait_ms if rings.notify[2 * q, 1] >= 0 else wait.POLL_UNNOTIFIED_MS

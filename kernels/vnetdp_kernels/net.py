@@ -71,7 +71,7 @@ from .port import (
     take_front,
     tidy,
 )
-from .reflect import answer
+from .reflect import reply
 from .rows import Frame, Guest, Port, Scratch
 
 _SHORT = 128  # bytes of a frame that is written as soon as asked for
@@ -439,7 +439,7 @@ def _may_pass(txq: Words, rxq: Words, ep: Words, kind: int, hdr: Bytes, frame: F
 def _reflect(guest: Guest, rxq: Words, scratch: Scratch, ahead: int, held: Bytes, frame: Frame) -> int:
     """`place` the answer to a frame, made in *held*; _NO_ANSWER if it asks for none."""
     linearize(frame, held, NET_HDR_LEN)
-    answer_len = answer(held, NET_HDR_LEN, frame.length)
+    answer_len = reply(held, NET_HDR_LEN, frame.length)
     if answer_len == 0:
         return _NO_ANSWER
     store_u64_unaligned(held, 0, 0)

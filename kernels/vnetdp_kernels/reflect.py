@@ -107,7 +107,7 @@ def _answer_echo(frame: Bytes, at: int, length: int) -> int:
 
 
 @kernel
-def answer(frame: Bytes, at: int, length: int) -> int:
+def reply(frame: Bytes, at: int, length: int) -> int:
     """Turn the Ethernet frame at *at* into the answer to it, in place; return its length, 0 if it gets none."""
     if load_u8(frame, at + 6) & 1:
         return 0  # nobody to answer: a group sends nothing

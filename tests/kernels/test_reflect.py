@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.rig import WRITE, Rig, scaled
 from vnetdp_kernels import layout as lay
-from vnetdp_kernels.reflect import answer, checksum
+from vnetdp_kernels.reflect import checksum, reply
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -38,7 +38,7 @@ def reflect(frame: bytes, at: int = 5) -> bytes | None:
     """Return the answer to *frame*, None if there is none; nothing around the frame may change."""
     mem = np.full(at + len(frame) + 64, 0xEE, np.uint8)
     mem[at : at + len(frame)] = np.frombuffer(frame, np.uint8)
-    length = answer(mem, at, len(frame))
+    length = reply(mem, at, len(frame))
     assert (mem[:at] == 0xEE).all()
     assert (mem[at + len(frame) :] == 0xEE).all()
     assert 0 <= length <= len(frame)

@@ -284,7 +284,12 @@ class Endpoint(Owned):
     @property
     def gives(self) -> bool:
         """True if frames come from it that answer none: an end that only answers is no source."""
-        return self.kind not in (layout.KIND_NULL, layout.KIND_ECHO, layout.KIND_MACSWAP, layout.KIND_REFLECT)
+        return self.kind != layout.KIND_NULL and not self.answers
+
+    @property
+    def answers(self) -> bool:
+        """True if it is echo, macswap or reflect: each frame that goes to it may come back, and no other comes."""
+        return self.kind in (layout.KIND_ECHO, layout.KIND_MACSWAP, layout.KIND_REFLECT)
 
     @property
     def idle(self) -> bool:

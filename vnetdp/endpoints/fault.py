@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vnetdp_kernels import layout, port, reflect
+from vnetdp_kernels import answer, layout, port
 from vnetdp_kernels.rows import Frame
 
 from ..errors import EndpointError
@@ -199,7 +199,7 @@ class FaultEndpoint(Endpoint):
         """Do with one frame what the loop would do with it; False if the inner endpoint takes none now."""
         inner = self.inner
         self._frame[: len(frame)] = np.frombuffer(frame, np.uint8)
-        if layout.KIND_ECHO <= inner.kind <= layout.KIND_REFLECT:
+        if inner.answers:
             if self._from_wire[queue].full:
                 return False
             self._loop_back(queue, len(frame))
@@ -219,12 +219,8 @@ class FaultEndpoint(Endpoint):
         row = self.inner.rows[queue]
         row[layout.EP_TO_WIRE] += 1
         row[layout.EP_BYTES_TO_WIRE] += length - layout.NET_HDR_LEN
-        if self.inner.kind == layout.KIND_MACSWAP:
-            port.swap_macs(self._frame, layout.NET_HDR_LEN, self._frame, layout.NET_HDR_LEN)
-        elif self.inner.kind == layout.KIND_REFLECT:
-            answer_len = reflect.answer(self._frame, layout.NET_HDR_LEN, length - layout.NET_HDR_LEN)
-            if not answer_len:
-                return
+        if not answer.answer(self.inner.kind, self._frame, layout.NET_HDR_LEN, length - layout.NET_HDR_LEN):
+            return
         row[layout.EP_FROM_WIRE] += 1
         row[layout.EP_BYTES_FROM_WIRE] += length - layout.NET_HDR_LEN
         self._from_wire[queue].admit(self._frame[:length].tobytes())
