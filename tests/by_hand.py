@@ -139,7 +139,7 @@ class Ring:
     @staticmethod
     def _behind(at: int, num: int) -> Iterator[int]:
         for length in ring_len(num):
-            at += -(-length // lay.PAGE_SIZE) * lay.PAGE_SIZE
+            at += lay.align_up(length, lay.PAGE_SIZE)
             yield at
 
     def buffer(self, i: int) -> int:

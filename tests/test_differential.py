@@ -65,7 +65,7 @@ class Guest:
         self.rings = (receiveq, transmitq)
         self.free_descs = [list(range(num)), list(range(num))]
         self.in_flight: list[dict[int, Chain]] = [{}, {}]
-        first = -(-transmitq.buffer(0) // BLOCK) * BLOCK
+        first = lay.align_up(transmitq.buffer(0), BLOCK)
         self.free_blocks: list[int] = [*range(first, SEAM - BLOCK, BLOCK), SEAM - BLOCK // 2]
         self.free_blocks += list(range(SEAM + BLOCK, SEAM + REGIONS[1][1] - BLOCK, BLOCK))
         self.free_blocks += list(range(REGIONS[2][0], REGIONS[2][0] + REGIONS[2][1], BLOCK))

@@ -23,13 +23,14 @@ from .notify import EventFd
 from .owned import Owned
 from .server import Server
 from .session import USUAL_PROTOCOL_FEATURES
+from .state import DEFAULT_MAC
 from .vhost_user.listener import check_free
 from .vhost_user.message import ProtocolFeature
 from .vhost_user.socket_path import check_path
 from .warmup import compile_once
 
 _LOOK_S = 0.2
-_MACS = (b"\x52\x54\x00\x12\x34\x56", b"\x52\x54\x00\x12\x34\x57")  # for guests that ask which they have
+_MACS = (DEFAULT_MAC, DEFAULT_MAC[:-1] + b"\x57")  # for guests that ask which they have
 
 
 class _Side:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vnetdp_kernels import layout
+
 from . import commands, limits, output, signals
 from ._version import __version__
 from .endpoints.names import explained
@@ -43,6 +45,9 @@ def _number(low: int, high: int, what: str) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+_mtu = _number(layout.MIN_MTU, layout.MAX_MTU, "an MTU")
 
 
 def _ring(text: str) -> int:
@@ -215,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), help="(default vhost)")
     link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
     link.add_argument("--ring", type=_ring, metavar="N", help="queue size (default 256)")
-    link.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
+    link.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
     _polling(link)
     _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 s")
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
@@ -241,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="offer more or less: -inflight_shmfd,-status,... all but these; mq,config,... only these; "
                             "+device_state: that, too, which QEMU then needs wherever it migrates")  # fmt: skip
     serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
-    serve.add_argument("--mtu", type=_number(68, 65535, "an MTU"), metavar="N", help="offer VIRTIO_NET_F_MTU")
+    serve.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
     serve.add_argument(
         "--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel"
     )
@@ -264,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     drive.add_argument("--seconds", type=_positive, help="end after so long")
     drive.add_argument("--wait", type=_positive, default=30.0, metavar="S",
                        help="for a back end, at first and whenever its connection is lost (default 30 s)")  # fmt: skip
-    drive.add_argument("--mtu", type=_number(68, 65535, "an MTU"), default=1500, metavar="N",
+    drive.add_argument("--mtu", type=_mtu, default=1500, metavar="N",
                        help="of what the other side sends (default 1500)")  # fmt: skip
     drive.add_argument("--features", metavar="LIST",
                        help="take less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "

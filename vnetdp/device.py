@@ -33,6 +33,7 @@ from .owners import Owner, Owners
 from .registers import Registers
 from .state import (
     CONFIG_SPACE,
+    DEFAULT_MAC,
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_NET_S_LINK_UP,
@@ -62,7 +63,7 @@ class NetDevice(Owned):
         endpoint: Endpoint,
         *,
         queue_pairs: int = 1,
-        mac: bytes = b"\x52\x54\x00\x12\x34\x56",
+        mac: bytes = DEFAULT_MAC,
         mtu: int | None = None,
         offered: int | None = None,
         vhost: Sequence[Backend] | None = None,

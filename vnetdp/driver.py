@@ -25,9 +25,14 @@ from .memory import GuestMemory, SharedBlock, Words
 from .notifiers import Notifiers
 from .notify import EventFd
 from .owned import Owned
+from .state import (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+)
 from .virtqueue import check_num, ring_len
 
-_ACKNOWLEDGE, _DRIVER, _DRIVER_OK, _FEATURES_OK = 1, 2, 4, 8
 # An odd number of cache lines: buffers at a stride of 2048 would share a few sets of the cache.
 BUFFER_LEN = 2048 + 64
 _LONG_BUFFER_LEN = layout.FRAME_SLOT + 64
@@ -76,7 +81,7 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
     check_num(num)
     rings = sum(ring_len(num)) + 4 * layout.PAGE_SIZE  # each part, and the buffers, begin on a page
     length = _MARGIN + 2 * queue_pairs * (rings + num * buffer_len)
-    return GuestMemory.create([(0, -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE)])
+    return GuestMemory.create([(0, layout.align_up(length, layout.PAGE_SIZE))])
 
 
 def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlock:
@@ -163,21 +168,24 @@ class Driver(Owned):
         """Reset the device and set it up as 3.1.1 says, step by step."""
         device = self.device
         device.set_status(0)
-        device.set_status(_ACKNOWLEDGE)
-        device.set_status(_ACKNOWLEDGE | _DRIVER)
+        status = VIRTIO_CONFIG_S_ACKNOWLEDGE
+        device.set_status(status)
+        status |= VIRTIO_CONFIG_S_DRIVER
+        device.set_status(status)
         usable = device.device_features
         if not self.endpoint.vnet_hdr:
             usable &= ~f.OFFLOADS
         self.features = f.closure(usable if self._wanted is None else usable & self._wanted)
         device.set_driver_features(self.features)
-        device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK)
-        if not device.status & _FEATURES_OK:
+        status |= VIRTIO_CONFIG_S_FEATURES_OK
+        device.set_status(status)
+        if not device.status & VIRTIO_CONFIG_S_FEATURES_OK:
             raise ConfigError(f"the device refuses the features {', '.join(f.names(self.features))}")
         self.endpoint.set_offloads(f.host_offload_mask(self.features))
         at = self.start_at
         for index in range(2 * self.queue_pairs):
             at = self.lay_out(index, at, first_idx)
-        device.set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
+        device.set_status(status | VIRTIO_CONFIG_S_DRIVER_OK)
 
     def _place(self, index: int, at: int) -> tuple[dict[int, int], list[int], int]:
         """Return what the row of a queue from guest address *at* on says, and keeps, of its rings and buffers.
@@ -188,7 +196,7 @@ class Driver(Owned):
         addresses = []
         for length in lens:
             addresses.append(at)
-            at += -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
+            at += layout.align_up(length, layout.PAGE_SIZE)
         buffer_len = self._buffer_len or _buffer_lens(self.features, self._frame_len)[index % 2]
         row = {
             layout.DVQ_NUM: self.num,
@@ -203,7 +211,7 @@ class Driver(Owned):
             layout.DVQ_BUF_LEN: buffer_len,
             layout.DVQ_BUF_OFFSET: self.memory.translate(at, self.num * buffer_len),
         }
-        return row, addresses, at + -(-self.num * buffer_len // layout.PAGE_SIZE) * layout.PAGE_SIZE
+        return row, addresses, at + layout.align_up(self.num * buffer_len, layout.PAGE_SIZE)
 
     def lay_out(self, index: int, at: int, first_idx: int = 0) -> int:
         """Place a queue's rings and buffers in guest memory from *at* on, and enable it; return the address behind them.

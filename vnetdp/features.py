@@ -91,6 +91,12 @@ _HOST_TO_MASK: Final[tuple[tuple[int, int], ...]] = (
 )
 
 
+def mtu_error(mtu: int) -> str:
+    """Return why no device can have the MTU *mtu* (5.1.4.1); "" if one can."""
+    low, high = layout.MIN_MTU, layout.MAX_MTU
+    return "" if low <= mtu <= high else f"MTU {mtu} is not between {low} and {high}"
+
+
 def guest_offload_mask(features: int) -> int:
     """Return the layout.OFFLOAD_* that a driver with *features* takes in frames it receives."""
     return sum(mask for bit, mask in _GUEST_TO_MASK if features & bit)

@@ -29,11 +29,11 @@ _DESC = np.dtype([("inflight", "u1"), ("padding", "V5"), ("next", "<u2"), ("coun
 def _queue_len(queue_size: int) -> int:
     """Return the bytes of one queue's part."""
     size = layout.INFLIGHT_HEADER_LEN + layout.INFLIGHT_DESC_LEN * queue_size
-    return -(-size // layout.INFLIGHT_ALIGN) * layout.INFLIGHT_ALIGN
+    return layout.align_up(size, layout.INFLIGHT_ALIGN)
 
 
 def _whole_pages(length: int) -> int:
-    return -(-length // layout.PAGE_SIZE) * layout.PAGE_SIZE
+    return layout.align_up(length, layout.PAGE_SIZE)
 
 
 class InflightArea:

@@ -23,7 +23,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vnetdp_kernels.layout import PAGE_SHIFT, PAGE_SIZE, REGION_GPA, REGION_LEN, REGION_OFFSET, REGION_SLOTS
+from vnetdp_kernels.layout import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    REGION_GPA,
+    REGION_LEN,
+    REGION_OFFSET,
+    REGION_SLOTS,
+    align_up,
+)
 
 from .errors import ConfigError
 from .limits import fault, giving
@@ -61,10 +69,6 @@ def _page_size(fd: int) -> int:
     return int(stat[1]) if stat[0] == _HUGETLBFS_MAGIC else PAGE_SIZE
 
 
-def _round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
 def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
     with giving(f"a mapping of {length} bytes"):
         got = _libc.mmap(address, length, prot, flags, fd, offset)
@@ -78,7 +82,7 @@ def _reserve(length: int, align: int) -> int:
     """Return the address, a multiple of *align*, of *length* bytes without access."""
     size = length + align - PAGE_SIZE
     got = _map(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-    start = _round_up(got, align)
+    start = align_up(got, align)
     for at, end in ((got, start), (start + length, got + size)):
         if at < end:
             _libc.munmap(at, end - at)
@@ -128,7 +132,7 @@ class Region:
         if (self.gpa | self.length | self.fd_offset) & (PAGE_SIZE - 1) or self.fd_offset < 0:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {PAGE_SIZE} bytes")
         size = os.fstat(self.fd).st_size
-        if self.fd_offset + self.length > -(-size // PAGE_SIZE) * PAGE_SIZE:  # its last page can be mapped whole
+        if self.fd_offset + self.length > align_up(size, PAGE_SIZE):  # its last page can be mapped whole
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes")
 
 
@@ -246,7 +250,7 @@ class GuestMemory(Owned):
             at = self.beside_offset + beside.length + extra.tail
             runs.append(extra)
         align = max(run.modulus for run in runs)
-        length = _round_up(at, align)
+        length = align_up(at, align)
         base = _reserve(length, align)
         window = _own(base, length, foreign)
         try:
@@ -327,7 +331,7 @@ def _map_over(address: int, region: Region) -> None:
     """Map *region* into the window, whole pages of its file, so that it begins at *address*."""
     page = _page_size(region.fd)
     head = region.fd_offset % page
-    length = _round_up(head + region.length, page)  # what the kernel would map in any case
+    length = align_up(head + region.length, page)  # what the kernel would map in any case
     prot = mmap.PROT_READ | mmap.PROT_WRITE
     _map(address - head, length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset - head)
 
@@ -355,14 +359,14 @@ class SharedBlock(Owned):
 
     def __init__(self, length: int, fd: int | None = None, offset: int = 0, foreign: bool = False) -> None:
         """*offset*: where in the file of *fd* the block begins, a multiple of 4096. *foreign* as in `GuestMemory`."""
-        self.length = _round_up(length, PAGE_SIZE)
+        self.length = align_up(length, PAGE_SIZE)
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
         try:
             if os.fstat(self.fd).st_size < offset + length:
                 raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
             page = _page_size(self.fd)
             self._at = offset % page
-            mapped = _round_up(self._at + self.length, page)
+            mapped = align_up(self._at + self.length, page)
             # Not the mmap module: it would keep a second descriptor until the last array is gone.
             prot = mmap.PROT_READ | mmap.PROT_WRITE
             at = _map(None, mapped, prot, mmap.MAP_SHARED, self.fd, offset - self._at)
@@ -378,7 +382,7 @@ class SharedBlock(Owned):
         count = int(np.prod(shape))
         flat: npt.NDArray[Any] = np.frombuffer(memoryview(self._map)[: self._end], dtype, count, self._at)
         array = flat.reshape(shape)
-        self._at += _round_up(array.nbytes, 64)
+        self._at += align_up(array.nbytes, 64)
         return array
 
     def close(self) -> None:

@@ -31,8 +31,8 @@ class Registers:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the device needs {queue_pairs}")
         if len(mac) != 6:
             raise ConfigError("a MAC address has 6 bytes")
-        if mtu is not None and not 68 <= mtu <= 65535:
-            raise ConfigError(f"MTU {mtu} is not between 68 and 65535")
+        if mtu is not None and (wrong := f.mtu_error(mtu)):
+            raise ConfigError(wrong)
         check_num(max_num)
         if mtu is not None:
             endpoint.set_mtu(mtu)

@@ -23,6 +23,7 @@ from .errors import BackendError, ConfigError, ProtocolError, VnetdpError, reaso
 from .notify import EventFd
 from .owned import Owned
 from .session import USUAL_PROTOCOL_FEATURES, Session
+from .state import DEFAULT_MAC
 from .vhost_user.dial import NobodyYetError, dial
 from .vhost_user.listener import Listener
 from .vhost_user.message import MAX_VRINGS, ProtocolFeature
@@ -65,7 +66,7 @@ class Server(Owned):
         features: int | None = None,
         protocol_features: int | None = None,
         mtu: int | None = None,
-        mac: bytes = b"\x52\x54\x00\x12\x34\x56",
+        mac: bytes = DEFAULT_MAC,
         poll_us: int = 0,
         worker: Served | None = None,
         inband: bool = False,

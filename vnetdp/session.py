@@ -313,8 +313,8 @@ class Session:
             self._endpoint.send_to_wire(rarp(mac))
 
     def _on_net_set_mtu(self, payload: U64, _fds: list[int]) -> None:
-        if not 68 <= payload.value <= 65535:
-            raise RequestRefused(f"MTU {payload.value} is not between 68 and 65535")
+        if wrong := f.mtu_error(payload.value):
+            raise RequestRefused(wrong)
         before = self._endpoint.mtu
         self._endpoint.set_mtu(payload.value)
         self._mtu = payload.value

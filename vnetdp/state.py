@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import ConfigError
+from .features import mtu_error
 from .virtqueue import Virtqueue
 
 MAX_QUEUE_PAIRS = 1024
@@ -16,6 +17,8 @@ MAC_TABLE_ENTRIES = 64
 VLAN_BYTES = 512  # one bit a VLAN id
 RSS_TABLE_ENTRIES = 128
 RSS_KEY_LEN = 40
+
+DEFAULT_MAC = b"\x52\x54\x00\x12\x34\x56"  # QEMU's, of its first card
 
 VIRTIO_CONFIG_S_ACKNOWLEDGE = 1
 VIRTIO_CONFIG_S_DRIVER = 2
@@ -36,7 +39,7 @@ CONFIG_SPACE = ("mac", "mtu", "net_status")  # of `Control`, what the driver rea
 class Control:
     """What control commands and the configuration space hold. A change makes a new one (`changed`)."""
 
-    mac: bytes = b"\x52\x54\x00\x12\x34\x56"
+    mac: bytes = DEFAULT_MAC
     mtu: int = 0  # 0: none was set
     net_status: int = VIRTIO_NET_S_LINK_UP
     curr_queue_pairs: int = 1
@@ -58,7 +61,7 @@ class Control:
         """Raise ConfigError for what no driver of a device with *queue_pairs* pairs could have set."""
         wrong = [
             len(self.mac) != 6 and "a MAC address has 6 bytes",
-            self.mtu != 0 and not 68 <= self.mtu <= 65535 and f"MTU {self.mtu} is not between 68 and 65535",
+            self.mtu != 0 and mtu_error(self.mtu),
             self.net_status & ~3 and f"net status {self.net_status:#x} has unknown bits",
             not 1 <= self.curr_queue_pairs <= queue_pairs
             and f"{self.curr_queue_pairs} queue pairs in use: the device has {queue_pairs}",

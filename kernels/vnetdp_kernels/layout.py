@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
+
+def align_up(n: int, unit: int) -> int:
+    """Return *n*, rounded up to a multiple of *unit*."""
+    return -(-n // unit) * unit
+
+
 # Split virtqueue (2.7): sizes and offsets in bytes.
 VIRTQ_DESC_SIZE: Final = 16
 VIRTQ_DESC_F_NEXT: Final = 1
@@ -55,6 +61,8 @@ OFFLOAD_UFO: Final = 16
 OFFLOAD_USO4: Final = 32
 OFFLOAD_USO6: Final = 64
 
+MIN_MTU: Final = 68  # 5.1.4.1
+MAX_MTU: Final = 65535
 ETH_HLEN: Final = 14
 VLAN_HLEN: Final = 4
 ETH_TYPE_AT: Final = 12

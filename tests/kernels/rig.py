@@ -54,7 +54,7 @@ class Memory:
     """
 
     def __init__(self, low: int = 1 << 20, high: int = 1 << 20) -> None:
-        half = -(-high // 2 // lay.PAGE_SIZE) * lay.PAGE_SIZE
+        half = lay.align_up(high // 2, lay.PAGE_SIZE)
         self.low_end = LOW_GPA + low
         self.seam = HIGH_GPA + half  # where the two adjacent regions meet
         self.high_end = self.seam + half
@@ -105,7 +105,7 @@ class Memory:
 
     def low(self, length: int, align: int = 1) -> int:
         """Return the guest address of fresh low memory, aligned to *align* and to nothing more."""
-        at = -(-self._low_free // align) * align
+        at = lay.align_up(self._low_free, align)
         if align > 1 and at % (2 * align) == 0:
             at += align
         self._low_free = at + length

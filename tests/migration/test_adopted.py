@@ -209,7 +209,7 @@ def test_queues_one_over_the_other(driver: Driver) -> None:
 
 def test_queues_over_what_is_no_queues(driver: Driver) -> None:
     ends = [sum(driver.place_of(index)) for index in range(2)]
-    driver.check_adopted(-(-max(ends) // lay.PAGE_SIZE) * lay.PAGE_SIZE)
+    driver.check_adopted(lay.align_up(max(ends), lay.PAGE_SIZE))
     with pytest.raises(ConfigError, match="over what is no queue's"):
         driver.check_adopted(max(ends) - lay.PAGE_SIZE)
 

@@ -43,8 +43,8 @@ class UserspaceBackend(Owned):
         self._rows: Words = datapath.vqs[2 * pair : 2 * pair + VRINGS]
 
     def set_mtu(self, mtu: int) -> None:
-        if not 68 <= mtu <= 65535:
-            raise BackendError("set_mtu", errno.EINVAL, None, f"MTU {mtu} is not between 68 and 65535")
+        if wrong := f.mtu_error(mtu):
+            raise BackendError("set_mtu", errno.EINVAL, None, wrong)
         self._rows[:, layout.VQ_MAX_FRAME] = mtu + layout.ETH_HLEN
 
     def set_features(self, features: int) -> None:

@@ -20,6 +20,12 @@ from ..errors import BackendError, ConfigError, UnbindError
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
 from ..owned import Owned
+from ..state import (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+)
 from ..vhost_user.message import (
     MAX_FDS,
     NO_FD,
@@ -40,8 +46,7 @@ if TYPE_CHECKING:
     from .vhost_user import VhostUserFrontEnd
 
 _F = ProtocolFeature
-_FEATURES_OK = 1 | 2 | 8
-_DRIVER_OK = 4
+_FEATURES_OK = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
 
 
 class VhostUserBackend(Owned):
@@ -81,8 +86,8 @@ class VhostUserBackend(Owned):
         return n
 
     def set_mtu(self, mtu: int) -> None:
-        if not 68 <= mtu <= 65535:
-            raise BackendError("set_mtu", errno.EINVAL, None, f"MTU {mtu} is not between 68 and 65535")
+        if wrong := f.mtu_error(mtu):
+            raise BackendError("set_mtu", errno.EINVAL, None, wrong)
         if self._fe.has(_F.MTU) and self._pair == 0:
             self._fe.send(Request.NET_SET_MTU, U64(mtu))
 
@@ -245,7 +250,7 @@ class VhostUserBackend(Owned):
         try:
             self._send_kick(index)
             self.set_vring_enable(index, True)
-            self._fe.set_status(_FEATURES_OK | _DRIVER_OK)
+            self._fe.set_status(_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK)
         except BackendError:
             self._unbind(index)
             raise

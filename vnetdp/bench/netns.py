@@ -5,7 +5,6 @@ through the pair, go away when it is closed, also after an exception or SIGTERM.
 started are signalled, by their id.
 """
 
-import ctypes
 import functools
 import itertools
 import os
@@ -26,7 +25,6 @@ ADDRESSES = {"a": "10.203.0.1", "b": "10.203.0.2"}
 PREFIX_LEN = 24
 MTU = 1500
 
-_CLONE_NEWNET = 0x40000000
 _IPV6_OFF = "for f in /proc/sys/net/ipv6/conf/*/disable_ipv6; do [ ! -e $f ] || echo 1 > $f; done"
 _serial = itertools.count()
 
@@ -158,15 +156,6 @@ class NetnsPair(Owned):
     def _inside(self, side: str) -> tuple[str, ...]:
         # `ip netns exec` replaces itself by the command: the process id that Popen gives is the command's.
         return "ip", "netns", "exec", self.names[side]
-
-
-def enter(namespace: str) -> None:
-    """Move the calling thread into a named namespace; sockets that are open already stay where they are."""
-    # os.setns exists from Python 3.12 only.
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{namespace}", "rb") as handle:
-        if libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), namespace)
 
 
 @functools.cache

@@ -19,9 +19,11 @@ import socket
 import struct
 import sys
 import time
+from contextlib import ExitStack
 from typing import ClassVar
 
-from vnetdp.bench.netns import ADDRESSES, enter
+from vnetdp.bench.netns import ADDRESSES
+from vnetdp.endpoints.netns import run_in
 
 FRAME_LEN = 60  # bytes, without the frame check sequence
 PORT = 9  # UDP's discard service
@@ -75,23 +77,31 @@ class _Mmsghdr(ctypes.Structure):
 
 
 def blast(namespace_a: str, namespace_b: str, interface: str, seconds: float) -> Blast:
-    """Send from *namespace_a* to *namespace_b* for *seconds*. Leaves the calling thread in *namespace_a*."""
-    enter(namespace_b)
-    counter = _counter(interface)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
-        # Nobody reads it. With it the stack drops the frames; without, it answers each: "port unreachable".
-        sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        sink.bind((ADDRESSES["b"], PORT))
-        enter(namespace_a)
-        sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        with sender, counter:
-            sender.bind((interface, 0))
-            frame = _frame(source=sender.getsockname()[4], target=counter.getsockname()[4])
-            _take_count(counter)
-            sent, elapsed = _send(sender, frame, seconds)
-            delivered = _take_count(counter)
-            time.sleep(_DRAIN)
-            return Blast(sent, delivered, _take_count(counter), elapsed)
+    """Send from *namespace_a* to *namespace_b* for *seconds*."""
+    with ExitStack() as sockets:
+        counter = sockets.enter_context(run_in(namespace_b, lambda: _counter(interface)))
+        sockets.enter_context(run_in(namespace_b, _sink))
+        sender = sockets.enter_context(run_in(namespace_a, lambda: _sender(interface)))
+        frame = _frame(source=sender.getsockname()[4], target=counter.getsockname()[4])
+        _take_count(counter)
+        sent, elapsed = _send(sender, frame, seconds)
+        delivered = _take_count(counter)
+        time.sleep(_DRAIN)
+        return Blast(sent, delivered, _take_count(counter), elapsed)
+
+
+def _sink() -> socket.socket:
+    """A socket that nobody reads. With it the stack drops the frames; without, it answers each: "port unreachable"."""
+    sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    sink.bind((ADDRESSES["b"], PORT))
+    return sink
+
+
+def _sender(interface: str) -> socket.socket:
+    sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    sender.bind((interface, 0))
+    return sender
 
 
 def _counter(interface: str) -> socket.socket:

@@ -55,12 +55,17 @@ def run_inside(fd: int, netns: str, function: Callable[[], T]) -> T:
     """As `run_in`, in the namespace that *fd* is of, whatever it is called now; *netns* is its name for errors."""
 
     def inside() -> T:
-        # os.setns exists from Python 3.12 on only.
-        if _libc.setns(fd, _CLONE_NEWNET) != 0:
-            code = ctypes.get_errno()
-            reason = "run as root" if code == errno.EPERM else os.strerror(code)
-            raise EndpointError(f"cannot enter network namespace {netns}: {reason}")
+        enter(fd, netns)
         return function()
 
     with ThreadPoolExecutor(1, "netns") as pool:
         return pool.submit(inside).result()
+
+
+def enter(fd: int, netns: str) -> None:
+    """Move the calling thread into the namespace that *fd* is of; sockets that are open already stay where they are."""
+    # os.setns exists from Python 3.12 on only.
+    if _libc.setns(fd, _CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        reason = "run as root" if code == errno.EPERM else os.strerror(code)
+        raise EndpointError(f"cannot enter network namespace {netns}: {reason}")

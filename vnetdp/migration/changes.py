@@ -100,7 +100,7 @@ def _free_place(machine: Machine, length: int) -> int:
     for first, taken in sorted(map(driver.place_of, range(len(machine.device.queues)))):
         if at + length <= first:
             return at
-        at = -(-(first + taken) // PAGE_SIZE) * PAGE_SIZE
+        at = layout.align_up(first + taken, PAGE_SIZE)
     if at + length > machine.memory.regions[0].length:
         raise VnetdpError("there is no room in guest memory for the queue to move to")
     return at
@@ -244,8 +244,8 @@ def _guest_wrote(machine: Machine, index: int) -> None:
         return
     ram.add_private(machine.driver.private_ranges())
     at, _ = machine.driver.place_of(index)
-    length = sum(-(-part // PAGE_SIZE) for part in ring_len(machine.config.num))
-    ram.wrote(range(at // PAGE_SIZE, at // PAGE_SIZE + length))
+    length = sum(layout.align_up(part, PAGE_SIZE) for part in ring_len(machine.config.num))
+    ram.wrote(range(at // PAGE_SIZE, (at + length) // PAGE_SIZE))
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class Machine(Owned):
 
     @property
     def buffer_len(self) -> int:
-        return -(-(self.config.size + _HEADROOM) // 64) * 64 | 64
+        return layout.align_up(self.config.size + _HEADROOM, 64) | 64
 
     def _guest_memory(self) -> GuestMemory:
         """Rings and buffers, twice (they may move), then the guest's end of the ledger, then its driver's memory."""
