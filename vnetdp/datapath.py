@@ -60,10 +60,10 @@ def scratch_for(pairs: int, max_num: int = layout.VIRTQ_MAX_NUM) -> Scratch:
 
 
 class Datapath(Owned):
-    """The device's side of the rings of *pairs* queue pairs: receiveq 2i, transmitq 2i + 1.
+    """The device's side of the rings of *pairs* queue pairs, for `UserspaceBackend` to steer. Nothing runs but by `run`.
 
-    vqs int64[2 * pairs, VQ_SLOTS], in shared memory. Not thread-safe: one thread runs it, and changes it while it
-    does not run (`Paced.paused`).
+    It is not thread-safe: no verb of its backends may be called while it runs. `block_fd` is internal. Its rows, in
+    shared memory, are vqs int64[2 × pairs, VQ_SLOTS]: receiveq 2i, transmitq 2i + 1.
     """
 
     def __init__(self, pairs: int, block_fd: int | None = None) -> None:
@@ -91,12 +91,12 @@ class Datapath(Owned):
 
     @property
     def bound(self) -> bool:
-        """True if a ring is bound; then `endpoint` is what it is bound to."""
+        """True while a ring is bound."""
         return self.endpoint is not self._own_endpoint
 
     @property
     def dirty_bits(self) -> Bytes:
-        """The dirty log, if what is written is logged."""
+        """The dirty log's bits, if writes are logged; else an empty array. @private"""
         return self.log.log if self.log and self.logging else NO_LOG
 
     @property
@@ -109,10 +109,11 @@ class Datapath(Owned):
         return Rings(guest, self.vqs, self.notify)
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
-        """Serve the bound queues; return (layout.LOOP_*, frames moved).
+        """Serve the bound queues, in this thread. Return two numbers: an internal one, and the frames moved.
 
-        budget: at most so many frames, -1 = no end. timeout_ms: 0 returns when there is nothing to do, -1 waits until
-        the bell rings. poll_us: busy-poll so long before sleeping, -1 = for ever.
+        - `budget`: move at most so many frames; -1 sets no limit.
+        - `poll_us`: busy-poll so many microseconds before sleeping; -1 never sleeps.
+        - `timeout_ms`: 0 returns once there is nothing to do; -1 waits for more, without end.
         """
         self.check_maker()
         rings, endpoint, control = self.rings, self.endpoint, Control(self.ctl, self.bell.fd)
@@ -138,6 +139,7 @@ class Datapath(Owned):
         """Have the thread that runs the datapath enter no kernel ever again; False, and nothing done, if it is in one now.
 
         It may be in an endpoint's Python code, for as long as that takes; the rings can be taken from it all the same.
+        @private
         """
         self._abandoned = True
         if self._in_kernel:
@@ -145,7 +147,7 @@ class Datapath(Owned):
         return self._abandoned
 
     def let_go(self) -> None:
-        """Forget the endpoint, once no ring is bound: whoever polls it next serves its Python side alone."""
+        """Forget the endpoint, once no ring is bound: the next one to poll it serves its Python side alone. @private"""
         self.endpoint = self._own_endpoint
 
     def close(self) -> None:
@@ -227,11 +229,11 @@ class Paced(Owned):
     Register `close` before `start`: ^C can come between any two steps, and what the thread runs outlives the thread.
 
     `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
-    ends. Nests, also across calls. `listeners` are told in the thread: each time a queue broke, when they may not pause it,
-    and as the last thing, if an exception ended it (`error`).
+    ends. Nests, also across calls. `listeners` are told in the thread: each time a queue broke, when they may not pause
+    it, and as the last thing, if an exception ended it (`error`).
 
-    timeout_s: after so long the thread, if it is in no kernel but in an endpoint's Python code, is taken for hung and counts
-    as ended; it enters no kernel any more. None waits for ever.
+    timeout_s: after so long the thread, if it is in no kernel but in an endpoint's Python code, is taken for hung and
+    counts as ended; it enters no kernel any more. None waits for ever.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """NetDevice: an emulated virtio-net device, as its driver sees it, and who runs its rings (Virtio 1.2, 2 and 5.1).
 
-The device has a userspace datapath always, and a vhost worker if it was given one. Whenever the driver is ready, the link
-up and the device running, the worker gets the rings; any failure of any verb gives them to userspace, and the next status
-set tries again. A hand-over may happen at any moment, under traffic.
+The device has a userspace datapath always, and a vhost worker if it was given one. Whenever the driver is ready, the
+link up and the device running, the worker gets the rings; any failure of any verb gives them to userspace, and the next
+status set tries again. A hand-over may happen at any moment, under traffic.
 """
 
 from __future__ import annotations
@@ -48,14 +48,28 @@ _log = logging.getLogger("vnetdp.device")
 
 
 class NetDevice(Owned):
-    """A virtio-net device over *endpoint*, with *queue_pairs* pairs of queues in *memory*.
+    """A virtio-net device (Virtio 1.2, 5.1): rings in *memory*, and *endpoint*, where its frames come from and go to.
 
-    vhost: backends of a worker that no other device has, one a pair; None = userspace only. threaded: the userspace datapath
-    runs in the device's own thread; False moves frames in `step` alone. offered: feature bits to offer; None = all that can
-    be. fallback: False leaves the rings without an owner while vhost cannot have them. running: False is a device whose
-    machine does not run yet, as at a migration's destination. notifiers: in place of its own, which become the device's.
-    The caller keeps and closes memory, endpoint and worker; `close` gives up the parts that the device made.
+    - `queue_pairs`: 1 to 1024. Queue 2i is the receiveq, 2i + 1 the transmitq of pair i, which queue i of *endpoint*
+      serves.
+    - `mac`: the card's address, 6 bytes.
+    - `mtu`: the MTU to offer (VIRTIO_NET_F_MTU), 68 to 65535 bytes; the endpoint is set to it. None offers none.
+    - `offered`: feature bits to offer (see `features`); None offers all that the device and *endpoint* support.
+    - `vhost`: one backend for each queue pair, such as `Worker.backends`, of a worker that no other device uses. None:
+      userspace alone.
+    - `threaded`: True runs the userspace datapath in a thread of the device; False moves frames in `step` alone.
+    - `poll_us`: microseconds for which that thread busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
+    - `max_num`: descriptors of the largest queue that a driver may set up, a power of two up to 32768.
+    - `fallback`: True gives the rings to userspace while vhost cannot have them; False gives them to nobody.
+    - `running`: False makes a device whose machine does not run yet, such as a migration's destination (`set_running`).
+    - `notifiers`: internal.
+
+    ConfigError or EndpointError if an argument cannot be. The caller closes memory, endpoint and worker, after the
+    device.
     """
+
+    config_call: EventFd
+    """It is signalled to notify the driver of a changed configuration (Virtio 1.2, 2.3)."""
 
     def __init__(
         self,
@@ -78,14 +92,18 @@ class NetDevice(Owned):
             raise ConfigError(f"{len(vhost)} vhost backends for {queue_pairs} queue pairs")
         self._registers = Registers(endpoint, queue_pairs, mac, mtu, offered, max_num)
         self.queues = self._registers.queues
+        """Size, addresses and state of each queue, for reading: a list of `Virtqueue`."""
         self.memory = memory
         self.endpoint = endpoint
         self.queue_pairs = queue_pairs
         self.max_num = max_num
         self.fallback = fallback
         self.log: DirtyLog | None = None
+        """The dirty log that `set_log` set; None while writes to guest memory are not logged."""
         self.use_vhost = vhost is not None
+        """True while vhost is the owner to choose (`set_use_vhost`), whether or not it has the rings."""
         self.last_error: Exception | None = None
+        """The last failure of an owner, a queue or the endpoint; None if there was none."""
         self._userspace_worker: Worker | None = None
         self._stepped: Datapath | None = None
         with ExitStack() as made:
@@ -100,7 +118,9 @@ class NetDevice(Owned):
                 userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
             made.pop_all()
         self.kicks = self.notifiers.kicks
+        """An `EventFd` for each queue, by which the driver notifies the device."""
         self.calls = self.notifiers.calls
+        """An `EventFd` for each queue, by which the device notifies the driver."""
         self._lock = OwnedLock(self, lambda: self.owners.check_outside())
         self._trouble = Trouble(self._notify_config)
         self._running = running
@@ -117,31 +137,40 @@ class NetDevice(Owned):
 
     @property
     def status(self) -> int:
-        """The device status field (2.1)."""
+        """The device status field, as its driver reads it (Virtio 1.2, 2.1)."""
         return self._trouble.status
 
     @property
     def device_features(self) -> int:
+        """The feature bits that the device offers (Virtio 1.2, 2.2)."""
         return self._registers.offered
 
     @property
     def driver_features(self) -> int:
+        """The feature bits that the driver accepted; 0 before it did."""
         return self._registers.features
 
     @property
     def control(self) -> Control:
-        """What control commands, or the host, set."""
+        """MAC address, MTU, link state, filters and offloads, as control commands or the host set them."""
         return self._registers.control
 
     def set_driver_features(self, features: int) -> None:
-        """Take the driver's choice; whether it stands shows in FEATURES_OK (3.1.1)."""
+        """Set the feature bits that the driver accepts; `set_status` then checks them (Virtio 1.2, 3.1.1).
+
+        ConfigError after FEATURES_OK: the device has to be reset first.
+        """
         with self._lock:
             if self.status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK):
                 raise ConfigError("features can't change after FEATURES_OK: reset the device first")
             self._registers.features = features
 
     def set_status(self, status: int) -> None:
-        """Write the status field; 0 resets the device. DRIVER_OK gives the rings an owner."""
+        """Write the device status field (Virtio 1.2, 2.1): 0 resets the device, DRIVER_OK gives the rings an owner.
+
+        FEATURES_OK and DRIVER_OK stay clear if the accepted features are not a subset of those offered, or lack a
+        feature that one of them needs.
+        """
         with self._lock:
             if status == 0:
                 self._reset()
@@ -156,12 +185,18 @@ class NetDevice(Owned):
             self._update_owner()
 
     def set_queue(self, index: int, num: int, desc: int, avail: int, used: int) -> None:
-        """Set a queue's size and guest addresses; only while it is not enabled (4.1.4.3)."""
+        """Set a queue's size, in descriptors, and the guest addresses of its three parts (Virtio 1.2, 4.1.4.3).
+
+        ConfigError if the queue is enabled, or size or an address cannot be.
+        """
         with self._lock:
             self._registers.set_queue(index, Virtqueue(num, desc, avail, used))
 
     def enable_queue(self, index: int) -> None:
-        """Enable a queue; after DRIVER_OK (a queue that was reset) its owner starts it at once."""
+        """Enable a queue. After DRIVER_OK, which is to say after `reset_queue`, the owner of the rings starts it at once.
+
+        ConfigError if the device lacks that queue, or the queue has no addresses.
+        """
         with self._lock:
             queue = self._registers.queue(index)
             if not queue.has_addresses:
@@ -185,7 +220,7 @@ class NetDevice(Owned):
                     self._restart_after(e)
 
     def reset_queue(self, index: int) -> None:
-        """Reset one queue (2.6.1): the others go on. Its state is as after a device reset."""
+        """Reset one queue while the others go on (Virtio 1.2, 2.6.1). It is then as after a reset of the device."""
         with self._lock:
             queue = self._registers.queue(index)
             backends = self.owners.backends
@@ -200,16 +235,22 @@ class NetDevice(Owned):
                 self._trouble.broken.pop(index, None)
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """Read the configuration space (5.1.4): mac, status, max_virtqueue_pairs, mtu."""
+        """Return *length* bytes of the configuration space: mac, status, max_virtqueue_pairs, mtu (Virtio 1.2, 5.1.4).
+
+        ConfigError if that is not within its 12 bytes.
+        """
         return self._registers.read_config(offset, length)
 
     def set_link(self, up: bool) -> None:
-        """Set the link state; while it is down nobody owns the rings."""
+        """Set the link state. While the link is down nobody owns the rings."""
         with self._lock:
             self.set_control(net_status=self.control.net_status & ~VIRTIO_NET_S_LINK_UP | VIRTIO_NET_S_LINK_UP * up)
 
     def set_control(self, **changes: Any) -> None:
-        """Change what control commands, or the host, set: any fields of `Control`. ConfigError, and no change, if wrong."""
+        """Change fields of `control`, given by name, and notify the driver if it reads them in the configuration space.
+
+        ConfigError or EndpointError, and no change, if a value cannot be or the endpoint refuses it.
+        """
         with self._lock:
             before, wanted = self.control, replace(self.control, **changes)
             self._registers.check_control(wanted, self.driver_features)
@@ -220,18 +261,21 @@ class NetDevice(Owned):
                 self._update_owner()
 
     def set_running(self, running: bool) -> None:
-        """Stop or resume the device, as a stopped virtual machine does; while it is stopped nobody owns the rings."""
+        """Resume the device, or stop it, as a virtual machine does. While it is stopped nobody owns the rings."""
         with self._lock:
             self._running = running
             self._update_owner()
 
     @property
     def running(self) -> bool:
-        """Whether the machine runs."""
+        """True unless the device was made with `running=False`, or `set_running` stopped it."""
         return self._running
 
     def set_use_vhost(self, use: bool) -> None:
-        """Choose the owner: the vhost worker, or the userspace datapath. Takes effect at once."""
+        """Hand the rings over to vhost, or to userspace, at once and under traffic.
+
+        ConfigError if the device was made without `vhost`. If vhost fails, see `fallback`, `last_error` and `owner`.
+        """
         with self._lock:
             if use and self.owners.vhost is None:
                 raise ConfigError("the device was made without a vhost worker")
@@ -239,23 +283,26 @@ class NetDevice(Owned):
             self._update_owner()
 
     def restart_vhost(self) -> None:
-        """Take the rings from a vhost that is gone, or came back, and try to give them to it again."""
+        """Take the rings from vhost, and try to give them to it again: for a back end that is gone, or came back."""
         with self._lock:
             if self.owner is Owner.VHOST:
                 self._hand_to(Owner.NOBODY)
             self._update_owner()
 
     def take_from(self, owner: Owner) -> None:
-        """Take the rings from an owner that is gone, and give them to the next one, if the device falls back."""
+        """Take the rings from an owner that is gone, and give them to the next one, if the device falls back.
+
+        @private
+        """
         with self._lock:
             if self.owner is owner and (self.fallback or owner is Owner.USERSPACE):
                 self._hand_to(Owner.NOBODY)
                 self._update_owner()
 
     def set_log(self, log: DirtyLog | None) -> None:
-        """Start or stop logging writes to guest memory; the owner learns of it without a hand-over.
+        """Log the device's writes to guest memory in *log*, or with None in no log. The rings keep their owner.
 
-        BackendError if logging can't be started: it is as before then, and the owner goes on undisturbed.
+        BackendError, and no change, if logging can't be started. The log stays the caller's.
         """
         with self._lock:
             before, self.log = self.log, log
@@ -280,24 +327,26 @@ class NetDevice(Owned):
 
     @property
     def owner(self) -> Owner:
+        """The present owner of the rings."""
         return self.owners.owner
 
     @property
     def handovers(self) -> int:
+        """The number of changes of owner, those to and from nobody included."""
         return self.owners.handovers
 
     @property
     def handovers_ns(self) -> deque[int]:
-        """How long the last hand-overs took."""
+        """The durations of the last 10,000 hand-overs, in ns."""
         return self.owners.handovers_ns
 
     @property
     def fallbacks(self) -> int:
-        """Times that vhost could not be started."""
+        """The number of times that vhost could not be started."""
         return self.owners.fallbacks
 
     def rings(self) -> vhost_net.Rings:
-        """Return what an owner of the rings has to know."""
+        """Return what an owner of the rings has to know. @private"""
         features = self.driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
         mtu = self.control.mtu if self.driver_features & f.VIRTIO_NET_F_MTU else None
         return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu,
@@ -305,9 +354,9 @@ class NetDevice(Owned):
 
     @property
     def ready(self) -> bool:
-        """True if the driver is ready and the link up: the rings may have an owner once the machine runs.
+        """True if DRIVER_OK is set and the link up: the rings have an owner while the device runs.
 
-        NEEDS_RESET does not say otherwise: it may be one queue that broke, and the others go on.
+        True with NEEDS_RESET, too, if one queue broke and the others go on.
         """
         return self._trouble.driver_ok and not self._trouble.halted and self.control.link_up
 
@@ -338,12 +387,15 @@ class NetDevice(Owned):
     # --- migration: what a destination does before its machine runs, and a source after its machine has stopped ---
 
     def save_state(self) -> DeviceState:
-        """Return all that another device needs to go on. Indices are exact while nobody owns the rings."""
+        """Return the device's state, for a migration. Indices are exact while nobody owns the rings (`set_running`)."""
         with self._lock:
             return DeviceState(self.status, self.driver_features, self.control, self.queues).copy()
 
     def load_state(self, state: DeviceState) -> None:
-        """Take over the state of another device; only while the machine does not run. ConfigError if it can't be."""
+        """Take over the state of another device, which has as many queues. Only while this device does not run.
+
+        ConfigError, and no change, if this device cannot have that state.
+        """
         with self._lock:
             if len(state.queues) != len(self.queues):
                 raise ConfigError(f"a state of {len(state.queues)} queues; the device has {len(self.queues)}")
@@ -351,7 +403,7 @@ class NetDevice(Owned):
             self.load_delta(StateDelta(registers, vars(state.control), dict(enumerate(state.copy().queues)), []))
 
     def load_delta(self, delta: StateDelta) -> None:
-        """Take over what has changed in another device since its state was loaded; as `load_state`, all or nothing."""
+        """Take over what changed in another device since `load_state`. ConfigError, and no change, if it cannot be."""
         with self._lock:
             if self._running:
                 raise ConfigError("the device runs: state is loaded into one that does not")
@@ -371,10 +423,10 @@ class NetDevice(Owned):
                 self._notify_config()  # what is pending over there is not sent: one with the status makes up for it
 
     def prepare_vhost(self) -> bool:
-        """Configure vhost as far as the state allows, with binding held back; False if there is nothing to do or it failed.
+        """Configure vhost, all but binding the rings, before the device runs. False if that failed or can't be now.
 
-        Once the machine runs, vhost is bound; until then nobody touches the rings. Called again after a change of
-        state it tells vhost only what is new.
+        `set_running` then binds the rings; until then nobody touches them. A second call, after a change of the state,
+        tells vhost only the difference.
         """
         with self._lock:
             if self._running or not self.use_vhost:
@@ -385,21 +437,21 @@ class NetDevice(Owned):
             return self.owners.prepare(self.rings())
 
     def bind_prepared(self) -> bool:
-        """Bind what `prepare_vhost` configured; False if there is nothing, or it failed: indices are exact then.
+        """Bind the rings to a prepared vhost. False if it was not prepared or failed; indices are exact then.
 
-        The machine runs with `set_running`, which comes next, and tries vhost anew if this failed.
+        `set_running` comes next, and tries vhost anew if this failed.
         """
         with self._lock:
             return self.ready and self.owners.prepared is not None and self._hand_to(Owner.VHOST)
 
     def mark_broken(self) -> None:
-        """Have the device say NEEDS_RESET, and no ring run: what came in with a migration can't be."""
+        """Set NEEDS_RESET, and run no ring until the driver resets the device (Virtio 1.2, 2.1.2)."""
         with self._lock:
             self._trouble.halt()
             self._update_owner()
 
     def abandon_vhost(self) -> None:
-        """Take back what `prepare_vhost` gave."""
+        """Undo `prepare_vhost`."""
         with self._lock:
             self.owners.abandon()
 
@@ -435,7 +487,10 @@ class NetDevice(Owned):
     # --- trouble ---
 
     def check_rings(self) -> None:
-        """Look for queues that broke; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke."""
+        """Look for queues that broke; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke.
+
+        @private
+        """
         with self._trouble.lock:
             error = self._trouble.look(self.owners.backends or (), self.queues)
             if error is not None:
@@ -443,7 +498,7 @@ class NetDevice(Owned):
                 self._trouble.needs_reset()
 
     def ring_errors(self) -> list[GuestError]:
-        """Return what broke which queue, and was not reset since."""
+        """Return a `GuestError` for each queue that broke and was not reset since."""
         self.check_rings()
         return self._trouble.errors()
 
@@ -455,38 +510,41 @@ class NetDevice(Owned):
 
     @property
     def stepped(self) -> Datapath:
-        """The userspace datapath of a device without a thread."""
+        """The userspace datapath of a device without a thread. @private"""
         if self._stepped is None:
             raise ConfigError("the device has a thread: make it with threaded=False to step it")
         return self._stepped
 
     @property
     def userspace_rows(self) -> Words:
-        """The queue rows of the userspace datapath: int64[2 * queue_pairs, VQ_SLOTS]."""
+        """The queue rows of the userspace datapath: int64[2 * queue_pairs, VQ_SLOTS]. @private"""
         if self._userspace_worker is not None:
             return self._userspace_worker.datapath.vqs
         return self.stepped.vqs
 
     @property
     def native_id(self) -> int:
-        """The thread id of the userspace datapath, for setting its affinity."""
+        """The kernel's id of the userspace datapath's thread, for its affinity. ConfigError with `threaded=False`."""
         if self._userspace_worker is None:
             raise ConfigError("the device has no thread: it was made with threaded=False")
         return self._userspace_worker.paced.native_id
 
     def step(self, budget: int = 64) -> int:
-        """Move at most *budget* frames through the userspace datapath, in this thread; return how many."""
+        """Move at most *budget* frames between rings and endpoint, in this thread, and return how many. Never waits.
+
+        ConfigError if the device has a thread.
+        """
         reason, moved = self.stepped.run(budget, 0, 0)
         if reason == layout.LOOP_BROKEN:
             self.check_rings()
         return moved
 
     def counters(self) -> list[dict[str, int]]:
-        """Return packets, bytes, drops, calls and kicks of each queue, over all its owners."""
+        """Return `packets`, `bytes`, `dropped`, `calls` and `kicks` of each queue, summed over both owners."""
         return self.owners.counters()
 
     def close(self) -> None:
-        """Stop the rings and give up threads and descriptors that the device made."""
+        """Take the rings from their owner, and give up the threads and descriptors that the device made."""
         for forget in self._listening:
             forget()
         if not self.inherited:  # a forked child leaves the rings to its parent

@@ -74,9 +74,10 @@ def _buffer_lens(features: int, frame_len: int) -> tuple[int, int]:
 
 
 def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUFFER_LEN) -> GuestMemory:
-    """Make guest memory that a driver with so many queues of *num* buffers fits in, whatever it negotiates.
+    """Return guest memory that is large enough for a `Driver` with *queue_pairs* pairs of queues of *num* descriptors.
 
-    Pages cost nothing until they are used.
+    `buffer_len`: bytes of each buffer; the default has room for any features. A page takes memory once it is written.
+    ConfigError if *num* is not a power of two up to 32768. The caller closes it.
     """
     check_num(num)
     rings = sum(ring_len(num)) + 4 * layout.PAGE_SIZE  # each part, and the buffers, begin on a page
@@ -85,23 +86,32 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
 
 
 def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlock:
-    """Return memory for what a driver of so many queues knows of them, or that of *fd* (see `Driver`)."""
+    """Return a block for the private state of a `Driver` with *queue_pairs* pairs of queues of *num* descriptors.
+
+    `fd`: the descriptor of such a block, to map that one; None makes a new one.
+    """
     words = 2 * queue_pairs * (layout.DVQ_SLOTS + num * layout.DESC_STATE_SLOTS)
     return SharedBlock(8 * words + layout.PAGE_SIZE, fd)
 
 
 class Driver(Owned):
-    """Drives *queue_pairs* pairs of a device's queues, *num* descriptors each, from guest memory *memory*.
+    """The guest's side of *device*, as Linux's virtio_net has it: rings and buffers in *memory*, set up when it is made.
 
-    wanted: features to accept of those offered; None = all that the endpoint can use. endpoint: where frames come from
-    and go to; None makes a mailbox (`send`, `receive`). frame_len: bytes of the longest frame that comes in; one that the
-    endpoint gives has room in any case. buffer_len: bytes of each buffer, virtio_net_hdr included; 0 = what frames and
-    features need. Nothing runs until `start` (a thread) or `step`.
+    Nothing runs until `start` (a thread) or `step`.
 
-    block: where the driver keeps what it knows of its queues (`driver_block`), such as a part of guest memory; it becomes
-    the driver's. None = memory of its own. adopt: the rings are up, and *block* holds what a driver elsewhere knew of
-    them: go on from there. first_idx: where all indices of the rings begin (a guest's begin at 0; one that was migrated in
-    is anywhere).
+    - `endpoint`: where the guest's frames come from and go to. None makes a mailbox: use `send` and `receive`.
+    - `queue_pairs`: the pairs to use, at most the device's.
+    - `num`: descriptors of each queue, a power of two up to 32768.
+    - `wanted`: feature bits to accept of those offered; None accepts all that *endpoint* can use.
+    - `frame_len`: bytes of the longest frame that comes in, if that is longer than those that *endpoint* sends.
+    - `buffer_len`: bytes of each buffer, virtio_net_hdr included; 0 chooses by frames and features.
+    - `start_at`: the guest address of the first ring.
+    - `block`: where the driver keeps its private state (`driver_block`), such as a part of guest memory that migrates;
+      the driver closes it. None: memory of its own.
+    - `adopt`: True takes over rings that are set up, with the private state that *block* holds (see `check_adopted`).
+    - `first_idx`: the value at which all ring indices begin, 0 to 65535.
+
+    ConfigError if an argument cannot be, *memory* is too small (`memory_for`), or the device refuses the features.
     """
 
     def __init__(
@@ -125,6 +135,7 @@ class Driver(Owned):
         self.queue_pairs = queue_pairs
         self.num = num
         self.mailbox: MailboxEndpoint | None = None
+        """The mailbox behind `send` and `receive`; None if the driver was given an endpoint."""
         with ExitStack() as made:
             if block is not None:
                 made.callback(block.close)
@@ -146,6 +157,7 @@ class Driver(Owned):
         self.states: Words = block.carve(np.int64, 2 * queue_pairs, num, layout.DESC_STATE_SLOTS)
         self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
         self.features = 0
+        """The negotiated feature bits."""
         self._wanted = wanted
         self._frame_len = max(frame_len, endpoint.longest_frame)
         self._buffer_len = buffer_len
@@ -217,6 +229,8 @@ class Driver(Owned):
         """Place a queue's rings and buffers in guest memory from *at* on, and enable it; return the address behind them.
 
         For a queue that the device has not enabled: at the start, or after a reset of it that lost nothing.
+
+        @private
         """
         mem, row, state = self.memory.mem, self.dvqs[index], self.states[index]
         values, addresses, end = self._place(index, at)
@@ -241,10 +255,11 @@ class Driver(Owned):
         return end
 
     def check_adopted(self, end: int) -> list[list[int]]:
-        """Check rows that came from outside before anything runs on them; return the addresses of each queue's parts.
+        """Check the adopted private state, which came from outside, before anything runs on it.
 
-        Kernels take a row at its word, and its offsets are of this process's window. ConfigError unless each is such as a
-        driver with these features leaves, the queues lie apart, and all of them below guest address *end*.
+        Return the guest addresses of the descriptor table, avail ring and used ring of each queue. ConfigError unless a
+        driver with `features` can have left that state, the queues do not overlap, and all lie below guest address
+        *end*.
         """
         window = self.memory.translate(self.start_at, 0) - self.start_at
         seen: Words = np.zeros(self.num, np.int64)
@@ -270,7 +285,7 @@ class Driver(Owned):
     # --- running ---
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
-        """Run all queues; return (layout.LOOP_*, frames moved). As `Datapath.run`."""
+        """Run all queues; return (layout.LOOP_*, frames moved). As `Datapath.run`. @private"""
         self.check_maker()
         endpoint, control = self.endpoint, Control(self.ctl, self.bell.fd)
         moved = 0
@@ -287,9 +302,9 @@ class Driver(Owned):
                 return layout.LOOP_BUDGET, moved
 
     def step(self, budget: int = 64) -> int:
-        """Move at most *budget* frames, in this thread, and return how many; GuestError if the device cheated.
+        """Move at most *budget* frames between endpoint and rings, in this thread, and return how many. Never waits.
 
-        ConfigError if the driver has a thread of its own: two would take the same frames.
+        GuestError if the device broke the specification; ConfigError if the driver has a thread (`start`).
         """
         if self._thread is not None:
             raise ConfigError("the driver runs in a thread of its own: stop it before it is stepped")
@@ -298,13 +313,13 @@ class Driver(Owned):
         return moved
 
     def check(self) -> None:
-        """Raise GuestError if the device broke a queue's rules."""
+        """Raise GuestError if the device broke the specification on a queue."""
         for index, row in enumerate(self.dvqs):
             if row[layout.DVQ_STATUS]:
                 raise GuestError(index, int(row[layout.DVQ_STATUS]))
 
     def start(self, poll_us: int = 0) -> None:
-        """Run in a thread of its own from now on; poll_us as in `Datapath.run`."""
+        """Run in a thread, which busy-polls *poll_us* µs before it sleeps: 0 sleeps at once, -1 never sleeps."""
         self.check_maker()
         if self._thread is None:
             self._thread = Paced(self, "guest-driver", poll_us)
@@ -315,23 +330,23 @@ class Driver(Owned):
                 raise
 
     def paused(self) -> AbstractContextManager[None]:
-        """Have the thread, if there is one, stand still outside the kernels for the length of the block."""
+        """Return a context manager: the driver's thread, if there is one, touches no ring while the block lasts."""
         return nullcontext() if self._thread is None else self._thread.paused()
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the thread, if it did not end by `stop`."""
+        """The exception that ended the thread; None while it runs, and if `stop` ended it."""
         return None if self._thread is None else self._thread.error
 
     @property
     def native_id(self) -> int:
-        """The thread id, for setting its affinity."""
+        """The kernel's id of the thread, for its affinity. ConfigError if the driver has no thread."""
         if self._thread is None:
             raise ConfigError("the driver has no thread: start it first")
         return self._thread.native_id
 
     def stop(self) -> None:
-        """Stop the thread; rings and buffers stay as they are."""
+        """Stop the thread. Rings and buffers stay as they are, and `start` goes on."""
         if self._thread is not None:
             self._thread.close()
             self._thread = None
@@ -343,9 +358,9 @@ class Driver(Owned):
         self.notify[:] = -1
 
     def reset(self, wanted: int | None = None) -> None:
-        """Reset the device and start anew with it, with features *wanted* if given; what was in flight is gone.
+        """Reset the device and set it up anew, with ring indices from 0. Frames in flight are lost.
 
-        Indices begin at 0 again, wherever they began first.
+        `wanted`: feature bits to accept from now on; None keeps the choice.
         """
         if wanted is not None:
             self._wanted = wanted
@@ -356,14 +371,17 @@ class Driver(Owned):
             self.start(running.poll_us)
 
     def place_of(self, index: int) -> tuple[int, int]:
-        """Return the guest address of a queue's first part, and the bytes from there to the end of its buffers."""
+        """Return the guest address of a queue's first part, and the bytes from there to the end of its buffers.
+
+        @private
+        """
         window = self.memory.translate(self.start_at, 0) - self.start_at
         row = self.dvqs[index]
         first = int(row[layout.DVQ_DESC]) - window
         return first, int(row[layout.DVQ_BUF_GPA]) + self.num * int(row[layout.DVQ_BUF_LEN]) - first
 
     def private_ranges(self) -> list[tuple[int, int]]:
-        """Return (guest address, bytes) of the pages that the driver writes and the device does not."""
+        """Return (guest address, bytes) of each range that only the driver writes: no dirty log has these."""
         ranges: list[tuple[int, int]] = []
         window = self.memory.translate(self.start_at, 0) - self.start_at
         for index, row in enumerate(self.dvqs):
@@ -379,18 +397,22 @@ class Driver(Owned):
     # --- frames by hand ---
 
     def send(self, frame: bytes, queue: int = 0) -> bool:
-        """Send an Ethernet frame (no FCS) on a queue pair; False if too many wait already. Needs the mailbox.
+        """Queue an Ethernet frame (no FCS, no virtio_net_hdr) for queue pair *queue*; False if the mailbox is full.
 
-        A frame that can't be sent is taken, and then dropped and counted: see `MailboxEndpoint.put`, also for errors.
+        Errors, and frames that are dropped, are those of `MailboxEndpoint.put`. ConfigError if the driver has another
+        endpoint.
         """
         return self._box().put(frame, queue=queue)
 
     def receive(self) -> list[bytes]:
-        """Return the Ethernet frames received since the last call, oldest first. Needs the mailbox."""
+        """Return the Ethernet frames (no FCS, no virtio_net_hdr) received since the last call, oldest first; maybe none.
+
+        ConfigError if the driver has another endpoint.
+        """
         return self._box().take()
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `receive` has something."""
+        """Return a descriptor that is readable while frames wait for `receive`, for select() and poll()."""
         return self._box().ready.fd
 
     def _box(self) -> MailboxEndpoint:
@@ -399,7 +421,7 @@ class Driver(Owned):
         return self.mailbox
 
     def counters(self) -> list[dict[str, int]]:
-        """Return packets, bytes, drops, kicks and calls of each queue."""
+        """Return `packets`, `bytes`, `dropped`, `kicks` and `calls` of each queue: receiveq 2i, transmitq 2i + 1."""
         slots = {
             "packets": layout.DVQ_PACKETS,
             "bytes": layout.DVQ_BYTES,
@@ -410,7 +432,7 @@ class Driver(Owned):
         return [{name: int(row[slot]) for name, slot in slots.items()} for row in self.dvqs]
 
     def close(self) -> None:
-        """Stop, and give up what the driver made. The device and the endpoint are the caller's."""
+        """Stop, and give up all that the driver made. Device, memory and endpoint stay the caller's."""
         self.stop()
         self._block.close()
         self.bell.close()

@@ -33,7 +33,7 @@ STATUS_TEXT: dict[int, str] = {
 
 
 class VnetdpError(Exception):
-    """The root of all errors that this package raises on purpose."""
+    """The base of all errors that vnetdp raises on purpose."""
 
 
 def reason(error: BaseException) -> str:
@@ -50,11 +50,11 @@ def place(error: BaseException) -> str:
 
 
 class ConfigError(VnetdpError):
-    """The caller asked for something that cannot be; the text says what to do."""
+    """An argument, or a call at this moment, that cannot be. The text gives the value, the limit and the next step."""
 
 
 class MachineError(VnetdpError, OSError):
-    """The machine has no more descriptors, memory or threads; the text has the limit and the next step."""
+    """The machine has no more descriptors, memory, threads or processes. The text gives the limit and the next step."""
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -69,33 +69,39 @@ class OutputError(VnetdpError):
 
 
 class GuestError(VnetdpError):
-    """The driver (or, seen from the driver, the device) broke the specification: its queue stops, the host lives."""
+    """The driver broke the specification on a queue, which stops; seen from a `Driver`, the device did."""
 
     def __init__(self, queue: int, status: int) -> None:
         self.queue = queue
+        """The number of the queue: receiveq 2i, transmitq 2i + 1."""
         self.status = status
+        """A code of the reason, which the text of the error tells; its numbers may change in any version."""
         super().__init__(f"queue {queue}: {STATUS_TEXT.get(status, f'status {status}')}")
 
 
 class BackendError(VnetdpError):
-    """A vhost verb failed, with the errno that the kernel's vhost would give."""
+    """A vhost verb failed."""
 
     def __init__(self, verb: str, code: int, index: int | None = None, detail: str = "") -> None:
         self.verb = verb
+        """The name of the verb, or of the vhost-user request."""
         self.errno = code
+        """The errno, as the kernel's vhost has it: EBUSY, EINVAL, EFAULT, ESRCH (the back end is gone), …"""
         self.index = index
+        """The vring of the queue pair, 0 or 1; None if the verb concerns none."""
         self.detail = detail or os.strerror(code)
+        """The reason in words."""
         where = "" if index is None else f" (vring {index})"
         name = errno.errorcode.get(code, str(code))
         super().__init__(f"{verb}{where}: {name}: {self.detail}")
 
 
 class UnbindError(BackendError):
-    """A ring can't be unbound: a remote back end that hangs may still touch it, so nobody else may have it."""
+    """A ring can't be unbound: a remote back end that hangs may still use it, so no other owner may have it."""
 
 
 class EndpointError(VnetdpError):
-    """An endpoint could not be opened or used."""
+    """An endpoint can't be opened or used. The text gives the reason and the next step."""
 
 
 class ProtocolError(VnetdpError):

@@ -1,10 +1,11 @@
 """Guest memory: memfd regions mapped into one flat window, the dirty log, and blocks shared between processes.
 
-The window is reserved once for all regions; each is mapped into it with MAP_FIXED, and a run of regions that are adjacent
-in guest addresses is adjacent in the window. So kernels see one uint8 array and a table with a row for each run, and
-a range may cross from one region into the next. Holes stay without access, and no translation leads there.
+The window is reserved once for all regions; each is mapped into it with MAP_FIXED, and a run of regions that are
+adjacent in guest addresses is adjacent in the window. So kernels see one uint8 array and a table with a row for each
+run, and a range may cross from one region into the next. Holes stay without access, and no translation leads there.
 
-A mapping lasts as long as an array over it: `close` takes it from the object, and an array that somebody kept stays usable.
+A mapping lasts as long as an array over it: `close` takes it from the object, and an array that somebody kept stays
+usable.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def _reserve(length: int, align: int) -> int:
 def _own(at: int, length: int, foreign: bool) -> ctypes.Array[ctypes.c_uint8]:
     """Return the bytes of a mapping, which is unmapped when the last array over them is gone.
 
-    foreign: its file may be shrunk by another process, and lost pages read as zeros. ConfigError, and it is unmapped, if
-    that can't be had.
+    foreign: its file may be shrunk by another process, and lost pages read as zeros. ConfigError, and it is unmapped,
+    if that can't be had.
     """
     if foreign:
         from vnetdp_kernels import sigbus
@@ -118,15 +119,19 @@ def _unmap(at: int, length: int, foreign: bool) -> None:
 
 @dataclass(frozen=True)
 class Region:
-    """One region of guest memory: [gpa, gpa + length) is backed by *fd* from *fd_offset* on; all multiples of 4096."""
+    """One region of guest memory: guest addresses from *gpa* up to *gpa* + *length*, backed by a file."""
 
     gpa: int
+    """The guest physical address, a multiple of 4096."""
     length: int
+    """Bytes, a multiple of 4096."""
     fd: int
+    """The descriptor of a file that can be mapped shared, such as a memfd."""
     fd_offset: int = 0
+    """Where in the file the region begins, in bytes, a multiple of 4096."""
 
     def check(self) -> None:
-        """Raise ConfigError for what no mapping could be: zero, unaligned, wrapping, or past the file's end."""
+        """Raise ConfigError unless the region can be mapped: not empty, aligned, and within address space and file."""
         if self.length <= 0 or self.gpa < 0 or self.gpa + self.length > ADDRESS_LIMIT:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is empty or out of the address space")
         if (self.gpa | self.length | self.fd_offset) & (PAGE_SIZE - 1) or self.fd_offset < 0:
@@ -214,18 +219,19 @@ def _runs(regions: Sequence[Region]) -> list[_Run]:
 
 
 class GuestMemory(Owned):
-    """Guest memory as kernels see it.
+    """Guest memory: *regions* of guest physical addresses, mapped here into one window that kernels work on.
 
-    mem uint8[window]; table int64[runs, 3] (guest address, length, window offset), sorted by guest address.
-    The descriptors in *regions* are duplicated, and the caller keeps its own; but not those of *foreign* memory, of which
-    there may be hundreds: they are the caller's, to be closed after this.
+    The kernels' `table` is int64[runs, 3], (guest address, length, window offset) of each run of adjacent regions,
+    sorted by guest address.
     """
 
     def __init__(self, regions: Sequence[Region], foreign: bool = False, beside: Region | None = None) -> None:
-        """foreign: the files are another process's, which may shrink them; pages lost to that then read as zeros.
+        """Map *regions*, in any order. ConfigError if one cannot be mapped, or two overlap; OSError if the kernel refuses.
 
-        beside: memory that kernels need and the guest has no address for (its gpa means nothing); it is mapped
-        behind the regions, at window offset `beside_offset`.
+        - `foreign`: False duplicates the descriptors, and the caller keeps its own. True is for files of another
+          process, which may shrink them: pages lost to that read as zeros. There may be hundreds, so they are not
+          duplicated; the caller closes them after this.
+        - `beside`: internal.
         """
         if not regions:
             raise ConfigError("guest memory needs at least one region")
@@ -269,7 +275,7 @@ class GuestMemory(Owned):
 
     @classmethod
     def create(cls, parts: Iterable[tuple[int, int]]) -> GuestMemory:
-        """Make guest memory of our own: one sealed memfd for each (guest address, bytes)."""
+        """Make guest memory: a new memfd, which cannot shrink, for each (guest address, bytes) of *parts*."""
         fds: list[int] = []
         regions = []
         try:
@@ -284,22 +290,24 @@ class GuestMemory(Owned):
 
     @property
     def mem(self) -> Bytes:
+        """The window: uint8[n], indexed by the offsets that `translate` returns. ConfigError once it is closed."""
         if self._mem is None:
             raise ConfigError("the guest memory is closed")
         return self._mem
 
     @property
     def closed(self) -> bool:
+        """True once `close` was called."""
         return self._mem is None
 
     @property
     def end(self) -> int:
-        """The guest address behind the last region."""
+        """The first guest address behind the last region."""
         last = self.table[-1]
         return int(last[REGION_GPA] + last[REGION_LEN])
 
     def translate(self, gpa: int, length: int) -> int:
-        """Return the window offset of a guest range; ConfigError if it is not wholly inside guest memory."""
+        """Return the offset in `mem` of *length* bytes at *gpa*; ConfigError unless all of them are guest memory."""
         if self._mem is None:
             raise ConfigError("the guest memory is closed")
         for row in self.table:
@@ -309,17 +317,17 @@ class GuestMemory(Owned):
         raise ConfigError(f"guest range {gpa:#x}+{length:#x} is not inside guest memory")
 
     def read(self, gpa: int, length: int) -> bytes:
-        """Return a copy of guest memory."""
+        """Return a copy of *length* bytes at *gpa*; ConfigError unless all of them are guest memory."""
         at = self.translate(gpa, length)
         return self.mem[at : at + length].tobytes()
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write into guest memory as the guest itself would: the device's dirty log does not see it."""
+        """Write *data* at *gpa*, as the guest does: no dirty log gets it. ConfigError unless all of it is guest memory."""
         at = self.translate(gpa, len(data))
         self.mem[at : at + len(data)] = np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
-        """Give it up: `mem` raises ConfigError from now on. It is unmapped as soon as no kernel and no array uses it."""
+        """Give up the descriptors and the mapping. Arrays over it stay usable, and keep it mapped as long as they live."""
         regions, self.regions = self.regions, []
         self._mem = None
         if not self._foreign:
@@ -352,15 +360,22 @@ def create_memfd(name: str, length: int) -> int:
 
 
 class SharedBlock(Owned):
-    """A memfd mapped here, and in every process that is handed its descriptor; carved into arrays in order.
+    """Memory that processes share: a memfd, mapped here, and carved into arrays in order.
 
-    The mapping lives as long as an array of it does; `close` gives up the descriptor only.
+    Arrays stay usable after `close`, and keep the mapping as long as they live.
     """
 
     def __init__(self, length: int, fd: int | None = None, offset: int = 0, foreign: bool = False) -> None:
-        """*offset*: where in the file of *fd* the block begins, a multiple of 4096. *foreign* as in `GuestMemory`."""
+        """Map *length* bytes, rounded up to 4096. ConfigError if the file is too short; OSError if the kernel refuses.
+
+        - `fd`: the descriptor of an existing block, which becomes this one's; None makes a new memfd.
+        - `offset`: where in that file the block begins, in bytes, a multiple of 4096.
+        - `foreign`: True if the file is another process's, which may shrink it: pages lost to that read as zeros.
+        """
         self.length = align_up(length, PAGE_SIZE)
+        """Bytes, a multiple of 4096."""
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
+        """The descriptor, to hand to another process; -1 once the block is closed."""
         try:
             if os.fstat(self.fd).st_size < offset + length:
                 raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
@@ -378,7 +393,7 @@ class SharedBlock(Owned):
         self._end = self._at + self.length
 
     def carve(self, dtype: Any, *shape: int) -> npt.NDArray[Any]:
-        """Return the next array, at a 64-byte boundary. Every process carves the same arrays in the same order."""
+        """Return the next array, of *dtype* and *shape*, 64-byte aligned. Processes that share the block carve alike."""
         count = int(np.prod(shape))
         flat: npt.NDArray[Any] = np.frombuffer(memoryview(self._map)[: self._end], dtype, count, self._at)
         array = flat.reshape(shape)
@@ -393,21 +408,27 @@ class SharedBlock(Owned):
 
 
 class DirtyLog(Owned):
-    """One bit a 4 KiB page of guest addresses from 0 on, set atomically by kernels (`VHOST_SET_LOG_BASE`).
+    """A dirty log: one bit for each 4096-byte page of guest addresses from 0 on, as VHOST_SET_LOG_BASE has it.
 
-    log uint8[n], n a multiple of 8 if it is ours to take from: bit p % 8 of byte p // 8 stands for page p.
+    The device sets the bit of each page that it writes, atomically.
     """
 
+    log: Bytes
+    """uint8[n]: bit p % 8 of byte p // 8 stands for page p."""
+
     def __init__(self, end: int, fd: int | None = None) -> None:
-        """*end*: the first guest address that needs no bit (`GuestMemory.end`)."""
+        """Make a log for guest addresses below *end*, such as `GuestMemory.end`.
+
+        `fd`: the descriptor of an existing log, which becomes this one's; None makes a new memfd.
+        """
         pages = -(-end // PAGE_SIZE)
         self._attach(SharedBlock(-(-pages // 64) * 8, fd), -(-pages // 64) * 8)
 
     @classmethod
     def attach(cls, fd: int, length: int, offset: int) -> DirtyLog:
-        """Use a log that another process made: *length* bytes at *offset* of *fd*, which becomes ours.
+        """Return a log over *length* bytes at *offset* of *fd*, which another process made. *fd* becomes the log's.
 
-        ConfigError, and *fd* is still the caller's, if the file is not that long, or nothing that can be mapped.
+        ConfigError, and *fd* stays the caller's, if the file is too short or cannot be mapped.
         """
         if length <= 0 or offset < 0 or offset % PAGE_SIZE:
             raise ConfigError(f"a log of {length} bytes at offset {offset} cannot be mapped")
@@ -423,19 +444,20 @@ class DirtyLog(Owned):
     def _attach(self, block: SharedBlock, length: int) -> None:
         self.length = length
         self._block = block
-        self.log: Bytes = block.carve(np.uint8, length)
+        self.log = block.carve(np.uint8, length)
 
     @property
     def fd(self) -> int:
+        """The descriptor, to hand to another process; -1 once the log is closed."""
         return self._block.fd
 
     def pages(self) -> list[int]:
-        """Return the numbers of all dirty pages, and leave them dirty."""
+        """Return the numbers (guest address // 4096) of all dirty pages, and leave them dirty."""
         bits = np.unpackbits(self.log, bitorder="little")
         return [int(p) for p in np.flatnonzero(bits)]
 
     def take(self) -> list[int]:
-        """Return the numbers of all dirty pages, each swapped to clean atomically."""
+        """Return the numbers (guest address // 4096) of all dirty pages, and clear them atomically."""
         from vnetdp_kernels.guest import take_dirty
 
         self.check_maker()

@@ -28,29 +28,31 @@ def readable(file: HasFileno | int, timeout_s: float) -> bool:
 
 
 class EventFd(Owned):
-    """A non-blocking eventfd, owned: closed once, by `close` or on exit from `with`."""
+    """A non-blocking eventfd. `fd`: an open one, which becomes this one's; None makes one, or raises MachineError."""
 
     def __init__(self, fd: int | None = None) -> None:
         if fd is None:
             with giving("an eventfd"):
                 fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.fd = fd
+        """The descriptor; -1 once it is closed."""
 
     def fileno(self) -> int:
+        """Return the descriptor, for select() and poll(): it is readable while the count is not 0."""
         return self.fd
 
     @property
     def notify(self) -> int:
-        """The descriptor, as kernels want to know it."""
+        """The descriptor, as kernels want to know it. @private"""
         return self.fd
 
     def signal(self) -> None:
-        """Add one. A full counter is signal enough."""
+        """Add 1 to the count, unless it is full."""
         with suppress(BlockingIOError):
             os.eventfd_write(self.fd, 1)
 
     def clear(self) -> int:
-        """Take the count off, and return it: 0 if nobody signalled."""
+        """Set the count to 0, and return what it was."""
         try:
             return os.eventfd_read(self.fd)
         except BlockingIOError:

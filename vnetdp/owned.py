@@ -1,7 +1,7 @@
 """Owned: an object that one process has once. It can't be copied or pickled, and a forked child leaves it to its parent.
 
-Behind it are descriptors, mappings, threads, or rings in shared memory. A copy would give them up a second time. A forked
-child has the object and shares the rings, but has none of the threads, and a lock may be held for good there.
+Behind it are descriptors, mappings, threads, or rings in shared memory. A copy would give them up a second time. A
+forked child has the object and shares the rings, but has none of the threads, and a lock may be held for good there.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class Owned:
         return os.getpid() != self._maker
 
     def check_maker(self) -> None:
-        """Raise ConfigError in a forked child."""
+        """Raise ConfigError in a forked child. @private"""
         _check_maker(type(self).__name__, self._maker)
 
     def close_on_fork(self) -> None:
-        """Have a forked child call `leave_to_parent` at once."""
+        """Have a forked child call `leave_to_parent` at once. @private"""
         _to_leave.add(self)
 
     def leave_to_parent(self) -> None:
-        """Close the descriptors that a child may not keep open: a peer waits for their end, or others for their place."""
+        """Close descriptors that a child may not keep: a peer waits for their end, or others for their place. @private"""
 
     def close(self) -> None:
-        """Give up what is behind it; a second time does nothing."""
+        """Give up its descriptors, memory and threads. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -27,17 +27,21 @@ _HANDOVERS_KEPT = 10_000
 
 
 class Owner(enum.Enum):
-    """Who runs the rings."""
+    """The owner of a device's rings: the one that walks the device's side of them."""
 
     NOBODY = "nobody"
+    """No ring moves: the driver is not ready, the link is down, the device is stopped, or vhost failed without fallback."""
     USERSPACE = "userspace"
+    """The device's own datapath."""
     VHOST = "vhost"
+    """The backends that the device was given: a worker, a worker process, or a vhost-user back end."""
 
 
 class Owners(Owned):
     """The userspace datapath's backends, vhost's if there are any, and which of them has the rings.
 
-    check: called before rings are taken from an owner, once it stands still. fallback: what is logged if vhost can't start.
+    check: called before rings are taken from an owner, once it stands still. fallback: what is logged if vhost can't
+    start.
     """
 
     def __init__(

@@ -47,13 +47,18 @@ def check_queue_pairs(queue_pairs: int) -> None:
 
 
 class Server(Owned):
-    """Serves *endpoint* to one front end after another, on the Unix socket *path*.
+    """A vhost-user back end: it serves *endpoint* to one front end after another, on the Unix socket *path*.
 
-    connect: the front end listens, and we connect, again and again; else we listen, and own the socket's file.
-    features: what may be offered of what can be; None = all. protocol_features: likewise; None = all but DEVICE_STATE, as
-    QEMU migrates a guest that has it to no back end without. worker: who serves the rings; None makes a `Worker`, with
-    *poll_us* and *worker_timeout_s*. inband: offer notifications as messages, which Linux takes wherever it can, and which
-    cost it speed. The endpoint, and a worker that was given, stay the caller's.
+    - `connect`: True connects to a front end that listens, again and again; False listens, and owns the socket's file.
+    - `queue_pairs`: 1 to 128, at most the endpoint's queues.
+    - `features`: feature bits that may be offered; None offers all that can be.
+    - `protocol_features`: `ProtocolFeature` bits that may be offered. None offers all but DEVICE_STATE: QEMU migrates a
+      guest that has it only to a back end that has it, too.
+    - `mtu`, `mac`: as in `NetDevice`.
+    - `worker`: internal; None makes a `Worker`, with `poll_us` and, as its `timeout_s`, `worker_timeout_s`.
+    - `inband`: True offers notifications as messages. Linux takes them wherever it can, and is slower then.
+
+    ConfigError if *path* can't be listened on or an argument cannot be. The endpoint stays the caller's.
     """
 
     def __init__(
@@ -84,7 +89,9 @@ class Server(Owned):
         self.mac = mac
         self.inband = inband
         self.served = 0
+        """The number of front ends served so far, the present one included."""
         self.refused = 0
+        """The number of front ends that were hung up on since they broke the protocol."""
         if mtu is not None:
             endpoint.set_mtu(mtu)
         self._own_worker: Worker | None = None
@@ -116,11 +123,10 @@ class Server(Owned):
         before.close()
 
     def run(self, stop: Callable[[], bool], wake_fd: int, say: Callable[[str], None] | None = None) -> None:
-        """Serve until *stop* says so; *wake_fd* is readable whenever that should be asked.
+        """Serve, in this thread, until *stop* returns True. It is asked whenever *wake_fd* is readable.
 
-        With `connect`, *say* (None: the log) is told what keeps us from a front end, and of each one that we come to serve.
-        ConfigError if there never was a front end, and there never will be one at *path*. VnetdpError if a worker that was
-        given has ended by itself; our own is made anew for the next front end.
+        `say`: with `connect`, it is called with one line for each reason that there is no front end, and for each front
+        end; None logs them. ConfigError if no front end was served, and waiting for one at *path* is of no use.
         """
         self.check_maker()
         backoff = _BACKOFF_S[0]
@@ -223,7 +229,7 @@ class Server(Owned):
         return error is not None
 
     def close(self) -> None:
-        """Stop the worker, and remove the socket if it is ours."""
+        """Stop the worker, and remove the socket's file if the server made it."""
         if self._own_worker is not None:
             self._own_worker.close()
         self._worker_ended.close()

@@ -37,28 +37,48 @@ CONFIG_SPACE = ("mac", "mtu", "net_status")  # of `Control`, what the driver rea
 
 @dataclass(frozen=True)
 class Control:
-    """What control commands and the configuration space hold. A change makes a new one (`changed`)."""
+    """A device's state that control commands and the configuration space hold (Virtio 1.2, 5.1.4 and 5.1.6.5).
+
+    It is read-only: `NetDevice.set_control` sets a changed copy.
+    """
 
     mac: bytes = DEFAULT_MAC
-    mtu: int = 0  # 0: none was set
+    """The card's address, 6 bytes."""
+    mtu: int = 0
+    """The MTU, 68 to 65535 bytes; 0 if none was set."""
     net_status: int = VIRTIO_NET_S_LINK_UP
+    """VIRTIO_NET_S_* bits: 1 link up, 2 announce."""
     curr_queue_pairs: int = 1
+    """The queue pairs in use."""
     rx_mode: int = RX_PROMISC
+    """A bit for each command of VIRTIO_NET_CTRL_RX, by its number: 1 is PROMISC, 32 is NOBCAST."""
     mac_table: tuple[bytes, ...] = ()
-    mac_first_multi: int = 0  # entries before this one are unicast
-    mac_overflow: int = 0  # bit 0: unicast, bit 1: multicast
+    """MAC addresses to receive, at most 64, unicast first."""
+    mac_first_multi: int = 0
+    """The index of the first multicast address in `mac_table`."""
+    mac_overflow: int = 0
+    """Bit 0: too many unicast addresses were given; bit 1: too many multicast addresses."""
     vlans: bytes = bytes(VLAN_BYTES)
+    """512 bytes: bit i % 8 of byte i // 8 stands for VLAN id i."""
     guest_offloads: int = 0
+    """Offloads that the driver takes in frames it receives: the bits of TUNSETOFFLOAD."""
     rss_enabled: bool = False
+    """True if receive-side scaling was set up."""
     rss_redirect: bool = False
+    """True if `rss_table` chooses the queue."""
     rss_populate_hash: bool = False
+    """True if the hash is reported to the driver."""
     rss_hash_types: int = 0
+    """VIRTIO_NET_RSS_HASH_TYPE_* bits."""
     rss_default_queue: int = 0
+    """The queue pair of frames without a hash."""
     rss_table: tuple[int, ...] = ()
+    """The indirection table: queue pairs, at most 128."""
     rss_key: bytes = bytes(RSS_KEY_LEN)
+    """The key of the Toeplitz hash, 40 bytes."""
 
     def validate(self, queue_pairs: int) -> None:
-        """Raise ConfigError for what no driver of a device with *queue_pairs* pairs could have set."""
+        """Raise ConfigError unless a driver of a device with *queue_pairs* pairs can have set this."""
         wrong = [
             len(self.mac) != 6 and "a MAC address has 6 bytes",
             self.mtu != 0 and mtu_error(self.mtu),
@@ -83,7 +103,7 @@ class Control:
                 raise ConfigError(str(text))
 
     def changed(self, changes: dict[str, Any]) -> Control:
-        """Return a copy with other values: what `replace` does, without setting each of the other fields anew."""
+        """Return a copy with other values: `replace`, without setting each of the other fields anew. @private"""
         if not changes.keys() <= vars(self).keys():
             raise TypeError(f"no fields of Control: {', '.join(changes.keys() - vars(self).keys())}")
         made = object.__new__(Control)
@@ -92,34 +112,40 @@ class Control:
 
     @property
     def link_up(self) -> bool:
+        """True if `net_status` says that the link is up."""
         return bool(self.net_status & VIRTIO_NET_S_LINK_UP)
 
 
 @dataclass
 class DeviceState:
-    """All that a migration has to know of a device: its registers, its control state, and its queues."""
+    """The state of a device that a migration moves. Guest memory, which holds the rings, goes separately."""
 
     status: int = 0
+    """The device status field (Virtio 1.2, 2.1)."""
     features: int = 0
+    """The feature bits that the driver accepted."""
     control: Control = field(default_factory=Control)
+    """MAC address, MTU, link state, filters and offloads."""
     queues: list[Virtqueue] = field(default_factory=list)
+    """Each queue: receiveq 2i, transmitq 2i + 1."""
 
     def copy(self) -> DeviceState:
+        """Return a copy whose queues can change by themselves."""
         return DeviceState(self.status, self.features, self.control, [replace(queue) for queue in self.queues])
 
 
 @dataclass
 class StateDelta:
-    """What turns one `DeviceState` into another: only what has changed, but every index of an enabled queue.
-
-    registers: of status and features; control: fields of `Control`; queues: those whose size, addresses or enabling
-    changed; bases: (queue, last_avail_idx) of the others.
-    """
+    """The difference between two `DeviceState` of one device, with the index of every enabled queue."""
 
     registers: dict[str, int]
+    """New values of `status` and `features`, if they changed."""
     control: dict[str, Any]
+    """New values of fields of `Control`, by name."""
     queues: dict[int, Virtqueue]
+    """The queues whose size, addresses or enabling changed, by number."""
     bases: list[tuple[int, int]]
+    """(queue, last_avail_idx) of each other enabled queue."""
 
     @property
     def empty(self) -> bool:
@@ -128,5 +154,5 @@ class StateDelta:
 
     @property
     def concerns_vhost(self) -> bool:
-        """True if vhost may have to be told of something; indices aside, which it is told when it is bound."""
+        """True if a prepared vhost may have to be told of something else than indices."""
         return bool(self.registers or self.queues or "mtu" in self.control)

@@ -32,26 +32,33 @@ def check_num(num: int) -> None:
 
 @dataclass
 class Virtqueue:
-    """One queue of a device. Addresses are guest physical; an address of -1 has not been set."""
+    """The state of one split virtqueue of a device (Virtio 1.2, 2.7)."""
 
     num: int = 256
+    """Its size in descriptors, a power of two up to 32768."""
     desc: int = -1
+    """The guest address of the descriptor table; -1 if it was not set."""
     avail: int = -1
+    """The guest address of the avail ring; -1 if it was not set."""
     used: int = -1
+    """The guest address of the used ring; -1 if it was not set."""
     enabled: bool = False
+    """True once the driver enabled it."""
     last_avail_idx: int = 0
+    """The next avail index that the device takes, 0 to 65535; exact while nobody owns the rings."""
 
     @property
     def has_addresses(self) -> bool:
+        """True if all three addresses were set."""
         return self.desc >= 0 and self.avail >= 0 and self.used >= 0
 
     @property
     def setup(self) -> tuple[int, int, int, int]:
-        """What a backend has to be told of the queue, its base aside."""
+        """What a backend has to be told of the queue, its base aside. @private"""
         return self.num, self.desc, self.avail, self.used
 
     def validate(self) -> None:
-        """Raise ConfigError for a state that no driver could have set up."""
+        """Raise ConfigError unless a driver can have set this up."""
         check_num(self.num)
         if not 0 <= self.last_avail_idx <= 0xFFFF:
             raise ConfigError(f"last_avail_idx {self.last_avail_idx} is not a u16")
@@ -67,12 +74,12 @@ class Virtqueue:
             raise ConfigError("a queue without addresses is enabled")
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the state as plain values, field by field."""
+        """Return the state as plain values, field by field. @private"""
         return asdict(self)
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> Virtqueue:
-        """Return a queue from what `snapshot` gave, checked."""
+        """Return a queue from what `snapshot` gave, checked. @private"""
         queue = cls(**state)
         queue.validate()
         return queue

@@ -29,9 +29,11 @@ _log = logging.getLogger(__name__)
 
 
 def warm_up(say: Say | None = None) -> float:
-    """Compile, or load from the cache, what a device and a driver run; return the seconds it took.
+    """Compile the kernels of device and driver, or load them from the cache; return the seconds that this took.
 
-    *say* is told only if there is something to wait for, or if NUMBA_CACHE_DIR names a folder that can't be used.
+    Without it the first frame waits for that: some 30 s if they were never compiled, else less than a second. `say` is
+    called with a line if they have to be compiled, if another process does that, or if NUMBA_CACHE_DIR names a folder
+    that can't be used. ConfigError if a limit of memory is too low for the compiler.
     """
     return compile_once("the kernels", _LOOPS, _run_all, say)
 

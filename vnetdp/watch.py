@@ -27,15 +27,15 @@ _STILL_S = 5.0  # no frame moved for so long: the back end is asked whether it a
 
 
 class Watch(Owned):
-    """A thread that watches the connection of *front_end*, whose backends *device* was given.
+    """A thread that connects *front_end* again when its back end is gone, and gives the next back end *device*'s rings.
 
-    A device that can fall back goes on in userspace as soon as its back end is gone, or lets go after it hung; one that
-    can't stands still. The next back end gets the rings, in the one case from userspace, in the other with the inflight
-    area of its predecessor. What a back end asks by itself is done, if the front end was made with *watched*: it has
-    another configuration, calls, or a ring broke. While it watches, nobody else calls `connect`. Close it before the two.
+    Until then userspace has the rings if the device falls back, else nobody has. A front end that was made with
+    `watched` has its back end's own requests answered: another configuration, a call, a ring that broke.
 
-    moved: returns how many frames have moved. While none moves, the back end is asked every 5 s whether it still answers;
-    None: that it hangs is seen when it is asked something.
+    `moved`: a function that returns how many frames have moved. While that does not change, the back end is asked every
+    5 s whether it still answers. None: a back end that hangs shows only when a verb asks it something.
+
+    Only the watch may call `connect`. Close it before device and front end.
     """
 
     def __init__(self, front_end: VhostUserFrontEnd, device: NetDevice, moved: Callable[[], int] | None = None) -> None:
@@ -126,7 +126,7 @@ class Watch(Owned):
         return True
 
     def close(self) -> None:
-        """Watch no longer; the connection and the rings stay as they are."""
+        """End the thread. The connection and the rings stay as they are."""
         if not self.inherited:
             self._stop.set()
             self._wake.signal()

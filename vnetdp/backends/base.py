@@ -3,12 +3,11 @@
 A `Backend` is one vhost device: the two queues of one queue pair, vring 0 the receiveq and 1 the transmitq, as
 the kernel's vhost-net has them. Configured, based and bound are three different things:
 
-* a size or a base can't be set on a bound ring (EBUSY); a size must be a power of two up to 32768, a base a u16 (EINVAL);
-* binding needs size, addresses and memory (EFAULT); it reads used.idx from guest memory *at that moment*, and looks
-  at the ring once by itself, kick or not;
-* unbinding can be repeated, and fails only with UnbindError: a back end that hangs elsewhere may still have the ring. After
-  it, and after `get_vring_base`, nothing touches the ring;
-* `get_vring_base` gives the next index to take, and keeps it.
+* a size or a base can't be set on a bound ring (EBUSY); a size must be a power of two up to 32768, a base a u16
+(EINVAL); * binding needs size, addresses and memory (EFAULT); it reads used.idx from guest memory *at that moment*, and
+looks at the ring once by itself, kick or not; * unbinding can be repeated, and fails only with UnbindError: a back end
+that hangs elsewhere may still have the ring. After it, and after `get_vring_base`, nothing touches the ring; *
+`get_vring_base` gives the next index to take, and keeps it.
 """
 
 from __future__ import annotations
@@ -42,72 +41,77 @@ VERBS: Final = (
 
 
 class Backend(Protocol):
-    """Where one queue pair runs. Every verb raises BackendError, with the kernel's errno, and then changed nothing."""
+    """A vhost device: where the two rings of one queue pair run, vring 0 the receiveq and 1 the transmitq.
+
+    A user makes none: `Worker.backends` and the like are handed to a `NetDevice` as they are. The methods, vhost's
+    verbs, are shown for reading, and may change in any version. Each raises BackendError, with the errno of the
+    kernel's vhost, and then changed nothing.
+    """
 
     def set_mtu(self, mtu: int) -> None:
-        """Tell the endpoint which MTU the driver was told (VIRTIO_NET_F_MTU)."""
+        """Set the MTU that the driver was told (VIRTIO_NET_F_MTU), in bytes: longer frames are dropped."""
 
     def set_features(self, features: int) -> None:
-        """Set the negotiated features, VHOST_F_LOG_ALL among them. Only that one may change while a ring is bound."""
+        """Set the negotiated feature bits. While a ring is bound only VHOST_F_LOG_ALL may change."""
 
     def set_memory(self, memory: GuestMemory) -> None:
-        """Set the memory table. Addresses of rings are translated anew when they are set or bound."""
+        """Set guest memory. Ring addresses are translated anew when they are set or bound."""
 
     def set_log(self, log: DirtyLog | None) -> None:
-        """Set the dirty log, or take it away; it is written while VHOST_F_LOG_ALL is set."""
+        """Set the dirty log, or none. It is written while VHOST_F_LOG_ALL is set."""
 
     def set_vring_num(self, index: int, num: int) -> None:
-        """Set a queue's size."""
+        """Set a ring's size, in descriptors."""
 
     def set_vring_base(self, index: int, base: int) -> None:
-        """Set the next avail index to take."""
+        """Set the next avail index to take, 0 to 65535."""
 
     def get_vring_base(self, index: int) -> int:
         """Unbind the ring if it is bound, and return the next avail index to take."""
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        """Set a ring's guest addresses; log_used: under which address its used ring is logged, None = not at all."""
+        """Set a ring's guest addresses. `log_used`: the address to log its used ring under; None logs it not."""
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
-        """Set the eventfd that the driver kicks; without one the ring is polled. The caller keeps it open."""
+        """Set the eventfd of the driver's kicks, which the caller keeps open; without one the ring is polled."""
 
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        """Set the eventfd that calls the driver; without one nobody is called."""
+        """Set the eventfd of calls to the driver, which the caller keeps open; without one nobody is called."""
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:
-        """Enable or disable a ring (vhost-user); one that is bound and disabled uses what is sent, and does nothing."""
+        """Enable or disable a ring (vhost-user). A disabled ring that is bound drops frames sent, and receives none."""
 
     def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
-        """Set where in the memory's window the ring's inflight area and journal lie; 0 = there is none."""
+        """Set the offsets in `GuestMemory.mem` of the ring's inflight area and journal; 0 for none."""
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        """Bind a ring to an endpoint, or unbind it."""
+        """Bind a ring to an endpoint, or with None unbind it."""
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
-        """Set the base and the backend of many rings of the site at once, (queue, base) each, base a u16.
+        """Set base and endpoint of many rings of one worker at once; `bases`: (queue, avail index) of each.
 
-        False, and nothing done, if that can't be: the verbs themselves are tried then, and say what is wrong.
+        False, and no change, if that can't be done at once: the single verbs then say why.
         """
 
     @property
     def site(self) -> object:
-        """What stands still while the backend is held: to hold one of those that share it holds them all."""
+        """The worker that this backend runs on. Pausing a worker pauses every backend that shares it."""
 
     def hold(self) -> AbstractContextManager[None]:
-        """Stand still for several verbs in one go; each verb by itself is safe without."""
+        """Return a context manager that pauses the worker, for several verbs in one go."""
 
     def park(self, parked: bool) -> None:
-        """Stand still from now until told otherwise, with everything that shares the site; each True needs a False."""
+        """Pause the worker, or with False resume it. Each True needs a False."""
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
-        """Have *on_broken* called when a ring of the site broke, and *on_gone* once nothing runs its rings any more.
+        """Have *on_broken* called when a ring of the worker broke, and *on_gone* once the worker has ended.
 
-        Both are called in a thread of the backend's. Return the function that takes this back. A backend that runs in the
-        caller's thread calls neither. ConfigError if the backend's worker has another device already.
+        Both are called in a thread of the worker's. Return a function that undoes this. ConfigError if the worker has
+        another device already.
         """
 
     def status(self, index: int) -> int:
-        """Return 0, or the layout.E_* that broke the ring."""
+        """Return 0, or the status code of a ring that broke (`GuestError.status`)."""
 
     def counters(self, index: int) -> dict[str, int]:
-        """Return packets, bytes, dropped, calls and kicks of a ring since it was made."""
+        """Return `packets`, `bytes`, `dropped`, `calls` and `kicks` of a ring since the backend was made."""

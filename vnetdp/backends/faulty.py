@@ -24,21 +24,26 @@ T = TypeVar("T")
 
 @dataclass
 class Fault:
-    """Fail *verb* with *code*: on queue pair *pair* and vring *index* (None = any), *times* times (-1 = always).
-
-    Written `[PHASE.]VERB[:PAIR[,VRING]][:once|always]`; phase: only while the one who has the `Faults` is in it.
-    """
+    """A vhost verb that is to fail. Written as text: `[PHASE.]VERB[:PAIR[,VRING]][:once|always]`."""
 
     verb: str
+    """The verb's name, such as `set_backend`, or `unbind`. Names of notifiers are for `vnetdp migrate` alone."""
     pair: int | None = None
+    """The queue pair; None for any."""
     index: int | None = None
+    """The vring, 0 (receiveq) or 1 (transmitq); None for any."""
     times: int = 1
+    """How often it fails from now on; -1 for always."""
     code: int = errno.EIO
+    """The errno of the BackendError."""
     phase: str = ""
+    """It fails only while `Faults.phase` is this; empty for any phase."""
     hits: int = field(default=0, compare=False)
+    """How often it has failed."""
 
     @classmethod
     def parse(cls, text: str) -> Fault:
+        """Return the fault that *text* describes, for one time unless it says always; ConfigError if none."""
         match = re.fullmatch(r"(?:(\w+)\.)?(\w+)(?::(\d+)(?:,(\d+))?)?(?::(once|always))?", text)
         if not match or match[2] not in POINTS:
             raise ConfigError(
@@ -53,7 +58,7 @@ class Fault:
         )
 
     def strikes(self, verb: str, pair: int, index: int | None) -> bool:
-        """Return whether this call fails, and count it if so."""
+        """Return whether this call fails, and count it if so. @private"""
         if verb != self.verb or self.pair not in (None, pair) or self.index not in (None, index):
             return False
         if self.times == 0:
@@ -64,12 +69,13 @@ class Fault:
 
 
 class Faults(list[Fault]):
-    """Faults, and the phase of whatever it is that they strike in."""
+    """A list of `Fault`, which may change at any time."""
 
     phase = ""
+    """The present phase, which its user sets; a fault with another phase does not strike."""
 
     def strike(self, verb: str, pair: int, index: int | None) -> None:
-        """Raise BackendError if one of them says so."""
+        """Raise BackendError if one of them says so. @private"""
         for fault in self:
             if (not fault.phase or fault.phase == self.phase) and fault.strikes(verb, pair, index):
                 raise BackendError(verb, fault.code, index, "injected fault")
@@ -96,7 +102,7 @@ class FaultyNotifiers(Notifiers):
 
 
 class FaultyBackend:
-    """A backend whose verbs fail as *faults* say, before they reach the real one."""
+    """A `Backend` of queue pair *pair* whose verbs fail as *faults* say, before they reach *inner*."""
 
     def __init__(self, inner: Backend, pair: int, faults: Faults) -> None:
         self.inner = inner
@@ -148,7 +154,7 @@ class FaultyBackend:
         self._do(verb, index, lambda: self.inner.set_backend(index, endpoint))
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
-        """No: each verb may fail by its name."""
+        """No: each verb may fail by its name. @private"""
         return False
 
     @property

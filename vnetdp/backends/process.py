@@ -137,15 +137,21 @@ def _receive(sock: socket.socket) -> Any:
 
 
 class WorkerProcess(Owned):
-    """A process that serves *pairs* vhost devices, `backends[i]` for queue pair i (see `Worker`).
+    """A vhost worker in a process of its own, for *pairs* queue pairs of one device. Give `backends` to `NetDevice`.
 
-    Endpoints in Python stay with their process: binding one is refused (EOPNOTSUPP). If the child dies, every verb fails
-    with ESRCH; devices that have the backends hear of it by themselves. A child that does not answer for *timeout_s* seconds
-    is killed; before its first answer it has 12 times as long, as it may be compiling, unless it was stopped. None waits for
-    ever. Once *ending* returns True, as all is to end, a child has 2 s. Killed in the midst of a batch it may have moved up
-    to 64 frames a queue that it had not published yet: the next owner, which goes on from used.idx, repeats those sent, and
-    lacks those received.
+    - `poll_us`: microseconds for which it busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
+    - `timeout_s`: seconds after which a process that does not answer is killed; 12 times as long before its first
+      answer, since it may be compiling. None waits without end.
+    - `ending`: asked while an answer is waited for; once it returns True, the process has 2 s to answer.
+
+    An endpoint in Python stays with its process: a ring can't be bound to it here (EOPNOTSUPP). If the process dies,
+    the device takes its rings back by itself, and every verb fails with ESRCH. A process that is killed amid a batch
+    may have moved up to 64 frames a queue without saying so: the next owner sends those again, and those received are
+    lost. MachineError if the machine has no more processes, memory or descriptors.
     """
+
+    backends: list[ProcessBackend]
+    """A `Backend` for each queue pair."""
 
     def __init__(
         self,
@@ -182,10 +188,11 @@ class WorkerProcess(Owned):
 
     @property
     def pid(self) -> int:
+        """The id of the worker process."""
         return self._child.pid
 
     def call(self, pair: int, verb: str, *args: object) -> Any:
-        """Have the child apply one verb; BackendError as it raised it, or ESRCH if there is no child any more."""
+        """Have the child apply one verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
         self.check_maker()
         with self._lock:
             try:
@@ -232,7 +239,7 @@ class WorkerProcess(Owned):
                 self._end = f"did not answer within {now - began:.1f} s, and was killed"
 
     def check(self) -> None:
-        """Ask the child whether it is there; return once it has answered, or every device has its rings back from it."""
+        """Ask the child whether it is there; return once it has answered, or every device has its rings back. @private"""
         try:
             self.call(0, _PING)
         except BackendError:
@@ -255,10 +262,7 @@ class WorkerProcess(Owned):
         self.listeners.tell_gone()
 
     def close(self) -> None:
-        """End the child, and give up every descriptor. A device whose rings it still has goes on without it.
-
-        A forked child of ours leaves it to us.
-        """
+        """End the process, and give up its memory and descriptors. A device whose rings it has goes on in userspace."""
         if self.inherited:
             self.datapath.close()
             return
@@ -273,7 +277,7 @@ class WorkerProcess(Owned):
         self.datapath.close()
 
     def leave_to_parent(self) -> None:
-        """Leave both sockets to the parent: the child is to see it if the parent closes them, or dies."""
+        """Leave both sockets to the parent: the child is to see it if the parent closes them, or dies. @private"""
         self._sock.close()
         self._events.close()
 

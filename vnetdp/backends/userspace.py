@@ -34,7 +34,10 @@ COUNTERS = {
 
 
 class UserspaceBackend(Owned):
-    """Queue pair *pair* of a datapath. The datapath must not run meanwhile; memory and log are the whole datapath's."""
+    """A `Backend` for queue pair *pair* of a `Datapath`. Its caller steps the datapath, which must not run during a verb.
+
+    Guest memory and dirty log are those of the whole datapath.
+    """
 
     def __init__(self, datapath: Datapath, pair: int) -> None:
         self.datapath = datapath
@@ -213,10 +216,10 @@ class UserspaceBackend(Owned):
         yield
 
     def park(self, parked: bool) -> None:
-        """Nothing runs but in the caller's thread."""
+        """Nothing runs but in the caller's thread. @private"""
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
-        """Call neither: `Datapath.run` returns what happened to its caller."""
+        """Call neither: `Datapath.run` tells its caller. @private"""
         return lambda: None
 
     def status(self, index: int) -> int:

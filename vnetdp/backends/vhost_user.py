@@ -54,21 +54,31 @@ MAX_QUEUE_PAIRS = MAX_VRINGS // VRINGS
 
 
 class NetConfig(NamedTuple):
-    """The configuration space of a network device, as far as a back end has to know it (Virtio 1.2, 5.1.4)."""
+    """The configuration space of a network device, as a back end tells it (Virtio 1.2, 5.1.4)."""
 
     mac: bytes
+    """The card's address, 6 bytes."""
     status: int
+    """VIRTIO_NET_S_* bits: 1 link up, 2 announce."""
     max_virtqueue_pairs: int
+    """The most queue pairs that a driver may use."""
     mtu: int
+    """The MTU in bytes; 0 if there is none."""
 
 
 class VhostUserFrontEnd(Owned):
-    """A connection to a back end on the Unix socket *path*, `backends[i]` for queue pair i.
+    """A vhost-user front end: the connection to a remote back end. After `connect`, give `backends` to `NetDevice`.
 
-    listen: we own the socket, and the back end connects. queue_size: of the largest queue, for the inflight area.
-    timeout_s: for each answer. watched: a `Watch` takes what the back end asks by itself; inband: its calls as well, as
-    messages in place of eventfds, if it offers that. What the back end offers is in `features`, and its
-    `config`, once `connect` returned; after a crash, `connect` again.
+    - `path`: of the Unix socket.
+    - `queue_pairs`: 1 to 128.
+    - `listen`: True makes the socket and has the back end connect; False connects to it.
+    - `queue_size`: descriptors of the largest queue, for the inflight area.
+    - `timeout_s`: seconds to wait for each answer.
+    - `watched`: True offers BACKEND_REQ: the back end may ask by itself, and a `Watch` answers.
+    - `inband`: True takes the back end's calls as messages, if it offers that, in place of eventfds. Needs `watched`.
+
+    If the back end dies, the device takes its rings back by itself; `connect` again for the next one, or use a `Watch`.
+    ConfigError if *path* can't be listened on.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class VhostUserFrontEnd(Owned):
         if not 1 <= queue_pairs <= MAX_QUEUE_PAIRS:
             raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has 1 to {MAX_QUEUE_PAIRS}")
         self.path = path
+        """The path of the socket."""
         self.queue_pairs = queue_pairs
         self.queue_size = queue_size
         self.timeout_s = timeout_s
@@ -92,10 +103,14 @@ class VhostUserFrontEnd(Owned):
         if watched:
             self._wanted |= _F.BACKEND_REQ | (_F.INBAND_NOTIFICATIONS if inband else _F(0))
         self.features = 0
+        """The feature bits that the back end offers, once `connect` returned True: `NetDevice(offered=…)`."""
         self.config: NetConfig | None = None
+        """The back end's configuration space, once `connect` returned True; None if it tells none."""
         self.memory: GuestMemory | None = None
         self.connections = 0
-        self.trouble = ""  # why `connect` has found no back end, or why it takes so long
+        """The number of back ends that were connected to so far."""
+        self.trouble = ""
+        """Why `connect` has found no back end, or takes long, in one line."""
         self.silent = False  # there is one, and it does not answer
         self._conversation: Conversation | None = None
         self.listeners = Listeners()
@@ -106,13 +121,15 @@ class VhostUserFrontEnd(Owned):
         self._status = 0
         self._listener = Listener(path, 1) if listen else None
         self.backends = [VhostUserBackend(self, pair) for pair in range(queue_pairs)]
+        """A `Backend` for each queue pair."""
 
     # --- the connection ---
 
     def connect(self, timeout_s: float, stop: Callable[[], bool] = never) -> bool:
-        """Attach to the back end and shake hands, within *timeout_s* and until *stop* says so; False if there is none yet.
+        """Connect to the back end, within *timeout_s* seconds and until *stop* returns True. False if there is none yet.
 
-        `trouble` says why. BackendError or ConfigError if there is one, and it can't be worked with, or never will be.
+        `trouble` then says why. BackendError or ConfigError if the back end can't be worked with, or waiting is of no
+        use.
         """
         self.check_maker()
         until = time.monotonic() + timeout_s
@@ -187,18 +204,18 @@ class VhostUserFrontEnd(Owned):
 
     @property
     def connected(self) -> bool:
-        """False once the back end has gone."""
+        """True while there is a connection."""
         conversation = self._conversation
         return conversation is not None and conversation.open
 
     @property
     def hung(self) -> bool:
-        """True if the back end was left because it did not answer, and there is no other yet."""
+        """True if the connection was closed since the back end did not answer, and there is no other yet."""
         return self._conversation is not None and self._conversation.hung
 
     @property
     def listening(self) -> bool:
-        """True if the back end connects to us."""
+        """True if the back end connects to the socket (`listen`)."""
         return self._listener is not None
 
     @property
@@ -207,11 +224,14 @@ class VhostUserFrontEnd(Owned):
 
     @property
     def gone(self) -> bool:
-        """True if no back end has a ring of ours: there is none, or the one we left has closed its end, or died."""
+        """True if no back end can have a ring: there was none, or the last one has closed its end, or died."""
         return self._conversation is None or self._conversation.gone()
 
     def wait(self, wake_fd: int, timeout_s: float | None = None) -> bool:
-        """Wait until the back end asks something, which is True, or has gone, *wake_fd* is readable, or time is up."""
+        """Wait until the back end asks something, which is True, or has gone, *wake_fd* is readable, or time is up.
+
+        @private
+        """
         conversation, requests = self._conversation, self._requests
         poll = select.poll()
         poll.register(wake_fd, select.POLLIN)
@@ -223,7 +243,10 @@ class VhostUserFrontEnd(Owned):
         return requests is not None and requests.fileno() in ready
 
     def take_request(self) -> tuple[BackendRequest, Payload] | None:
-        """Return what the back end asks (see `wait`); None for what is not known here. It is left for what is no message."""
+        """Return what the back end asks (see `wait`); None for what is not known here. It is left for what is no message.
+
+        @private
+        """
         try:
             return self._requests.take() if self._requests is not None else None
         except EOFError:
@@ -235,7 +258,7 @@ class VhostUserFrontEnd(Owned):
             return None
 
     def disconnect(self) -> None:
-        """Leave the back end. The rings it has are not stopped by this, but by its noticing: then it is `gone`."""
+        """Close the connection. The back end stops its rings once it notices that: then `gone` is True."""
         if self._conversation is not None:
             self._conversation.leave()
 
@@ -254,7 +277,7 @@ class VhostUserFrontEnd(Owned):
             self._requests = None
 
     def close(self) -> None:
-        """Disconnect, and give up the socket and the inflight area. A device whose rings it still has goes on without it."""
+        """Disconnect, and give up socket and inflight area. A device whose rings the back end has goes on in userspace."""
         if self._listener is not None:
             # First of all: a back end that is left would come straight back.
             self._listener.close()
@@ -286,8 +309,8 @@ class VhostUserFrontEnd(Owned):
     def recover(self, n: int, num: int, avail: int, used: int, other_used: int | None) -> int | None:
         """Return where a back end that is gone stopped ring *n*, having finished what it was cut off in; None = not known.
 
-        avail, used: guest addresses of its rings; other_used: of the used ring of its pair's other one. Whoever goes on from
-        there does not keep the area, so the next back end is not given it.
+        avail, used: guest addresses of its rings; other_used: of the used ring of its pair's other one. Whoever goes on
+        from there does not keep the area, so the next back end is not given it. @private
         """
         if self._inflight is None or self.memory is None:
             return None
@@ -322,15 +345,15 @@ class VhostUserFrontEnd(Owned):
         return conversation
 
     def send(self, request: Request, payload: Payload | None = None, fds: Iterable[int] = ()) -> None:
-        """Send a request; BackendError if the back end refuses it, or is gone."""
+        """Send a request; BackendError if the back end refuses it, or is gone. @private"""
         self._talk(request).send(request, payload, fds)
 
     def ask(self, request: Request, kind: type[P], payload: Payload | None = None) -> P:
-        """Send a request and return its answer; BackendError if there is none."""
+        """Send a request and return its answer; BackendError if there is none. @private"""
         return self._talk(request).ask(request, kind, payload)
 
     def set_status(self, status: int) -> None:
-        """Tell the device status, where the back end wants to know it."""
+        """Tell the device status, where the back end wants to know it. @private"""
         if self.has(_F.STATUS) and status != self._status:
             self.send(Request.SET_STATUS, U64(status))
         self._status = status
@@ -340,7 +363,10 @@ class VhostUserFrontEnd(Owned):
         return self._status
 
     def reset_if_idle(self) -> None:
-        """Reset the device, once it has no ring any more: the next driver may be another, with other features."""
+        """Reset the device, once it has no ring any more: the next driver may be another, with other features.
+
+        @private
+        """
         if self._has_rings:
             return
         with suppress(BackendError):  # the rings are unbound, whatever becomes of this
@@ -351,16 +377,25 @@ class VhostUserFrontEnd(Owned):
                 self.send(Request.RESET_DEVICE)
 
     def read_config(self) -> NetConfig | None:
-        """Return the device's configuration as it is now, in `config` too; None if the back end has none to tell."""
+        """Ask the back end for its configuration space, set `config` to it, and return it; None if it tells none.
+
+        BackendError if the back end is gone or does not answer.
+        """
         self.config = _ask_config(self._talk(Request.GET_CONFIG))
         return self.config
 
     def save_device_state(self) -> bytes:
-        """Return what the back end has to tell its successor elsewhere; BackendError, EBUSY while it has a ring."""
+        """Return the back end's own state, for another back end (VHOST_USER_SET_DEVICE_STATE_FD).
+
+        BackendError if that fails, with EBUSY while a ring is bound.
+        """
         return device_state.save(self._without_rings(), self.timeout_s)
 
     def load_device_state(self, state: bytes) -> None:
-        """Have the back end take over what `save_device_state` gave; BackendError if it can't, EBUSY while it has a ring."""
+        """Give the back end the state that another one saved (VHOST_USER_SET_DEVICE_STATE_FD).
+
+        BackendError if that fails, with EBUSY while a ring is bound.
+        """
         device_state.load(self._without_rings(), state, self.timeout_s)
 
     def _without_rings(self) -> Conversation:
@@ -369,7 +404,7 @@ class VhostUserFrontEnd(Owned):
         return self._talk(Request.SET_DEVICE_STATE_FD)
 
     def send_rarp(self, mac: bytes) -> None:
-        """Ask the back end to announce *mac* on its wire."""
+        """Ask the back end to announce *mac* on its wire (VHOST_USER_SEND_RARP). @private"""
         self.send(Request.SEND_RARP, U64(int.from_bytes(mac.ljust(8, b"\0"), "little")))
 
 

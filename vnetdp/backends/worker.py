@@ -21,11 +21,15 @@ from .userspace import UserspaceBackend
 
 
 class Worker(Owned):
-    """A thread that serves *pairs* vhost devices, `backends[i]` for queue pair i.
+    """A vhost worker: a thread that runs the rings of *pairs* queue pairs of one device. Give `backends` to `NetDevice`.
 
-    poll_us: busy-poll N µs before sleeping on the eventfds; 0 sleeps at once, -1 never sleeps. timeout_s: seconds until a
-    thread that does not come back from an endpoint's Python code counts as ended; None waits for ever. From the end of the
-    thread on no ring can be bound (ESRCH). A device that has the backends hears of that, and of a broken ring, by itself.
+    - `poll_us`: microseconds for which it busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
+    - `name`: of the thread.
+    - `timeout_s`: seconds after which a thread that does not come back from an endpoint's Python code counts as ended;
+      None waits without end.
+
+    If the thread ends, the device takes its rings back by itself, and no ring can be bound any more (ESRCH).
+    MachineError if the machine has no more threads, memory or descriptors.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Worker(Owned):
                 limits.start(self._watchdog)
             made.pop_all()
         self.backends = [WorkerBackend(self.paced, self.datapath, pair) for pair in range(pairs)]
+        """A `Backend` for each queue pair."""
 
     def _watch(self, period_s: float) -> None:
         """Look, again and again, whether the thread still stops when it is asked to while it has rings."""
@@ -62,7 +67,7 @@ class Worker(Owned):
                 return
 
     def close(self) -> None:
-        """Stop the thread and give up every descriptor. A device whose rings it still has goes on without it."""
+        """Stop the thread, and give up its memory and descriptors. A device whose rings it has goes on in userspace."""
         if not self.inherited:
             self._stop()
         self.datapath.close()

@@ -36,16 +36,23 @@ def frame_len(mtu: int) -> int:
 
 
 class Endpoint(Owned):
-    """Where frames meet the outside. Queue i serves queue pair i.
+    """Where frames meet the outside: the base of all endpoints. Queue i serves queue pair i; there are 1 to 32768 queues.
 
-    rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); held uint8[queues, FRAME_SLOT]; in_frames and
-    out_frames uint8[queues, slots * FRAME_SLOT] with in_lengths and out_lengths int64[queues, slots];
+    An endpoint in Python is a subclass that overrides `receive_frames` and `transmit_frames`, and what else it needs.
+    They are called in the thread that runs the rings, one call at a time. An exception drops the frames at hand, is
+    counted (`errors`) and logged once, and stops nothing. A frame is virtio_net_hdr (12 bytes; zeros will do), then
+    Ethernet without its FCS, 65600 bytes at most in all. `block_fd` is internal.
+
+    Kernels work on: rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); held uint8[queues, FRAME_SLOT];
+    in_frames and out_frames uint8[queues, slots × FRAME_SLOT] with in_lengths and out_lengths int64[queues, slots];
     ledger int64[queues, LEDGER_SLOTS] and windows uint8[queues, LEDGER_WINDOW], a row a flow.
     """
 
     kind: int = layout.KIND_PYTHON
-    vnet_hdr = False  # True: takes and gives offloads in virtio_net_hdr
+    vnet_hdr = False
+    """True if frames may come and go with offloads in virtio_net_hdr: checksums and segmentation left to do."""
     name = "endpoint"
+    """The name that errors, logs and reports have."""
 
     def __init__(self, queues: int = 1, block_fd: int | None = None) -> None:
         if not 1 <= queues <= 0x8000:
@@ -54,6 +61,7 @@ class Endpoint(Owned):
         words = queues * (layout.EP_SLOTS + layout.LEDGER_SLOTS + 2 * slots)
         frames = queues * (layout.FRAME_SLOT * (1 + 2 * slots) + layout.LEDGER_WINDOW)
         self.queues = queues
+        """The number of queues."""
         with ExitStack() as made:
             self.block = SharedBlock(8 * words + frames + 8 * layout.PAGE_SIZE, block_fd)
             made.callback(self.block.close)
@@ -95,6 +103,7 @@ class Endpoint(Owned):
         self.polls_stopped = 0
         self.polls_refused = 0
         self.errors = 0
+        """The number of errors so far."""
 
     def port(self, queue: int) -> Port:
         """Return the rows of one queue, as kernels take them."""
@@ -116,6 +125,7 @@ class Endpoint(Owned):
         """Record that *owner* alone moves frames of *queue* from now on; EndpointError while somebody else does.
 
         That may be an owner in another process that shares the block. One that has died holds nothing any more.
+        @private
         """
         holder = self.polled_by.get(queue)
         if holder is owner:
@@ -129,7 +139,7 @@ class Endpoint(Owned):
         self.polls_started += 1
 
     def start_polling_all(self, queues: range, owner: object) -> bool:
-        """`start_polling` of neighbours, all with one claim; False, and none is taken, if one of them is polled."""
+        """`start_polling` of neighbours, all with one claim; False, and none is taken, if one is polled. @private"""
         if not self.polled_by.keys().isdisjoint(queues) or not self._claim(queues[0], len(queues), fcntl.F_WRLCK):
             return False
         self.polled_by.update(dict.fromkeys(queues, owner))
@@ -137,7 +147,7 @@ class Endpoint(Owned):
         return True
 
     def stop_polling(self, queue: int, owner: object) -> None:
-        """Record that *owner* has let go of *queue*; nothing if it did not hold it."""
+        """Record that *owner* has let go of *queue*; nothing if it did not hold it. @private"""
         if self.polled_by.get(queue) is owner:
             del self.polled_by[queue]
             self.polls_stopped += 1
@@ -156,7 +166,7 @@ class Endpoint(Owned):
     # --- the meeting of kernels and Python, in batches ---
 
     def service(self) -> None:
-        """Hand on what kernels left in the out slots, and fill the in slots. Only for an endpoint in Python."""
+        """Hand on what kernels left in the out slots, and fill the in slots. For an endpoint in Python. @private"""
         if self.kind != layout.KIND_PYTHON:
             return
         stopped = self.polls_stopped
@@ -205,7 +215,10 @@ class Endpoint(Owned):
             self.fill_slots(queue, row)
 
     def fill_slots(self, queue: int, row: Words) -> None:
-        """Put the frames of `receive_frames` into the in slots of *queue*, all free now; row[EP_COUNT] says how many."""
+        """Put the frames of `receive_frames` into the in slots of *queue*, all free now; row[EP_COUNT] says how many.
+
+        @private
+        """
         n = 0
         stopped = self.polls_stopped
         frames = self._late.pop(queue, ()) or self.receive_frames(queue, PYTHON_SLOTS)
@@ -234,91 +247,99 @@ class Endpoint(Owned):
             _log.debug("%s: where that came from:", self.name, exc_info=error)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
-        """Return up to *limit* frames for the other side of the ring; none if there are none now. Never blocks."""
+        """Return at most *limit* frames for the ring, virtio_net_hdr first, or none. It must not block."""
         return ()
 
     def takes_frames(self, queue: int) -> bool:
-        """False while frames for the wire should rather stay in the ring (EAGAIN)."""
+        """Return True, or False to leave frames for the wire in the ring for now."""
         return True
 
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
-        """Take frames that came off the ring. Never blocks."""
+        """Take *frames*, virtio_net_hdr first, that came off the ring. It must not block."""
 
     # --- what a device tells it, and asks it ---
 
     def set_offloads(self, mask: int) -> None:
-        """Learn which offloads (layout.OFFLOAD_*) the other side of the ring takes in a virtio_net_hdr."""
+        """Learn which offloads the other side of the ring takes in virtio_net_hdr: the bits of TUNSETOFFLOAD."""
 
     def set_queue_active(self, queue: int, active: bool) -> None:
-        """Learn whether *queue* is served: one that is not gets no frames."""
+        """Learn whether *queue* is in use (VIRTIO_NET_CTRL_MQ): one that is not gets no frames."""
 
     def send_to_wire(self, frame: bytes) -> None:
-        """Put a frame of our own (Ethernet, no FCS) on the wire, beside what the guest sends (RARP)."""
+        """Put a frame of the device's own (Ethernet, no FCS, no virtio_net_hdr) on the wire, such as a RARP announcement."""
         if self.kind == layout.KIND_PYTHON:
             self._guarded_transmit(0, [bytes(layout.NET_HDR_LEN) + frame])
 
     @property
     def files(self) -> Sequence[Path]:
-        """Those that it reads, or writes."""
+        """The files that it reads or writes. @private"""
         return ()
 
     def open_sink(self, others: Sequence[Path] = ()) -> None:
-        """Create or overwrite what frames are written to, if that was put off when it was made.
+        """Create or overwrite the file that frames are written to, if that was put off when the endpoint was made.
 
-        EndpointError, and nothing is overwritten, if it is one of *others*, the files of another endpoint.
+        EndpointError, and nothing is overwritten, if that file is one of *others*, which other endpoints use.
         """
 
     @property
     def mtu(self) -> int | None:
-        """The MTU of its interface; None if it has none, or it can't be told."""
+        """The MTU of its interface, in bytes; None if it has no interface, or its MTU can't be told."""
         return None
 
     def set_mtu(self, mtu: int) -> None:
-        """Learn the MTU the driver was told; raise EndpointError if frames of that size can't pass."""
+        """Learn the MTU that the driver was told, in bytes; raise EndpointError if frames of that size can't pass."""
 
     @property
     def longest_frame(self) -> int:
-        """Bytes of the longest frame it gives, virtio_net_hdr and offloads aside."""
+        """The bytes of the longest frame that comes from it: Ethernet, without FCS, virtio_net_hdr and offloads."""
         return frame_len(1500)
 
     @property
     def gives(self) -> bool:
-        """True if frames come from it that answer none: an end that only answers is no source."""
+        """True if it sends frames by itself; False if it only answers frames, or sends none."""
         return self.kind != layout.KIND_NULL and not self.answers
 
     @property
     def answers(self) -> bool:
-        """True if it is echo, macswap or reflect: each frame that goes to it may come back, and no other comes."""
+        """True if it is echo, macswap or reflect: frames come from it only as answers to frames.
+
+        @private
+        """
         return self.kind in (layout.KIND_ECHO, layout.KIND_MACSWAP, layout.KIND_REFLECT)
 
     @property
     def idle(self) -> bool:
-        """True if it has no frame in hand, on its way to the wire or from it."""
+        """True if it holds no frame, neither on its way to the wire nor from it."""
         slots = self.rows[:, (layout.EP_OUT_COUNT, layout.EP_COUNT, layout.EP_HELD)]
         return not (self._in_hand or slots.any())
 
     @property
     def innermost(self) -> Endpoint:
-        """Itself, or what it is wrapped around, however often."""
+        """The endpoint itself; for a `FaultEndpoint`, the innermost endpoint that it is around. @private"""
         return self
 
     @property
     def finished(self) -> bool:
-        """True once no frame will ever come from it again (a pcap read to its end)."""
+        """True once no frame will ever come from it again, such as a capture that was read to its end."""
         return False
 
     @property
     def gone(self) -> bool:
-        """True once no frame will ever pass it again, as its interface was deleted; `failures` says so, too."""
+        """True once no frame will ever pass it again, since its interface was deleted; `failures` then says so."""
         return False
 
     @property
     def failures(self) -> Sequence[str]:
-        """What went wrong at its own end, so that frames are missing that were to come or go."""
+        """One line for each failure at its own end that lost frames, such as a capture that can't be written."""
         return ()
 
     def counters(self) -> dict[str, int]:
-        """Return frames and bytes each way, and drops by reason, summed over the queues."""
+        """Return counts since it was made, summed over the queues.
+
+        Frames and bytes each way: `to_wire`, `from_wire`, `bytes_to_wire`, `bytes_from_wire`. Frames dropped:
+        `dropped_short` (under 14 bytes), `dropped_long` (no buffer can hold it), `dropped_error`, `dropped_no_buffer`
+        (the ring had none), `dropped_offload` (the receiver does not take its offload). And `errors`.
+        """
         total = self.rows.sum(axis=0)
         return {
             "to_wire": int(total[layout.EP_TO_WIRE]),
@@ -334,7 +355,7 @@ class Endpoint(Owned):
         }
 
     def close(self) -> None:
-        """Give up descriptors. Whoever polls it has stopped before."""
+        """Give up its descriptors. Close the device or driver that uses it first."""
         self.fds[:] = -1
         self.block.close()
         self.leave_to_parent()

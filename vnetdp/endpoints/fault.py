@@ -107,9 +107,15 @@ class _Way:
 
 
 class FaultEndpoint(Endpoint):
-    """*inner*, of any kind, with `Faults` on the way to it and back. It owns and closes *inner*.
+    """Another endpoint, behind a wire that loses, damages, delays and refuses frames. It closes *inner* with itself.
 
-    struck: how often each fault did. Frames that echo, macswap or reflect send back meet the faults twice.
+    - `drop`, `corrupt`: the probability, 0 to 1, that a frame, either way, is lost, or has one bit flipped.
+    - `delay_ms`: how long each frame, either way, is held back, 0 to 60000 ms.
+    - `eio`: the probability that sending a frame to the wire fails: it is lost, and an error is counted.
+    - `eagain`: the probability that sending is put off for 1 ms; frames behind it wait, too.
+    - `seed`: the same seed strikes the same frames, however they are batched.
+
+    Frames that echo, macswap or reflect send back meet the faults twice.
     """
 
     def __init__(
@@ -135,6 +141,7 @@ class FaultEndpoint(Endpoint):
         self.name = f"fault:{inner.name}"
         self.vnet_hdr = inner.vnet_hdr
         self.struck: Counter[str] = Counter(dict.fromkeys(("drop", "corrupt", "delay", "eio", "eagain"), 0))
+        """How often each fault struck, by name."""
         self._to_wire = [_Way(self.faults, q, "to wire", self.struck) for q in range(inner.queues)]
         self._from_wire = [_Way(self.faults, q, "from wire", self.struck) for q in range(inner.queues)]
         self._frame: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
@@ -299,7 +306,7 @@ class FaultEndpoint(Endpoint):
         return self._ended and not self.rows[:, layout.EP_HELD].any()
 
     def counters(self) -> dict[str, int]:
-        """Return the counters of an endpoint, what *inner* lost among them, and how often each fault struck."""
+        """Return the counts of an endpoint, with the drops of *inner*, and `fault_NAME`: how often each fault struck."""
         own, inner = super().counters(), self.inner.counters()
         lost = {key: n + inner[key] for key, n in own.items() if key.startswith("dropped_") or key == "errors"}
         return own | lost | {f"fault_{name}": n for name, n in self.struck.items()}

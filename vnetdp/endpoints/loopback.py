@@ -21,21 +21,21 @@ class NullEndpoint(Endpoint):
 
 
 class EchoEndpoint(Endpoint):
-    """Sends every frame back as it came, copied once from ring to ring."""
+    """Sends every frame back unchanged, copied once from ring to ring."""
 
     kind = layout.KIND_ECHO
     name = "echo"
 
 
 class MacswapEndpoint(Endpoint):
-    """As echo, with the Ethernet addresses exchanged."""
+    """Sends every frame back with its Ethernet addresses exchanged."""
 
     kind = layout.KIND_MACSWAP
     name = "macswap"
 
 
 class ReflectEndpoint(Endpoint):
-    """A host that has every IPv4 address: answers ARP requests and ICMP echo, and takes the rest."""
+    """A host that has every IPv4 address: answers ARP requests and ICMP echo, and drops all other frames."""
 
     kind = layout.KIND_REFLECT
     name = "reflect"
@@ -43,20 +43,28 @@ class ReflectEndpoint(Endpoint):
 
 @dataclass(frozen=True)
 class Ledger:
-    """What became of numbered frames. `sent` is the other side's; `lost` = sent, and not delivered by now."""
+    """The fate of numbered frames, each a count. `a + b` adds two ledgers."""
 
     sent: int = 0
+    """Frames that the sender made."""
     delivered: int = 0
+    """Frames that arrived, each number counted once."""
     lost: int = 0
+    """`sent` less `delivered`: frames in flight count as lost."""
     duplicated: int = 0
+    """Frames that arrived again."""
     reordered: int = 0
+    """Frames that arrived after one of a higher number."""
     corrupted: int = 0
+    """Frames that arrived with other bytes than were sent."""
 
     @property
     def clean(self) -> bool:
+        """True if no frame was lost, duplicated, reordered or corrupted."""
         return not (self.lost or self.duplicated or self.reordered or self.corrupted)
 
     def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
         return asdict(self)
 
     def __add__(self, other: Ledger) -> Ledger:
@@ -68,10 +76,12 @@ class Ledger:
 
 
 class GenerateEndpoint(Endpoint):
-    """Sends numbered frames, and enters those that come back from the other side into the ledger.
+    """Sends numbered frames, and checks those that arrive from the other side: see `Ledger`. Queue i sends flow i.
 
-    size: bytes of a frame, Ethernet header included, FCS and virtio_net_hdr not. rate: frames a second and queue,
-    0 = as fast as the ring takes them. count: frames a queue, -1 = no end. Queue i stamps flow i.
+    - `size`: bytes of a frame, 30 to 65550, Ethernet header included, FCS and virtio_net_hdr not.
+    - `rate`: frames a second and queue, 1e-9 to 1e9; 0 sends as fast as the ring takes them.
+    - `count`: frames a queue; -1 sends without end.
+    - `block_fd`: internal.
     """
 
     kind = layout.KIND_GENERATE
@@ -96,7 +106,7 @@ class GenerateEndpoint(Endpoint):
 
     @staticmethod
     def check(size: int = 64, rate: float = 0.0, count: int = -1) -> None:
-        """Raise EndpointError for what no generator can do."""
+        """Raise EndpointError unless a generator can have these arguments."""
         if not layout.LEDGER_MIN_LEN <= size <= layout.MAX_FRAME_LEN:
             raise EndpointError(
                 f"generate: size {size} is not between {layout.LEDGER_MIN_LEN} and {layout.MAX_FRAME_LEN}"
@@ -112,11 +122,11 @@ class GenerateEndpoint(Endpoint):
 
     @property
     def sent(self) -> int:
-        """Frames made so far, all queues: those in flight and in hand included."""
+        """The number of frames made so far, on all queues, those in flight included."""
         return int(self.rows[:, layout.EP_SEQ].sum())
 
     def stop(self) -> None:
-        """Make no frames after those made by now. What is on its way still arrives."""
+        """Make no more frames. Those in flight still arrive."""
         self.rows[:, layout.EP_LIMIT] = self.rows[:, layout.EP_SEQ]
 
     @property
@@ -125,7 +135,7 @@ class GenerateEndpoint(Endpoint):
         return bool(((limit >= 0) & (self.rows[:, layout.EP_SEQ] >= limit)).all())
 
     def ledger_against(self, sender: GenerateEndpoint) -> Ledger:
-        """Return what became of the frames that *sender*, across the rings, has made."""
+        """Return the fate of the frames of *sender*, the generator at the other side of the rings, as seen here."""
         total = self.ledger.sum(axis=0)
         delivered, sent = int(total[layout.LEDGER_DELIVERED]), sender.sent
         return Ledger(
@@ -139,9 +149,9 @@ class GenerateEndpoint(Endpoint):
 
 
 def drained(one: GenerateEndpoint, other: GenerateEndpoint, quiet_s: float = 5.0) -> Ledger:
-    """Have both make no more frames, wait until those made have arrived, and return what became of them, both ways.
+    """Stop both generators, wait until their frames have arrived, and return the sum of both ledgers.
 
-    Given up once none has arrived for *quiet_s* seconds: on a machine that is busy elsewhere they take their time.
+    The wait ends once no frame has arrived for *quiet_s* seconds.
     """
     one.stop()
     other.stop()

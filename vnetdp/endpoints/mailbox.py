@@ -19,13 +19,15 @@ _NO_HEADER = bytes(layout.NET_HDR_LEN)
 
 
 class MailboxEndpoint(Endpoint):
-    """Two queues of whole frames, one each way; safe to use from any thread.
+    """Frames by hand: `put` gives one to the ring, `take` returns those that came off it. Any thread may call them.
 
-    `ready` is an eventfd that is readable after frames came off the ring. limit: frames kept each way; put more and
-    `put` says False, let more come off the ring and the oldest are dropped and counted.
+    `limit`: frames kept each way. `put` refuses more; of frames that come off the ring the oldest are dropped and
+    counted.
     """
 
     name = "mailbox"
+    ready: EventFd
+    """It is readable while frames wait for `take`."""
 
     def __init__(self, queues: int = 1, limit: int = 4096) -> None:
         with ExitStack() as made:
@@ -35,18 +37,20 @@ class MailboxEndpoint(Endpoint):
             self._wake = [made.enter_context(EventFd()) for _ in range(queues)]
             made.pop_all()
         self.limit = limit
+        """Frames kept each way."""
         self.dropped = 0
+        """The number of frames that came off the ring, and were dropped since too many waited."""
         self._lock = OwnedLock(self)
         self._to_ring: list[deque[bytes]] = [deque() for _ in range(queues)]
         self._from_ring: deque[bytes] = deque()
         self.fds[:] = np.array([event.fd for event in self._wake])
 
     def put(self, frame: bytes, header: bytes = _NO_HEADER, queue: int = 0) -> bool:
-        """Give an Ethernet frame (no FCS), with its virtio_net_hdr of 12 bytes, to the ring of a queue pair.
+        """Give an Ethernet frame (no FCS), with its virtio_net_hdr of 12 bytes, to the ring of queue pair *queue*.
 
-        False if too many wait already. One that no buffer can hold, or of less than 14 bytes, is taken all the same, and
-        is dropped and counted (`counters`) when its turn comes. TypeError if it is not bytes; ConfigError for a queue
-        pair that there is not.
+        False if `limit` frames wait already. A frame of less than 14 bytes, or one that no buffer can hold, is taken,
+        and then dropped and counted (`counters`). TypeError if *frame* is not bytes; ConfigError if there is no such
+        queue pair.
         """
         if not isinstance(frame, bytes | bytearray):
             raise TypeError(f"a frame is bytes, not {type(frame).__name__}")
@@ -60,11 +64,11 @@ class MailboxEndpoint(Endpoint):
         return True
 
     def take(self) -> list[bytes]:
-        """Return the Ethernet frames that came off the rings, oldest first, without their headers."""
+        """Return the Ethernet frames (no FCS, no virtio_net_hdr) that came off the rings, oldest first; maybe none."""
         return [frame[layout.NET_HDR_LEN :] for frame in self.take_raw()]
 
     def take_raw(self) -> list[bytes]:
-        """As `take`, virtio_net_hdr included."""
+        """Return the frames that came off the rings, as `take` does, each with its virtio_net_hdr of 12 bytes in front."""
         with self._lock:
             frames = list(self._from_ring)
             self._from_ring.clear()

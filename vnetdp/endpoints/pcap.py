@@ -22,12 +22,16 @@ _log = logging.getLogger("vnetdp.endpoints")
 
 
 class PcapEndpoint(Endpoint):
-    """Frames of *source*, as fast as the ring takes them, on queue pair 0; frames from the ring go to *sink*.
+    """A capture as the wire: the frames of file *source* go to the ring, those from the ring go to file *sink*.
 
-    Either file may be None. source: pcap or pcapng, also gzipped. sink: pcapng if its name ends so, else pcap;
-    it is overwritten; timestamps in ns. A frame that was captured only in part is sent as far as it goes; one of another
-    link type than Ethernet, or that no buffer can hold, is dropped and counted.
-    sink_later: the sink is left alone until `open_sink`, so that all else can be opened, and found wrong, before.
+    - `source`: a pcap or pcapng file, gzipped or not, sent on queue pair 0 as fast as the ring takes frames. A frame
+      that was captured in part is sent as far as it goes. One of another link type than Ethernet, or that no buffer can
+      hold, is dropped and counted. None sends nothing.
+    - `sink`: the file to overwrite, pcapng if its name ends in .pcapng, else pcap; timestamps in ns. None writes
+      nothing.
+    - `sink_later`: True overwrites the sink in `open_sink` only, once all else was opened.
+
+    EndpointError if a file can't be opened, or is none of these formats.
     """
 
     def __init__(
@@ -181,7 +185,7 @@ class PcapEndpoint(Endpoint):
         super().close()
 
     def leave_to_parent(self) -> None:
-        """Write nothing any more: frames that wait for the reader of a FIFO are written by the parent, once."""
+        """Write nothing any more: frames that wait for the reader of a FIFO are written by the parent, once. @private"""
         if self._writer is not None and self.inherited:
             self._writer.abandon()
             self._writer = None

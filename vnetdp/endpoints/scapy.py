@@ -32,11 +32,14 @@ _SEND_TIMEOUT_S = 5.0
 
 
 class ScapyEndpoint(MailboxEndpoint):
-    """Gives each frame from the ring to *function*, as a Scapy packet, and what it returns to the ring.
+    """A Python function on the wire: it gets each frame from the ring as a Scapy packet, and answers it.
 
-    function(packet) returns None, a packet (or bytes), or several. With batch, or a true attribute `batch` of
-    the function's, it is given a list of packets at once: fewer calls, but one that raises costs them all. What
-    is no answer to anything is sent by `put`.
+    - `function`: called with an `Ether`; returns None, a packet, bytes, or an iterable of packets and bytes to send.
+    - `batch`: True calls it with a list of packets, which takes fewer calls, but an exception then drops all of them.
+      None asks the function's attribute `batch`; without one it is False.
+    - `limit`: frames kept, as in `MailboxEndpoint`.
+
+    Frames that answer none are sent by `put`.
     """
 
     name = "scapy"
@@ -89,28 +92,28 @@ class Port(Protocol):
 
 
 class SocketEndpoint(MailboxEndpoint):
-    """The wire's side, for a `VnetdpSocket`: it receives what the ring gives, and sends to queue pair 0."""
+    """A mailbox at the wire's side, for a `VnetdpSocket`. It sends on queue pair 0."""
 
     name = "socket"
 
     def send(self, frame: bytes) -> bool:
-        """Send an Ethernet frame (no FCS); False if too many wait already."""
+        """Send an Ethernet frame (no FCS, no virtio_net_hdr) on queue pair 0; False if `limit` frames wait already."""
         return self.put(frame)
 
     def receive(self) -> list[bytes]:
-        """Return the Ethernet frames that came off the rings since the last call, oldest first."""
+        """Return the Ethernet frames (no FCS, no virtio_net_hdr) that came off the rings, oldest first; maybe none."""
         return self.take()
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `receive` has something."""
+        """Return a descriptor that is readable while frames wait for `receive`, for select() and poll()."""
         return self.ready.fd
 
 
 class VnetdpSocket(Owned, SuperSocket):
-    """A Scapy socket over a `Port`: sniff(opened_socket=s), s.sr1(packet), sendp(packet, socket=s).
+    """A Scapy socket: `sniff(opened_socket=s)`, `s.sr1(packet)`, `sendp(packet, socket=s)`. Packets begin with `Ether`.
 
-    Packets are Ether/..., on the guest's side (over a `Driver`) as on the wire's (over a `SocketEndpoint`).
-    Whatever moves the rings has to run meanwhile. The port stays the caller's.
+    `port`: a `Driver`, to be the guest, or a `SocketEndpoint`, to be on the wire. Device and driver have to run
+    meanwhile. The port stays the caller's.
     """
 
     desc = "frames of an emulated virtio-net device"
@@ -130,8 +133,9 @@ class VnetdpSocket(Owned, SuperSocket):
 
     @staticmethod
     def select(sockets: list[Any], remain: float | None = None) -> list[Any]:
-        """Return those of *sockets* that may be read, after *remain* seconds at most: Scapy's is select(), which knows
-        no descriptor above 1,023.
+        """Return the readable ones of *sockets*, after *remain* seconds at most; None waits without end.
+
+        It uses poll(): select(), which Scapy would use, takes no descriptor above 1023.
         """
         poll = select.poll()
         by_fd = {socket.fileno(): socket for socket in sockets}
@@ -141,11 +145,11 @@ class VnetdpSocket(Owned, SuperSocket):
         return [by_fd[fd] for fd, _ in ready]
 
     def fileno(self) -> int:
-        """A descriptor that is readable when a packet may be there."""
+        """Return a descriptor that is readable while packets wait, for select() and poll()."""
         return self._poll.fileno()
 
     def recv_raw(self, x: int = layout.FRAME_SLOT) -> tuple[type[Packet] | None, bytes | None, float | None]:
-        """Return (Ether, frame, time), or Nones if there is no frame now. Never blocks."""
+        """Return (Ether, *x* bytes of a frame at most, time.time()), or (None, None, None) if none waits. Never blocks."""
         if not self._received:
             self._received.extend(self._port.receive())
         if not self._received:
@@ -158,7 +162,7 @@ class VnetdpSocket(Owned, SuperSocket):
         return Ether, frame[:x], time.time()
 
     def send(self, x: Packet | bytes) -> int:
-        """Send a packet, and return its bytes; EndpointError if nothing has made room for it in 5 s."""
+        """Send a packet, and return its length in bytes; EndpointError if the port had no room for 5 s."""
         frame = _frame(x)
         until = time.monotonic() + _SEND_TIMEOUT_S
         while not self._port.send(frame):

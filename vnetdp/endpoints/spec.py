@@ -36,7 +36,10 @@ class Opener:
 
 
 def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
-    """Return the endpoint that *text* names, opened; ConfigError or EndpointError if it can't."""
+    """Return the endpoint that *text* names as a command line does, such as `tap:eth0,netns=lab`, with *queues* queues.
+
+    It is open, and the caller closes it. ConfigError if *text* names none; EndpointError if it can't be opened.
+    """
     endpoint = endpoint_opener(text, queues)()
     try:
         endpoint.open_sink()

@@ -49,12 +49,16 @@ _IFREQ_INT: Final = "16si20x"
 
 
 class TapEndpoint(Endpoint):
-    """TAP *name*, attached to if it exists, else created and set up; addresses are the user's to give.
+    """A TAP interface of this machine. It is attached to if it exists, else created and set up; addresses are the user's.
 
-    netns: the namespace it is in, by name or path; None = ours. A TAP that exists may belong to a user, who
-    then needs no rights beyond that. One created here goes away on `close`, unless *persist*; one that stays is left with
-    the MTU, and the length of virtio_net_hdr, that it was found with. It may be renamed or moved to another namespace, and
-    its namespace may lose its name, while it is in use: the descriptor knows which interface it is.
+    - `name`: of the interface, 1 to 15 bytes.
+    - `queues`: 1 to 256; more than one makes it a multi-queue TAP.
+    - `netns`: the network namespace, by name or path; None is that of the calling thread.
+    - `persist`: True leaves an interface that was created here when it is closed.
+
+    Creating one takes CAP_NET_ADMIN; attaching to one that belongs to this user takes no right. An interface that stays
+    gets its MTU, and its length of virtio_net_hdr, back on `close`. It may be renamed or moved to another namespace
+    while it is in use. EndpointError, with the next step, if it can't be had.
     """
 
     kind = layout.KIND_TAP
@@ -148,7 +152,7 @@ class TapEndpoint(Endpoint):
         fcntl.ioctl(self._devices[0].fileno(), _TUNSETVNETHDRSZ, struct.pack("i", length))
 
     def set_offloads(self, mask: int) -> None:
-        """Have the kernel leave to us what *mask* (layout.OFFLOAD_*) says, in frames that it sends."""
+        """Have the kernel send frames with the offloads of *mask* left to do: the bits of TUNSETOFFLOAD."""
         fd = self._first()
         wanted = _dependable(mask)
         for try_mask in (wanted, wanted & ~(layout.OFFLOAD_USO4 | layout.OFFLOAD_USO6)):
@@ -162,7 +166,7 @@ class TapEndpoint(Endpoint):
         raise EndpointError(f"{self.name}: cannot set offloads {wanted:#x}: {failed.strerror}")
 
     def set_queue_active(self, queue: int, active: bool) -> None:
-        """Attach or detach a queue: the kernel spreads flows over those attached. One of a single queue stays."""
+        """Attach or detach a queue (TUNSETQUEUE). The kernel spreads flows over attached queues; an only queue stays."""
         if self.queues > 1 and self._devices:
             device = self._devices[queue]
             with suppress(OSError):  # it is so already
@@ -181,7 +185,7 @@ class TapEndpoint(Endpoint):
             return None  # somebody deleted it, or moved it to where we may not look
 
     def set_mtu(self, mtu: int) -> None:
-        """Give the interface that MTU, unless it has it."""
+        """Set the MTU of the interface, in bytes. EndpointError if the kernel refuses."""
 
         name = ""
 
@@ -210,7 +214,7 @@ class TapEndpoint(Endpoint):
 
     @property
     def gone(self) -> bool:
-        """True once the interface was deleted, be it with the namespace that it was moved to; the first look logs it."""
+        """True once the interface was deleted, or its namespace was. The first look that finds that logs it."""
         if not self._failures and self._devices and _broke(self._first()):
             self._failures.append(
                 f"{self.name} was deleted, and no frame passes it any more: start the command again, for a new one"
@@ -235,7 +239,7 @@ class TapEndpoint(Endpoint):
         super().close()
 
     def leave_to_parent(self) -> None:
-        """Give up the queues: an interface stays, and a queue is taken, as long as a forked child has them."""
+        """Give up the queues: an interface stays, and a queue is taken, as long as a child has them. @private"""
         for device in self._devices:
             device.close()
         self._devices = []

@@ -1,7 +1,7 @@
 """vhost-user messages: one table says of each what it carries, which descriptors, and what answers it.
 
-Wire sizes are those of the C structures on x86-64 and aarch64, as QEMU, DPDK and Linux send them. Addresses are the front
-end's user addresses (`uva`) for rings, guest physical (`gpa`) for regions and logs.
+Wire sizes are those of the C structures on x86-64 and aarch64, as QEMU, DPDK and Linux send them. Addresses are the
+front end's user addresses (`uva`) for rings, guest physical (`gpa`) for regions and logs.
 """
 
 from __future__ import annotations
@@ -74,21 +74,34 @@ class BackendRequest(enum.IntEnum):
 
 
 class ProtocolFeature(enum.IntFlag):
-    """VHOST_USER_PROTOCOL_F_*, those spoken here."""
+    """The features of the vhost-user protocol that vnetdp speaks: VHOST_USER_PROTOCOL_F_*."""
 
     MQ = 1 << 0
+    """Several queue pairs."""
     LOG_SHMFD = 1 << 1
+    """The dirty log in shared memory."""
     RARP = 1 << 2
+    """The back end announces a guest that has moved."""
     REPLY_ACK = 1 << 3
+    """Any request can be answered with its success."""
     MTU = 1 << 4
+    """The front end tells the MTU."""
     BACKEND_REQ = 1 << 5
+    """The back end sends requests of its own, on a second socket."""
     CONFIG = 1 << 9
+    """The back end tells the configuration space."""
     INFLIGHT_SHMFD = 1 << 12
+    """The chains in flight are kept in shared memory, for the next back end."""
     RESET_DEVICE = 1 << 13
+    """The front end can reset the device."""
     INBAND_NOTIFICATIONS = 1 << 14
+    """Kicks and calls as messages."""
     CONFIGURE_MEM_SLOTS = 1 << 15
+    """Memory regions are added and removed one by one."""
     STATUS = 1 << 16
+    """The front end tells the device status."""
     DEVICE_STATE = 1 << 19
+    """The back end's own state can be moved to another back end."""
 
 
 class Payload(Protocol):
