@@ -1,7 +1,7 @@
 # Every target works alone on a fresh machine with Python 3.11 or newer: it makes the environment that it needs.
 #
-#   make demo | test | check | bench | test-nojit | test-boundscheck | test-oldest | coverage | wheel-test | interop |
-#        campaign | clean
+#   make demo | test | check | bench | docs | test-nojit | test-boundscheck | test-oldest | coverage | wheel-test |
+#        interop | campaign | clean
 #
 #   PYTHON=python3.13    the interpreter to make the environment with
 #   VENV=/some/folder    the environment (default: .venv in this folder)
@@ -33,7 +33,7 @@ ifneq ($(IS),$(CURDIR)/vnetdp/__init__.py $(VERSION))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: demo test check bench test-nojit test-boundscheck test-oldest coverage wheel-test campaign interop clean
+.PHONY: demo test check bench docs test-nojit test-boundscheck test-oldest coverage wheel-test campaign interop clean
 
 demo: $(STAMP)
 	$(RUN) -m vnetdp demo $(ARGS)
@@ -52,6 +52,10 @@ bench: $(STAMP)
 	$(RUN) -m pytest bench --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
 		--benchmark-group-by=fullfunc --quiet
 	for what in ring link peers migration; do $(RUN) -m vnetdp bench $$what $(ARGS) || exit; done
+
+# The API reference, from the docstrings of the public names: docs/reference/vnetdp.html. A warning is an error.
+docs: $(STAMP)
+	$(RUN) -W error -m tests.reference docs/reference
 
 # The kernels as plain Python: the other half of every function that has two bodies.
 test-nojit: $(STAMP)
@@ -105,7 +109,7 @@ campaign: $(STAMP)
 	VNETDP_CAMPAIGN=1 $(RUN) -m pytest -m interop tests/interop --timeout=7200 $(ARGS)
 
 clean:
-	rm -rf .venv .numba-boundscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf .venv .numba-boundscheck .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* docs/reference
 	find vnetdp kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # --- the environment ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import vnetdp
+from tests import reference
 from tests.by_hand import wait_for
 from vnetdp import cli
 from vnetdp.bench.netns import why_no_netns
@@ -82,6 +85,11 @@ def test_python_example(block: Block, tmp_path: Path) -> None:
     done = run([sys.executable, "-W", "error", script.name], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == block.output
+
+
+@pytest.mark.parametrize("block", marked("python"), ids=name_of)
+def test_python_example_imports_from_the_public_face_alone(block: Block) -> None:
+    assert not re.search(r"^\s*(from|import) vnetdp(_kernels|\.)", block.text, re.MULTILINE)
 
 
 def test_every_python_block_is_an_example() -> None:
@@ -174,6 +182,20 @@ def test_every_endpoint_is_in_the_table() -> None:
     table = README.read_text().split("## Endpoints")[1].split("##")[0]
     for kind in _KINDS:
         assert f"`{kind}" in table
+
+
+def test_every_public_name_is_in_the_list() -> None:
+    names = re.findall(r"^- `(\w+)`: ", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert [*names, "__version__"] == vars(vnetdp)["__all__"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="pdoc isn't installed: pip install 'vnetdp[docs]'")
+def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
+    reference.build(tmp_path)
+    page = (tmp_path / "vnetdp.html").read_text()
+    for name in vars(vnetdp)["_HOME"]:
+        assert f'<section id="{name}">' in page or (tmp_path / "vnetdp" / f"{name}.html").exists(), name
+    assert "@private" not in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

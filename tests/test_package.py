@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +18,9 @@ import pytest
 import vnetdp
 import vnetdp_kernels
 from tests.oldest import oldest
+
+PUBLIC: list[str] = vars(vnetdp)["__all__"]
+HOME: dict[str, str] = vars(vnetdp)["_HOME"]
 
 
 def python(code: str, cwd: Path, **env: str) -> Any:
@@ -47,11 +53,40 @@ def test_import_loads_neither_numba_nor_numpy(statement: str, tmp_path: Path) ->
     assert not loaded & {"numba", "llvmlite", "numpy", "scapy", "pytun", "matplotlib"}
 
 
+# --- what is public ---
+
+
 def test_every_public_name_is_there() -> None:
-    for name in vnetdp.__all__:
+    for name in PUBLIC:
         assert getattr(vnetdp, name) is not None
+    assert set(PUBLIC) <= set(dir(vnetdp))
     with pytest.raises(AttributeError, match="no attribute 'Virtio'"):
-        vnetdp.Virtio  # noqa: B018
+        getattr(vnetdp, "Virtio")  # noqa: B009 - type checkers know that there is none
+
+
+@pytest.mark.parametrize("name", HOME)
+def test_a_public_name_comes_from_the_module_that_defines_it(name: str) -> None:
+    module = importlib.import_module(f"vnetdp.{HOME[name]}")
+    found = getattr(vnetdp, name)
+    if isinstance(found, ModuleType):
+        assert found is module
+    else:
+        assert found is getattr(module, name)
+        assert found.__module__ == module.__name__
+
+
+def test_type_checkers_see_the_public_names_and_no_others() -> None:
+    tree = ast.parse(Path(vnetdp.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module or alias.name
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+        if alias.asname == alias.name  # else it is not exported
+    }
+    assert seen == HOME
+    assert [*HOME, "__version__"] == PUBLIC
 
 
 # --- what is published ---

@@ -1,35 +1,140 @@
-"""vnetdp: a userspace virtio-net datapath at native speed, with vhost offload and live migration.
+"""vnetdp: a virtio-net device in Python, whose packets compiled kernels move, with vhost offload and live migration.
 
-Names are loaded when they are first used: importing the package costs nothing, and Numba is imported only when a
-kernel is needed.
+Every name here is public and stable; docs/api.md says what that promises. All other modules are internal.
+
+Names are loaded when they are first used: `import vnetdp` loads neither NumPy nor Numba.
 """
 
 from __future__ import annotations
 
-from ._version import __version__
+from ._version import __version__ as __version__
 
 TYPE_CHECKING = False  # as typing has it, which takes longer to import than all else that a command does first
+
+# Public name: the module that defines it, or the module itself. The order is that of docs/api.md and of the reference.
+_HOME = {
+    "NetDevice": "device",
+    "Owner": "owners",
+    "Driver": "driver",
+    "warm_up": "warmup",
+    "memory_for": "driver",
+    "GuestMemory": "memory",
+    "Region": "memory",
+    "DirtyLog": "memory",
+    "SharedBlock": "memory",
+    "driver_block": "driver",
+    "EventFd": "notify",
+    "Endpoint": "endpoints.base",
+    "parse_endpoint": "endpoints.spec",
+    "NullEndpoint": "endpoints.loopback",
+    "EchoEndpoint": "endpoints.loopback",
+    "MacswapEndpoint": "endpoints.loopback",
+    "ReflectEndpoint": "endpoints.loopback",
+    "GenerateEndpoint": "endpoints.loopback",
+    "Ledger": "endpoints.loopback",
+    "drained": "endpoints.loopback",
+    "MailboxEndpoint": "endpoints.mailbox",
+    "TapEndpoint": "endpoints.tap",
+    "PcapEndpoint": "endpoints.pcap",
+    "ScapyEndpoint": "endpoints.scapy",
+    "SocketEndpoint": "endpoints.scapy",
+    "VnetdpSocket": "endpoints.scapy",
+    "FaultEndpoint": "endpoints.fault",
+    "Worker": "backends.worker",
+    "WorkerProcess": "backends.process",
+    "Backend": "backends.base",
+    "Datapath": "datapath",
+    "UserspaceBackend": "backends.userspace",
+    "Fault": "backends.faulty",
+    "Faults": "backends.faulty",
+    "FaultyBackend": "backends.faulty",
+    "VhostUserFrontEnd": "backends.vhost_user",
+    "NetConfig": "backends.vhost_user",
+    "Watch": "watch",
+    "Server": "server",
+    "ProtocolFeature": "vhost_user.message",
+    "features": "features",
+    "Virtqueue": "virtqueue",
+    "Control": "state",
+    "DeviceState": "state",
+    "StateDelta": "state",
+    "VnetdpError": "errors",
+    "ConfigError": "errors",
+    "MachineError": "errors",
+    "EndpointError": "errors",
+    "BackendError": "errors",
+    "UnbindError": "errors",
+    "GuestError": "errors",
+}
+
 if TYPE_CHECKING:
     from typing import Any
 
-    from .device import NetDevice
-    from .driver import Driver
-    from .memory import DirtyLog, GuestMemory, Region
+    from . import features as features
+    from .backends.base import Backend as Backend
+    from .backends.faulty import Fault as Fault
+    from .backends.faulty import Faults as Faults
+    from .backends.faulty import FaultyBackend as FaultyBackend
+    from .backends.process import WorkerProcess as WorkerProcess
+    from .backends.userspace import UserspaceBackend as UserspaceBackend
+    from .backends.vhost_user import NetConfig as NetConfig
+    from .backends.vhost_user import VhostUserFrontEnd as VhostUserFrontEnd
+    from .backends.worker import Worker as Worker
+    from .datapath import Datapath as Datapath
+    from .device import NetDevice as NetDevice
+    from .driver import Driver as Driver
+    from .driver import driver_block as driver_block
+    from .driver import memory_for as memory_for
+    from .endpoints.base import Endpoint as Endpoint
+    from .endpoints.fault import FaultEndpoint as FaultEndpoint
+    from .endpoints.loopback import EchoEndpoint as EchoEndpoint
+    from .endpoints.loopback import GenerateEndpoint as GenerateEndpoint
+    from .endpoints.loopback import Ledger as Ledger
+    from .endpoints.loopback import MacswapEndpoint as MacswapEndpoint
+    from .endpoints.loopback import NullEndpoint as NullEndpoint
+    from .endpoints.loopback import ReflectEndpoint as ReflectEndpoint
+    from .endpoints.loopback import drained as drained
+    from .endpoints.mailbox import MailboxEndpoint as MailboxEndpoint
+    from .endpoints.pcap import PcapEndpoint as PcapEndpoint
+    from .endpoints.scapy import ScapyEndpoint as ScapyEndpoint
+    from .endpoints.scapy import SocketEndpoint as SocketEndpoint
+    from .endpoints.scapy import VnetdpSocket as VnetdpSocket
+    from .endpoints.spec import parse_endpoint as parse_endpoint
+    from .endpoints.tap import TapEndpoint as TapEndpoint
+    from .errors import BackendError as BackendError
+    from .errors import ConfigError as ConfigError
+    from .errors import EndpointError as EndpointError
+    from .errors import GuestError as GuestError
+    from .errors import MachineError as MachineError
+    from .errors import UnbindError as UnbindError
+    from .errors import VnetdpError as VnetdpError
+    from .memory import DirtyLog as DirtyLog
+    from .memory import GuestMemory as GuestMemory
+    from .memory import Region as Region
+    from .memory import SharedBlock as SharedBlock
+    from .notify import EventFd as EventFd
+    from .owners import Owner as Owner
+    from .server import Server as Server
+    from .state import Control as Control
+    from .state import DeviceState as DeviceState
+    from .state import StateDelta as StateDelta
+    from .vhost_user.message import ProtocolFeature as ProtocolFeature
+    from .virtqueue import Virtqueue as Virtqueue
+    from .warmup import warm_up as warm_up
+    from .watch import Watch as Watch
+else:  # not for type checkers: to them `__getattr__` would make every name a good one, and `__all__` is no list of strings
+    __all__ = [*_HOME, "__version__"]
 
-_HOME = {
-    "DirtyLog": "memory",
-    "Driver": "driver",
-    "GuestMemory": "memory",
-    "NetDevice": "device",
-    "Region": "memory",
-}
-
-__all__ = ["DirtyLog", "Driver", "GuestMemory", "NetDevice", "Region", "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib
 
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOME[name]
+        module = importlib.import_module(f".{home}", __name__)
+        found = module if home.rpartition(".")[2] == name else getattr(module, name)
+        globals()[name] = found  # next time this function is not asked
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOME})
