@@ -106,7 +106,10 @@ class Endpoint(Owned):
         """The number of errors so far."""
 
     def port(self, queue: int) -> Port:
-        """Return the rows of one queue, as kernels take them."""
+        """Return the rows of one queue, as kernels take them.
+
+        @private
+        """
         return Port(
             self.rows[queue],
             int(self.fds[queue]),
