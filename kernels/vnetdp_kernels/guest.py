@@ -149,7 +149,7 @@ def take_dirty(log: Bytes, start: int, pages: Words) -> tuple[int, int]:
     """Move the numbers of dirty pages out of the log, from byte *start* on (a multiple of 8), until *pages* is full.
 
     pages int64[n], n at least 64. Returns (pages found, byte to go on from; the log's size when it is through).
-    Words are swapped with zero atomically (pairs with `mark_dirty`): a page dirtied again is found again.
+    Words are swapped with zero atomically (pairs with the OR in `_mark`): a page dirtied again is found again.
     """
     found = 0
     at = start
@@ -162,7 +162,7 @@ def take_dirty(log: Bytes, start: int, pages: Words) -> tuple[int, int]:
                 found += 1
             bit += 1
         at += 8
-    # Pairs with the one in publish_used: not every processor's exchange keeps the reads of pages, which come next, behind
+    # Pairs with the fence in publish_used: not every processor's exchange keeps the reads of pages, which come next, behind
     # its own write.
     fence()
     return found, at

@@ -228,7 +228,7 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
     vq[VQ_LAST_AVAIL_IDX] = (vq[VQ_LAST_AVAIL_IDX] + n) & 0xFFFF
     if log.size > 0:
         mark_noted(vq, log)  # first: should this process end here, the next owner writes what was not published again
-    # Barrier B: pairs with the acquire in take_used.
+    # Barrier B: pairs with the acquire in used_ready.
     store_u16_release(mem, vq[VQ_USED] + VIRTQ_RING_IDX, idx)
     if vq[VQ_INFLIGHT]:
         store_u16(mem, vq[VQ_INFLIGHT] + INFLIGHT_USED_IDX, idx)
@@ -238,7 +238,7 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
         before_wrap = min(n, num - slot)
         base = vq[VQ_LOG_USED]
         elements = base + VIRTQ_RING_ENTRIES
-        # Pairs with the exchange, and the fence, in take_dirty.
+        # Pairs with the fence in take_dirty, and the exchange before that.
         fence()
         mark_behind_fence(log, base, VIRTQ_RING_ENTRIES)
         mark_behind_fence(log, elements + VIRTQ_USED_ELEM_SIZE * slot, VIRTQ_USED_ELEM_SIZE * before_wrap)
