@@ -194,6 +194,14 @@ def _claim(guest: Guest, vq: Words, scratch: Scratch, ahead: int, need: int) -> 
     return taken
 
 
+@inlined
+def _count(vq: Words, frames: int, size: int, chains: int) -> None:
+    """Enter into a queue's row the *frames* that it moved, of *size* bytes, and the chains that it used."""
+    vq[VQ_PACKETS] += frames
+    vq[VQ_BYTES] += size
+    vq[VQ_CHAINS] += chains
+
+
 @kernel
 def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget: int) -> int:
     """Hand up to *budget* frames of the transmitq to the endpoint, and publish their chains as used.
@@ -231,10 +239,8 @@ def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budge
         ring.publish_used(mem, vq, guest.log, used)
         # The endpoint counts what it took; the rest is dropped, and it says why.
         frames = ep[EP_TO_WIRE] - frames
-        vq[VQ_PACKETS] += frames
-        vq[VQ_BYTES] += ep[EP_BYTES_TO_WIRE] - size
+        _count(vq, frames, ep[EP_BYTES_TO_WIRE] - size, used)
         vq[VQ_DROPPED] += used - frames
-        vq[VQ_CHAINS] += used
     if status < 0:
         vq[VQ_STATUS] = status
     return used
@@ -325,9 +331,7 @@ def fill_receiveq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget:
         size += body_len
     if used:
         ring.publish_used(mem, vq, guest.log, used)
-        vq[VQ_PACKETS] += frames
-        vq[VQ_BYTES] += size
-        vq[VQ_CHAINS] += used
+        _count(vq, frames, size, used)
     vq[VQ_DROPPED] += dropped
     return frames + dropped
 
@@ -378,8 +382,7 @@ def forward(
         elif got == _NO_ANSWER:
             ep[EP_TO_WIRE] += 1
             ep[EP_BYTES_TO_WIRE] += frame.length
-            txq[VQ_PACKETS] += 1
-            txq[VQ_BYTES] += frame.length
+            _count(txq, 1, frame.length, 0)
         elif got == E_TOO_BIG:
             ep[EP_DROP_NO_BUFFER] += 1
             rxq[VQ_DROPPED] += 1
@@ -390,24 +393,12 @@ def forward(
         used_tx += 1
     journal = txq[VQ_JOURNAL]
     if journal and used_rx:
-        # Two indices can't be published as one: whoever goes on after a crash in between finds both here.
-        store_u16(src.mem, journal + JOURNAL_RECEIVEQ_IDX, rxq[VQ_LAST_USED_IDX] + used_rx)
-        store_u16(src.mem, journal + JOURNAL_TRANSMITQ_IDX, txq[VQ_LAST_USED_IDX] + used_tx)
-        store_u16_release(src.mem, journal + JOURNAL_VALID, 1)
+        _write_journal(src.mem, txq, used_tx, rxq, used_rx)
     if used_rx:
-        ring.publish_used(dst.mem, rxq, dst.log, used_rx)
-        rxq[VQ_PACKETS] += frames
-        rxq[VQ_BYTES] += size
-        rxq[VQ_CHAINS] += used_rx
-        ep[EP_TO_WIRE] += frames
-        ep[EP_FROM_WIRE] += frames
-        ep[EP_BYTES_TO_WIRE] += size
-        ep[EP_BYTES_FROM_WIRE] += size
+        _publish_forwarded(dst, rxq, ep, used_rx, frames, size)
     if used_tx:
         ring.publish_used(src.mem, txq, src.log, used_tx)
-        txq[VQ_PACKETS] += frames
-        txq[VQ_BYTES] += size
-        txq[VQ_CHAINS] += used_tx
+        _count(txq, frames, size, used_tx)
         if journal:
             store_u16_release(src.mem, journal + JOURNAL_VALID, 0)
     if status_tx < 0:
@@ -415,6 +406,26 @@ def forward(
     if status_rx < 0:
         rxq[VQ_STATUS] = status_rx
     return used_tx
+
+
+@inlined
+def _publish_forwarded(dst: Guest, rxq: Words, ep: Words, used: int, frames: int, size: int) -> None:
+    """Publish the receiveq's chains, and count their frames: for the endpoint, they went out and came in."""
+    ring.publish_used(dst.mem, rxq, dst.log, used)
+    _count(rxq, frames, size, used)
+    ep[EP_TO_WIRE] += frames
+    ep[EP_FROM_WIRE] += frames
+    ep[EP_BYTES_TO_WIRE] += size
+    ep[EP_BYTES_FROM_WIRE] += size
+
+
+@inlined
+def _write_journal(mem: Bytes, txq: Words, used_tx: int, rxq: Words, used_rx: int) -> None:
+    """Write down both indices that come next, as two can't be published as one: for the owner after a crash in between."""
+    journal = txq[VQ_JOURNAL]
+    store_u16(mem, journal + JOURNAL_RECEIVEQ_IDX, rxq[VQ_LAST_USED_IDX] + used_rx)
+    store_u16(mem, journal + JOURNAL_TRANSMITQ_IDX, txq[VQ_LAST_USED_IDX] + used_tx)
+    store_u16_release(mem, journal + JOURNAL_VALID, 1)
 
 
 @inlined
