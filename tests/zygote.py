@@ -100,9 +100,9 @@ class _Forked(subprocess.Popen[Any]):
     """A process of the zygote's, and a child of ours."""
 
     def _execute_child(  # type: ignore[no-untyped-def]
-        self, args, _executable, _preexec_fn, _close_fds, pass_fds, cwd, env, _info, _flags, _shell, *rest
+        self, args, _executable, _preexec_fn, _close_fds, pass_fds, cwd, env, *rest
     ) -> None:
-        pipes = rest[:6]  # stdin: read, write; stdout: read, write; stderr: read, write
+        pipes = rest[3:9]  # stdin: read, write; stdout: read, write; stderr: read, write
         streams = [given if given >= 0 else fd for fd, given in enumerate((pipes[0], pipes[3], pipes[5]))]
         mask = os.umask(0)
         os.umask(mask)

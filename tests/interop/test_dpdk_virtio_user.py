@@ -81,6 +81,7 @@ def test_the_slice_has_every_pair_of_values() -> None:
 def test_every_frame_comes_back_byte_for_byte(
     serve: Serve,
     tmp_path: Path,
+    *,
     endpoint: str,
     mrg_rxbuf: int,
     in_order: int,

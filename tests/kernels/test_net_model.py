@@ -112,7 +112,7 @@ class NetDevice(RuleBasedStateMachine):
         writable=st.integers(0, 2), missing=st.integers(0, 11),
     )  # fmt: skip
     def send(
-        self, length: int, header: bytes, seed: int, cuts: list[int], direct: int, start: int, table_at: int,
+        self, *, length: int, header: bytes, seed: int, cuts: list[int], direct: int, start: int, table_at: int,
         flip: bool, writable: int, missing: int,
     ) -> None:  # fmt: skip
         """Put a frame into the transmitq; of a frame of no bytes even part of the header may be missing."""
