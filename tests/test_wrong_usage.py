@@ -10,7 +10,7 @@ import pytest
 from tests import test_cli
 from tests.shell import Shell
 from tests.test_cli import interfaces
-from vnetdp import commands, output
+from vnetdp import commands, migration_commands, output
 from vnetdp.endpoints.names import ENDPOINTS
 from vnetdp.endpoints.spec import _KINDS
 
@@ -160,7 +160,8 @@ def test_wrong_usage_is_told_in_one_line_before_anything_is_compiled(
 ) -> None:
     args, told = WRONG[name]
     if name not in AFTER_COMPILING:
-        monkeypatch.setattr(commands, "_compile", lambda *_: output.say("compiling the kernels"))
+        for module in (commands, migration_commands):
+            monkeypatch.setattr(module, "compile_kernels", lambda *_: output.say("compiling the kernels"))
     before = interfaces()
     done = shell.run_forked(*args)
     assert done.returncode == 2

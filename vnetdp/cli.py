@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from vnetdp_kernels import layout
 
-from . import commands, limits, output, signals
+from . import commands, limits, migration_commands, output, signals
 from ._version import __version__
 from .endpoints.names import explained
 from .errors import ConfigError, OutputError, VnetdpError, WorkError
@@ -33,6 +33,8 @@ exit status, of every command:
   128 + N  signal N (130: ^C) ended it before its work was done, or a second signal did at once; link, serve and drive, which
            work until they are asked to end, are done when the first signal comes, and end with 0 or 1
 """
+
+_Command = Callable[..., argparse.ArgumentParser]  # adds a command to the parser, and returns its own
 
 _VERBOSE = "log what happens, not only what goes wrong"
 _FEATURE_LISTS = ("--features", "--protocol-features")
@@ -129,10 +131,106 @@ def _worker_timeout(command: argparse.ArgumentParser, then: str) -> None:
                          help=f"a worker that does not answer for S seconds (default 10) is given up: {then}")  # fmt: skip
 
 
-def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
+def _demo(command: _Command) -> None:
+    demo = command(
+        "demo",
+        commands.demo,
+        "Show traffic move from userspace to vhost, through a failure, back, and to another process.",
+    )
+    demo.add_argument("--seconds", type=_positive, default=1.0, help="of each phase (default 1)")
+
+
+def _link(command: _Command) -> None:
+    link = command(
+        "link",
+        commands.link,
+        "Join two endpoints through an emulated device and driver: LEFT is the device's, RIGHT the guest's.",
+        epilog=explained(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    link.add_argument("left", metavar="LEFT")
+    link.add_argument("right", metavar="RIGHT")
+    link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), help="(default vhost)")
+    link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
+    link.add_argument("--ring", type=_ring, metavar="N", help="queue size (default 256)")
+    link.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
+    _polling(link)
+    _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 s")
+    link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
+                      help="hand the rings to the other owner every N ms")  # fmt: skip
+    link.add_argument("--switches", type=_number(1, 1 << 62, "a count"), metavar="N",
+                      help="stop switching after N hand-overs (with --switch-ms)")  # fmt: skip
+    link.add_argument("--seconds", type=_positive, help="end after so long (default: a signal ends it)")
+
+
+def _serve(command: _Command) -> None:
+    serve = command(
+        "serve",
+        commands.serve,
+        "Be a vhost-user back end: QEMU, User Mode Linux and DPDK attach to SOCKET.",
+        epilog=explained(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("endpoint", metavar="ENDPOINT")
+    serve.add_argument("--socket", required=True, metavar="PATH")
+    serve.add_argument("--connect", action="store_true", help="the front end listens: connect, again and again")
+    serve.add_argument("--features", metavar="LIST",
+                       help="offer less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
+                            "only these, and what they need")  # fmt: skip
+    serve.add_argument("--protocol-features", metavar="LIST", default="",
+                       help="offer more or less: -inflight_shmfd,-status,... all but these; mq,config,... only these; "
+                            "+device_state: that, too, which QEMU then needs wherever it migrates")  # fmt: skip
+    serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
+    serve.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
+    serve.add_argument(
+        "--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel"
+    )
+    _polling(serve)
+    _worker_timeout(serve, "its front end is hung up on, and served anew when it comes back")
+
+
+def _drive(command: _Command) -> None:
+    drive = command(
+        "drive",
+        commands.drive,
+        "Be a vhost-user front end: a guest's driver against any back end.",
+        epilog=explained(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    drive.add_argument("endpoint", metavar="ENDPOINT")
+    drive.add_argument("--socket", required=True, metavar="PATH")
+    drive.add_argument("--listen", action="store_true", help="own the socket: the back end connects")
+    drive.add_argument(
+        "--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end"
+    )
+    drive.add_argument("--seconds", type=_positive, help="end after so long")
+    drive.add_argument("--wait", type=_positive, default=30.0, metavar="S",
+                       help="for a back end, at first and whenever its connection is lost (default 30 s)")  # fmt: skip
+    drive.add_argument("--mtu", type=_mtu, default=1500, metavar="N",
+                       help="of what the other side sends (default 1500)")  # fmt: skip
+    drive.add_argument("--features", metavar="LIST",
+                       help="take less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
+                            "only these, and what they need")  # fmt: skip
+    drive.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
+    drive.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
+    _polling(drive)
+
+
+def _bench(command: _Command) -> None:
+    bench = command("bench", commands.bench, "Measure, and compare with peers in the same run.")
+    bench.add_argument("what", choices=("ring", "link", "peers", "migration"))
+    bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), metavar="N",
+                       help="measure each N times (default 5; migration 20)")  # fmt: skip
+    bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
+    bench.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results (needs the plot extra)")
+
+
+def _migration(command: _Command) -> None:
     from .migration.names import CHANGES, FAULT_POINTS, POLICIES, TRAFFIC
 
-    migrate = command("migrate", commands.migrate, "Migrate a machine under traffic from one process to another.")
+    migrate = command(
+        "migrate", migration_commands.migrate, "Migrate a machine under traffic from one process to another."
+    )
     migrate.add_argument("--policy", choices=POLICIES, default="delta", help="how much is done early (default delta)")
     migrate.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
     migrate.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
@@ -160,7 +258,9 @@ def _migration(command: Callable[..., argparse.ArgumentParser]) -> None:
     migrate.add_argument("--no-check", action="store_true", help="don't compare all of guest memory while nobody runs")
     migrate.add_argument("--plot", type=_picture, metavar="FILE", help="draw the timeline (needs the plot extra)")
 
-    faults = command("faults", commands.faults, "Run the fault matrix: each thing that can go wrong in a migration.")
+    faults = command(
+        "faults", migration_commands.faults, "Run the fault matrix: each thing that can go wrong in a migration."
+    )
     faults.add_argument("--policy", choices=POLICIES, default="delta")
     faults.add_argument(
         "--only", default="", metavar="ID", help="rows whose id begins with these parts, such as D1 or A6/mac"
@@ -201,90 +301,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    demo = command(
-        "demo",
-        commands.demo,
-        "Show traffic move from userspace to vhost, through a failure, back, and to another process.",
-    )
-    demo.add_argument("--seconds", type=_positive, default=1.0, help="of each phase (default 1)")
-
-    link = command(
-        "link",
-        commands.link,
-        "Join two endpoints through an emulated device and driver: LEFT is the device's, RIGHT the guest's.",
-        epilog=explained(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    link.add_argument("left", metavar="LEFT")
-    link.add_argument("right", metavar="RIGHT")
-    link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), help="(default vhost)")
-    link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
-    link.add_argument("--ring", type=_ring, metavar="N", help="queue size (default 256)")
-    link.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
-    _polling(link)
-    _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 s")
-    link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
-                      help="hand the rings to the other owner every N ms")  # fmt: skip
-    link.add_argument("--switches", type=_number(1, 1 << 62, "a count"), metavar="N",
-                      help="stop switching after N hand-overs (with --switch-ms)")  # fmt: skip
-    link.add_argument("--seconds", type=_positive, help="end after so long (default: a signal ends it)")
-
-    serve = command(
-        "serve",
-        commands.serve,
-        "Be a vhost-user back end: QEMU, User Mode Linux and DPDK attach to SOCKET.",
-        epilog=explained(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    serve.add_argument("endpoint", metavar="ENDPOINT")
-    serve.add_argument("--socket", required=True, metavar="PATH")
-    serve.add_argument("--connect", action="store_true", help="the front end listens: connect, again and again")
-    serve.add_argument("--features", metavar="LIST",
-                       help="offer less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
-                            "only these, and what they need")  # fmt: skip
-    serve.add_argument("--protocol-features", metavar="LIST", default="",
-                       help="offer more or less: -inflight_shmfd,-status,... all but these; mq,config,... only these; "
-                            "+device_state: that, too, which QEMU then needs wherever it migrates")  # fmt: skip
-    serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
-    serve.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
-    serve.add_argument(
-        "--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel"
-    )
-    _polling(serve)
-    _worker_timeout(serve, "its front end is hung up on, and served anew when it comes back")
-
-    drive = command(
-        "drive",
-        commands.drive,
-        "Be a vhost-user front end: a guest's driver against any back end.",
-        epilog=explained(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    drive.add_argument("endpoint", metavar="ENDPOINT")
-    drive.add_argument("--socket", required=True, metavar="PATH")
-    drive.add_argument("--listen", action="store_true", help="own the socket: the back end connects")
-    drive.add_argument(
-        "--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end"
-    )
-    drive.add_argument("--seconds", type=_positive, help="end after so long")
-    drive.add_argument("--wait", type=_positive, default=30.0, metavar="S",
-                       help="for a back end, at first and whenever its connection is lost (default 30 s)")  # fmt: skip
-    drive.add_argument("--mtu", type=_mtu, default=1500, metavar="N",
-                       help="of what the other side sends (default 1500)")  # fmt: skip
-    drive.add_argument("--features", metavar="LIST",
-                       help="take less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
-                            "only these, and what they need")  # fmt: skip
-    drive.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
-    drive.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
-    _polling(drive)
-
-    bench = command("bench", commands.bench, "Measure, and compare with peers in the same run.")
-    bench.add_argument("what", choices=("ring", "link", "peers", "migration"))
-    bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), metavar="N",
-                       help="measure each N times (default 5; migration 20)")  # fmt: skip
-    bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
-    bench.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results (needs the plot extra)")
-
+    _demo(command)
+    _link(command)
+    _serve(command)
+    _drive(command)
+    _bench(command)
     _migration(command)
     command("doctor", commands.doctor, "Say what this machine can run, and what to do about the rest.")
     return parser

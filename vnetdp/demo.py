@@ -14,12 +14,13 @@ from .backends.faulty import Fault, Faults, FaultyBackend
 from .backends.worker import Worker
 from .device import NetDevice
 from .driver import Driver, memory_for
-from .endpoints.loopback import GenerateEndpoint, drained
+from .endpoints.loopback import GenerateEndpoint, Ledger, drained
 from .errors import VnetdpError, WorkError
 from .migration.machine import MachineConfig
 from .migration.run import Couple, Result
 
 _FRAME_LEN = 64
+_HERE = 5  # phases before the migration to another process
 
 
 def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> None:
@@ -64,8 +65,20 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
 
         ledger = drained(wire, guest)
         handovers_us = sorted(ns / 1e3 for ns in device.handovers_ns)
-    owners = [p["owner"] for p in phases]
     migrated = _migrate(seconds, phases, say)
+    _conclude(report, fell_back, handovers_us, ledger, migrated, say)
+
+
+def _conclude(
+    report: dict[str, Any],
+    fell_back: bool,
+    handovers_us: list[float],
+    ledger: Ledger,
+    migrated: Result,
+    say: Callable[[str], None],
+) -> None:
+    """Say whether all went well, the migration too, and enter it into the report."""
+    owners = [p["owner"] for p in report["phases"][:_HERE]]
     ledger += migrated.ledger
     right = {
         "the injected failure led to no fallback": fell_back,
@@ -75,7 +88,7 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
         "the migration met an error": not migrated.error,
         "the migration broke an invariant": not migrated.violations,
         "no packet moved after the migration": migrated.blackout_us is not None,
-        "no packet moved in a phase": all(p["packets"] for p in phases),
+        "no packet moved in a phase": all(p["packets"] for p in report["phases"]),
     }
     ok = all(right.values())
     verdict = "none was lost" if ok else "NOT OK: " + "; ".join(text for text, holds in right.items() if not holds)
