@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import frame, no_descriptor_leaks
-from tests.endpoints.capture_cases import CASES, COOKED, MORE_CASES, A, B, C
-from tests.endpoints.captures import (
+from tests.capture_cases import CASES, COOKED, MORE_CASES, A, B, C
+from tests.captures import (
     PACKED,
     block,
     enhanced,

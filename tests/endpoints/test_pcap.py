@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import frame, no_descriptor_leaks, wait_for
-from tests.endpoints.captures import PACKED, pcap, pcapng, taken, tshark, written
+from tests.captures import PACKED, pcap, pcapng, taken, tshark, written
 from tests.endpoints.joined import guest_of, receive_all, send_all
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.errors import EndpointError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import frame, no_descriptor_leaks
-from tests.endpoints.captures import pcap
+from tests.captures import pcap
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint, Faults
 from vnetdp.endpoints.loopback import (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.endpoints.capture_cases import CASES
+from tests.capture_cases import CASES
 from tests.kernels.rig import scaled
 from vnetdp.endpoints.capture_reader import CaptureReader
 from vnetdp.errors import EndpointError

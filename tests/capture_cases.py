@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from tests.endpoints.captures import block, enhanced, frames, interface, obsolete, pcap, pcapng, section, simple
+from tests.captures import block, enhanced, frames, interface, obsolete, pcap, pcapng, section, simple
 
 A, B, C = frames(1, 2, 3)
 FCS = b"\xde\xad\xbe\xef"
