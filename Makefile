@@ -46,6 +46,7 @@ check: $(STAMP)
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-cache
+	$(RUN) -m tests.shape
 
 # One question a file in bench/; then the comparisons with peers.
 bench: $(STAMP)
