@@ -57,7 +57,7 @@ def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess
     if not _serves(os.environ):
         return _start(code, parent, passed)
     fd = parent.fileno()
-    text = f"from vnetdp.child import follow; follow({fd}); {code}"
+    text = f"from {child.__name__} import follow; follow({fd}); {code}"
     return _Forked([sys.executable, "-c", text], pass_fds=(fd, *passed), process_group=0)
 
 
@@ -84,7 +84,7 @@ class _Zygote:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a process whose parent ends becomes our child
         self.surroundings = _surroundings(os.environ)
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = f"from tests.zygote import main; main({theirs.fileno()})"
+        code = f"from {__name__} import main; main({theirs.fileno()})"
         root = str(Path(__file__).parent.parent)
         self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], cwd=root)
         theirs.close()

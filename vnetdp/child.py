@@ -29,7 +29,7 @@ def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess
     fd = parent.fileno()
     with limits.giving("a process"):
         return subprocess.Popen(
-            [sys.executable, "-c", f"from vnetdp.child import follow; follow({fd}); {code}"],
+            [sys.executable, "-c", f"from {__name__} import follow; follow({fd}); {code}"],
             pass_fds=(fd, *passed),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             process_group=0,

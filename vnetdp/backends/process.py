@@ -176,7 +176,7 @@ class WorkerProcess(Owned):
                 pairs_of_sockets.append((made.enter_context(ours), childs.enter_context(theirs)))
             (self._sock, verbs), (self._events, events) = pairs_of_sockets
             passed = (verbs.fileno(), events.fileno(), self.datapath.block.fd)
-            code = f"from vnetdp.backends.process import main; main({passed}, {pairs}, {poll_us})"
+            code = f"from {__name__} import main; main({passed}, {pairs}, {poll_us})"
             self._child = child.start(code, verbs, passed[1:])
             made.callback(self._child.wait)
             made.callback(self._child.kill)

@@ -15,7 +15,6 @@ goes through them backwards, so that a machine that slows down meanwhile favours
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -317,10 +316,6 @@ def _wait_until(
         time.sleep(0.02)
 
 
-def _why_no_vnetdp() -> str | None:
-    return None if importlib.util.find_spec("vnetdp.__main__") else "this vnetdp has no command line yet"
-
-
 def _why_no_program(program: str, package: str) -> str | None:
     return None if shutil.which(program) else f"{program} isn't installed (Debian's package {package})"
 
@@ -331,8 +326,8 @@ def _why_no_testpmd() -> str | None:
 
 CONTENDERS = (
     Contender(BRIDGE, _bridge, lambda: None),
-    Contender(USERSPACE, partial(_vnetdp, "userspace"), _why_no_vnetdp),
-    Contender(VHOST, partial(_vnetdp, "vhost"), _why_no_vnetdp),
+    Contender(USERSPACE, partial(_vnetdp, "userspace"), lambda: None),
+    Contender(VHOST, partial(_vnetdp, "vhost"), lambda: None),
     Contender(TESTPMD, _testpmd_tap, _why_no_testpmd),
     Contender(
         TESTPMD_AF_PACKET,

@@ -263,7 +263,7 @@ class HostProcess(Owned):
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ExitStack() as made, theirs:
             made.callback(self._sock.close)
-            code = f"from vnetdp.migration.host import main; main({theirs.fileno()}, {quiet})"
+            code = f"from {__name__} import main; main({theirs.fileno()}, {quiet})"
             self._child = child.start(code, theirs, ())
             made.pop_all()
         self._lock = threading.Lock()
