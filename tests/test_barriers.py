@@ -15,7 +15,7 @@ import pytest
 import vnetdp_kernels
 
 KERNELS = Path(str(vnetdp_kernels.__file__)).parent
-ARCHITECTURE = Path(__file__).parent.parent.parent / "docs/architecture.md"
+ARCHITECTURE = Path(__file__).parent.parent / "docs/architecture.md"
 PAIRS_WITH = re.compile(r"(?:barrier ([A-Z]): )?pairs with(?: the (\w+) in `?(\w+)`?)?", re.IGNORECASE)
 CALLS = {
     "acquire": re.compile(r"load_\w+_acquire"),
