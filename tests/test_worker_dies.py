@@ -472,7 +472,7 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
         NetDevice(memory, wire, vhost=worker.backends) as device,
         Driver(device, memory) as guest,
     ):
-        running = worker if use_vhost else device._userspace_worker
+        running = worker if use_vhost else device._userspace.worker
         assert running is not None
         ctl = running.datapath.ctl
 

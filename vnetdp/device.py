@@ -12,22 +12,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from vnetdp_kernels import layout
 
 from . import features as f
 from . import vhost_net
-from .backends.base import VRINGS, Backend
-from .backends.userspace import UserspaceBackend
-from .backends.worker import Worker
+from .backends.base import Backend
 from .datapath import Datapath
 from .endpoints.base import Endpoint
-from .errors import BackendError, ConfigError, EndpointError, GuestError, UnbindError
+from .errors import BackendError, ConfigError, GuestError, UnbindError
 from .memory import DirtyLog, GuestMemory, Words
 from .notifiers import Notifiers
 from .notify import EventFd
+from .own_datapath import OwnDatapath
 from .owned import Owned, OwnedLock
 from .owners import Owner, Owners
 from .registers import Registers
@@ -104,33 +102,23 @@ class NetDevice(Owned):
         """True while vhost is the owner to choose (`set_use_vhost`), whether or not it has the rings."""
         self.last_error: Exception | None = None
         """The last failure of an owner, a queue or the endpoint; None if there was none."""
-        self._userspace_worker: Worker | None = None
-        self._stepped: Datapath | None = None
         with ExitStack() as made:
             self.notifiers = notifiers or Notifiers(queue_pairs)
             made.callback(self.notifiers.close)
             self.config_call = made.enter_context(EventFd())
-            if threaded:
-                self._userspace_worker = Worker(queue_pairs, poll_us, "userspace-datapath", timeout_s=None)
-                userspace: Sequence[Backend] = self._userspace_worker.backends
-            else:
-                self._stepped = Datapath(queue_pairs)
-                userspace = [UserspaceBackend(self._stepped, pair) for pair in range(queue_pairs)]
+            self._userspace = OwnDatapath(queue_pairs, threaded, poll_us)
             made.pop_all()
         self.kicks = self.notifiers.kicks
         """An `EventFd` for each queue, by which the driver notifies the device."""
         self.calls = self.notifiers.calls
         """An `EventFd` for each queue, by which the device notifies the driver."""
         self._lock = OwnedLock(self, lambda: self.owners.check_outside())
-        self._trouble = Trouble(self._notify_config)
+        self._trouble = Trouble(self.config_call)
         self._running = running
-        self.owners = Owners(userspace, vhost, self.notifiers, self.check_rings, fallback)
-        self._listening: list[Callable[[], None]] = []
+        self.owners = Owners(self._userspace.backends, vhost, self.notifiers, self.check_rings, fallback)
         with ExitStack() as made:
             made.callback(self.close)
-            for owner, backends in ((Owner.VHOST, vhost or ()), (Owner.USERSPACE, userspace)):
-                for backend in vhost_net.one_a_site(backends):
-                    self._listening.append(backend.listen(self.check_rings, partial(self.take_from, owner)))
+            self.owners.listen(self.take_from)
             made.pop_all()
 
     # --- registers, as a driver uses them ---
@@ -203,33 +191,22 @@ class NetDevice(Owned):
                 raise ConfigError(f"queue {index} has no addresses: set_queue comes first")
             if queue.enabled:
                 return
-            backends = self.owners.backends
-            if backends is None:
+            try:
+                self.owners.start_queue(self.rings(), index)
+            except BackendError as e:
+                # Not enabled as yet: the backend does not know its index, and would give back one of another time.
+                self._hand_to(Owner.NOBODY)
                 queue.enabled = True
-            else:
-                pair, vring = divmod(index, VRINGS)
-                try:
-                    with backends[pair].hold():
-                        vhost_net.start_vring(backends[pair], self.rings(), pair, vring)
-                        backends[pair].set_backend(vring, self.endpoint)
-                        queue.enabled = True
-                except BackendError as e:
-                    # Not enabled as yet: the backend does not know its index, and would give back one of another time.
-                    self._hand_to(Owner.NOBODY)
-                    queue.enabled = True
-                    self._restart_after(e)
+                self._restart_after(e)
 
     def reset_queue(self, index: int) -> None:
         """Reset one queue while the others go on (Virtio 1.2, 2.6.1). It is then as after a reset of the device."""
         with self._lock:
-            queue = self._registers.queue(index)
-            backends = self.owners.backends
-            if queue.enabled and backends is not None:
-                pair, vring = divmod(index, VRINGS)
-                try:
-                    vhost_net.stop_vring(backends[pair], self.rings(), pair, vring)
-                except UnbindError as e:
-                    self._restart_after(e)
+            self._registers.queue(index)
+            try:
+                self.owners.stop_queue(self.rings(), index)
+            except UnbindError as e:
+                self._restart_after(e)
             with self._trouble.lock:
                 self._registers.reset_queue(index)
                 self._trouble.broken.pop(index, None)
@@ -256,7 +233,7 @@ class NetDevice(Owned):
             self._registers.check_control(wanted, self.driver_features)
             self._registers.take_control(wanted)
             if any(getattr(wanted, name) != getattr(before, name) for name in CONFIG_SPACE):
-                self._notify_config()
+                self._trouble.notify_config()
             if wanted.link_up != before.link_up:
                 self._update_owner()
 
@@ -290,10 +267,7 @@ class NetDevice(Owned):
             self._update_owner()
 
     def take_from(self, owner: Owner) -> None:
-        """Take the rings from an owner that is gone, and give them to the next one, if the device falls back.
-
-        @private
-        """
+        """Take the rings from an owner that is gone, and give them to the next one, if the device falls back. @private"""
         with self._lock:
             if self.owner is owner and (self.fallback or owner is Owner.USERSPACE):
                 self._hand_to(Owner.NOBODY)
@@ -307,21 +281,16 @@ class NetDevice(Owned):
         with self._lock:
             before, self.log = self.log, log
             try:
-                self._tell_log()
+                self.owners.set_log(self.rings())
             except BackendError as e:
                 if log is not None:
                     self.log = before
                     try:
-                        self._tell_log()
+                        self.owners.set_log(self.rings())
                     except BackendError as again:
                         self._restart_after(again)
                     raise
                 self._restart_after(e)
-
-    def _tell_log(self) -> None:
-        backends = self.owners.backends
-        if backends is not None:
-            vhost_net.set_log(backends, self.rings())
 
     # --- owners ---
 
@@ -399,8 +368,7 @@ class NetDevice(Owned):
         with self._lock:
             if len(state.queues) != len(self.queues):
                 raise ConfigError(f"a state of {len(state.queues)} queues; the device has {len(self.queues)}")
-            registers = {"status": state.status, "features": state.features}
-            self.load_delta(StateDelta(registers, vars(state.control), dict(enumerate(state.copy().queues)), []))
+            self.load_delta(StateDelta.of(state))
 
     def load_delta(self, delta: StateDelta) -> None:
         """Take over what changed in another device since `load_state`. ConfigError, and no change, if it cannot be."""
@@ -412,15 +380,10 @@ class NetDevice(Owned):
                 self._registers.take_control(control)  # the last that can fail
             self._registers.features = features
             with self._trouble.lock:
-                if "status" in delta.registers:
-                    self._trouble.status, self._trouble.halted = delta.registers["status"], False
-                for index in delta.queues:
-                    self._trouble.broken.pop(index, None)
-                self.queues[:] = queues
-                for index, base in delta.bases:
-                    queues[index].last_avail_idx = base
+                self._trouble.load(delta)
+                self._registers.load_queues(queues, delta.bases)
             if delta.registers or not delta.control.keys().isdisjoint(CONFIG_SPACE):
-                self._notify_config()  # what is pending over there is not sent: one with the status makes up for it
+                self._trouble.notify_config()  # what is pending over there is not sent: one with the status makes up for it
 
     def prepare_vhost(self) -> bool:
         """Configure vhost, all but binding the rings, before the device runs. False if that failed or can't be now.
@@ -474,23 +437,14 @@ class NetDevice(Owned):
         self._told(self._registers.reset)
 
     def _told(self, tell: Callable[[], None]) -> bool:
-        """Tell the endpoint something; False, and an error counted there, if it fails: no register write does for that."""
-        try:
-            tell()
-        except EndpointError as e:
-            self.last_error = e
-            self.endpoint.errors += 1
-            _log.warning("%s", e)
-            return False
-        return True
+        error = self._registers.told(tell)
+        self.last_error = error or self.last_error
+        return error is None
 
     # --- trouble ---
 
     def check_rings(self) -> None:
-        """Look for queues that broke; the device then says NEEDS_RESET (2.1.2). Owners call this when a ring broke.
-
-        @private
-        """
+        """Look for queues that broke, and set NEEDS_RESET (2.1.2); an owner whose ring broke calls this. @private"""
         with self._trouble.lock:
             error = self._trouble.look(self.owners.backends or (), self.queues)
             if error is not None:
@@ -502,32 +456,22 @@ class NetDevice(Owned):
         self.check_rings()
         return self._trouble.errors()
 
-    def _notify_config(self) -> None:
-        if self._trouble.driver_ok:
-            self.config_call.signal()
-
     # --- running it by hand ---
 
     @property
     def stepped(self) -> Datapath:
         """The userspace datapath of a device without a thread. @private"""
-        if self._stepped is None:
-            raise ConfigError("the device has a thread: make it with threaded=False to step it")
-        return self._stepped
+        return self._userspace.stepped
 
     @property
     def userspace_rows(self) -> Words:
         """The queue rows of the userspace datapath: int64[2 * queue_pairs, VQ_SLOTS]. @private"""
-        if self._userspace_worker is not None:
-            return self._userspace_worker.datapath.vqs
-        return self.stepped.vqs
+        return self._userspace.rows
 
     @property
     def native_id(self) -> int:
         """The kernel's id of the userspace datapath's thread, for its affinity. ConfigError with `threaded=False`."""
-        if self._userspace_worker is None:
-            raise ConfigError("the device has no thread: it was made with threaded=False")
-        return self._userspace_worker.paced.native_id
+        return self._userspace.native_id
 
     def step(self, budget: int = 64) -> int:
         """Move at most *budget* frames between rings and endpoint, in this thread, and return how many. Never waits.
@@ -545,15 +489,12 @@ class NetDevice(Owned):
 
     def close(self) -> None:
         """Take the rings from their owner, and give up the threads and descriptors that the device made."""
-        for forget in self._listening:
-            forget()
+        self.owners.close()
         if not self.inherited:  # a forked child leaves the rings to its parent
             with self._lock:
                 self._running = False  # nor does a worker that ends now bring the rings back
                 self._hand_to(Owner.NOBODY)
                 self.owners.abandon()
-        for part in (self._userspace_worker, self._stepped):
-            if part is not None:
-                part.close()
+        self._userspace.close()
         self.notifiers.close()
         self.config_call.close()

@@ -12,7 +12,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 
 from . import vhost_net
 from .backends.base import VRINGS, Backend
@@ -67,6 +68,13 @@ class Owners(Owned):
         self.handovers_ns: deque[int] = deque(maxlen=_HANDOVERS_KEPT)
         self.last_error: Exception | None = None
         self._said = ""  # why vhost can't start, until it does
+        self._listening = ExitStack()
+
+    def listen(self, gone: Callable[[Owner], None]) -> None:
+        """Have either owner's backends call *check* when a ring broke, and *gone*, with the owner, if they are gone."""
+        for owner, backends in ((Owner.VHOST, self._sites), (Owner.USERSPACE, vhost_net.one_a_site(self.userspace))):
+            for backend in backends:
+                self._listening.callback(backend.listen(self._check, partial(gone, owner)))
 
     def check_outside(self) -> None:
         """Raise ConfigError in a thread that runs the rings: one that changes the device waits for it to stand still."""
@@ -226,6 +234,32 @@ class Owners(Owned):
         self.prepared = None
         for site in self._sites:
             site.park(False)
+
+    def start_queue(self, rings: vhost_net.Rings, index: int) -> None:
+        """Enable a queue, and have the owner, if there is one, start its ring; BackendError, and it is not enabled."""
+        if self.backends is None:
+            rings.queues[index].enabled = True
+            return
+        pair, vring = divmod(index, VRINGS)
+        with self.backends[pair].hold():
+            vhost_net.start_vring(self.backends[pair], rings, pair, vring)
+            self.backends[pair].set_backend(vring, rings.endpoint)
+            rings.queues[index].enabled = True
+
+    def stop_queue(self, rings: vhost_net.Rings, index: int) -> None:
+        """Have the owner, if there is one, stop the ring of an enabled queue; UnbindError if it may go on with it."""
+        if self.backends is not None and rings.queues[index].enabled:
+            pair, vring = divmod(index, VRINGS)
+            vhost_net.stop_vring(self.backends[pair], rings, pair, vring)
+
+    def set_log(self, rings: vhost_net.Rings) -> None:
+        """Tell the owner, if there is one, of the dirty log of *rings*, or that there is none any more."""
+        if self.backends is not None:
+            vhost_net.set_log(self.backends, rings)
+
+    def close(self) -> None:
+        """Listen no more. The backends are the caller's."""
+        self._listening.close()
 
     def abandon(self) -> None:
         """Forget what was prepared."""

@@ -5,7 +5,9 @@ They know neither locks nor owners: `NetDevice` holds its lock around every call
 
 from __future__ import annotations
 
+import logging
 import struct
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,6 +17,8 @@ from .endpoints.base import Endpoint
 from .errors import ConfigError, EndpointError
 from .state import MAX_QUEUE_PAIRS, VIRTIO_NET_S_LINK_UP, Control, StateDelta
 from .virtqueue import Virtqueue, check_num
+
+_log = logging.getLogger("vnetdp.device")
 
 
 class Registers:
@@ -96,6 +100,16 @@ class Registers:
     def _can_be(self, features: int) -> bool:
         return not (features & ~self.offered or f.missing_dependency(features))
 
+    def told(self, tell: Callable[[], None]) -> EndpointError | None:
+        """Tell the endpoint something; return its error, logged and counted there: no register write fails for that."""
+        try:
+            tell()
+        except EndpointError as e:
+            self.endpoint.errors += 1
+            _log.warning("%s", e)
+            return e
+        return None
+
     def take_offloads(self) -> None:
         """Have the endpoint send what the driver's features let it receive."""
         offloads = f.guest_offload_mask(self.features)
@@ -161,3 +175,9 @@ class Registers:
             if not (0 <= index < len(queues) and queues[index].enabled):
                 raise ConfigError(f"an index for queue {index}, which is not enabled")
         return features, control, queues
+
+    def load_queues(self, queues: list[Virtqueue], bases: Iterable[tuple[int, int]]) -> None:
+        """Take over queues, and the next avail index of some, that `after` has checked."""
+        self.queues[:] = queues
+        for index, base in bases:
+            queues[index].last_avail_idx = base

@@ -147,6 +147,12 @@ class StateDelta:
     bases: list[tuple[int, int]]
     """(queue, last_avail_idx) of each other enabled queue."""
 
+    @classmethod
+    def of(cls, state: DeviceState) -> StateDelta:
+        """Return all of *state* as a difference, in copies."""
+        registers = {"status": state.status, "features": state.features}
+        return cls(registers, vars(state.control), dict(enumerate(state.copy().queues)), [])
+
     @property
     def empty(self) -> bool:
         """True if nothing but indices changed."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .backends.base import VRINGS, Backend
 from .errors import GuestError
+from .notify import EventFd
 from .owned import Owned, OwnedLock
-from .state import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET
+from .state import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET, StateDelta
 from .virtqueue import Virtqueue
 
 _log = logging.getLogger("vnetdp.device")
@@ -19,19 +20,31 @@ class Trouble(Owned):
     halted: no ring may run before the device is reset.
 
     `lock` is held for moments only: a worker's thread, which finds what broke, can't wait for the lock of the device, whose
-    holder may be waiting for that thread to stand still. *notify* sends a configuration change notification.
+    holder may be waiting for that thread to stand still. *config_call* notifies the driver of a changed configuration.
     """
 
-    def __init__(self, notify: Callable[[], None]) -> None:
+    def __init__(self, config_call: EventFd) -> None:
         self.lock = OwnedLock(self)
         self.status = 0
         self.broken: dict[int, int] = {}
         self.halted = False
-        self._notify = notify
+        self._config_call = config_call
 
     @property
     def driver_ok(self) -> bool:
         return bool(self.status & VIRTIO_CONFIG_S_DRIVER_OK)
+
+    def notify_config(self) -> None:
+        """Notify the driver of a changed configuration (2.3), if it is ready."""
+        if self.driver_ok:
+            self._config_call.signal()
+
+    def load(self, delta: StateDelta) -> None:
+        """Take over what another device has; hold `lock`."""
+        if "status" in delta.registers:
+            self.status, self.halted = delta.registers["status"], False
+        for index in delta.queues:
+            self.broken.pop(index, None)
 
     def write_status(self, status: int) -> None:
         """Take what the driver wrote: only a reset takes NEEDS_RESET back."""
@@ -59,7 +72,7 @@ class Trouble(Owned):
         with self.lock:
             if not self.status & VIRTIO_CONFIG_S_NEEDS_RESET:
                 self.status |= VIRTIO_CONFIG_S_NEEDS_RESET
-                self._notify()
+                self.notify_config()
 
     def halt(self) -> None:
         """Have no ring run before a reset."""
