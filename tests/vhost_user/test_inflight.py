@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -115,14 +115,24 @@ class BackEndAtWork:
         self._stack.close()
 
 
+PUBLISHES = (
+    (split, "publish_used"),
+    (net, "_publish_forwarded"),
+    (net, "_write_journal"),
+)  # what `forward` publishes with
+
+
 def states_on_the_way(window: Bytes, move: Callable[..., object], arguments: tuple[Any, ...]) -> list[Bytes]:
     """Call *move* as plain Python, and return the window as it was before each of its lines, each state once."""
-    code = {getattr(function, "py_func", function).__code__ for function in (move, split.publish_used)}
+    parts = (move, *(getattr(module, name) for module, name in PUBLISHES))
+    code = {getattr(function, "py_func", function).__code__ for function in parts}
     seen: list[Bytes] = [window.copy()]
+    ran: set[CodeType] = set()
 
     def look(here: FrameType, event: str, _arg: object) -> Any:
         if here.f_code not in code:
             return None
+        ran.add(here.f_code)
         if event in ("line", "return") and not np.array_equal(seen[-1], window):
             seen.append(window.copy())
         return look
@@ -133,18 +143,19 @@ def states_on_the_way(window: Bytes, move: Callable[..., object], arguments: tup
         getattr(move, "py_func", move)(*arguments)
     finally:
         sys.settrace(before)
+    left_out = {one.co_name for one in code - ran}
+    assert left_out <= {"_write_journal"}, f"compiled, and so without a look at each step: {left_out}"
     return [*seen, window.copy()]
 
 
 @contextmanager
 def plain_publish() -> Iterator[None]:
     """Have plain Python code publish as plain Python too, so that it can be stopped in the middle of that."""
-    compiled = split.publish_used
-    split.publish_used = getattr(compiled, "py_func", compiled)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in PUBLISHES:
+            compiled = getattr(module, name)
+            patch.setattr(module, name, getattr(compiled, "py_func", compiled))
         yield
-    finally:
-        split.publish_used = compiled
 
 
 ARP = (
