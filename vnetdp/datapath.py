@@ -116,7 +116,7 @@ class Datapath(Owned):
         - `timeout_ms`: 0 returns once there is nothing to do; -1 waits for more, without end.
         """
         self.check_maker()
-        rings, endpoint, control = self.rings, self.endpoint, Control(self.ctl, self.bell.fd)
+        endpoint, control = self.endpoint, Control(self.ctl, self.bell.fd)
         moved = 0
         while True:
             endpoint.service()
@@ -125,7 +125,7 @@ class Datapath(Owned):
                 self._in_kernel = False
                 return layout.LOOP_CONTROL, moved
             limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
-            reason, n = loops.serve(rings, endpoint.wire, control, self._scratch, limits)
+            reason, n = loops.serve(self.rings, endpoint.wire, control, self._scratch, limits)
             self._in_kernel = False
             moved += n
             if reason != layout.LOOP_PYTHON:

@@ -165,7 +165,6 @@ class Driver(Owned):
         self._scratch = scratch_for(queue_pairs, num)
         pairs = zip(device.notifiers.kicks, device.notifiers.calls, strict=True)
         self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
-        self.rings = DriverRings(memory.mem, self.dvqs, self.states, self.notify)
         self._thread: Paced | None = None
         device.notifiers.on_close(self._unplug)
         if adopt:
@@ -283,6 +282,11 @@ class Driver(Owned):
         return parts
 
     # --- running ---
+
+    @property
+    def rings(self) -> DriverRings:
+        """The queues as kernels take them; ConfigError once guest memory is closed. @private"""
+        return DriverRings(self.memory.mem, self.dvqs, self.states, self.notify)
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Run all queues; return (layout.LOOP_*, frames moved). As `Datapath.run`. @private"""
