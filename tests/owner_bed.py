@@ -9,7 +9,7 @@ from typing import TypeVar
 from tests.by_hand import Ring, frame, wait_equal
 from vnetdp import features as f
 from vnetdp import vhost_net
-from vnetdp.backends.base import TRANSMITQ, VRINGS, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend, FaultyNotifiers
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.backends.worker import Worker
@@ -18,7 +18,7 @@ from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.memory import DirtyLog, GuestMemory
 from vnetdp.owners import Owner, Owners
-from vnetdp.virtqueue import Virtqueue
+from vnetdp.virtqueue import TRANSMITQ, VRINGS, Virtqueue
 from vnetdp_kernels import layout as lay
 
 T = TypeVar("T")

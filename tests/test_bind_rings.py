@@ -23,9 +23,10 @@ from tests.owner_bed import (
 )
 from vnetdp import features as f
 from vnetdp import vhost_net
-from vnetdp.backends.base import RECEIVEQ, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import BackendError
+from vnetdp.virtqueue import RECEIVEQ
 from vnetdp_kernels import layout as lay
 
 

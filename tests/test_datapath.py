@@ -11,12 +11,12 @@ import pytest
 
 from tests.by_hand import Ring, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
 from vnetdp import features as f
-from vnetdp.backends.base import RECEIVEQ, TRANSMITQ
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath import Datapath, Paced
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.memory import GuestMemory, Words
 from vnetdp.notify import EventFd
+from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import layout as lay
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.by_hand import INDIRECT, NEXT, WRITE, Ring, scaled, wait_for
 from vnetdp import features as f
 from vnetdp import vhost_net
-from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.backends.worker import Worker
@@ -29,7 +29,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEnd
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.notify import EventFd
-from vnetdp.virtqueue import Virtqueue
+from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, Virtqueue
 from vnetdp_kernels import layout as lay
 
 BLOCK = 4096

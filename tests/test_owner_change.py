@@ -18,7 +18,7 @@ import pytest
 from tests.by_hand import Traffic, frame, no_descriptor_leaks, rebase, scaled, wait_equal, wait_for
 from vnetdp import features as f
 from vnetdp import vhost_net
-from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.worker import Worker
 from vnetdp.datapath import Datapath
@@ -28,6 +28,7 @@ from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
+from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import layout as lay
 
 RATE = scaled(40_000, 300)

@@ -27,12 +27,11 @@ from tests.owner_bed import (
     whole_start,
 )
 from vnetdp import features as f
-from vnetdp.backends.base import VRINGS
 from vnetdp.backends.faulty import Fault
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.owners import Owner
-from vnetdp.virtqueue import Virtqueue
+from vnetdp.virtqueue import VRINGS, Virtqueue
 from vnetdp_kernels import layout as lay
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.by_hand import Ring, frame, no_descriptor_leaks
 from vnetdp import features as f
 from vnetdp import vhost_net
-from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, VERBS, Backend
+from vnetdp.backends.base import VERBS, Backend
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath import Datapath
@@ -20,7 +20,7 @@ from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.memory import DirtyLog, GuestMemory
 from vnetdp.notify import EventFd
-from vnetdp.virtqueue import Virtqueue
+from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, Virtqueue
 from vnetdp_kernels import layout as lay
 
 PAIRS = 3

@@ -9,7 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vnetdp.errors import ConfigError
-from vnetdp.virtqueue import Virtqueue, check_num, ring_len
+from vnetdp.virtqueue import (
+    RECEIVEQ,
+    TRANSMITQ,
+    Virtqueue,
+    check_num,
+    is_receiveq,
+    pair_of,
+    partner_of,
+    queue_of,
+    queues_of,
+    receiveq,
+    ring_len,
+    transmitq,
+    vring_of,
+)
 
 SIZES = [1 << n for n in range(16)]
 
@@ -73,3 +87,13 @@ def test_a_new_queue_is_not_set_up() -> None:
     queue.validate()
     assert not queue.has_addresses
     assert not queue.enabled
+
+
+def test_queues_are_numbered_pair_by_pair_and_the_receiveq_comes_first() -> None:
+    numbers = [number for pair in range(3) for number in (receiveq(pair), transmitq(pair))]
+    assert numbers == list(range(queues_of(3)))
+    for queue in numbers:
+        assert queue_of(pair_of(queue), vring_of(queue)) == queue
+        assert vring_of(queue) == (RECEIVEQ if is_receiveq(queue) else TRANSMITQ)
+        assert pair_of(partner_of(queue)) == pair_of(queue)
+        assert is_receiveq(partner_of(queue)) is not is_receiveq(queue)

@@ -26,6 +26,7 @@ from .errors import ConfigError, VnetdpError
 from .memory import Bytes, DirtyLog, GuestMemory, SharedBlock, Words
 from .notify import EventFd
 from .owned import Owned, OwnedLock
+from .virtqueue import queues_of
 
 _log = logging.getLogger("vnetdp.datapath")
 
@@ -69,18 +70,18 @@ class Datapath(Owned):
     def __init__(self, pairs: int, block_fd: int | None = None) -> None:
         self.pairs = pairs
         with ExitStack() as made:
-            self.block = SharedBlock(2 * pairs * layout.VQ_SLOTS * 8 + layout.PAGE_SIZE, block_fd)
+            self.block = SharedBlock(queues_of(pairs) * layout.VQ_SLOTS * 8 + layout.PAGE_SIZE, block_fd)
             made.callback(self.block.close)
             self._own_endpoint = self.endpoint = made.enter_context(Endpoint(pairs))
             self.bell = EventFd()
             made.pop_all()
-        self.vqs: Words = self.block.carve(np.int64, 2 * pairs, layout.VQ_SLOTS)
+        self.vqs: Words = self.block.carve(np.int64, queues_of(pairs), layout.VQ_SLOTS)
         self.ctl: Words = self.block.carve(np.int64, layout.CTL_SLOTS)
         self.memory: GuestMemory | None = None
         self.log: DirtyLog | None = None
         self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
-        self.translated: list[GuestMemory | None] = [None] * (2 * pairs)  # by which table a ring's offsets are
-        self.notify: Words = np.full((2 * pairs, 2), -1, np.int64)
+        self.translated: list[GuestMemory | None] = [None] * queues_of(pairs)  # by which table a ring's offsets are
+        self.notify: Words = np.full((queues_of(pairs), 2), -1, np.int64)
         self._scratch = scratch_for(pairs)
         self._in_kernel = False
         self._abandoned = False

@@ -31,7 +31,7 @@ from .state import (
     VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK,
 )
-from .virtqueue import check_num, ring_len
+from .virtqueue import check_num, is_receiveq, queues_of, ring_len, vring_of
 
 # An odd number of cache lines: buffers at a stride of 2048 would share a few sets of the cache.
 BUFFER_LEN = 2048 + 64
@@ -81,7 +81,7 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
     """
     check_num(num)
     rings = sum(ring_len(num)) + 4 * layout.PAGE_SIZE  # each part, and the buffers, begin on a page
-    length = _MARGIN + 2 * queue_pairs * (rings + num * buffer_len)
+    length = _MARGIN + queues_of(queue_pairs) * (rings + num * buffer_len)
     return GuestMemory.create([(0, layout.align_up(length, layout.PAGE_SIZE))])
 
 
@@ -90,7 +90,7 @@ def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlo
 
     `fd`: the descriptor of such a block, to map that one; None makes a new one.
     """
-    words = 2 * queue_pairs * (layout.DVQ_SLOTS + num * layout.DESC_STATE_SLOTS)
+    words = queues_of(queue_pairs) * (layout.DVQ_SLOTS + num * layout.DESC_STATE_SLOTS)
     return SharedBlock(8 * words + layout.PAGE_SIZE, fd)
 
 
@@ -153,8 +153,8 @@ class Driver(Owned):
             made.pop_all()
         self.endpoint = endpoint
         self._block = block
-        self.dvqs: Words = block.carve(np.int64, 2 * queue_pairs, layout.DVQ_SLOTS)
-        self.states: Words = block.carve(np.int64, 2 * queue_pairs, num, layout.DESC_STATE_SLOTS)
+        self.dvqs: Words = block.carve(np.int64, queues_of(queue_pairs), layout.DVQ_SLOTS)
+        self.states: Words = block.carve(np.int64, queues_of(queue_pairs), num, layout.DESC_STATE_SLOTS)
         self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
         self.features = 0
         """The negotiated feature bits."""
@@ -164,7 +164,7 @@ class Driver(Owned):
         self.start_at = start_at
         self._scratch = scratch_for(queue_pairs, num)
         pairs = zip(device.notifiers.kicks, device.notifiers.calls, strict=True)
-        self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: 2 * queue_pairs]
+        self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: queues_of(queue_pairs)]
         self._thread: Paced | None = None
         device.notifiers.on_close(self._unplug)
         if adopt:
@@ -208,7 +208,7 @@ class Driver(Owned):
         for length in lens:
             addresses.append(at)
             at += layout.align_up(length, layout.PAGE_SIZE)
-        buffer_len = self._buffer_len or _buffer_lens(self.features, self._frame_len)[index % 2]
+        buffer_len = self._buffer_len or _buffer_lens(self.features, self._frame_len)[vring_of(index)]
         row = {
             layout.DVQ_NUM: self.num,
             layout.DVQ_DESC: self.memory.translate(addresses[0], lens[0]),
@@ -246,7 +246,7 @@ class Driver(Owned):
                 row[slot] = first_idx
             for ring in addresses[1:]:
                 self.memory.write(ring + layout.VIRTQ_RING_IDX, first_idx.to_bytes(2, "little"))
-        if index % 2 == 0:
+        if is_receiveq(index):
             kernels.post_receive(mem, row, state)
             split_driver.publish_available(mem, row)
         self.device.set_queue(index, self.num, *addresses)
@@ -272,7 +272,7 @@ class Driver(Owned):
                 raise ConfigError(f"queue {index}: its driver has it outside guest memory") from e
             if first % layout.PAGE_SIZE or row[[*values]].tolist() != [*values.values()]:
                 raise ConfigError(f"queue {index}: its driver cannot have it at {first:#x}, or not so")
-            if not kernels.is_sound(self.memory.mem, row, state, index % 2 == 0, seen):
+            if not kernels.is_sound(self.memory.mem, row, state, is_receiveq(index), seen):
                 raise ConfigError(f"queue {index}: what its driver knows of its descriptors cannot be")
             parts.append(addresses)
             taken.append((first, behind))
@@ -394,7 +394,7 @@ class Driver(Owned):
                 (int(row[slot]) - window, n)
                 for slot, n in zip((layout.DVQ_DESC, layout.DVQ_AVAIL), lens[:2], strict=True)
             ]
-            if index % 2:
+            if not is_receiveq(index):
                 ranges.append((int(row[layout.DVQ_BUF_GPA]), self.num * int(row[layout.DVQ_BUF_LEN])))
         return ranges
 

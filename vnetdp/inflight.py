@@ -21,6 +21,7 @@ from vnetdp_kernels.atomic import load_u16_acquire, store_u16, store_u16_release
 from .errors import ConfigError, RequestRefused
 from .memory import Bytes, GuestMemory, Region, create_memfd
 from .vhost_user.message import Inflight
+from .virtqueue import is_receiveq
 
 _VERSION = 1
 _DESC = np.dtype([("inflight", "u1"), ("padding", "V5"), ("next", "<u2"), ("counter", "<u8")])
@@ -105,7 +106,7 @@ class InflightArea:
         elif version != _VERSION or desc_num != num:
             raise RequestRefused(f"vring {index}: inflight area of version {version} for {desc_num} descriptors")
         journal = self.journal_at(index)
-        if journal and index % 2 == 1 and other_at is not None:
+        if journal and not is_receiveq(index) and other_at is not None:
             at = memory.beside_offset + journal
             receiveq_idx, transmitq_idx, valid = struct.unpack_from("<HHH", raw, at)
             if valid and load_u16_acquire(mem, other_at) == receiveq_idx:

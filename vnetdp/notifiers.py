@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from .errors import BackendError
 from .notify import EventFd
 from .owned import Owned
+from .virtqueue import queues_of
 
 _log = logging.getLogger("vnetdp.notifiers")
 
@@ -27,8 +28,8 @@ class Notifiers(Owned):
     def __init__(self, queue_pairs: int) -> None:
         self.queue_pairs = queue_pairs
         with ExitStack() as made:
-            self.kicks = [made.enter_context(EventFd()) for _ in range(2 * queue_pairs)]
-            self.calls = [made.enter_context(EventFd()) for _ in range(2 * queue_pairs)]
+            self.kicks = [made.enter_context(EventFd()) for _ in range(queues_of(queue_pairs))]
+            self.calls = [made.enter_context(EventFd()) for _ in range(queues_of(queue_pairs))]
             made.pop_all()
         self.grabs = 0
         self.host = 0

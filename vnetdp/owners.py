@@ -16,11 +16,12 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 
 from . import vhost_net
-from .backends.base import VRINGS, Backend
+from .backends.base import Backend
 from .datapath import Paced
 from .errors import BackendError, UnbindError
 from .notifiers import Notifiers
 from .owned import Owned
+from .virtqueue import VRINGS, pair_of, vring_of
 
 _log = logging.getLogger("vnetdp.device")
 
@@ -240,7 +241,7 @@ class Owners(Owned):
         if self.backends is None:
             rings.queues[index].enabled = True
             return
-        pair, vring = divmod(index, VRINGS)
+        pair, vring = pair_of(index), vring_of(index)
         with self.backends[pair].hold():
             vhost_net.start_vring(self.backends[pair], rings, pair, vring)
             self.backends[pair].set_backend(vring, rings.endpoint)
@@ -249,7 +250,7 @@ class Owners(Owned):
     def stop_queue(self, rings: vhost_net.Rings, index: int) -> None:
         """Have the owner, if there is one, stop the ring of an enabled queue; UnbindError if it may go on with it."""
         if self.backends is not None and rings.queues[index].enabled:
-            pair, vring = divmod(index, VRINGS)
+            pair, vring = pair_of(index), vring_of(index)
             vhost_net.stop_vring(self.backends[pair], rings, pair, vring)
 
     def set_log(self, rings: vhost_net.Rings) -> None:

@@ -12,11 +12,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from . import features as f
-from .backends.base import VRINGS
 from .endpoints.base import Endpoint
 from .errors import ConfigError, EndpointError
 from .state import MAX_QUEUE_PAIRS, VIRTIO_NET_S_LINK_UP, Control, StateDelta
-from .virtqueue import Virtqueue, check_num
+from .virtqueue import Virtqueue, check_num, queues_of
 
 _log = logging.getLogger("vnetdp.device")
 
@@ -44,7 +43,7 @@ class Registers:
         self.queue_pairs = queue_pairs
         self.max_num = max_num
         self.control = self._initial = Control(mac=mac, mtu=mtu or 0, curr_queue_pairs=queue_pairs)
-        self.queues = [self._unset() for _ in range(VRINGS * queue_pairs)]
+        self.queues = [self._unset() for _ in range(queues_of(queue_pairs))]
         self.features = 0
         self.offered = self._can_offer() if offered is None else f.closure(offered & self._can_offer())
 

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 
 from vnetdp_kernels import layout
 
-from .backends.base import VRINGS
 from .backends.worker import Worker
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
@@ -28,6 +27,7 @@ from .vhost_user.dial import NobodyYetError, dial
 from .vhost_user.listener import Listener
 from .vhost_user.message import MAX_VRINGS, ProtocolFeature
 from .vhost_user.transport import Transport
+from .virtqueue import VRINGS, queues_of
 from .visit import Visit, ready_of
 from .vrings import Served
 
@@ -42,7 +42,7 @@ _SHORT_S = 1.0  # a session that ends sooner came to nothing too
 
 def check_queue_pairs(queue_pairs: int) -> None:
     """Raise ConfigError for more queue pairs than a vhost-user device can have."""
-    if VRINGS * queue_pairs > MAX_VRINGS:
+    if queues_of(queue_pairs) > MAX_VRINGS:
         raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has room for {MAX_VRINGS // VRINGS}")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from .backends.base import VRINGS, Backend
+from .backends.base import Backend
 from .errors import GuestError
 from .notify import EventFd
 from .owned import Owned, OwnedLock
 from .state import VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET, StateDelta
-from .virtqueue import Virtqueue
+from .virtqueue import Virtqueue, pair_of, queues_of, vring_of
 
 _log = logging.getLogger("vnetdp.device")
 
@@ -54,8 +54,8 @@ class Trouble(Owned):
     def look(self, backends: Sequence[Backend], queues: Sequence[Virtqueue]) -> GuestError | None:
         """Enter which queues broke since the last look, and return the last of them; hold `lock`."""
         found = None
-        for n, queue in enumerate(queues[: VRINGS * len(backends)]):
-            status = backends[n // VRINGS].status(n % VRINGS)
+        for n, queue in enumerate(queues[: queues_of(len(backends))]):
+            status = backends[pair_of(n)].status(vring_of(n))
             # One that was reset is not broken, whatever its backend remembers.
             if status and queue.enabled and n not in self.broken:
                 self.broken[n] = status

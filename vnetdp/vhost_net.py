@@ -20,12 +20,12 @@ from vnetdp_kernels.atomic import load_u16_acquire
 from vnetdp_kernels.guest import mark_dirty
 from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
-from .backends.base import VRINGS, Backend
+from .backends.base import Backend
 from .endpoints.base import Endpoint
 from .errors import BackendError, UnbindError
 from .memory import DirtyLog, GuestMemory
 from .notify import EventFd
-from .virtqueue import Virtqueue, ring_len
+from .virtqueue import VRINGS, Virtqueue, pair_of, queue_of, ring_len, vring_of
 
 _log = logging.getLogger("vnetdp.vhost_net")
 
@@ -89,12 +89,12 @@ def standing_still(backends: Sequence[Backend]) -> Iterator[None]:
 
 def enabled_queues(rings: Rings) -> list[tuple[int, int, int]]:
     """Return (queue, pair, vring) of each enabled queue, in order."""
-    return [(n, *divmod(n, VRINGS)) for n, queue in enumerate(rings.queues) if queue.enabled]
+    return [(n, pair_of(n), vring_of(n)) for n, queue in enumerate(rings.queues) if queue.enabled]
 
 
 def start_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
     """Configure and base one ring; it is not bound by this."""
-    n = VRINGS * pair + index
+    n = queue_of(pair, index)
     queue = rings.queues[n]
     backend.set_vring_num(index, queue.num)
     backend.set_vring_base(index, queue.last_avail_idx)
@@ -111,7 +111,7 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> Backend
     by: local backends finish each chain they take, so it is the same. UnbindError, and the index as it was, from one that
     may go on with the ring.
     """
-    queue = rings.queues[VRINGS * pair + index]
+    queue = rings.queues[queue_of(pair, index)]
     gone: BackendError | None = None
     try:
         backend.set_backend(index, None)
@@ -130,7 +130,7 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> Backend
         if rings.log is not None:
             # It may have been killed between a write to the used ring and its mark.
             mark_dirty(rings.log.log, queue.used, ring_len(queue.num)[2])
-    if VRINGS * pair + index in rings.broken:
+    if queue_of(pair, index) in rings.broken:
         # Whoever it broke under, the chain that broke it is not used; this backend may never have had it.
         queue.last_avail_idx = used_idx(rings.memory, queue)
     return gone
@@ -165,7 +165,7 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
             backend.set_memory(rings.memory)
             backend.set_log(rings.log)
         for index in range(VRINGS):
-            n = VRINGS * pair + index
+            n = queue_of(pair, index)
             if setups[n] is not None and setups[n] != known[n]:
                 start_vring(backend, rings, pair, index)
                 prepared.bases[n] = rings.queues[n].last_avail_idx
@@ -186,11 +186,11 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
     try:
         for n, base in wanted:
             if prepared.bases[n] != base:
-                backends[n // VRINGS].set_vring_base(n % VRINGS, base)
+                backends[pair_of(n)].set_vring_base(vring_of(n), base)
                 prepared.bases[n] = base
         for n, _ in wanted:
-            tried.append((n // VRINGS, n % VRINGS))  # one whose binding fails elsewhere may have run for a moment
-            backends[n // VRINGS].set_backend(n % VRINGS, rings.endpoint)
+            tried.append((pair_of(n), vring_of(n)))  # one whose binding fails elsewhere may have run for a moment
+            backends[pair_of(n)].set_backend(vring_of(n), rings.endpoint)
     except BaseException as e:
         prepared.failed_ns = time.monotonic_ns()
         stop_vrings(backends, rings, reversed(tried), e)
@@ -212,8 +212,8 @@ def set_log(backends: Sequence[Backend], rings: Rings) -> None:
             backend.set_log(rings.log)
             backend.set_features(rings.features)
             for vring in range(VRINGS):
-                if rings.may_run(VRINGS * pair + vring):
-                    q = rings.queues[VRINGS * pair + vring]
+                if rings.may_run(queue_of(pair, vring)):
+                    q = rings.queues[queue_of(pair, vring)]
                     backend.set_vring_addr(vring, q.desc, q.avail, q.used, q.used if rings.log else None)
 
 

@@ -7,12 +7,58 @@ A `Virtqueue` is plain data: it can be copied, compared and sent. It is not trus
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from vnetdp_kernels import layout
 
 from .errors import ConfigError
 from .memory import ADDRESS_LIMIT
+
+# A device numbers its queues: 2i is the receiveq of queue pair i, 2i + 1 the transmitq (Virtio 1.2, 5.1.2). The two vrings
+# of a pair are numbered as in a vhost device: 0 and 1.
+RECEIVEQ: Final = 0
+TRANSMITQ: Final = 1
+VRINGS: Final = 2  # of a queue pair
+
+
+def queues_of(pairs: int) -> int:
+    """Return the number of queues that *pairs* queue pairs have."""
+    return VRINGS * pairs
+
+
+def queue_of(pair: int, vring: int) -> int:
+    """Return the number of a pair's queue; vring: RECEIVEQ or TRANSMITQ."""
+    return VRINGS * pair + vring
+
+
+def receiveq(pair: int) -> int:
+    """Return the number of a pair's receiveq."""
+    return queue_of(pair, RECEIVEQ)
+
+
+def transmitq(pair: int) -> int:
+    """Return the number of a pair's transmitq."""
+    return queue_of(pair, TRANSMITQ)
+
+
+def pair_of(queue: int) -> int:
+    """Return the pair that a queue belongs to."""
+    return queue // VRINGS
+
+
+def vring_of(queue: int) -> int:
+    """Return RECEIVEQ or TRANSMITQ."""
+    return queue % VRINGS
+
+
+def is_receiveq(queue: int) -> bool:
+    """Return whether a queue is the receiveq of its pair."""
+    return vring_of(queue) == RECEIVEQ
+
+
+def partner_of(queue: int) -> int:
+    """Return the other queue of a queue's pair."""
+    return queue ^ 1
 
 
 def ring_len(num: int) -> tuple[int, int, int]:

@@ -11,7 +11,6 @@ from typing import Protocol
 
 from vnetdp_kernels import layout
 
-from .backends.base import RECEIVEQ, VRINGS
 from .backends.worker import WorkerBackend
 from .datapath import Datapath, Paced
 from .endpoints.base import Endpoint
@@ -22,6 +21,7 @@ from .notify import EventFd, readable
 from .vhost_user.connection import BackEndConnection
 from .vhost_user.message import VHOST_VRING_F_LOG, BackendRequest, MemoryRegion, ProtocolFeature, VringAddr
 from .vhost_user.transport import close_fds
+from .virtqueue import RECEIVEQ, pair_of, partner_of, queues_of, vring_of
 
 _log = logging.getLogger("vnetdp.session")
 
@@ -78,7 +78,7 @@ class Vrings:
         self._connection = connection
         self._worker = worker
         self._endpoint = endpoint
-        self.rings = [Vring() for _ in range(VRINGS * len(worker.backends))]
+        self.rings = [Vring() for _ in range(queues_of(len(worker.backends)))]
         self.has_features = False  # SET_FEATURES came
         self.regions: list[Mapped] = []
         self.memory: GuestMemory | None = None
@@ -93,7 +93,7 @@ class Vrings:
 
     def backend(self, index: int) -> tuple[WorkerBackend, int]:
         """Return who serves a ring, and the ring's index there."""
-        pair, vring = divmod(index, VRINGS)
+        pair, vring = pair_of(index), vring_of(index)
         return self._worker.backends[pair], vring
 
     def enable(self, index: int, enabled: bool) -> None:
@@ -102,7 +102,7 @@ class Vrings:
         ring.enabled = enabled
         backend.set_vring_enable(vring, enabled)
         if vring == 0:
-            self._endpoint.set_queue_active(index // VRINGS, enabled)
+            self._endpoint.set_queue_active(pair_of(index), enabled)
         self.start_if_ready(index)
 
     def forget_enabled(self) -> None:
@@ -185,7 +185,7 @@ class Vrings:
         desc, avail, used = self.gpa(addr.desc, "desc"), self.gpa(addr.avail, "avail"), self.gpa(addr.used, "used")
         backend.set_vring_addr(vring, desc, avail, used, logged)
         if self.inflight is not None and self.memory.beside_offset >= 0:
-            partner = self.rings[index ^ 1]
+            partner = self.rings[partner_of(index)]
             other_used = self.gpa(partner.addr.used, "used") if partner.addr is not None else None
             ring.base = self.inflight.recover(index, self.memory, ring.num, avail, used, other_used)
             at = self.memory.beside_offset
@@ -200,7 +200,7 @@ class Vrings:
         ring.bound = True
         ring.broken = False
         self.call(ring)
-        if self.inflight is not None and vring == RECEIVEQ and self.rings[index + 1].bound:
+        if self.inflight is not None and vring == RECEIVEQ and self.rings[partner_of(index)].bound:
             # What its journal tells of the two could not be compared before this one was known.
             self.stop(index + 1)
             self.start(index + 1)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.by_hand import Ring, wait_for
 from vnetdp import features as f
-from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.userspace import UserspaceBackend
@@ -22,6 +22,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.memory import GuestMemory
 from vnetdp.notify import EventFd
+from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import layout as lay
 
 LOW_GPA = 1 << 30

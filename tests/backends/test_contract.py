@@ -9,9 +9,9 @@ import pytest
 from tests.backends.places import FEATURES, LOW_GPA, REGION_LEN, Place, Spare, refused
 from tests.by_hand import frame
 from vnetdp import features as f
-from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, VRINGS
 from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.notify import EventFd
+from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, VRINGS
 from vnetdp_kernels import layout as lay
 
 # --- size, base, addresses ---

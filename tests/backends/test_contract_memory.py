@@ -11,8 +11,9 @@ import pytest
 from tests.backends.places import FEATURES, HIGH_GPA, LOW_GPA, Place, Stepped, refused
 from tests.by_hand import NEXT, WRITE, Ring, frame
 from vnetdp import features as f
-from vnetdp.backends.base import RECEIVEQ, TRANSMITQ, VRINGS, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.memory import DirtyLog, GuestMemory, Region, page_of
+from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, VRINGS
 from vnetdp_kernels import layout as lay
 
 LOGGED = FEATURES | f.VHOST_F_LOG_ALL

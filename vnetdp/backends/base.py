@@ -3,11 +3,12 @@
 A `Backend` is one vhost device: the two queues of one queue pair, vring 0 the receiveq and 1 the transmitq, as
 the kernel's vhost-net has them. Configured, based and bound are three different things:
 
-* a size or a base can't be set on a bound ring (EBUSY); a size must be a power of two up to 32768, a base a u16
-(EINVAL); * binding needs size, addresses and memory (EFAULT); it reads used.idx from guest memory *at that moment*, and
-looks at the ring once by itself, kick or not; * unbinding can be repeated, and fails only with UnbindError: a back end
-that hangs elsewhere may still have the ring. After it, and after `get_vring_base`, nothing touches the ring; *
-`get_vring_base` gives the next index to take, and keeps it.
+* a size or a base can't be set on a bound ring (EBUSY); a size must be a power of two up to 32768, a base a u16 (EINVAL);
+* binding needs size, addresses and memory (EFAULT); it reads used.idx from guest memory *at that moment*, and looks
+  at the ring once by itself, kick or not;
+* unbinding can be repeated, and fails only with UnbindError: a back end that hangs elsewhere may still have the ring. After
+  it, and after `get_vring_base`, nothing touches the ring;
+* `get_vring_base` gives the next index to take, and keeps it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,6 @@ from typing import Final, Protocol
 from ..endpoints.base import Endpoint
 from ..memory import DirtyLog, GuestMemory
 from ..notify import EventFd
-
-RECEIVEQ: Final = 0
-TRANSMITQ: Final = 1
-VRINGS: Final = 2
 
 # The verbs by name, in the order in which a start calls them.
 VERBS: Final = (

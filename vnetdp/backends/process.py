@@ -34,7 +34,7 @@ from ..errors import BackendError, EndpointError, MachineError
 from ..memory import DirtyLog, GuestMemory, Region
 from ..notify import EventFd, readable
 from ..owned import Owned
-from .base import VRINGS
+from ..virtqueue import VRINGS, receiveq
 from .userspace import COUNTERS, UserspaceBackend
 
 _log = logging.getLogger("vnetdp.worker")
@@ -295,7 +295,7 @@ class ProcessBackend(Owned):
     def __init__(self, worker: WorkerProcess, pair: int) -> None:
         self._worker = worker
         self._pair = pair
-        self._rows = worker.datapath.vqs[VRINGS * pair : VRINGS * pair + VRINGS]
+        self._rows = worker.datapath.vqs[receiveq(pair) :][:VRINGS]
         self._bound: dict[int, Endpoint] = {}
 
     def set_mtu(self, mtu: int) -> None:

@@ -21,8 +21,7 @@ from ..errors import BackendError, ConfigError, EndpointError
 from ..memory import ADDRESS_LIMIT, DirtyLog, GuestMemory, Words
 from ..notify import EventFd
 from ..owned import Owned
-from ..virtqueue import check_num, ring_len
-from .base import TRANSMITQ, VRINGS
+from ..virtqueue import TRANSMITQ, VRINGS, check_num, pair_of, queue_of, receiveq, ring_len
 
 COUNTERS = {
     "packets": layout.VQ_PACKETS,
@@ -43,7 +42,7 @@ class UserspaceBackend(Owned):
         self.datapath = datapath
         self.pair = pair
         self.features = 0
-        self._rows: Words = datapath.vqs[2 * pair : 2 * pair + VRINGS]
+        self._rows: Words = datapath.vqs[receiveq(pair) :][:VRINGS]
 
     def set_mtu(self, mtu: int) -> None:
         if wrong := f.mtu_error(mtu):
@@ -95,7 +94,7 @@ class UserspaceBackend(Owned):
         except ConfigError as e:
             raise BackendError("set_vring_num", errno.EINVAL, index, str(e)) from e
         row[layout.VQ_NUM] = num
-        self.datapath.translated[VRINGS * self.pair + index] = None  # the ring's parts have another length
+        self.datapath.translated[queue_of(self.pair, index)] = None  # the ring's parts have another length
 
     def set_vring_base(self, index: int, base: int) -> None:
         row = self._row("set_vring_base", index)
@@ -138,15 +137,15 @@ class UserspaceBackend(Owned):
         except ConfigError as e:
             raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
         row[:] = wanted
-        self.datapath.translated[VRINGS * self.pair + index] = memory
+        self.datapath.translated[queue_of(self.pair, index)] = memory
 
     def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
         self._row("set_vring_kick", index)
-        self.datapath.notify[2 * self.pair + index, 0] = kick.fd if kick else -1
+        self.datapath.notify[queue_of(self.pair, index), 0] = kick.fd if kick else -1
 
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
         self._row("set_vring_call", index)
-        self.datapath.notify[2 * self.pair + index, 1] = call.notify if call else -1
+        self.datapath.notify[queue_of(self.pair, index), 1] = call.notify if call else -1
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:
         self._row("set_vring_enable", index)[layout.VQ_ENABLED] = int(enabled)
@@ -175,22 +174,22 @@ class UserspaceBackend(Owned):
             raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
         try:
             mem = dp.memory.mem
-            if dp.translated[VRINGS * self.pair + index] is not dp.memory:
+            if dp.translated[queue_of(self.pair, index)] is not dp.memory:
                 _translate(dp.memory, row)
-                dp.translated[VRINGS * self.pair + index] = dp.memory
+                dp.translated[queue_of(self.pair, index)] = dp.memory
             endpoint.start_polling(self.pair, dp)
         except ConfigError as e:
             raise BackendError("set_backend", errno.EFAULT, index, str(e)) from e
         except EndpointError as e:
             raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
         dp.endpoint = endpoint
-        bases = np.array([(VRINGS * self.pair + index, row[layout.VQ_LAST_AVAIL_IDX])])
+        bases = np.array([(queue_of(self.pair, index), row[layout.VQ_LAST_AVAIL_IDX])])
         verbs.bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         dp = self.datapath
         memory, known = dp.memory, dp.translated
-        pairs = {n // VRINGS for n, _ in bases}
+        pairs = {pair_of(n) for n, _ in bases}
         queues = range(min(pairs), max(pairs) + 1)
         if (
             memory is None

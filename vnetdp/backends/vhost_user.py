@@ -36,7 +36,7 @@ from ..vhost_user.message import (
     Request,
 )
 from ..vhost_user.transport import close_fds
-from .base import VRINGS
+from ..virtqueue import VRINGS, queues_of
 from .vhost_user_pair import VhostUserBackend
 
 _NET_CONFIG = struct.Struct("<6sHHH")
@@ -298,7 +298,7 @@ class VhostUserFrontEnd(Owned):
             said, fd = self._inflight
             conversation.send(Request.SET_INFLIGHT_FD, said, [fd])
             return
-        num = VRINGS * self.queue_pairs
+        num = queues_of(self.queue_pairs)
         answer, fds = conversation.exchange(Request.GET_INFLIGHT_FD, Inflight(0, 0, num, self.queue_size), ())
         if isinstance(answer, Inflight) and answer.size and len(fds) == 1:
             self._inflight = (answer, fds[0])
@@ -318,7 +318,7 @@ class VhostUserFrontEnd(Owned):
         said, fd = self._inflight
         fd = os.dup(fd)
         try:
-            area = InflightArea.attach(said, fd, VRINGS * self.queue_pairs)
+            area = InflightArea.attach(said, fd, queues_of(self.queue_pairs))
             with GuestMemory(self.memory.regions, foreign=True, beside=area.region()) as memory:
                 return area.recover(n, memory, num, avail, used, other_used)
         except (RequestRefused, ConfigError, OSError) as e:

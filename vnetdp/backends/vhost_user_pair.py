@@ -40,7 +40,7 @@ from ..vhost_user.message import (
     VringAddr,
     VringState,
 )
-from .base import VRINGS
+from ..virtqueue import VRINGS, queue_of
 
 if TYPE_CHECKING:
     from .vhost_user import VhostUserFrontEnd
@@ -77,7 +77,7 @@ class VhostUserBackend(Owned):
     def _index(self, verb: str, index: int) -> int:
         if not 0 <= index < VRINGS:
             raise BackendError(verb, errno.ENOBUFS, index, "a vhost device has vrings 0 and 1")
-        return VRINGS * self._pair + index
+        return queue_of(self._pair, index)
 
     def _not_bound(self, verb: str, index: int) -> int:
         n = self._index(verb, index)
@@ -151,7 +151,7 @@ class VhostUserBackend(Owned):
 
     def _unbind(self, index: int) -> None:
         """Stop a bound ring, and learn where. UnbindError if the back end hangs: the ring stays bound."""
-        n = VRINGS * self._pair + index
+        n = queue_of(self._pair, index)
         try:
             answer = self._fe.ask(Request.GET_VRING_BASE, VringState, VringState(n, 0))
             if answer.index != n:
@@ -220,7 +220,7 @@ class VhostUserBackend(Owned):
 
     def _send_kick(self, index: int) -> None:
         kick = self._kick[index]
-        n = VRINGS * self._pair + index
+        n = queue_of(self._pair, index)
         self._fe.send(Request.SET_VRING_KICK, U64(n if kick else n | NO_FD), [kick.fd] if kick else [])
 
     def set_vring_call(self, index: int, call: EventFd | None) -> None:

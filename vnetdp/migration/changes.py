@@ -23,7 +23,7 @@ from ..errors import VnetdpError
 from ..limits import start
 from ..memory import Words
 from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES, Control
-from ..virtqueue import ring_len
+from ..virtqueue import is_receiveq, pair_of, ring_len, vring_of
 from .machine import Machine
 
 _WAIT_S = 10.0
@@ -134,8 +134,8 @@ def _frames(machine: Machine, _n: int) -> None:
 def _log_elsewhere(machine: Machine, _n: int) -> None:
     """Have vhost log its used rings under an address that is not theirs (log_guest_addr)."""
     for n, queue in enumerate(machine.device.queues):
-        backend = (machine.device.owners.backends or ())[n // 2]
-        backend.set_vring_addr(n % 2, queue.desc, queue.avail, queue.used, queue.desc)
+        backend = (machine.device.owners.backends or ())[pair_of(n)]
+        backend.set_vring_addr(vring_of(n), queue.desc, queue.avail, queue.used, queue.desc)
 
 
 def _features(machine: Machine, _n: int) -> None:
@@ -202,10 +202,10 @@ def change_back(machine: Machine, name: str, n: int, before: Before) -> None:
 def _set_up_again(machine: Machine, index: int, at: int | None) -> None:
     driver = machine.driver
     assert driver is not None
-    pair = index // 2
+    pair = pair_of(index)
     limit = int(machine.guest.rows[pair, layout.EP_LIMIT])
     driver.stop()  # before anything is looked at: a driver that runs may have a frame in hand, which no index shows
-    if index % 2:
+    if not is_receiveq(index):
         machine.guest.rows[pair, layout.EP_LIMIT] = machine.guest.rows[pair, layout.EP_SEQ]
         try:
             _wait(lambda: _all_used(machine, index))

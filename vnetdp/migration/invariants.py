@@ -14,6 +14,7 @@ from vnetdp_kernels import layout
 from .. import vhost_net
 from ..owners import Owner
 from ..state import DeviceState
+from ..virtqueue import pair_of
 from .machine import Machine
 from .snapshot import FIELDS, value_of
 
@@ -44,7 +45,7 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
                 found.append(f"I4: queue {n} is enabled, and {who.value}, which has the rings, does not serve it")
     endpoint = device.endpoint
     pollers = (
-        len({n // 2 for n, queue in enumerate(device.queues) if queue.enabled}) if owner is not Owner.NOBODY else 0
+        len({pair_of(n) for n, queue in enumerate(device.queues) if queue.enabled}) if owner is not Owner.NOBODY else 0
     )
     if len(endpoint.polled_by) != pollers:
         found.append(f"I6: {len(endpoint.polled_by)} queues of the endpoint are polled, not {pollers}")

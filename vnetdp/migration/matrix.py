@@ -12,8 +12,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from ..backends.base import RECEIVEQ, TRANSMITQ
 from ..errors import VnetdpError, WorkError
+from ..virtqueue import RECEIVEQ, TRANSMITQ
 from .changes import CHANGES
 from .host import Orders
 from .invariants import differences

@@ -14,10 +14,11 @@ from vnetdp_kernels.atomic import load_u16_acquire
 from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
 from .. import limits, vhost_net
-from ..backends.base import TRANSMITQ, VRINGS, Backend
+from ..backends.base import Backend
 from ..errors import BackendError
 from ..notify import EventFd
 from ..owners import Owner
+from ..virtqueue import TRANSMITQ, VRINGS, queue_of, transmitq
 from .snapshot import decode_delta, decode_full
 from .stream import Section
 from .target import Target, _log
@@ -99,7 +100,7 @@ class SeedTarget(Target):
     def _set_all_vring_bases(self) -> None:
         for pair, backend in enumerate(self._vhost):
             for index in range(VRINGS):
-                queue = self.device.queues[VRINGS * pair + index]
+                queue = self.device.queues[queue_of(pair, index)]
                 try:
                     backend.set_vring_base(index, queue.last_avail_idx)
                 except BackendError:
@@ -109,7 +110,7 @@ class SeedTarget(Target):
     def _start_all_backends(self) -> None:
         for pair, backend in enumerate(self._vhost):
             for index in range(VRINGS):
-                if not self.device.queues[VRINGS * pair + index].enabled:
+                if not self.device.queues[queue_of(pair, index)].enabled:
                     continue
                 try:
                     backend.set_backend(index, self.device.endpoint)
@@ -126,7 +127,7 @@ class SeedTarget(Target):
         for n in range(pair, -1, -1):
             backend: Backend = self._vhost[n]
             for index in range(VRINGS):
-                if rings.queues[VRINGS * n + index].enabled:
+                if rings.queues[queue_of(n, index)].enabled:
                     vhost_net.stop_vring(backend, rings, n, index)
         self._poll_off = set(range(pair + 1, len(self._vhost)))
 
@@ -154,7 +155,7 @@ class SeedTarget(Target):
         for pair, backend in enumerate(self.device.owners.userspace):
             if pair in self._poll_off:
                 backend.set_backend(0, None)
-            if VRINGS * pair + TRANSMITQ in self._kicks_swallowed:
+            if transmitq(pair) in self._kicks_swallowed:
                 backend.set_backend(TRANSMITQ, None)
                 late.append(pair)
         if late:
@@ -179,7 +180,7 @@ class LateKicks:
     def _watch(self) -> None:
         poll = select.poll()
         poll.register(self._end.fd, select.POLLIN)
-        by_fd = {self._device.kicks[VRINGS * pair + TRANSMITQ].fd: pair for pair in self._pairs}
+        by_fd = {self._device.kicks[transmitq(pair)].fd: pair for pair in self._pairs}
         for fd in by_fd:
             poll.register(fd, select.POLLIN)
         while by_fd:

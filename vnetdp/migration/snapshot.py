@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ..errors import ConfigError
 from ..state import MAX_QUEUE_PAIRS, Control, DeviceState, StateDelta
-from ..virtqueue import Virtqueue
+from ..virtqueue import VRINGS, Virtqueue
 from .stream import Cursor, StreamError
 
 _U8 = struct.Struct("<B")
@@ -161,7 +161,7 @@ def _read_count(cursor: Cursor) -> int:
 def _state(values: dict[str, Any], queues: list[Virtqueue]) -> DeviceState:
     registers = {name: values.pop(name) for name in _REGISTERS}
     control = Control(**values)
-    _checked(lambda: control.validate(len(queues) // 2), "control state")
+    _checked(lambda: control.validate(len(queues) // VRINGS), "control state")
     return DeviceState(registers["status"], registers["features"], control, queues)
 
 
