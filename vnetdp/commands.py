@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,12 +25,6 @@ _LOOK_S = (0.001, 0.02)  # between two looks at the frames of a link: at first, 
 
 def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _take_all_descriptors() -> None:
-    """Raise the limit of open descriptors as far as we may: a guest's memory can take hundreds, a region each."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def compile_kernels(ending: Ending, of_command: Callable[[Callable[[str], None]], object] | None = None) -> None:
@@ -84,7 +77,6 @@ def _bridge(args: argparse.Namespace, ending: Ending) -> int:
             raise ConfigError(
                 f"--{option.replace('_', '-')} means nothing between two guests, who bring their own rings"
             )
-    _take_all_descriptors()
     poll_us = -1 if args.poll else args.poll_us
     until = time.monotonic() + args.seconds if args.seconds else math.inf
     check_queue_pairs(args.queue_pairs)
@@ -199,7 +191,6 @@ def serve(args: argparse.Namespace, ending: Ending) -> int:
     from .vhost_user.listener import check_free
     from .vhost_user.message import ProtocolFeature
 
-    _take_all_descriptors()
     features = None if args.features is None else with_needs(parse(args.features))
     known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
     protocol_features = parse(args.protocol_features, known, USUAL_PROTOCOL_FEATURES)
