@@ -15,7 +15,7 @@ from vnetdp.migration.run import socket_pair
 from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 RATE = 20_000.0  # packets a second each way: enough to lose one, too few to be in the way
 BETWEEN = 100  # packets each way, at least, between two migrations
@@ -39,7 +39,7 @@ class Moving:
 
     def counts(self) -> list[int]:
         """Return the packets that went to the wire, and that came from it."""
-        return [int(self.wire.rows[:, slot].sum()) for slot in (layout.EP_TO_WIRE, layout.EP_FROM_WIRE)]
+        return [int(self.wire.rows[:, slot].sum()) for slot in (r.EP_TO_WIRE, r.EP_FROM_WIRE)]
 
     def prepare(self) -> None:
         """Wait until packets have passed each way, and make a place to go to in place of the one that it left."""

@@ -22,8 +22,8 @@ from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.virtqueue import ring_len
 from vnetdp_kernels import driver as kernels
-from vnetdp_kernels import layout as lay
-from vnetdp_kernels import split_driver
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec, split_driver
 
 COMPILED = not config.DISABLE_JIT
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"  # `make campaign`: everything at length
@@ -32,9 +32,9 @@ PATIENCE = 60.0  # seconds until a wait is given up: far more than anything here
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 0x40
 READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 
-NEXT = lay.VIRTQ_DESC_F_NEXT
-WRITE = lay.VIRTQ_DESC_F_WRITE
-INDIRECT = lay.VIRTQ_DESC_F_INDIRECT
+NEXT = spec.VIRTQ_DESC_F_NEXT
+WRITE = spec.VIRTQ_DESC_F_WRITE
+INDIRECT = spec.VIRTQ_DESC_F_INDIRECT
 
 _BUFFER_LEN = 2048
 
@@ -132,19 +132,19 @@ class Ring:
     def __init__(self, memory: GuestMemory, at: int, num: int = 16, start: int = 0) -> None:
         self.memory, self.num = memory, num
         self.desc, self.avail, self.used, self._buffers = at, *self._behind(at, num)
-        self.end = self._buffers + num * lay.PAGE_SIZE
+        self.end = self._buffers + num * spec.PAGE_SIZE
         self.avail_idx = self.used_idx = start
         self._seen = start
 
     @staticmethod
     def _behind(at: int, num: int) -> Iterator[int]:
         for length in ring_len(num):
-            at += lay.align_up(length, lay.PAGE_SIZE)
+            at += spec.align_up(length, spec.PAGE_SIZE)
             yield at
 
     def buffer(self, i: int) -> int:
         """Return the guest address of buffer *i*: a page."""
-        return self._buffers + i * lay.PAGE_SIZE
+        return self._buffers + i * spec.PAGE_SIZE
 
     def put_desc(self, i: int, gpa: int, length: int, flags: int = 0, following: int = 0) -> None:
         self.memory.write(self.desc + 16 * i, struct.pack("<QIHH", gpa % (1 << 64), length, flags, following))
@@ -158,8 +158,8 @@ class Ring:
 
     def send(self, head: int, data: bytes) -> None:
         """Make a virtio_net_hdr of zeros and *data* available, in the one descriptor *head*."""
-        self.memory.write(self.buffer(head), bytes(lay.NET_HDR_LEN) + data)
-        self.put_desc(head, self.buffer(head), lay.NET_HDR_LEN + len(data))
+        self.memory.write(self.buffer(head), bytes(spec.NET_HDR_LEN) + data)
+        self.put_desc(head, self.buffer(head), spec.NET_HDR_LEN + len(data))
         self.offer(head)
 
     def post(self, *heads: int) -> None:
@@ -209,14 +209,14 @@ def rebase(driver: Driver, start: int, queues: Sequence[int] | None = None) -> N
     mem = driver.memory.mem
     for index in range(2 * driver.queue_pairs) if queues is None else queues:
         row, state = driver.dvqs[index], driver.states[index]
-        num = int(row[lay.DVQ_NUM])
-        for slot, length in zip((lay.DVQ_DESC, lay.DVQ_AVAIL, lay.DVQ_USED), ring_len(num), strict=True):
+        num = int(row[r.DVQ_NUM])
+        for slot, length in zip((r.DVQ_DESC, r.DVQ_AVAIL, r.DVQ_USED), ring_len(num), strict=True):
             mem[int(row[slot]) : int(row[slot]) + length] = 0
         split_driver.reset_driver(row, state)
-        for slot in (lay.DVQ_AVAIL_IDX, lay.DVQ_PUBLISHED_IDX, lay.DVQ_KICKED_IDX, lay.DVQ_LAST_USED_IDX):
+        for slot in (r.DVQ_AVAIL_IDX, r.DVQ_PUBLISHED_IDX, r.DVQ_KICKED_IDX, r.DVQ_LAST_USED_IDX):
             row[slot] = start
-        row[lay.DVQ_USED_IDX] = start
-        at = int(row[lay.DVQ_USED]) + lay.VIRTQ_RING_IDX
+        row[r.DVQ_USED_IDX] = start
+        at = int(row[r.DVQ_USED]) + spec.VIRTQ_RING_IDX
         mem[at : at + 2] = np.frombuffer(struct.pack("<H", start), np.uint8)
         if index % 2 == 0:
             kernels.post_receive(mem, row, state)
@@ -234,7 +234,7 @@ class Traffic:
         """Return the frames that arrived at the device's end, and at the guest's: of one pair, or of all."""
         pairs = slice(None) if pair is None else slice(pair, pair + 1)
         ends = (self.device, self.guest)
-        to_device, to_guest = (int(end.ledger[pairs, lay.LEDGER_DELIVERED].sum()) for end in ends)
+        to_device, to_guest = (int(end.ledger[pairs, r.LEDGER_DELIVERED].sum()) for end in ends)
         return to_device, to_guest
 
     def wait_for_more(self, frames: int = 1) -> None:
@@ -255,7 +255,7 @@ class Traffic:
     def allow(self, count: int) -> None:
         """Have each queue of either end make so many frames in all, and no more."""
         for end in (self.device, self.guest):
-            end.rows[:, lay.EP_LIMIT] = count
+            end.rows[:, r.EP_LIMIT] = count
 
     def wait_until_finished(self) -> None:
         """Wait until all frames that are allowed have been made, and have arrived."""
@@ -273,8 +273,8 @@ class Traffic:
         to_device, to_guest = self.device.ledger_against(self.guest), self.guest.ledger_against(self.device)
         assert to_device.clean, to_device
         assert to_guest.clean, to_guest
-        assert not self.device.ledger[:, lay.LEDGER_FOREIGN].any()
-        assert not self.guest.ledger[:, lay.LEDGER_FOREIGN].any()
+        assert not self.device.ledger[:, r.LEDGER_FOREIGN].any()
+        assert not self.guest.ledger[:, r.LEDGER_FOREIGN].any()
 
     def close(self) -> None:
         self.device.close()

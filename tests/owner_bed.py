@@ -19,7 +19,7 @@ from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.memory import DirtyLog, GuestMemory
 from vnetdp.owners import Owner, Owners
 from vnetdp.virtqueue import TRANSMITQ, VRINGS, Virtqueue
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 T = TypeVar("T")
 Call = tuple[str, int, int | None]
@@ -153,9 +153,9 @@ class Bed:
         assert counts == ((PAIRS, QUEUES, 1) if with_vhost else (0, 0, 0)), "I7"
         assert self.notifiers.balanced
         assert sum(recorder.parked for recorder in self.vhost) == (len(self.workers) if prepared else 0)
-        assert [bool(w.datapath.ctl[lay.CTL_DOORBELL]) for w in self.workers] == [prepared] * len(self.workers)
-        n_vhost = sum(int(worker.datapath.vqs[:, lay.VQ_BOUND].sum()) for worker in self.workers)
-        n_userspace = int(self.stepped.vqs[:, lay.VQ_BOUND].sum())
+        assert [bool(w.datapath.ctl[r.CTL_DOORBELL]) for w in self.workers] == [prepared] * len(self.workers)
+        n_vhost = sum(int(worker.datapath.vqs[:, r.VQ_BOUND].sum()) for worker in self.workers)
+        n_userspace = int(self.stepped.vqs[:, r.VQ_BOUND].sum())
         enabled = sum(queue.enabled for queue in self.queues)
         assert n_vhost == (enabled if owner is Owner.VHOST else 0), "I5"
         assert n_userspace == (enabled if owner is Owner.USERSPACE else 0), "I5"

@@ -14,7 +14,7 @@ from vnetdp.bench import link, migration, ring
 from vnetdp.bench.report import finish
 from vnetdp.endpoints import loopback
 from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, drained
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 
 def fail(*_: Any) -> Never:
@@ -54,7 +54,7 @@ class Clock:
 
     def sleep(self, _seconds: float) -> None:
         self._now += 0.4
-        self._other.ledger[0, lay.LEDGER_DELIVERED] += self._arrive > 0
+        self._other.ledger[0, r.LEDGER_DELIVERED] += self._arrive > 0
         self._arrive -= 1
 
 
@@ -98,7 +98,7 @@ print(json.dumps([matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules])
 @pytest.mark.parametrize("arrive", [10, 7])
 def test_drained_waits_as_long_as_frames_arrive(arrive: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with GenerateEndpoint() as one, GenerateEndpoint() as other:
-        one.rows[0, lay.EP_SEQ] = 10
+        one.rows[0, r.EP_SEQ] = 10
         monkeypatch.setattr(loopback, "time", Clock(other, arrive))
         ledger = drained(one, other, quiet_s=0.5)
         assert one.finished

@@ -27,7 +27,7 @@ from vnetdp.backends.base import Backend
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.virtqueue import RECEIVEQ
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def bound(at_once: bool, features: int, logged: bool, disabled: Sequence[int], s
                 ring.avail_idx = index + FRAMES
                 ring.used_flags = 1
             rows = bed.datapath.vqs
-            rows[:, lay.VQ_STATUS] = lay.E_HEAD
-            rows[:, lay.VQ_SIGNALLED_USED], rows[:, lay.VQ_SIGNALLED_USED_VALID] = 77, 1
-            rows[:, lay.VQ_CALL_DUE] = rows[:, lay.VQ_KICKS_ON] = 0
-            rows[:, lay.VQ_LAST_USED_IDX] = 99
-            bed.endpoint.rows[:, lay.EP_GONE] = 1
+            rows[:, r.VQ_STATUS] = r.E_HEAD
+            rows[:, r.VQ_SIGNALLED_USED], rows[:, r.VQ_SIGNALLED_USED_VALID] = 77, 1
+            rows[:, r.VQ_CALL_DUE] = rows[:, r.VQ_KICKS_ON] = 0
+            rows[:, r.VQ_LAST_USED_IDX] = 99
+            bed.endpoint.rows[:, r.EP_GONE] = 1
             bed.told()
             vhost_net.bind(bed.vhost, bed.rings, prepared, one_site=True)
             yield bed
@@ -99,9 +99,9 @@ def test_all_at_once_is_the_same_as_verb_by_verb(event_idx: bool, logged: bool, 
                     assert one.log.pages() == other.log.pages()
                 # And it is what binding has to do, not the same of nothing.
                 rows = one.datapath.vqs[enabled]
-                assert rows[:, lay.VQ_LAST_AVAIL_IDX].tolist() == [one.bases()[n] for n in enabled]
-                assert rows[:, lay.VQ_LAST_USED_IDX].tolist() == [one.used()[n] for n in enabled]
-                assert rows[:, lay.VQ_BOUND].all()
+                assert rows[:, r.VQ_LAST_AVAIL_IDX].tolist() == [one.bases()[n] for n in enabled]
+                assert rows[:, r.VQ_LAST_USED_IDX].tolist() == [one.used()[n] for n in enabled]
+                assert rows[:, r.VQ_BOUND].all()
                 assert [ring.used_flags for ring in one.ring_list] == [
                     int(event_idx or n in disabled) for n in range(QUEUES)
                 ]
@@ -185,6 +185,6 @@ def test_rings_are_not_bound_at_once_when_something_is_in_the_way(reason: str) -
 def test_rings_without_memory_are_not_bound_at_once(one: Bed) -> None:
     backend: Backend = one.workers[0].backends[0]
     assert backend.bind_rings([(0, BASE), (1, BASE)], one.endpoint) is False
-    assert not one.datapath.vqs[:, lay.VQ_BOUND].any()
+    assert not one.datapath.vqs[:, r.VQ_BOUND].any()
     assert not one.endpoint.polled_by
     assert one.datapath.endpoint is not one.endpoint

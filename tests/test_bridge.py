@@ -25,7 +25,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.errors import VnetdpError
 from vnetdp.vhost_user.message import ProtocolFeature, Request
 from vnetdp_kernels import interrupt
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 NOT_OFFERED = ProtocolFeature.RARP | ProtocolFeature.DEVICE_STATE
 COUNT = scaled(200_000, 200)
@@ -112,7 +112,7 @@ def test_a_guest_leaves_and_comes_back(tmp_path: Path) -> None:
     with ExitStack() as stack:
         bridge, left, right = run_bridge(tmp_path, stack)
         stays = Guest(left, 64)
-        stays.generator.rows[:, lay.EP_LIMIT] = -1
+        stays.generator.rows[:, r.EP_LIMIT] = -1
         stays.driver.start()
         for turn in range(1, 4):
             other = Guest(right, 64)
@@ -185,15 +185,15 @@ def test_it_sleeps_while_neither_guest_sends(tmp_path: Path) -> None:
             guest.rings[0].post(*range(8))
             guest.kicks[0].signal()
         asleep(bridge, 0)
-        passes = int(bridge.ctl[lay.CTL_PASSES])
+        passes = int(bridge.ctl[r.CTL_PASSES])
         for head in range(8):
             for guest, other in (guests, guests[::-1]):
-                sleeps = int(bridge.ctl[lay.CTL_SLEEPS])
+                sleeps = int(bridge.ctl[r.CTL_SLEEPS])
                 send(guest, head)
                 wait_equal(lambda other=other: other.rings[0].used_idx, head + 1)  # type: ignore[misc]
                 asleep(bridge, sleeps)
         # For each frame a pass that moves it, one that finds nothing, and perhaps one for an avail.idx that moved meanwhile.
-        assert bridge.ctl[lay.CTL_PASSES] - passes <= 3 * 16
+        assert bridge.ctl[r.CTL_PASSES] - passes <= 3 * 16
 
 
 def test_a_ring_just_started_calls_its_driver_once(tmp_path: Path) -> None:
@@ -207,22 +207,22 @@ def test_a_ring_just_started_calls_its_driver_once(tmp_path: Path) -> None:
 
 def asleep(bridge: Bridge, sleeps: int) -> None:
     """Wait until the bridge has slept more than *sleeps* times; it may look round a few thousand times until then."""
-    passes = int(bridge.ctl[lay.CTL_PASSES])
-    wait_for(lambda: bridge.ctl[lay.CTL_SLEEPS] > sleeps or bridge.ctl[lay.CTL_PASSES] > passes + 5000, "it sleeps")
-    assert bridge.ctl[lay.CTL_SLEEPS] > sleeps
+    passes = int(bridge.ctl[r.CTL_PASSES])
+    wait_for(lambda: bridge.ctl[r.CTL_SLEEPS] > sleeps or bridge.ctl[r.CTL_PASSES] > passes + 5000, "it sleeps")
+    assert bridge.ctl[r.CTL_SLEEPS] > sleeps
 
 
 def test_frames_wait_for_receive_buffers_without_a_busy_loop(tmp_path: Path) -> None:
     with ExitStack() as stack:
         bridge, left, right = run_bridge(tmp_path, stack)
         sender, receiver = stack.enter_context(by_hand(left, right))
-        sleeps = int(bridge.ctl[lay.CTL_SLEEPS])
+        sleeps = int(bridge.ctl[r.CTL_SLEEPS])
         for head in range(3):
             send(sender, head)
         for n in range(3):
             asleep(bridge, sleeps)
             assert receiver.rings[0].used_idx == n
-            sleeps = int(bridge.ctl[lay.CTL_SLEEPS])
+            sleeps = int(bridge.ctl[r.CTL_SLEEPS])
             receiver.rings[0].post(n)
             receiver.kicks[0].signal()
             wait_equal(lambda: receiver.rings[0].used_idx, n + 1)

@@ -15,7 +15,8 @@ from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.errors import GuestError
 from vnetdp.memory import DirtyLog, GuestMemory
 from vnetdp.owners import Owner
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 MODERN = f.VIRTIO_F_VERSION_1
 
@@ -64,7 +65,7 @@ def test_a_broken_ring_asks_for_a_reset_while_other_pairs_live(device: NetDevice
     wait_for(lambda: device.config_call.clear() == 1, "the driver is told")
     assert device.status & NEEDS_RESET
     assert isinstance(device.last_error, GuestError)
-    assert (device.last_error.queue, device.last_error.status) == (1, lay.E_ADDRESS)
+    assert (device.last_error.queue, device.last_error.status) == (1, r.E_ADDRESS)
     assert [error.queue for error in device.ring_errors()] == [1]
     # The other pair goes on, and the other ring of this one.
     for n in range(3):
@@ -75,7 +76,7 @@ def test_a_broken_ring_asks_for_a_reset_while_other_pairs_live(device: NetDevice
     # A second queue that breaks is no second notification.
     rings[2].put_desc(0, rings[2].buffer(0), 60)
     rings[2].offer(0)
-    device.endpoint.rows[1, lay.EP_LIMIT] = 1
+    device.endpoint.rows[1, r.EP_LIMIT] = 1
     device.kicks[3].signal()
     wait_for(lambda: len(device.ring_errors()) == 2, "a second broken queue")
     assert device.config_call.clear() == 0
@@ -176,7 +177,7 @@ def test_logging_starts_and_stops_beside_a_broken_queue(device: NetDevice) -> No
     log = DirtyLog(device.memory.end)
     device.set_log(log)
     send_one(device, rings[3], 3)
-    wait_for(lambda: rings[3].used // lay.PAGE_SIZE in log.pages(), "the used ring, which is marked behind the write")
+    wait_for(lambda: rings[3].used // spec.PAGE_SIZE in log.pages(), "the used ring, which is marked behind the write")
     device.set_log(None)
     send_one(device, rings[3], 3)
     assert device.fallbacks == 0

@@ -17,7 +17,8 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.memory import GuestMemory, Words
 from vnetdp.notify import EventFd
 from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 
 class Bench:
@@ -54,12 +55,12 @@ def bench() -> Iterator[Bench]:
 
 
 def test_it_runs_until_there_is_nothing_to_do(bench: Bench) -> None:
-    assert bench.datapath.run() == (lay.LOOP_IDLE, 0)
+    assert bench.datapath.run() == (r.LOOP_IDLE, 0)
     for n in range(40):
         bench.transmitq.send(n, frame(n))
         bench.endpoint.put(frame(n))
     bench.receiveq.post(*range(40))
-    assert bench.datapath.run() == (lay.LOOP_IDLE, 80)
+    assert bench.datapath.run() == (r.LOOP_IDLE, 80)
     assert bench.endpoint.take() == [frame(n) for n in range(40)]
     assert bench.receiveq.taken() == [(n, 12 + 60) for n in range(40)]
     assert bench.memory.read(bench.receiveq.buffer(7) + 12, 60) == frame(7)
@@ -68,23 +69,23 @@ def test_it_runs_until_there_is_nothing_to_do(bench: Bench) -> None:
 def test_a_budget_ends_it_and_the_rest_waits(bench: Bench) -> None:
     for n in range(10):
         bench.transmitq.send(n, frame(n))
-    assert bench.datapath.run(0) == (lay.LOOP_BUDGET, 0)
-    assert bench.datapath.run(3) == (lay.LOOP_BUDGET, 3)
+    assert bench.datapath.run(0) == (r.LOOP_BUDGET, 0)
+    assert bench.datapath.run(3) == (r.LOOP_BUDGET, 3)
     assert bench.endpoint.take() == [frame(n) for n in range(3)], "frames on their way out are not kept back"
-    assert bench.datapath.run(7) == (lay.LOOP_BUDGET, 7)
-    assert bench.datapath.run(7) == (lay.LOOP_IDLE, 0)
+    assert bench.datapath.run(7) == (r.LOOP_BUDGET, 7)
+    assert bench.datapath.run(7) == (r.LOOP_IDLE, 0)
     assert bench.endpoint.take() == [frame(n) for n in range(3, 10)]
 
 
 def test_the_bell_ends_a_wait(bench: Bench) -> None:
-    bench.datapath.ctl[lay.CTL_DOORBELL] = 1
-    assert bench.datapath.run(-1, 0, -1) == (lay.LOOP_CONTROL, 0)
-    bench.datapath.ctl[lay.CTL_DOORBELL] = 0
+    bench.datapath.ctl[r.CTL_DOORBELL] = 1
+    assert bench.datapath.run(-1, 0, -1) == (r.LOOP_CONTROL, 0)
+    bench.datapath.ctl[r.CTL_DOORBELL] = 0
     bench.datapath.bell.signal()
-    assert bench.datapath.run(-1, 0, -1) == (lay.LOOP_CONTROL, 0)
+    assert bench.datapath.run(-1, 0, -1) == (r.LOOP_CONTROL, 0)
     bench.datapath.bell.clear()
-    assert bench.datapath.run(-1, 0, 1) == (lay.LOOP_IDLE, 0)
-    assert bench.datapath.run(-1, 10, 1) == (lay.LOOP_IDLE, 0)
+    assert bench.datapath.run(-1, 0, 1) == (r.LOOP_IDLE, 0)
+    assert bench.datapath.run(-1, 10, 1) == (r.LOOP_IDLE, 0)
 
 
 def test_whoever_never_sleeps_takes_back_that_a_ring_just_bound_asks_for_kicks(bench: Bench) -> None:
@@ -93,9 +94,9 @@ def test_whoever_never_sleeps_takes_back_that_a_ring_just_bound_asks_for_kicks(b
     assert (bench.receiveq.used_flags, bench.transmitq.used_flags) == (0, 0), (
         "one that is stepped is kicked to be stepped"
     )
-    bench.datapath.ctl[lay.CTL_DOORBELL] = 1
-    assert bench.datapath.run(-1, -1, -1) == (lay.LOOP_CONTROL, 0)
-    no_notify = lay.VIRTQ_USED_F_NO_NOTIFY
+    bench.datapath.ctl[r.CTL_DOORBELL] = 1
+    assert bench.datapath.run(-1, -1, -1) == (r.LOOP_CONTROL, 0)
+    no_notify = spec.VIRTQ_USED_F_NO_NOTIFY
     assert (bench.receiveq.used_flags, bench.transmitq.used_flags) == (no_notify, no_notify)
 
 
@@ -104,19 +105,19 @@ def test_a_broken_queue_ends_it_once(bench: Bench) -> None:
     bench.transmitq.put_desc(1, 0, 0)
     bench.transmitq.offer(1)
     reason, moved = bench.datapath.run()
-    while reason == lay.LOOP_PYTHON:
+    while reason == r.LOOP_PYTHON:
         reason, moved = bench.datapath.run()
-    assert (reason, moved) == (lay.LOOP_BROKEN, 1)
-    assert bench.backend.status(TRANSMITQ) == lay.E_ZERO_LEN
+    assert (reason, moved) == (r.LOOP_BROKEN, 1)
+    assert bench.backend.status(TRANSMITQ) == r.E_ZERO_LEN
     assert bench.endpoint.take() == [frame(0)]
-    assert bench.datapath.run() == (lay.LOOP_IDLE, 0)
+    assert bench.datapath.run() == (r.LOOP_IDLE, 0)
 
 
 def test_with_nothing_bound_it_leaves_the_endpoint_alone(bench: Bench) -> None:
     for index in (RECEIVEQ, TRANSMITQ):
         bench.backend.set_backend(index, None)
     bench.endpoint.put(frame(0))
-    assert bench.datapath.run() == (lay.LOOP_IDLE, 0)
+    assert bench.datapath.run() == (r.LOOP_IDLE, 0)
     # The frame still waits in the mailbox for whoever polls it next.
     assert list(bench.endpoint.receive_frames(0, 9)) == [bytes(12) + frame(0)]
 
@@ -125,10 +126,10 @@ def test_two_datapaths_share_one_block() -> None:
     with no_descriptor_leaks():
         first = Datapath(2)
         second = Datapath(2, first.block.fd)
-        first.vqs[3, lay.VQ_PACKETS] = 77
-        assert second.vqs[3, lay.VQ_PACKETS] == 77
-        second.ctl[lay.CTL_DOORBELL] = 1
-        assert first.run() == (lay.LOOP_CONTROL, 0)
+        first.vqs[3, r.VQ_PACKETS] = 77
+        assert second.vqs[3, r.VQ_PACKETS] == 77
+        second.ctl[r.CTL_DOORBELL] = 1
+        assert first.run() == (r.LOOP_CONTROL, 0)
         second.block.fd = -1
         second.close()
         first.close()
@@ -141,7 +142,7 @@ class Counting:
     """Runs nothing but a count; sleeps on its bell as a datapath does."""
 
     def __init__(self) -> None:
-        self.ctl: Words = np.zeros(lay.CTL_SLOTS, np.int64)
+        self.ctl: Words = np.zeros(r.CTL_SLOTS, np.int64)
         self.bell = EventFd()
         self.count = 0
         self.inside = 0
@@ -149,14 +150,14 @@ class Counting:
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         self.inside += 1
-        while not self.ctl[lay.CTL_DOORBELL]:
+        while not self.ctl[r.CTL_DOORBELL]:
             self.count += 1
             if self.broken:
                 self.broken = False
                 self.inside -= 1
-                return lay.LOOP_BROKEN, 0
+                return r.LOOP_BROKEN, 0
         self.inside -= 1
-        return lay.LOOP_CONTROL, 0
+        return r.LOOP_CONTROL, 0
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_it_goes_on_after_a_pause_that_was_broken_off() -> None:
     paced.start()
 
     def interrupt_a_pause() -> None:
-        wait_for(lambda: bool(busy.ctl[lay.CTL_DOORBELL]), "the main thread waits for the other one")
+        wait_for(lambda: bool(busy.ctl[r.CTL_DOORBELL]), "the main thread waits for the other one")
         signal.raise_signal(signal.SIGINT)  # ^C: Python handles it in the main thread
 
     for _ in range(2):

@@ -31,7 +31,8 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.errors import ConfigError, EndpointError
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 MODERN = f.VIRTIO_F_VERSION_1
 
@@ -196,10 +197,10 @@ def test_a_legacy_driver_needs_no_features_ok(device: NetDevice) -> None:
     with pytest.raises(ConfigError):
         device.set_driver_features(f.VIRTIO_F_VERSION_1)
     rings[0].post(0)
-    device.endpoint.rows[0, lay.EP_LIMIT] = 1
+    device.endpoint.rows[0, r.EP_LIMIT] = 1
     device.kicks[0].signal()
     device.kicks[1].signal()
-    wait_for(lambda: rings[0].taken() == [(0, lay.NET_HDR_LEN_LEGACY + 64)], "a header of ten bytes")
+    wait_for(lambda: rings[0].taken() == [(0, spec.NET_HDR_LEN_LEGACY + 64)], "a header of ten bytes")
 
 
 def test_offers_are_closed_under_their_needs(memory: GuestMemory) -> None:
@@ -388,13 +389,13 @@ def test_a_frame_in_hand_is_dropped_by_a_reset(memory: GuestMemory) -> None:
         rings[0].post(0)
         mailbox.put(frame(0, 3000))
         assert device.step() == 0
-        assert mailbox.rows[0, lay.EP_HELD] == lay.NET_HDR_LEN + 3000, "it waits for a second buffer"
+        assert mailbox.rows[0, r.EP_HELD] == spec.NET_HDR_LEN + 3000, "it waits for a second buffer"
         rings = bring_up(device, MODERN | f.VIRTIO_NET_F_MRG_RXBUF)
         device.set_status(READY)
         rings[0].post(0, 1, 2)
         mailbox.put(frame(1))
         assert device.step() == 1
-        assert rings[0].taken() == [(0, lay.NET_HDR_LEN + 60)]
+        assert rings[0].taken() == [(0, spec.NET_HDR_LEN + 60)]
 
 
 def test_link_down_and_stopped_mean_that_nobody_owns(device: NetDevice) -> None:

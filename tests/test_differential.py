@@ -30,13 +30,14 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.notify import EventFd
 from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, Virtqueue
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 BLOCK = 4096
 # Two regions that are adjacent, a hole, and one high up.
 REGIONS = ((0x10000, 0x60000), (0x70000, 0x20000), (1 << 33, 0x20000))
 SEAM = 0x70000
-KEPT = [lay.EP_SEQ, lay.EP_HELD]  # what an endpoint keeps, and any owner finds
+KEPT = [r.EP_SEQ, r.EP_HELD]  # what an endpoint keeps, and any owner finds
 CHOICES = (
     f.VIRTIO_F_VERSION_1,
     f.VIRTIO_RING_F_EVENT_IDX,
@@ -65,7 +66,7 @@ class Guest:
         self.rings = (receiveq, transmitq)
         self.free_descs = [list(range(num)), list(range(num))]
         self.in_flight: list[dict[int, Chain]] = [{}, {}]
-        first = lay.align_up(transmitq.buffer(0), BLOCK)
+        first = spec.align_up(transmitq.buffer(0), BLOCK)
         self.free_blocks: list[int] = [*range(first, SEAM - BLOCK, BLOCK), SEAM - BLOCK // 2]
         self.free_blocks += list(range(SEAM + BLOCK, SEAM + REGIONS[1][1] - BLOCK, BLOCK))
         self.free_blocks += list(range(REGIONS[2][0], REGIONS[2][0] + REGIONS[2][1], BLOCK))
@@ -151,13 +152,13 @@ class Guest:
             self.send(b"")
             self.send(self.random.randbytes(13))
         for ring in self.rings:
-            ring.avail_flags = self.random.choice((0, lay.VIRTQ_AVAIL_F_NO_INTERRUPT))
+            ring.avail_flags = self.random.choice((0, spec.VIRTQ_AVAIL_F_NO_INTERRUPT))
             ring.used_event = ring.used_idx + self.random.randint(-2, 4)
         if isinstance(endpoint, MailboxEndpoint):
             for _ in range(self.random.randrange(16)):
                 endpoint.put(self.frame())
         elif isinstance(endpoint, GenerateEndpoint):
-            endpoint.rows[0, lay.EP_LIMIT] += self.random.randrange(16)
+            endpoint.rows[0, r.EP_LIMIT] += self.random.randrange(16)
 
     def content(self) -> list[bytes]:
         return [self.memory.read(gpa, length) for gpa, length in REGIONS]
@@ -191,9 +192,9 @@ class Machine:
         self.stepped.bell.clear()
         with self.worker.backends[0].hold():
             yield
-            sleeps = int(self.worker.datapath.ctl[lay.CTL_SLEEPS])
+            sleeps = int(self.worker.datapath.ctl[r.CTL_SLEEPS])
         self.stepped.run(-1, 0, 1)
-        wait_for(lambda: int(self.worker.datapath.ctl[lay.CTL_SLEEPS]) > sleeps, "the worker sleeps")
+        wait_for(lambda: int(self.worker.datapath.ctl[r.CTL_SLEEPS]) > sleeps, "the worker sleeps")
 
     def step(self) -> list[bytes]:
         """Lay out a batch and run until there is nothing left to do; return the frames that came out."""

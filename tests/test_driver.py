@@ -24,7 +24,8 @@ from vnetdp.errors import ConfigError, GuestError
 from vnetdp.memory import GuestMemory
 from vnetdp.notify import EventFd
 from vnetdp.owners import Owner
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 ALL = (1 << 64) - 1
 
@@ -81,7 +82,7 @@ def test_what_is_sent_comes_back(wanted: int | None) -> None:
         assert [queue["dropped"] for queue in counters] == [0, 0]
 
 
-@given(st.lists(st.binary(min_size=14, max_size=BUFFER_LEN - lay.NET_HDR_LEN), max_size=100))
+@given(st.lists(st.binary(min_size=14, max_size=BUFFER_LEN - spec.NET_HDR_LEN), max_size=100))
 def test_any_frames_come_back(sent: list[bytes]) -> None:
     with echoing(num=16) as (device, driver):
         for data in sent:
@@ -201,7 +202,7 @@ def test_a_reset_under_traffic_starts_anew() -> None:
         worker.close()
         for end in (traffic.device, traffic.guest):
             # Frames in flight are gone, and that is all.
-            assert not end.ledger[:, [lay.LEDGER_DUPLICATED, lay.LEDGER_REORDERED, lay.LEDGER_CORRUPTED]].any()
+            assert not end.ledger[:, [r.LEDGER_DUPLICATED, r.LEDGER_REORDERED, r.LEDGER_CORRUPTED]].any()
         traffic.close()
 
 
@@ -213,9 +214,9 @@ def test_a_reset_begins_at_0_wherever_indices_began_first(first_idx: int) -> Non
         NetDevice(memory, echo, threaded=False) as device,
         Driver(device, memory, num=16, first_idx=first_idx) as driver,
     ):
-        assert set(driver.dvqs[:, lay.DVQ_LAST_USED_IDX]) == {first_idx}
+        assert set(driver.dvqs[:, r.DVQ_LAST_USED_IDX]) == {first_idx}
         driver.reset()
-        assert set(driver.dvqs[:, lay.DVQ_LAST_USED_IDX]) == {0}
+        assert set(driver.dvqs[:, r.DVQ_LAST_USED_IDX]) == {0}
         for n in range(40):
             assert driver.send(frame(n))
             step(device, driver)
@@ -225,7 +226,7 @@ def test_a_reset_begins_at_0_wherever_indices_began_first(first_idx: int) -> Non
 def test_needs_reset_is_mended_by_a_reset() -> None:
     with echoing() as (device, driver):
         row = driver.dvqs[1]
-        at = int(row[lay.DVQ_AVAIL])
+        at = int(row[r.DVQ_AVAIL])
         driver.memory.mem[at + 2 : at + 4] = 0x7F
         device.step()
         assert device.status & NEEDS_RESET
@@ -350,10 +351,10 @@ def test_memory_fits_whatever_is_negotiated(pairs: int, num: int) -> None:
                 (int(row[slot]), int(length))
                 for row in driver.dvqs
                 for slot, length in (
-                    (lay.DVQ_DESC, 16 * num),
-                    (lay.DVQ_AVAIL, 6 + 2 * num),
-                    (lay.DVQ_USED, 6 + 8 * num),
-                    (lay.DVQ_BUF_OFFSET, num * row[lay.DVQ_BUF_LEN]),
+                    (r.DVQ_DESC, 16 * num),
+                    (r.DVQ_AVAIL, 6 + 2 * num),
+                    (r.DVQ_USED, 6 + 8 * num),
+                    (r.DVQ_BUF_OFFSET, num * row[r.DVQ_BUF_LEN]),
                 )
             )
             for (at, length), (behind, _) in pairwise(parts):
@@ -370,9 +371,9 @@ def test_memory_fits_whatever_is_negotiated(pairs: int, num: int) -> None:
 def use(driver: Driver, queue: int, head: int, length: int, ahead: int = 1) -> None:
     """Write one used element behind the device's back, and move used.idx by *ahead*."""
     row, mem = driver.dvqs[queue], driver.memory.mem
-    at = int(row[lay.DVQ_USED])
+    at = int(row[r.DVQ_USED])
     idx = int.from_bytes(mem[at + 2 : at + 4].tobytes(), "little")
-    element = at + 4 + 8 * (idx % int(row[lay.DVQ_NUM]))
+    element = at + 4 + 8 * (idx % int(row[r.DVQ_NUM]))
     mem[element : element + 8] = list(struct.pack("<II", head, length))
     mem[at + 2 : at + 4] = list(struct.pack("<H", (idx + ahead) & 0xFFFF))
 
@@ -380,17 +381,17 @@ def use(driver: Driver, queue: int, head: int, length: int, ahead: int = 1) -> N
 @pytest.mark.parametrize(
     ("wanted", "queue", "head", "length", "ahead", "status"),
     [
-        (None, 0, 0, 72, 65, lay.E_USED_IDX),
-        (None, 0, 0, 72, -1, lay.E_USED_IDX),
-        (None, 1, 0, 0, 2, lay.E_USED_IDX),
-        (None, 0, 64, 72, 1, lay.E_USED_ID),
-        (None, 0, 0xFFFFFFFF, 72, 1, lay.E_USED_ID),
-        (None, 1, 5, 0, 1, lay.E_USED_ID),
-        (None, 0, 0, BUFFER_LEN + 1, 1, lay.E_USED_LEN),
-        (None, 0, 0, 0xFFFFFFFF, 1, lay.E_USED_LEN),
-        (None, 1, 0, 1, 1, lay.E_USED_LEN),
-        (f.VIRTIO_F_VERSION_1 | f.VIRTIO_NET_F_MRG_RXBUF, 0, 0, 11, 1, lay.E_NUM_BUFFERS),
-        (f.VIRTIO_F_VERSION_1 | f.VIRTIO_F_IN_ORDER, 0, 1, 72, 1, lay.E_USED_ID),
+        (None, 0, 0, 72, 65, r.E_USED_IDX),
+        (None, 0, 0, 72, -1, r.E_USED_IDX),
+        (None, 1, 0, 0, 2, r.E_USED_IDX),
+        (None, 0, 64, 72, 1, r.E_USED_ID),
+        (None, 0, 0xFFFFFFFF, 72, 1, r.E_USED_ID),
+        (None, 1, 5, 0, 1, r.E_USED_ID),
+        (None, 0, 0, BUFFER_LEN + 1, 1, r.E_USED_LEN),
+        (None, 0, 0, 0xFFFFFFFF, 1, r.E_USED_LEN),
+        (None, 1, 0, 1, 1, r.E_USED_LEN),
+        (f.VIRTIO_F_VERSION_1 | f.VIRTIO_NET_F_MRG_RXBUF, 0, 0, 11, 1, r.E_NUM_BUFFERS),
+        (f.VIRTIO_F_VERSION_1 | f.VIRTIO_F_IN_ORDER, 0, 1, 72, 1, r.E_USED_ID),
     ],
 )
 def test_a_device_that_cheats_is_found_out(
@@ -422,7 +423,7 @@ def test_a_device_that_cheats_is_found_out(
 @pytest.mark.parametrize("num_buffers", [0, 2, 64, 65, 0xFFFF])
 def test_a_frame_of_buffers_that_are_not_there(num_buffers: int) -> None:
     with echoing(f.VIRTIO_F_VERSION_1 | f.VIRTIO_NET_F_MRG_RXBUF) as (_, driver):
-        at = int(driver.dvqs[0, lay.DVQ_BUF_OFFSET])
+        at = int(driver.dvqs[0, r.DVQ_BUF_OFFSET])
         driver.memory.mem[at + 10 : at + 12] = list(struct.pack("<H", num_buffers))
         use(driver, 0, 0, 72)
         with pytest.raises(GuestError, match="num_buffers"):
@@ -455,7 +456,7 @@ def test_a_thread_that_is_cheated_says_so_when_asked() -> None:
         device.calls[0].signal()
 
         def found_out() -> bool:
-            return bool(driver.dvqs[0, lay.DVQ_STATUS])
+            return bool(driver.dvqs[0, r.DVQ_STATUS])
 
         wait_for(found_out, "the driver finds out")
         with pytest.raises(GuestError, match="not in flight"):
@@ -479,7 +480,7 @@ def test_a_driver_uses_no_descriptor_of_a_device_that_was_closed() -> None:
         others = [EventFd() for _ in range(64)]
         assert numbers <= {other.fd for other in others}, "each number is used again"
         memory.write(device.queues[1].used, bytes(2))  # flags: the device wants to be kicked
-        source.rows[0, lay.EP_LIMIT] = 1
+        source.rows[0, r.EP_LIMIT] = 1
         assert driver.step() == 1
         assert [other.clear() for other in others] == [0] * len(others)
         for other in others:

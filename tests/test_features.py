@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vnetdp import features as f
 from vnetdp.errors import ConfigError
-from vnetdp_kernels import layout
+from vnetdp_kernels import spec
 
 ANY = st.sets(st.integers(0, 63)).map(lambda bits: sum(1 << bit for bit in bits))
 
@@ -118,9 +118,9 @@ def test_header_lengths(features: int) -> None:
 @given(ANY)
 def test_offload_masks_follow_their_own_side_only(features: int) -> None:
     guest, host = f.guest_offload_mask(features), f.host_offload_mask(features)
-    assert bool(guest & layout.OFFLOAD_TSO4) == bool(features & f.VIRTIO_NET_F_GUEST_TSO4)
-    assert bool(guest & layout.OFFLOAD_CSUM) == bool(features & f.VIRTIO_NET_F_GUEST_CSUM)
-    assert bool(host & layout.OFFLOAD_TSO6) == bool(features & f.VIRTIO_NET_F_HOST_TSO6)
-    assert bool(host & layout.OFFLOAD_CSUM) == bool(features & f.VIRTIO_NET_F_CSUM)
+    assert bool(guest & spec.OFFLOAD_TSO4) == bool(features & f.VIRTIO_NET_F_GUEST_TSO4)
+    assert bool(guest & spec.OFFLOAD_CSUM) == bool(features & f.VIRTIO_NET_F_GUEST_CSUM)
+    assert bool(host & spec.OFFLOAD_TSO6) == bool(features & f.VIRTIO_NET_F_HOST_TSO6)
+    assert bool(host & spec.OFFLOAD_CSUM) == bool(features & f.VIRTIO_NET_F_CSUM)
     assert f.guest_offload_mask(features & ~(f.GUEST_OFFLOADS | f.VIRTIO_NET_F_GUEST_UFO)) == 0
     assert f.host_offload_mask(features & ~(f.HOST_OFFLOADS | f.VIRTIO_NET_F_HOST_UFO)) == 0

@@ -16,10 +16,10 @@ from vnetdp.errors import ConfigError, EndpointError
 from vnetdp.memory import GuestMemory
 from vnetdp.state import VIRTIO_CONFIG_S_DRIVER_OK, Control, DeviceState, StateDelta
 from vnetdp.virtqueue import Virtqueue
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import spec
 
 FEATURES = f.VIRTIO_F_VERSION_1 | f.VIRTIO_NET_F_GUEST_CSUM | f.VIRTIO_NET_F_GUEST_TSO4
-OFFLOADS = lay.OFFLOAD_CSUM | lay.OFFLOAD_TSO4
+OFFLOADS = spec.OFFLOAD_CSUM | spec.OFFLOAD_TSO4
 QUEUE = Virtqueue(16, 0x1000, 0x2000, 0x3000, True, 5)
 
 
@@ -91,7 +91,7 @@ def test_an_endpoint_that_refuses_a_part_leaves_all_as_it_was(
     assert device.save_state() == STATE
 
 
-@pytest.mark.parametrize("more", [lay.OFFLOAD_ECN, 1 << 8, 1 << 40, 1 << 63])
+@pytest.mark.parametrize("more", [spec.OFFLOAD_ECN, 1 << 8, 1 << 40, 1 << 63])
 def test_an_offload_that_was_not_negotiated(device: NetDevice, endpoint: Choosy, more: int) -> None:
     device.load_state(STATE)
     wrong: dict[str, Any] = {"guest_offloads": OFFLOADS | more}

@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from tests.by_hand import no_descriptor_leaks
 from vnetdp.errors import ConfigError
 from vnetdp.memory import DirtyLog, GuestMemory, Region, SharedBlock, create_memfd, page_of
-from vnetdp_kernels import guest
-from vnetdp_kernels.layout import PAGE_SIZE
+from vnetdp_kernels import guest, spec
 
-PAGE = PAGE_SIZE
+PAGE = spec.PAGE_SIZE
 HUGE = 1 << 21
 
 # Regions as (pages of hole before, pages): a hole of no pages makes two regions adjacent.

@@ -13,13 +13,13 @@ from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import spec
 
 MTU = 1500
 TAGS = (b"", b"\x81\x00", b"\x88\xa8")  # the EtherType of a frame without a VLAN tag, and of two with one
-LONGEST = lay.ETH_HLEN + MTU
+LONGEST = spec.ETH_HLEN + MTU
 FRAMES = [
-    (tag, length + len(tag[:1]) * lay.VLAN_HLEN)
+    (tag, length + len(tag[:1]) * spec.VLAN_HLEN)
     for tag in TAGS
     for length in (60, LONGEST - 1, LONGEST, LONGEST + 1, 4000)
 ]
@@ -64,11 +64,11 @@ def frames() -> list[tuple[bytes, bytes]]:
 
 def passing() -> list[int]:
     """Return the lengths of FRAMES that a link of that MTU carries: a tag is beside the MTU."""
-    return [length for tag, length in FRAMES if length <= LONGEST + bool(tag) * lay.VLAN_HLEN]
+    return [length for tag, length in FRAMES if length <= LONGEST + bool(tag) * spec.VLAN_HLEN]
 
 
 def gso(kind: int) -> bytes:
-    return HEADER.pack(lay.VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, 54, 1448, 34, 16, 0)
+    return HEADER.pack(spec.VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, 54, 1448, 34, 16, 0)
 
 
 @pytest.mark.parametrize("mtu", [True, False])
@@ -82,7 +82,10 @@ def test_a_long_frame_from_the_wire_is_dropped_and_counted(mtu: bool) -> None:
 
 def test_a_segment_may_be_longer_and_an_ecn_bit_alone_is_none() -> None:
     with Segments() as wire:
-        put = [(frame(0, 4000), gso(lay.VIRTIO_NET_HDR_GSO_TCPV4)), (frame(1, 4000), gso(lay.VIRTIO_NET_HDR_GSO_NONE))]
+        put = [
+            (frame(0, 4000), gso(spec.VIRTIO_NET_HDR_GSO_TCPV4)),
+            (frame(1, 4000), gso(spec.VIRTIO_NET_HDR_GSO_NONE)),
+        ]
         assert through(wire, EVERY, put) == [4000]
         assert wire.counters()["dropped_long"] == 1
 

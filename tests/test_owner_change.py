@@ -29,7 +29,8 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 RATE = scaled(40_000, 300)
 RINGS = f.VIRTIO_F_VERSION_1 | f.VIRTIO_RING_F_INDIRECT_DESC
@@ -55,7 +56,7 @@ class WatchedBackend(FaultyBackend):
         self.changes = 0
 
     def _used_idx(self, index: int) -> int:
-        return int.from_bytes(self._memory.read(self._used[index] + lay.VIRTQ_RING_IDX, 2), "little")
+        return int.from_bytes(self._memory.read(self._used[index] + spec.VIRTQ_RING_IDX, 2), "little")
 
     def set_vring_base(self, index: int, base: int) -> None:
         self._based[index] = base
@@ -98,7 +99,7 @@ class Setup:
         self.expected = Owner.USERSPACE if self.expected is Owner.VHOST else Owner.VHOST
         assert self.device.owner is self.expected
         self.check_polling(self.device.queue_pairs)
-        bound = self.worker.datapath.vqs[:, lay.VQ_BOUND]
+        bound = self.worker.datapath.vqs[:, r.VQ_BOUND]
         assert bound.all() if self.expected is Owner.VHOST else not bound.any()
 
     def check_polling(self, pollers: int) -> None:

@@ -32,7 +32,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.owners import Owner
 from vnetdp.virtqueue import VRINGS, Virtqueue
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
@@ -146,10 +146,10 @@ def test_what_is_new_is_told_and_no_more(one: Bed, news: str) -> None:
     rows = one.datapath.vqs
     for n, queue in enumerate(one.queues):
         if queue.enabled:
-            slots = (lay.VQ_NUM, lay.VQ_DESC_GPA, lay.VQ_AVAIL_GPA, lay.VQ_USED_GPA)
+            slots = (r.VQ_NUM, r.VQ_DESC_GPA, r.VQ_AVAIL_GPA, r.VQ_USED_GPA)
             assert tuple(rows[n, list(slots)].tolist()) == queue.setup
-            assert rows[n, lay.VQ_LOG_USED] == (queue.used if one.log else -1)
-            assert rows[n, lay.VQ_EVENT_IDX] == int(bool(one.features & f.VIRTIO_RING_F_EVENT_IDX))
+            assert rows[n, r.VQ_LOG_USED] == (queue.used if one.log else -1)
+            assert rows[n, r.VQ_EVENT_IDX] == int(bool(one.features & f.VIRTIO_RING_F_EVENT_IDX))
     one.owners.abandon()
     one.queues[4].last_avail_idx = BASE
     one.queues[1].enabled = True
@@ -163,7 +163,7 @@ def test_a_queue_is_told_when_it_is_enabled(one: Bed) -> None:
     assert one.owners.prepare(one.rings)
     assert one.told() == of_rings(A_RING, 5)
     one.vhost_serves()
-    assert one.datapath.vqs[:, lay.VQ_BOUND].tolist() == [1, 1, 0, 1, 1, 1]
+    assert one.datapath.vqs[:, r.VQ_BOUND].tolist() == [1, 1, 0, 1, 1, 1]
     assert one.told() == of_rings(["set_backend"], 0, 1, 3, 4, 5)
     assert one.owners.hand_to(Owner.NOBODY, one.rings)
     one.queues[2].enabled = True
@@ -404,10 +404,10 @@ def test_while_prepared_nobody_writes_or_takes_a_frame() -> None:
             for kick in bed.notifiers.kicks:
                 kick.signal()
             bed.datapath.bell.signal()
-            assert n == 0 or bed.datapath.ctl[lay.CTL_PASSES] == passes
-            passes = int(bed.datapath.ctl[lay.CTL_PASSES])
+            assert n == 0 or bed.datapath.ctl[r.CTL_PASSES] == passes
+            passes = int(bed.datapath.ctl[r.CTL_PASSES])
             time.sleep(0.03)
-            assert bed.datapath.ctl[lay.CTL_PASSES] == passes
+            assert bed.datapath.ctl[r.CTL_PASSES] == passes
             assert bed.stepped.run()[1] == 0
             assert bed.content() == content
             assert np.array_equal(bed.endpoint.rows, rows)

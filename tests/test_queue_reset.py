@@ -10,7 +10,7 @@ from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.owners import Owner
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 
 @pytest.mark.parametrize("verb", [None, "set_vring_num", "set_vring_base", "set_vring_call", "set_backend"])
@@ -29,13 +29,13 @@ def test_a_queue_is_reset_while_the_others_go_on(index: int, verb: str | None) -
         ):
             driver.start()
             traffic.wait_for_more(20)
-            used_at = int(driver.dvqs[index, lay.DVQ_USED])
+            used_at = int(driver.dvqs[index, r.DVQ_USED])
             device.reset_queue(index)
             ring = memory.mem[used_at : used_at + 6 + 8 * 64].copy()
             traffic.wait_for_pair(1 - pair, 20)
             assert (memory.mem[used_at : used_at + ring.size] == ring).all(), "a queue that is reset was written to"
             driver.stop()
-            addresses = [driver.dvqs[index, slot] for slot in (lay.DVQ_DESC, lay.DVQ_AVAIL, lay.DVQ_USED)]
+            addresses = [driver.dvqs[index, slot] for slot in (r.DVQ_DESC, r.DVQ_AVAIL, r.DVQ_USED)]
             gpas = [int(at) - memory.translate(0, 1) for at in addresses]
             rebase(driver, 0, [index])
             device.set_queue(index, 64, *gpas)
@@ -52,10 +52,10 @@ def test_a_queue_is_reset_while_the_others_go_on(index: int, verb: str | None) -
         worker.close()
         memory.close()
         for end in (traffic.device, traffic.guest):
-            assert not end.ledger[:, lay.LEDGER_DUPLICATED].any()
-            assert not end.ledger[:, lay.LEDGER_REORDERED].any()
+            assert not end.ledger[:, r.LEDGER_DUPLICATED].any()
+            assert not end.ledger[:, r.LEDGER_REORDERED].any()
             # What was in the queue when it was reset is gone; the three others lost nothing.
-            missing = end.ledger[:, lay.LEDGER_MISSING]
+            missing = end.ledger[:, r.LEDGER_MISSING]
             if end is (traffic.device if vring else traffic.guest):
                 missing = missing[1 - pair]
             assert not missing.any()

@@ -21,7 +21,8 @@ from vnetdp.errors import BackendError
 from vnetdp.memory import DirtyLog, GuestMemory
 from vnetdp.notify import EventFd
 from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, Virtqueue
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 PAIRS = 3
 BASE = 0xFFFE
@@ -65,7 +66,7 @@ class Bed:
 
     @property
     def bound(self) -> list[int]:
-        return [int(bound) for bound in self.datapath.vqs[:, lay.VQ_BOUND]]
+        return [int(bound) for bound in self.datapath.vqs[:, r.VQ_BOUND]]
 
     def close(self) -> None:
         self.datapath.close()
@@ -125,10 +126,10 @@ def test_the_mtu_is_told_only_if_there_is_one(bed: Bed, mtu: int | None) -> None
 def test_used_rings_are_logged_under_their_own_address(bed: Bed) -> None:
     rings = replace(bed.rings, log=bed.log, features=bed.rings.features | f.VHOST_F_LOG_ALL)
     vhost_net.start(bed.backends, rings)
-    assert bed.datapath.vqs[:, lay.VQ_LOG_USED].tolist() == [queue.used for queue in rings.queues]
+    assert bed.datapath.vqs[:, r.VQ_LOG_USED].tolist() == [queue.used for queue in rings.queues]
     vhost_net.stop(bed.backends, rings)
     vhost_net.start(bed.backends, bed.rings)
-    assert (bed.datapath.vqs[:, lay.VQ_LOG_USED] == -1).all()
+    assert (bed.datapath.vqs[:, r.VQ_LOG_USED] == -1).all()
     vhost_net.stop(bed.backends, bed.rings)
 
 
@@ -140,7 +141,7 @@ def test_the_used_rings_of_one_that_is_gone_are_sent_again(bed: Bed, logged: boo
     bed.log.take()
     bed.faults.append(Fault("get_vring_base", times=-1))
     vhost_net.stop(bed.backends, rings)
-    pages = {at // lay.PAGE_SIZE for queue in rings.queues for at in (queue.used, queue.used + 6 + 8 * 8 - 1)}
+    pages = {at // spec.PAGE_SIZE for queue in rings.queues for at in (queue.used, queue.used + 6 + 8 * 8 - 1)}
     assert set(bed.log.pages()) == (pages if logged else set())
 
 
@@ -166,7 +167,7 @@ def test_whatever_fails_is_undone_and_indices_are_exact(bed: Bed, verb: str, sil
     bed.faults[1:] = []
     vhost_net.start(bed.backends, bed.rings)
     bed.ring_list[3].send(0, frame(0))
-    assert bed.datapath.run() == (lay.LOOP_IDLE, 1)
+    assert bed.datapath.run() == (r.LOOP_IDLE, 1)
     vhost_net.stop(bed.backends, bed.rings)
     expected = [BASE] * 2 * PAIRS
     expected[3] += 1
@@ -178,7 +179,7 @@ def test_an_index_that_is_not_told_is_used_idx(bed: Bed) -> None:
     vhost_net.start(bed.backends, bed.rings)
     for n in range(5):
         bed.ring_list[1].send(n, frame(n))
-    assert bed.datapath.run() == (lay.LOOP_IDLE, 5)
+    assert bed.datapath.run() == (r.LOOP_IDLE, 5)
     bed.faults.append(Fault("get_vring_base", 0, TRANSMITQ))
     vhost_net.stop(bed.backends, bed.rings)
     assert bed.rings.queues[1].last_avail_idx == (BASE + 5) & 0xFFFF

@@ -26,7 +26,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, MacswapEndpoint,
 from vnetdp.errors import BackendError, ConfigError
 from vnetdp.memory import DirtyLog
 from vnetdp.owners import Owner
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 SHORT_S = 0.5  # until a worker that hangs is given up, in place of 10 s
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
@@ -94,7 +94,7 @@ def _hangs(bed: Bed) -> None:
 
     def run(*_: object) -> tuple[int, int]:
         bed.may_return.wait()
-        return lay.LOOP_CONTROL, 0
+        return r.LOOP_CONTROL, 0
 
     assert isinstance(bed.worker, Worker)
     with bed.worker.paced.paused():
@@ -149,7 +149,7 @@ def _idle(bed: Bed, end: Callable[[Bed], None]) -> None:
     end(bed)
     wait_equal(lambda: bed.device.owner, Owner.USERSPACE)
     for endpoint in (bed.wire, bed.source):
-        endpoint.rows[:, lay.EP_LIMIT] = -1
+        endpoint.rows[:, r.EP_LIMIT] = -1
     with bed.guest.paused(), vhost_net.standing_still(bed.device.owners.backends or ()):
         pass  # both look anew at what may be sent
 
@@ -478,7 +478,7 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
 
         def waits() -> None:
             within.set()
-            wait_for(lambda: ctl[lay.CTL_DOORBELL] == 1, "the other thread waits for this one")
+            wait_for(lambda: ctl[r.CTL_DOORBELL] == 1, "the other thread waits for this one")
 
         wire.device, wire.may = device, waits  # type: ignore[method-assign]
         device.set_use_vhost(use_vhost)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from vnetdp_kernels.layout import ETH_ZLEN
+from vnetdp_kernels import spec
 
 from . import limits
 from .owned import Owned
@@ -23,7 +23,7 @@ _REVERSE_REQUEST = 3
 def rarp(mac: bytes) -> bytes:
     """Return the Ethernet frame (no FCS) that tells everybody where *mac* is."""
     body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, _REVERSE_REQUEST) + mac + bytes(4) + mac + bytes(4)
-    return (_BROADCAST + mac + struct.pack("!H", _RARP) + body).ljust(ETH_ZLEN, b"\0")
+    return (_BROADCAST + mac + struct.pack("!H", _RARP) + body).ljust(spec.ETH_ZLEN, b"\0")
 
 
 class Announcer(Owned):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import join, layout
+from vnetdp_kernels import join
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.rows import Control, Limits
 
 from .backends.worker import WorkerBackend
@@ -51,15 +52,15 @@ class Join(Owned):
             for _ in range(2):
                 self._datapaths.append(Datapath(queue_pairs))
                 stack.callback(self._datapaths[-1].close)
-            self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
+            self.ctl: Words = np.zeros(r.CTL_SLOTS, np.int64)
             self.bell = stack.enter_context(EventFd())
-            self._wire: Words = np.zeros((2, layout.EP_SLOTS), np.int64)
-            self._wire[:, layout.EP_KIND] = layout.KIND_ECHO
-            self._held: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
+            self._wire: Words = np.zeros((2, r.EP_SLOTS), np.int64)
+            self._wire[:, r.EP_KIND] = r.KIND_ECHO
+            self._held: Bytes = np.zeros(r.FRAME_SLOT, np.uint8)
             self._scratch = scratch_for(2 * queue_pairs)
-            self.ctl[layout.CTL_DOORBELL] = 1
+            self.ctl[r.CTL_DOORBELL] = 1
             self.run()  # compiles, if that is to be done, before a front end waits for an answer
-            self.ctl[layout.CTL_DOORBELL] = 0
+            self.ctl[r.CTL_DOORBELL] = 0
             self._made = stack.pop_all()
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
@@ -145,11 +146,11 @@ class Bridge(Join):
         names = ("left_to_right", "right_to_left")
         return {
             name: {
-                "packets": int(row[layout.EP_TO_WIRE]),
-                "dropped_short": int(row[layout.EP_DROP_SHORT]),
-                "dropped_no_buffer": int(row[layout.EP_DROP_NO_BUFFER]),
-                "dropped_offload": int(row[layout.EP_DROP_OFFLOAD]),
-                "dropped_no_guest": int(row[layout.EP_DROP_ERROR]),  # nobody was there who receives
+                "packets": int(row[r.EP_TO_WIRE]),
+                "dropped_short": int(row[r.EP_DROP_SHORT]),
+                "dropped_no_buffer": int(row[r.EP_DROP_NO_BUFFER]),
+                "dropped_offload": int(row[r.EP_DROP_OFFLOAD]),
+                "dropped_no_guest": int(row[r.EP_DROP_ERROR]),  # nobody was there who receives
             }
             for name, row in zip(names, self._wire, strict=True)
         } | {"served": [server.served for server in self.servers]}

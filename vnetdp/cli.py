@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import spec
 
 from . import commands, limits, migration_commands, output, signals
 from ._version import __version__
@@ -49,7 +49,7 @@ def _number(low: int, high: int, what: str) -> Callable[[str], int]:
     return convert
 
 
-_mtu = _number(layout.MIN_MTU, layout.MAX_MTU, "an MTU")
+_mtu = _number(spec.MIN_MTU, spec.MAX_MTU, "an MTU")
 
 
 def _ring(text: str) -> int:

@@ -17,7 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from vnetdp_kernels import interrupt, layout, loops, peer, port
+from vnetdp_kernels import interrupt, loops, peer, port, spec
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.rows import Control, Guest, Limits, Rings, Scratch
 
 from . import limits
@@ -31,27 +32,27 @@ from .virtqueue import queues_of
 _log = logging.getLogger("vnetdp.datapath")
 
 _UNSET = (
-    layout.VQ_DESC,
-    layout.VQ_AVAIL,
-    layout.VQ_USED,
-    layout.VQ_DESC_GPA,
-    layout.VQ_AVAIL_GPA,
-    layout.VQ_USED_GPA,
-    layout.VQ_LOG_USED,
+    r.VQ_DESC,
+    r.VQ_AVAIL,
+    r.VQ_USED,
+    r.VQ_DESC_GPA,
+    r.VQ_AVAIL_GPA,
+    r.VQ_USED_GPA,
+    r.VQ_LOG_USED,
 )
 _LOOK = 0  # no pause's turn: "has another pause begun?"
 _STUCK_S = 0.5  # no kernel takes that long to look at the doorbell, unless a system call holds it
 NO_LOG: Bytes = np.zeros(0, np.uint8)
 NO_MEMORY: Bytes = np.zeros(1, np.uint8)
-NO_TABLE: Words = np.zeros((0, layout.REGION_SLOTS), np.int64)
+NO_TABLE: Words = np.zeros((0, r.REGION_SLOTS), np.int64)
 
 
-def scratch_for(pairs: int, max_num: int = layout.VIRTQ_MAX_NUM) -> Scratch:
+def scratch_for(pairs: int, max_num: int = spec.VIRTQ_MAX_NUM) -> Scratch:
     """Return the arrays that a loop over *pairs* queue pairs of up to *max_num* descriptors needs and nobody keeps."""
-    cap = max(max_num, layout.MIN_CHAIN_CAP)
+    cap = max(max_num, r.MIN_CHAIN_CAP)
     return Scratch(
-        iov=np.zeros((2 * cap, layout.IOV_SLOTS), np.int64),
-        frame_iov=np.zeros((cap, layout.IOV_SLOTS), np.int64),
+        iov=np.zeros((2 * cap, r.IOV_SLOTS), np.int64),
+        frame_iov=np.zeros((cap, r.IOV_SLOTS), np.int64),
         chains=np.zeros((cap, 2), np.int64),
         hdr=np.zeros(port.HDR_SCRATCH, np.uint8),
         words=np.zeros(port.SCRATCH_WORDS, np.int64),
@@ -70,13 +71,13 @@ class Datapath(Owned):
     def __init__(self, pairs: int, block_fd: int | None = None) -> None:
         self.pairs = pairs
         with ExitStack() as made:
-            self.block = SharedBlock(queues_of(pairs) * layout.VQ_SLOTS * 8 + layout.PAGE_SIZE, block_fd)
+            self.block = SharedBlock(queues_of(pairs) * r.VQ_SLOTS * 8 + spec.PAGE_SIZE, block_fd)
             made.callback(self.block.close)
             self._own_endpoint = self.endpoint = made.enter_context(Endpoint(pairs))
             self.bell = EventFd()
             made.pop_all()
-        self.vqs: Words = self.block.carve(np.int64, queues_of(pairs), layout.VQ_SLOTS)
-        self.ctl: Words = self.block.carve(np.int64, layout.CTL_SLOTS)
+        self.vqs: Words = self.block.carve(np.int64, queues_of(pairs), r.VQ_SLOTS)
+        self.ctl: Words = self.block.carve(np.int64, r.CTL_SLOTS)
         self.memory: GuestMemory | None = None
         self.log: DirtyLog | None = None
         self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
@@ -88,7 +89,7 @@ class Datapath(Owned):
         if block_fd is None:
             for slot in _UNSET:
                 self.vqs[:, slot] = -1
-            self.vqs[:, layout.VQ_ENABLED] = 1
+            self.vqs[:, r.VQ_ENABLED] = 1
 
     @property
     def bound(self) -> bool:
@@ -124,17 +125,17 @@ class Datapath(Owned):
             self._in_kernel = True  # before the look at _abandoned: `abandon` does it the other way round
             if self._abandoned:
                 self._in_kernel = False
-                return layout.LOOP_CONTROL, moved
+                return r.LOOP_CONTROL, moved
             limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
             reason, n = loops.serve(self.rings, endpoint.wire, control, self._scratch, limits)
             self._in_kernel = False
             moved += n
-            if reason != layout.LOOP_PYTHON:
+            if reason != r.LOOP_PYTHON:
                 endpoint.service()
                 return reason, moved
             if 0 <= budget <= moved:
                 endpoint.service()
-                return layout.LOOP_BUDGET, moved
+                return r.LOOP_BUDGET, moved
 
     def abandon(self) -> bool:
         """Have the thread that runs the datapath enter no kernel ever again; False, and nothing done, if it is in one now.
@@ -170,7 +171,7 @@ class Runnable(Protocol):
 
 def call_away(target: Runnable) -> None:
     """Have the thread that runs *target* leave the kernels, if a close that ^C broke off left one there."""
-    target.ctl[layout.CTL_DOORBELL] = 1
+    target.ctl[r.CTL_DOORBELL] = 1
     target.bell.signal()
 
 
@@ -280,9 +281,9 @@ class Paced(Owned):
                 reason, _ = self._target.run(-1, self.poll_us, -1)
                 if self._ended:
                     return  # it was taken for hung
-                if reason == layout.LOOP_BROKEN:
+                if reason == r.LOOP_BROKEN:
                     self.listeners.tell_broken()
-                if ctl[layout.CTL_DOORBELL]:
+                if ctl[r.CTL_DOORBELL]:
                     self._stand_still()
                     while self._to_signal:
                         with suppress(OSError):
@@ -337,11 +338,11 @@ class Paced(Owned):
             try:
                 self._turn += 1
                 self._resume.put(_LOOK)  # it may be parked already, for a doorbell that rang without a pause
-                self._target.ctl[layout.CTL_DOORBELL] = 1
+                self._target.ctl[r.CTL_DOORBELL] = 1
                 self._target.bell.signal()
                 self._wait_until_parked()
             except BaseException:  # ^C: the thread may be about to park, and goes on at once
-                self._target.ctl[layout.CTL_DOORBELL] = 0
+                self._target.ctl[r.CTL_DOORBELL] = 0
                 self._resume.put(self._turn)
                 self._lock.release()
                 raise
@@ -368,7 +369,7 @@ class Paced(Owned):
         self._depth -= 1
         if self._depth == 0 and not self._ended:
             self._target.bell.clear()
-            self._target.ctl[layout.CTL_DOORBELL] = 0
+            self._target.ctl[r.CTL_DOORBELL] = 0
             self._resume.put(self._turn)
         self._lock.release()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from .backends.faulty import Fault, Faults, FaultyBackend
 from .backends.worker import Worker
@@ -124,7 +124,7 @@ def _migrate(seconds: float, phases: list[dict[str, Any]], say: Callable[[str], 
                 before, began = rows.sum(axis=0), time.perf_counter()
                 time.sleep(seconds)
                 took, moved = time.perf_counter() - began, rows.sum(axis=0) - before
-                packets = int(moved[layout.EP_TO_WIRE] + moved[layout.EP_FROM_WIRE])
+                packets = int(moved[r.EP_TO_WIRE] + moved[r.EP_FROM_WIRE])
                 owner = couple.source.call("look")["owner"]
                 phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
                 say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from . import features as f
 from . import vhost_net
@@ -431,7 +431,7 @@ class NetDevice(Owned):
         with self._trouble.lock:
             self._trouble.reset()
             self._registers.reset_queues()
-        self.endpoint.rows[:, layout.EP_HELD] = 0
+        self.endpoint.rows[:, r.EP_HELD] = 0
         for event in (*self.kicks, *self.calls):
             event.clear()
         self._told(self._registers.reset)
@@ -479,7 +479,7 @@ class NetDevice(Owned):
         ConfigError if the device has a thread.
         """
         reason, moved = self.stepped.run(budget, 0, 0)
-        if reason == layout.LOOP_BROKEN:
+        if reason == r.LOOP_BROKEN:
             self.check_rings()
         return moved
 

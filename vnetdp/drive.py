@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from . import clock
 from .backends.vhost_user import NetConfig, VhostUserFrontEnd
@@ -158,7 +158,7 @@ class _Run:
         self.errors: list[str] = []
 
     def moved(self) -> int:
-        return int(self._driver.dvqs[:, layout.DVQ_PACKETS].sum())
+        return int(self._driver.dvqs[:, r.DVQ_PACKETS].sum())
 
     def run(self, stop: Callable[[], bool], until: float) -> None:
         """Return once the work is done, or has to end: *stop* or *until* says so, or an error.
@@ -172,7 +172,7 @@ class _Run:
         waits = False  # for a back end, to go on with what is left to do
         while received.looked < settled and not endpoint.gone and self._works():
             time.sleep(clock.LOOK_S)
-            packets = self._driver.dvqs[:, layout.DVQ_PACKETS].copy()
+            packets = self._driver.dvqs[:, r.DVQ_PACKETS].copy()
             received.look(int(packets[0::2].sum()))
             looked = received.looked
             missing = generator is not None and generator.ledger_against(generator).lost > 0
@@ -195,8 +195,8 @@ class _Run:
     def _works(self) -> bool:
         """Look after the back end, the rings and the ledger; False, and `errors` says why, if there is no going on."""
         if self._generator is not None:
-            ahead = self._generator.ledger[:, layout.LEDGER_NEXT].copy()
-            self._strange = self._strange or bool((ahead > self._generator.rows[:, layout.EP_SEQ]).any())
+            ahead = self._generator.ledger[:, r.LEDGER_NEXT].copy()
+            self._strange = self._strange or bool((ahead > self._generator.rows[:, r.EP_SEQ]).any())
         error = ""
         try:
             self._driver.check()
@@ -246,7 +246,7 @@ class _Run:
         generator = self._generator
         if generator is not None:
             ledger = generator.ledger_against(generator)
-            report["bad_packets"] = ledger.corrupted + int(generator.ledger[:, layout.LEDGER_FOREIGN].sum())
+            report["bad_packets"] = ledger.corrupted + int(generator.ledger[:, r.LEDGER_FOREIGN].sum())
             # Frames are missed only by somebody who gets answers, or has said how many there have to be.
             if not self._strange and (ledger.delivered or generator.count >= 0):
                 report["bad_packets"] += ledger.duplicated

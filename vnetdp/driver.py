@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from vnetdp_kernels import driver as kernels
-from vnetdp_kernels import layout, loops, split_driver
+from vnetdp_kernels import loops, spec, split_driver
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.rows import Control, DriverRings, Limits
 
 from . import features as f
@@ -35,16 +36,16 @@ from .virtqueue import check_num, is_receiveq, queues_of, ring_len, vring_of
 
 # An odd number of cache lines: buffers at a stride of 2048 would share a few sets of the cache.
 BUFFER_LEN = 2048 + 64
-_LONG_BUFFER_LEN = layout.FRAME_SLOT + 64
+_LONG_BUFFER_LEN = r.FRAME_SLOT + 64
 _MARGIN = 1 << 16  # guest memory left alone at its start, and for rounding
 
 
 _INDICES = (
-    layout.DVQ_AVAIL_IDX,
-    layout.DVQ_PUBLISHED_IDX,
-    layout.DVQ_KICKED_IDX,
-    layout.DVQ_LAST_USED_IDX,
-    layout.DVQ_USED_IDX,
+    r.DVQ_AVAIL_IDX,
+    r.DVQ_PUBLISHED_IDX,
+    r.DVQ_KICKED_IDX,
+    r.DVQ_LAST_USED_IDX,
+    r.DVQ_USED_IDX,
 )
 
 
@@ -67,7 +68,7 @@ def _buffer_lens(features: int, frame_len: int) -> tuple[int, int]:
     """Return the bytes of a receive and of a transmit buffer for negotiated *features* and frames up to *frame_len*."""
     gso_in = features & (f.VIRTIO_NET_F_GUEST_TSO4 | f.VIRTIO_NET_F_GUEST_TSO6)
     gso_out = features & (f.VIRTIO_NET_F_HOST_TSO4 | f.VIRTIO_NET_F_HOST_TSO6)
-    n_lines = -(-(layout.NET_HDR_LEN + frame_len) // 64) | 1
+    n_lines = -(-(spec.NET_HDR_LEN + frame_len) // 64) | 1
     whole = max(BUFFER_LEN, 64 * n_lines)
     receive = _LONG_BUFFER_LEN if gso_in else whole
     return BUFFER_LEN if features & f.VIRTIO_NET_F_MRG_RXBUF else receive, _LONG_BUFFER_LEN if gso_out else whole
@@ -80,9 +81,9 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
     ConfigError if *num* is not a power of two up to 32768. The caller closes it.
     """
     check_num(num)
-    rings = sum(ring_len(num)) + 4 * layout.PAGE_SIZE  # each part, and the buffers, begin on a page
+    rings = sum(ring_len(num)) + 4 * spec.PAGE_SIZE  # each part, and the buffers, begin on a page
     length = _MARGIN + queues_of(queue_pairs) * (rings + num * buffer_len)
-    return GuestMemory.create([(0, layout.align_up(length, layout.PAGE_SIZE))])
+    return GuestMemory.create([(0, spec.align_up(length, spec.PAGE_SIZE))])
 
 
 def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlock:
@@ -90,8 +91,8 @@ def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlo
 
     `fd`: the descriptor of such a block, to map that one; None makes a new one.
     """
-    words = queues_of(queue_pairs) * (layout.DVQ_SLOTS + num * layout.DESC_STATE_SLOTS)
-    return SharedBlock(8 * words + layout.PAGE_SIZE, fd)
+    words = queues_of(queue_pairs) * (r.DVQ_SLOTS + num * r.DESC_STATE_SLOTS)
+    return SharedBlock(8 * words + spec.PAGE_SIZE, fd)
 
 
 class Driver(Owned):
@@ -153,9 +154,9 @@ class Driver(Owned):
             made.pop_all()
         self.endpoint = endpoint
         self._block = block
-        self.dvqs: Words = block.carve(np.int64, queues_of(queue_pairs), layout.DVQ_SLOTS)
-        self.states: Words = block.carve(np.int64, queues_of(queue_pairs), num, layout.DESC_STATE_SLOTS)
-        self.ctl: Words = np.zeros(layout.CTL_SLOTS, np.int64)
+        self.dvqs: Words = block.carve(np.int64, queues_of(queue_pairs), r.DVQ_SLOTS)
+        self.states: Words = block.carve(np.int64, queues_of(queue_pairs), num, r.DESC_STATE_SLOTS)
+        self.ctl: Words = np.zeros(r.CTL_SLOTS, np.int64)
         self.features = 0
         """The negotiated feature bits."""
         self._wanted = wanted
@@ -207,22 +208,22 @@ class Driver(Owned):
         addresses = []
         for length in lens:
             addresses.append(at)
-            at += layout.align_up(length, layout.PAGE_SIZE)
+            at += spec.align_up(length, spec.PAGE_SIZE)
         buffer_len = self._buffer_len or _buffer_lens(self.features, self._frame_len)[vring_of(index)]
         row = {
-            layout.DVQ_NUM: self.num,
-            layout.DVQ_DESC: self.memory.translate(addresses[0], lens[0]),
-            layout.DVQ_AVAIL: self.memory.translate(addresses[1], lens[1]),
-            layout.DVQ_USED: self.memory.translate(addresses[2], lens[2]),
-            layout.DVQ_EVENT_IDX: int(bool(self.features & f.VIRTIO_RING_F_EVENT_IDX)),
-            layout.DVQ_IN_ORDER: int(bool(self.features & f.VIRTIO_F_IN_ORDER)),
-            layout.DVQ_MRG_RXBUF: int(bool(self.features & f.VIRTIO_NET_F_MRG_RXBUF)),
-            layout.DVQ_HDR_LEN: f.header_len(self.features),
-            layout.DVQ_BUF_GPA: at,
-            layout.DVQ_BUF_LEN: buffer_len,
-            layout.DVQ_BUF_OFFSET: self.memory.translate(at, self.num * buffer_len),
+            r.DVQ_NUM: self.num,
+            r.DVQ_DESC: self.memory.translate(addresses[0], lens[0]),
+            r.DVQ_AVAIL: self.memory.translate(addresses[1], lens[1]),
+            r.DVQ_USED: self.memory.translate(addresses[2], lens[2]),
+            r.DVQ_EVENT_IDX: int(bool(self.features & f.VIRTIO_RING_F_EVENT_IDX)),
+            r.DVQ_IN_ORDER: int(bool(self.features & f.VIRTIO_F_IN_ORDER)),
+            r.DVQ_MRG_RXBUF: int(bool(self.features & f.VIRTIO_NET_F_MRG_RXBUF)),
+            r.DVQ_HDR_LEN: f.header_len(self.features),
+            r.DVQ_BUF_GPA: at,
+            r.DVQ_BUF_LEN: buffer_len,
+            r.DVQ_BUF_OFFSET: self.memory.translate(at, self.num * buffer_len),
         }
-        return row, addresses, at + layout.align_up(self.num * buffer_len, layout.PAGE_SIZE)
+        return row, addresses, at + spec.align_up(self.num * buffer_len, spec.PAGE_SIZE)
 
     def lay_out(self, index: int, at: int, first_idx: int = 0) -> int:
         """Place a queue's rings and buffers in guest memory from *at* on, and enable it; return the address behind them.
@@ -239,13 +240,13 @@ class Driver(Owned):
         row[:] = 0
         for slot, value in values.items():
             row[slot] = value
-        row[layout.DVQ_CALLS_ON] = 1
+        row[r.DVQ_CALLS_ON] = 1
         split_driver.reset_driver(row, state)
         if first_idx:
             for slot in _INDICES:
                 row[slot] = first_idx
             for ring in addresses[1:]:
-                self.memory.write(ring + layout.VIRTQ_RING_IDX, first_idx.to_bytes(2, "little"))
+                self.memory.write(ring + spec.VIRTQ_RING_IDX, first_idx.to_bytes(2, "little"))
         if is_receiveq(index):
             kernels.post_receive(mem, row, state)
             split_driver.publish_available(mem, row)
@@ -265,12 +266,12 @@ class Driver(Owned):
         parts = []
         taken = []
         for index, (row, state) in enumerate(zip(self.dvqs, self.states, strict=True)):
-            first = int(row[layout.DVQ_DESC]) - window
+            first = int(row[r.DVQ_DESC]) - window
             try:
                 values, addresses, behind = self._place(index, first)
             except ConfigError as e:
                 raise ConfigError(f"queue {index}: its driver has it outside guest memory") from e
-            if first % layout.PAGE_SIZE or row[[*values]].tolist() != [*values.values()]:
+            if first % spec.PAGE_SIZE or row[[*values]].tolist() != [*values.values()]:
                 raise ConfigError(f"queue {index}: its driver cannot have it at {first:#x}, or not so")
             if not kernels.is_sound(self.memory.mem, row, state, is_receiveq(index), seen):
                 raise ConfigError(f"queue {index}: what its driver knows of its descriptors cannot be")
@@ -289,7 +290,7 @@ class Driver(Owned):
         return DriverRings(self.memory.mem, self.dvqs, self.states, self.notify)
 
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
-        """Run all queues; return (layout.LOOP_*, frames moved). As `Datapath.run`. @private"""
+        """Run all queues; return (rows.LOOP_*, frames moved). As `Datapath.run`. @private"""
         self.check_maker()
         endpoint, control = self.endpoint, Control(self.ctl, self.bell.fd)
         moved = 0
@@ -298,12 +299,12 @@ class Driver(Owned):
             limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
             reason, n = loops.drive(self.rings, endpoint.wire, control, self._scratch, limits)
             moved += n
-            if reason != layout.LOOP_PYTHON:
+            if reason != r.LOOP_PYTHON:
                 endpoint.service()
                 return reason, moved
             if 0 <= budget <= moved:
                 endpoint.service()
-                return layout.LOOP_BUDGET, moved
+                return r.LOOP_BUDGET, moved
 
     def step(self, budget: int = 64) -> int:
         """Move at most *budget* frames between endpoint and rings, in this thread, and return how many. Never waits.
@@ -319,8 +320,8 @@ class Driver(Owned):
     def check(self) -> None:
         """Raise GuestError if the device broke the specification on a queue."""
         for index, row in enumerate(self.dvqs):
-            if row[layout.DVQ_STATUS]:
-                raise GuestError(index, int(row[layout.DVQ_STATUS]))
+            if row[r.DVQ_STATUS]:
+                raise GuestError(index, int(row[r.DVQ_STATUS]))
 
     def start(self, poll_us: int = 0) -> None:
         """Run in a thread, which busy-polls *poll_us* µs before it sleeps: 0 sleeps at once, -1 never sleeps."""
@@ -354,7 +355,7 @@ class Driver(Owned):
         if self._thread is not None:
             self._thread.close()
             self._thread = None
-            self.ctl[layout.CTL_DOORBELL] = 0
+            self.ctl[r.CTL_DOORBELL] = 0
 
     def _unplug(self) -> None:
         """Stop, and use no descriptor of a device that closes its own: another file may have the number next."""
@@ -381,8 +382,8 @@ class Driver(Owned):
         """
         window = self.memory.translate(self.start_at, 0) - self.start_at
         row = self.dvqs[index]
-        first = int(row[layout.DVQ_DESC]) - window
-        return first, int(row[layout.DVQ_BUF_GPA]) + self.num * int(row[layout.DVQ_BUF_LEN]) - first
+        first = int(row[r.DVQ_DESC]) - window
+        return first, int(row[r.DVQ_BUF_GPA]) + self.num * int(row[r.DVQ_BUF_LEN]) - first
 
     def private_ranges(self) -> list[tuple[int, int]]:
         """Return (guest address, bytes) of each range that only the driver writes: no dirty log has these."""
@@ -391,11 +392,10 @@ class Driver(Owned):
         for index, row in enumerate(self.dvqs):
             lens = ring_len(self.num)
             ranges += [
-                (int(row[slot]) - window, n)
-                for slot, n in zip((layout.DVQ_DESC, layout.DVQ_AVAIL), lens[:2], strict=True)
+                (int(row[slot]) - window, n) for slot, n in zip((r.DVQ_DESC, r.DVQ_AVAIL), lens[:2], strict=True)
             ]
             if not is_receiveq(index):
-                ranges.append((int(row[layout.DVQ_BUF_GPA]), self.num * int(row[layout.DVQ_BUF_LEN])))
+                ranges.append((int(row[r.DVQ_BUF_GPA]), self.num * int(row[r.DVQ_BUF_LEN])))
         return ranges
 
     # --- frames by hand ---
@@ -427,11 +427,11 @@ class Driver(Owned):
     def counters(self) -> list[dict[str, int]]:
         """Return `packets`, `bytes`, `dropped`, `kicks` and `calls` of each queue: receiveq 2i, transmitq 2i + 1."""
         slots = {
-            "packets": layout.DVQ_PACKETS,
-            "bytes": layout.DVQ_BYTES,
-            "dropped": layout.DVQ_DROPPED,
-            "kicks": layout.DVQ_KICKS,
-            "calls": layout.DVQ_CALLS,
+            "packets": r.DVQ_PACKETS,
+            "bytes": r.DVQ_BYTES,
+            "dropped": r.DVQ_DROPPED,
+            "kicks": r.DVQ_KICKS,
+            "calls": r.DVQ_CALLS,
         }
         return [{name: int(row[slot]) for name, slot in slots.items()} for row in self.dvqs]
 

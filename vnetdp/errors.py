@@ -8,27 +8,27 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 _NOT_THE_USERS = (Path(__file__).parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
 STATUS_TEXT: dict[int, str] = {
-    layout.E_ADDRESS: "a buffer or table lies outside guest memory",
-    layout.E_HEAD: "avail.ring holds a descriptor index outside the table",
-    layout.E_NEXT: "desc.next points outside the table",
-    layout.E_LOOP: "a descriptor chain is longer than its table (a loop)",
-    layout.E_ORDER: "a device-readable descriptor follows a device-writable one",
-    layout.E_ZERO_LEN: "a descriptor has length 0",
-    layout.E_TOTAL_LEN: "a descriptor chain holds more than 2^32 bytes",
-    layout.E_INDIRECT_FEATURE: "an indirect descriptor without VIRTIO_RING_F_INDIRECT_DESC",
-    layout.E_INDIRECT_LEN: "an indirect table whose length is 0, not a multiple of 16, or too long",
-    layout.E_INDIRECT_NESTED: "an indirect descriptor inside an indirect table",
-    layout.E_INDIRECT_NEXT: "a descriptor with both INDIRECT and NEXT",
-    layout.E_AVAIL_IDX: "avail.idx moved by more than the queue's size",
-    layout.E_DIRECTION: "a chain without a buffer in its queue's direction",
-    layout.E_USED_ID: "the device used a chain that is not in flight",
-    layout.E_USED_IDX: "used.idx ran ahead of the chains in flight",
-    layout.E_USED_LEN: "the device claims more bytes than the chain can hold",
-    layout.E_NUM_BUFFERS: "num_buffers does not match the buffers used",
+    r.E_ADDRESS: "a buffer or table lies outside guest memory",
+    r.E_HEAD: "avail.ring holds a descriptor index outside the table",
+    r.E_NEXT: "desc.next points outside the table",
+    r.E_LOOP: "a descriptor chain is longer than its table (a loop)",
+    r.E_ORDER: "a device-readable descriptor follows a device-writable one",
+    r.E_ZERO_LEN: "a descriptor has length 0",
+    r.E_TOTAL_LEN: "a descriptor chain holds more than 2^32 bytes",
+    r.E_INDIRECT_FEATURE: "an indirect descriptor without VIRTIO_RING_F_INDIRECT_DESC",
+    r.E_INDIRECT_LEN: "an indirect table whose length is 0, not a multiple of 16, or too long",
+    r.E_INDIRECT_NESTED: "an indirect descriptor inside an indirect table",
+    r.E_INDIRECT_NEXT: "a descriptor with both INDIRECT and NEXT",
+    r.E_AVAIL_IDX: "avail.idx moved by more than the queue's size",
+    r.E_DIRECTION: "a chain without a buffer in its queue's direction",
+    r.E_USED_ID: "the device used a chain that is not in flight",
+    r.E_USED_IDX: "used.idx ran ahead of the chains in flight",
+    r.E_USED_LEN: "the device claims more bytes than the chain can hold",
+    r.E_NUM_BUFFERS: "num_buffers does not match the buffers used",
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import spec
 
 from .errors import ConfigError
 
@@ -111,24 +111,24 @@ OFFLOADS: Final = HOST_OFFLOADS | GUEST_OFFLOADS
 """Both."""
 
 _GUEST_TO_MASK: Final[tuple[tuple[int, int], ...]] = (
-    (VIRTIO_NET_F_GUEST_CSUM, layout.OFFLOAD_CSUM),
-    (VIRTIO_NET_F_GUEST_TSO4, layout.OFFLOAD_TSO4),
-    (VIRTIO_NET_F_GUEST_TSO6, layout.OFFLOAD_TSO6),
-    (VIRTIO_NET_F_GUEST_ECN, layout.OFFLOAD_ECN),
-    (VIRTIO_NET_F_GUEST_UFO, layout.OFFLOAD_UFO),
+    (VIRTIO_NET_F_GUEST_CSUM, spec.OFFLOAD_CSUM),
+    (VIRTIO_NET_F_GUEST_TSO4, spec.OFFLOAD_TSO4),
+    (VIRTIO_NET_F_GUEST_TSO6, spec.OFFLOAD_TSO6),
+    (VIRTIO_NET_F_GUEST_ECN, spec.OFFLOAD_ECN),
+    (VIRTIO_NET_F_GUEST_UFO, spec.OFFLOAD_UFO),
 )
 _HOST_TO_MASK: Final[tuple[tuple[int, int], ...]] = (
-    (VIRTIO_NET_F_CSUM, layout.OFFLOAD_CSUM),
-    (VIRTIO_NET_F_HOST_TSO4, layout.OFFLOAD_TSO4),
-    (VIRTIO_NET_F_HOST_TSO6, layout.OFFLOAD_TSO6),
-    (VIRTIO_NET_F_HOST_ECN, layout.OFFLOAD_ECN),
-    (VIRTIO_NET_F_HOST_UFO, layout.OFFLOAD_UFO),
+    (VIRTIO_NET_F_CSUM, spec.OFFLOAD_CSUM),
+    (VIRTIO_NET_F_HOST_TSO4, spec.OFFLOAD_TSO4),
+    (VIRTIO_NET_F_HOST_TSO6, spec.OFFLOAD_TSO6),
+    (VIRTIO_NET_F_HOST_ECN, spec.OFFLOAD_ECN),
+    (VIRTIO_NET_F_HOST_UFO, spec.OFFLOAD_UFO),
 )
 
 
 def mtu_error(mtu: int) -> str:
     """Return why no device can have the MTU *mtu* (5.1.4.1); "" if one can."""
-    low, high = layout.MIN_MTU, layout.MAX_MTU
+    low, high = spec.MIN_MTU, spec.MAX_MTU
     return "" if low <= mtu <= high else f"MTU {mtu} is not between {low} and {high}"
 
 
@@ -145,8 +145,8 @@ def host_offload_mask(features: int) -> int:
 def header_len(features: int) -> int:
     """Return the bytes of virtio_net_hdr: 12, or 10 for a legacy driver without MRG_RXBUF (Virtio 1.2, 5.1.6.1)."""
     if features & (VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF):
-        return layout.NET_HDR_LEN
-    return layout.NET_HDR_LEN_LEGACY
+        return spec.NET_HDR_LEN
+    return spec.NET_HDR_LEN_LEGACY
 
 
 def names(features: int) -> list[str]:

@@ -15,7 +15,8 @@ import struct
 
 import numpy as np
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 from vnetdp_kernels.atomic import load_u16_acquire, store_u16, store_u16_release
 
 from .errors import ConfigError, RequestRefused
@@ -29,12 +30,12 @@ _DESC = np.dtype([("inflight", "u1"), ("padding", "V5"), ("next", "<u2"), ("coun
 
 def _queue_len(queue_size: int) -> int:
     """Return the bytes of one queue's part."""
-    size = layout.INFLIGHT_HEADER_LEN + layout.INFLIGHT_DESC_LEN * queue_size
-    return layout.align_up(size, layout.INFLIGHT_ALIGN)
+    size = spec.INFLIGHT_HEADER_LEN + spec.INFLIGHT_DESC_LEN * queue_size
+    return spec.align_up(size, spec.INFLIGHT_ALIGN)
 
 
 def _whole_pages(length: int) -> int:
-    return layout.align_up(length, layout.PAGE_SIZE)
+    return spec.align_up(length, spec.PAGE_SIZE)
 
 
 class InflightArea:
@@ -58,7 +59,7 @@ class InflightArea:
     def attach(cls, said: Inflight, fd: int, max_queues: int) -> InflightArea:
         """Take an area that a front end gives back; RequestRefused if it can't be what it says."""
         _check(said.num_queues, said.queue_size, max_queues)
-        if said.size < said.num_queues * _queue_len(said.queue_size) or said.offset % layout.PAGE_SIZE:
+        if said.size < said.num_queues * _queue_len(said.queue_size) or said.offset % spec.PAGE_SIZE:
             raise RequestRefused(f"an inflight area of {said.size} bytes is too small, or not aligned")
         if said.offset + said.size > os.fstat(fd).st_size:
             raise RequestRefused("an inflight area that ends behind its file")
@@ -79,7 +80,7 @@ class InflightArea:
         """Return where a queue's journal is; 0, which is none, if the area has not the size of those we make."""
         if self.size != _size_with_journals(self.num_queues, self.queue_size):
             return 0
-        return self.num_queues * _queue_len(self.queue_size) + index * layout.JOURNAL_LEN
+        return self.num_queues * _queue_len(self.queue_size) + index * r.JOURNAL_LEN
 
     def recover(self, index: int, memory: GuestMemory, num: int, avail: int, used: int, other_used: int | None) -> int:
         """Return the next avail index to take of a queue whose area this is, finishing what was cut off.
@@ -93,16 +94,16 @@ class InflightArea:
         raw = mem.data
         area = memory.beside_offset + self.area_at(index)
         try:
-            used_at = memory.translate(used + layout.VIRTQ_RING_IDX, 2)
-            avail_at = memory.translate(avail, layout.VIRTQ_RING_ENTRIES + 2 * num)
-            other_at = None if other_used is None else memory.translate(other_used + layout.VIRTQ_RING_IDX, 2)
+            used_at = memory.translate(used + spec.VIRTQ_RING_IDX, 2)
+            avail_at = memory.translate(avail, spec.VIRTQ_RING_ENTRIES + 2 * num)
+            other_at = None if other_used is None else memory.translate(other_used + spec.VIRTQ_RING_IDX, 2)
         except ConfigError as e:
             raise RequestRefused(str(e)) from e
-        version, desc_num = struct.unpack_from("<HH", raw, area + layout.INFLIGHT_VERSION)
+        version, desc_num = struct.unpack_from("<HH", raw, area + spec.INFLIGHT_VERSION)
         if version == 0:
             # The version last: whoever comes after us, if we are killed here, finds no area, or the whole of one.
-            store_u16(mem, area + layout.INFLIGHT_DESC_NUM, num)
-            store_u16_release(mem, area + layout.INFLIGHT_VERSION, _VERSION)
+            store_u16(mem, area + spec.INFLIGHT_DESC_NUM, num)
+            store_u16_release(mem, area + spec.INFLIGHT_VERSION, _VERSION)
         elif version != _VERSION or desc_num != num:
             raise RequestRefused(f"vring {index}: inflight area of version {version} for {desc_num} descriptors")
         journal = self.journal_at(index)
@@ -113,17 +114,17 @@ class InflightArea:
                 ahead = (transmitq_idx - load_u16_acquire(mem, used_at)) & 0xFFFF
                 if ahead <= num:
                     store_u16_release(mem, used_at, transmitq_idx)
-            store_u16_release(mem, at + layout.JOURNAL_VALID, 0)
+            store_u16_release(mem, at + r.JOURNAL_VALID, 0)
         idx = load_u16_acquire(mem, used_at)
-        entries = mem[area + layout.INFLIGHT_HEADER_LEN :][: num * layout.INFLIGHT_DESC_LEN]
-        last_batch_head, used_idx = struct.unpack_from("<HH", raw, area + layout.INFLIGHT_LAST_BATCH_HEAD)
+        entries = mem[area + spec.INFLIGHT_HEADER_LEN :][: num * spec.INFLIGHT_DESC_LEN]
+        last_batch_head, used_idx = struct.unpack_from("<HH", raw, area + spec.INFLIGHT_LAST_BATCH_HEAD)
         heads = _in_flight(entries, last_batch_head, (idx - used_idx) & 0xFFFF)
         if heads != _next_heads(mem, avail_at, num, idx, len(heads)):
             raise RequestRefused(
                 f"vring {index}: the back end before had chains in flight that are not the next ones: {heads[:8]}"
             )
         entries.view(_DESC)["inflight"] = 0
-        store_u16(mem, area + layout.INFLIGHT_USED_IDX, idx)
+        store_u16(mem, area + spec.INFLIGHT_USED_IDX, idx)
         return idx
 
     def forget(self, index: int, memory: GuestMemory) -> None:
@@ -133,7 +134,7 @@ class InflightArea:
             area[self.area_at(index) :][: _queue_len(self.queue_size)] = 0
             journal = self.journal_at(index)
             if journal:
-                area[journal:][: layout.JOURNAL_LEN] = 0
+                area[journal:][: r.JOURNAL_LEN] = 0
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # first: another thread that closes it, too, finds none
@@ -142,7 +143,7 @@ class InflightArea:
 
 
 def _size_with_journals(num_queues: int, queue_size: int) -> int:
-    return _whole_pages(num_queues * (_queue_len(queue_size) + layout.JOURNAL_LEN))
+    return _whole_pages(num_queues * (_queue_len(queue_size) + r.JOURNAL_LEN))
 
 
 def _in_flight(entries: Bytes, last_batch_head: int, batch: int) -> list[int]:
@@ -163,13 +164,13 @@ def _in_flight(entries: Bytes, last_batch_head: int, batch: int) -> list[int]:
 
 def _next_heads(mem: Bytes, avail_at: int, num: int, idx: int, limit: int) -> list[int]:
     """Return up to *limit* heads of the chains available from *idx* on."""
-    waiting = (load_u16_acquire(mem, avail_at + layout.VIRTQ_RING_IDX) - idx) & 0xFFFF
-    ring = mem[avail_at + layout.VIRTQ_RING_ENTRIES :][: 2 * num].view("<u2")
+    waiting = (load_u16_acquire(mem, avail_at + spec.VIRTQ_RING_IDX) - idx) & 0xFFFF
+    ring = mem[avail_at + spec.VIRTQ_RING_ENTRIES :][: 2 * num].view("<u2")
     return [int(ring[(idx + k) % num]) for k in range(min(limit, waiting, num))]
 
 
 def _check(num_queues: int, queue_size: int, max_queues: int) -> None:
     if not 0 < num_queues <= max_queues:
         raise RequestRefused(f"an inflight area for {num_queues} queues; the device has {max_queues}")
-    if not 0 < queue_size <= layout.VIRTQ_MAX_NUM:
+    if not 0 < queue_size <= spec.VIRTQ_MAX_NUM:
         raise RequestRefused(f"an inflight area for queues of {queue_size} descriptors")

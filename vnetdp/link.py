@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from . import clock
 from .backends.base import Backend
@@ -31,7 +31,7 @@ def check_datapath(datapath: str, left: Endpoint) -> None:
     """Raise ConfigError if the device's rings can't be served so."""
     if datapath not in DATAPATHS:
         raise ConfigError(f"datapath {datapath!r} is not one of {', '.join(DATAPATHS)}")
-    if datapath == "vhost-process" and left.kind == layout.KIND_PYTHON:
+    if datapath == "vhost-process" and left.kind == r.KIND_PYTHON:
         raise ConfigError(
             f"{left.name} runs in Python, in this process: a worker process can't serve it; take --datapath vhost"
         )
@@ -101,7 +101,7 @@ class Link(Owned):
     def look(self) -> None:
         """Note whether frames have come since the last look: rates are those from the first frame to the last."""
         for side, each in self._clocks.items():
-            each.look(int(getattr(self, side).rows[:, layout.EP_FROM_WIRE].sum()))
+            each.look(int(getattr(self, side).rows[:, r.EP_FROM_WIRE].sum()))
 
     def report(self) -> dict[str, Any]:
         """Return what happened so far, as plain values; seconds and mpps are of the frames that an end gave."""

@@ -24,15 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vnetdp_kernels.layout import (
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    REGION_GPA,
-    REGION_LEN,
-    REGION_OFFSET,
-    REGION_SLOTS,
-    align_up,
-)
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from .errors import ConfigError
 from .limits import fault, giving
@@ -67,7 +60,7 @@ def _page_size(fd: int) -> int:
     if _libc.fstatfs(fd, stat):
         code = ctypes.get_errno()
         raise OSError(code, f"fstatfs: {os.strerror(code)}")
-    return int(stat[1]) if stat[0] == _HUGETLBFS_MAGIC else PAGE_SIZE
+    return int(stat[1]) if stat[0] == _HUGETLBFS_MAGIC else spec.PAGE_SIZE
 
 
 def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
@@ -81,9 +74,9 @@ def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offse
 
 def _reserve(length: int, align: int) -> int:
     """Return the address, a multiple of *align*, of *length* bytes without access."""
-    size = length + align - PAGE_SIZE
+    size = length + align - spec.PAGE_SIZE
     got = _map(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-    start = align_up(got, align)
+    start = spec.align_up(got, align)
     for at, end in ((got, start), (start + length, got + size)):
         if at < end:
             _libc.munmap(at, end - at)
@@ -134,10 +127,10 @@ class Region:
         """Raise ConfigError unless the region can be mapped: not empty, aligned, and within address space and file."""
         if self.length <= 0 or self.gpa < 0 or self.gpa + self.length > ADDRESS_LIMIT:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is empty or out of the address space")
-        if (self.gpa | self.length | self.fd_offset) & (PAGE_SIZE - 1) or self.fd_offset < 0:
-            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {PAGE_SIZE} bytes")
+        if (self.gpa | self.length | self.fd_offset) & (spec.PAGE_SIZE - 1) or self.fd_offset < 0:
+            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {spec.PAGE_SIZE} bytes")
         size = os.fstat(self.fd).st_size
-        if self.fd_offset + self.length > align_up(size, PAGE_SIZE):  # its last page can be mapped whole
+        if self.fd_offset + self.length > spec.align_up(size, spec.PAGE_SIZE):  # its last page can be mapped whole
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes")
 
 
@@ -236,7 +229,7 @@ class GuestMemory(Owned):
         if not regions:
             raise ConfigError("guest memory needs at least one region")
         runs = _runs(sorted(regions, key=lambda r: r.gpa))
-        self.table: Words = np.zeros((len(runs), REGION_SLOTS), np.int64)
+        self.table: Words = np.zeros((len(runs), r.REGION_SLOTS), np.int64)
         self.regions: list[Region] = []
         self._foreign = foreign
         self._mem: Bytes | None = None
@@ -244,7 +237,7 @@ class GuestMemory(Owned):
         at = 0
         for row, run in zip(self.table, runs, strict=True):
             gpa, length, start = run.regions[0].gpa, run.length, run.place(at)
-            row[REGION_GPA], row[REGION_LEN], row[REGION_OFFSET] = gpa, length, start
+            row[r.REGION_GPA], row[r.REGION_LEN], row[r.REGION_OFFSET] = gpa, length, start
             places += [(start + region.gpa - gpa, region) for region in run.regions]
             at = start + length + run.tail
         self.beside_offset = -1
@@ -256,7 +249,7 @@ class GuestMemory(Owned):
             at = self.beside_offset + beside.length + extra.tail
             runs.append(extra)
         align = max(run.modulus for run in runs)
-        length = align_up(at, align)
+        length = spec.align_up(at, align)
         base = _reserve(length, align)
         window = _own(base, length, foreign)
         try:
@@ -304,16 +297,16 @@ class GuestMemory(Owned):
     def end(self) -> int:
         """The first guest address behind the last region."""
         last = self.table[-1]
-        return int(last[REGION_GPA] + last[REGION_LEN])
+        return int(last[r.REGION_GPA] + last[r.REGION_LEN])
 
     def translate(self, gpa: int, length: int) -> int:
         """Return the offset in `mem` of *length* bytes at *gpa*; ConfigError unless all of them are guest memory."""
         if self._mem is None:
             raise ConfigError("the guest memory is closed")
         for row in self.table:
-            into = gpa - int(row[REGION_GPA])
-            if length >= 0 and 0 <= into <= int(row[REGION_LEN]) - length:
-                return int(row[REGION_OFFSET]) + into
+            into = gpa - int(row[r.REGION_GPA])
+            if length >= 0 and 0 <= into <= int(row[r.REGION_LEN]) - length:
+                return int(row[r.REGION_OFFSET]) + into
         raise ConfigError(f"guest range {gpa:#x}+{length:#x} is not inside guest memory")
 
     def read(self, gpa: int, length: int) -> bytes:
@@ -339,7 +332,7 @@ def _map_over(address: int, region: Region) -> None:
     """Map *region* into the window, whole pages of its file, so that it begins at *address*."""
     page = _page_size(region.fd)
     head = region.fd_offset % page
-    length = align_up(head + region.length, page)  # what the kernel would map in any case
+    length = spec.align_up(head + region.length, page)  # what the kernel would map in any case
     prot = mmap.PROT_READ | mmap.PROT_WRITE
     _map(address - head, length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset - head)
 
@@ -372,7 +365,7 @@ class SharedBlock(Owned):
         - `offset`: where in that file the block begins, in bytes, a multiple of 4096.
         - `foreign`: True if the file is another process's, which may shrink it: pages lost to that read as zeros.
         """
-        self.length = align_up(length, PAGE_SIZE)
+        self.length = spec.align_up(length, spec.PAGE_SIZE)
         """Bytes, a multiple of 4096."""
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
         """The descriptor, to hand to another process; -1 once the block is closed."""
@@ -381,7 +374,7 @@ class SharedBlock(Owned):
                 raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
             page = _page_size(self.fd)
             self._at = offset % page
-            mapped = align_up(self._at + self.length, page)
+            mapped = spec.align_up(self._at + self.length, page)
             # Not the mmap module: it would keep a second descriptor until the last array is gone.
             prot = mmap.PROT_READ | mmap.PROT_WRITE
             at = _map(None, mapped, prot, mmap.MAP_SHARED, self.fd, offset - self._at)
@@ -397,7 +390,7 @@ class SharedBlock(Owned):
         count = int(np.prod(shape))
         flat: npt.NDArray[Any] = np.frombuffer(memoryview(self._map)[: self._end], dtype, count, self._at)
         array = flat.reshape(shape)
-        self._at += align_up(array.nbytes, 64)
+        self._at += spec.align_up(array.nbytes, 64)
         return array
 
     def close(self) -> None:
@@ -421,7 +414,7 @@ class DirtyLog(Owned):
 
         `fd`: the descriptor of an existing log, which becomes this one's; None makes a new memfd.
         """
-        pages = -(-end // PAGE_SIZE)
+        pages = -(-end // spec.PAGE_SIZE)
         self._attach(SharedBlock(-(-pages // 64) * 8, fd), -(-pages // 64) * 8)
 
     @classmethod
@@ -430,7 +423,7 @@ class DirtyLog(Owned):
 
         ConfigError, and *fd* stays the caller's, if the file is too short or cannot be mapped.
         """
-        if length <= 0 or offset < 0 or offset % PAGE_SIZE:
+        if length <= 0 or offset < 0 or offset % spec.PAGE_SIZE:
             raise ConfigError(f"a log of {length} bytes at offset {offset} cannot be mapped")
         if offset + length > os.fstat(fd).st_size:
             raise ConfigError(f"a log of {length} bytes at offset {offset} ends behind its file")
@@ -476,4 +469,4 @@ class DirtyLog(Owned):
 
 def page_of(gpa: int) -> int:
     """Return the number of the dirty log's page that holds a guest address."""
-    return gpa >> PAGE_SHIFT
+    return gpa >> spec.PAGE_SHIFT

@@ -16,7 +16,7 @@ _log = logging.getLogger("vnetdp.device")
 
 
 class Trouble(Owned):
-    """status: as the driver reads it (Virtio 1.2, 2.1). broken: the layout.E_* of each queue that broke, until it is reset.
+    """status: as the driver reads it (Virtio 1.2, 2.1). broken: the rows.E_* of each queue that broke, until it is reset.
     halted: no ring may run before the device is reset.
 
     `lock` is held for moments only: a worker's thread, which finds what broke, can't wait for the lock of the device, whose

@@ -16,9 +16,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from vnetdp_kernels import spec
 from vnetdp_kernels.atomic import load_u16_acquire
 from vnetdp_kernels.guest import mark_dirty
-from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
 from .backends.base import Backend
 from .endpoints.base import Endpoint
@@ -140,7 +140,7 @@ def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
     """Return used.idx of a queue as it stands in guest memory; once that is closed, the index that is known."""
     if memory.closed:
         return queue.last_avail_idx
-    return load_u16_acquire(memory.mem, memory.translate(queue.used + VIRTQ_RING_IDX, 2))
+    return load_u16_acquire(memory.mem, memory.translate(queue.used + spec.VIRTQ_RING_IDX, 2))
 
 
 def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import spec
 
 from .errors import ConfigError
 from .memory import ADDRESS_LIMIT
@@ -64,16 +64,16 @@ def partner_of(queue: int) -> int:
 def ring_len(num: int) -> tuple[int, int, int]:
     """Return the bytes of the descriptor table, the avail ring and the used ring (Virtio 1.2, 2.7)."""
     return (
-        layout.VIRTQ_DESC_SIZE * num,
-        layout.VIRTQ_RING_ENTRIES + 2 * num + 2,
-        layout.VIRTQ_RING_ENTRIES + layout.VIRTQ_USED_ELEM_SIZE * num + 2,
+        spec.VIRTQ_DESC_SIZE * num,
+        spec.VIRTQ_RING_ENTRIES + 2 * num + 2,
+        spec.VIRTQ_RING_ENTRIES + spec.VIRTQ_USED_ELEM_SIZE * num + 2,
     )
 
 
 def check_num(num: int) -> None:
     """Raise ConfigError unless *num* is a size a split queue may have (2.7): a power of two up to 32768."""
-    if not 0 < num <= layout.VIRTQ_MAX_NUM or num & (num - 1):
-        raise ConfigError(f"queue size {num} is not a power of two between 1 and {layout.VIRTQ_MAX_NUM}")
+    if not 0 < num <= spec.VIRTQ_MAX_NUM or num & (num - 1):
+        raise ConfigError(f"queue size {num} is not a power of two between 1 and {spec.VIRTQ_MAX_NUM}")
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Virtqueue:
             if getattr(self, name) >= ADDRESS_LIMIT:
                 raise ConfigError(f"{name} address {getattr(self, name):#x} is beyond any guest memory")
         if self.has_addresses:
-            aligns = (layout.VIRTQ_DESC_ALIGN, layout.VIRTQ_AVAIL_ALIGN, layout.VIRTQ_USED_ALIGN)
+            aligns = (spec.VIRTQ_DESC_ALIGN, spec.VIRTQ_AVAIL_ALIGN, spec.VIRTQ_USED_ALIGN)
             for name, align in zip(("desc", "avail", "used"), aligns, strict=True):
                 if getattr(self, name) % align:
                     raise ConfigError(f"{name} address {getattr(self, name):#x} is not aligned to {align} bytes")

@@ -10,7 +10,7 @@ import struct
 import time
 from contextlib import suppress
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from .vhost_user.listener import Listener
 from .vrings import Served
@@ -81,7 +81,7 @@ class Visit:
         if not self.spoke:
             silent = now - self._began >= _FIRST_WORD_S
             return f"a connection said nothing for {_FIRST_WORD_S:g} s, and another waits" if silent else None
-        moved = int(self._worker.datapath.vqs[:, (layout.VQ_KICKS, layout.VQ_CHAINS)].sum())
+        moved = int(self._worker.datapath.vqs[:, (r.VQ_KICKS, r.VQ_CHAINS)].sum())
         if moved != self._moved:
             self._moved, self._alive = moved, now
         if now - self._alive < _QUIET_S or self._process < 0 or not ready_of({self._process: select.POLLIN}, 0):

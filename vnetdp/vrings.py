@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from .backends.worker import WorkerBackend
 from .datapath import Datapath, Paced
@@ -165,7 +165,7 @@ class Vrings:
         """Return whether a ring that is bound was kicked, or had a chain taken."""
         ring = self.rings[index]
         row = self._worker.datapath.vqs[index]
-        took = row[layout.VQ_LAST_AVAIL_IDX] != ring.base or row[layout.VQ_KICKS] != ring.kicks_before
+        took = row[r.VQ_LAST_AVAIL_IDX] != ring.base or row[r.VQ_KICKS] != ring.kicks_before
         return bool(took) or (ring.kick is not None and _kicked(ring))
 
     def start(self, index: int) -> None:
@@ -268,7 +268,7 @@ class Vrings:
         with self.standing_still():
             for index in range(len(self.rings)):
                 self.stop(index)
-            self._endpoint.rows[:, layout.EP_HELD] = 0
+            self._endpoint.rows[:, r.EP_HELD] = 0
 
     def reset(self) -> None:
         """Stop all rings, and forget where they are; how far they came may still be asked for."""

@@ -1,4 +1,4 @@
 """The data plane of vnetdp: Numba kernels over split virtqueues in shared memory.
 
-Start reading at `layout` (the specification's numbers), then `split` (the ring), `net` (virtio-net) and `loops`.
+Start reading at `spec` (the numbers of the specification) and `rows` (our own), then `split` (the ring), `net` and `loops`.
 """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from . import rows as r
 from .atomic import Bytes, Words
 from .jit import inlined, kernel
-from .layout import EP_KIND, KIND_ECHO, KIND_MACSWAP, KIND_REFLECT
 from .port import swap_macs
 from .reflect import reply
 
@@ -12,14 +12,14 @@ from .reflect import reply
 @inlined
 def answers(ep: Words) -> bool:
     """Return whether an endpoint's row is of one that answers."""
-    return KIND_ECHO <= ep[EP_KIND] <= KIND_REFLECT
+    return r.KIND_ECHO <= ep[r.EP_KIND] <= r.KIND_REFLECT
 
 
 @kernel
 def answer(kind: int, frame: Bytes, at: int, length: int) -> int:
     """Make the Ethernet frame of *length* bytes at *at* the answer to it, in place; return its bytes, 0 if it has none."""
-    if kind == KIND_REFLECT:
+    if kind == r.KIND_REFLECT:
         return int(reply(frame, at, length))
-    if kind == KIND_MACSWAP:
+    if kind == r.KIND_MACSWAP:
         swap_macs(frame, at, frame, at)
     return length

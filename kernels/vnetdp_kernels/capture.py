@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from . import rows as r
+from . import spec
 from .atomic import Bytes, Words, copy, load_u16_unaligned, load_u32_unaligned, store_u32_unaligned, store_u64_unaligned
 from .jit import inlined, kernel
-from .layout import FRAME_SLOT, NET_HDR_LEN
 
 # state: int64[STATE_SLOTS]
 AT: Final = 0  # offset of the next record or block
@@ -54,7 +55,7 @@ _PACKET: Final = 2  # obsolete; laid out as the enhanced one, but for the interf
 _SIMPLE_PACKET: Final = 3
 _ENHANCED_PACKET: Final = 6
 _PACKET_FLAGS: Final = 2  # the option that may say how long the FCS is
-_ROOM: Final = FRAME_SLOT - NET_HDR_LEN
+_ROOM: Final = r.FRAME_SLOT - spec.NET_HDR_LEN
 _LOOKS: Final = 1024  # records or blocks that one call looks at
 
 
@@ -213,5 +214,5 @@ def take(data: Bytes, index: Words, first: int, n: int, frames: Bytes, lengths: 
         at, length = k * slot_len, index[first + k, 1]
         store_u64_unaligned(frames, at, 0)
         store_u32_unaligned(frames, at + 8, 0)
-        copy(frames, at + NET_HDR_LEN, data, index[first + k, 0], length)
-        lengths[k] = NET_HDR_LEN + length
+        copy(frames, at + spec.NET_HDR_LEN, data, index[first + k, 0], length)
+        lengths[k] = spec.NET_HDR_LEN + length

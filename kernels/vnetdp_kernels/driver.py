@@ -6,6 +6,8 @@ received in one piece. Frames go from the endpoint straight into guest memory, a
 
 from __future__ import annotations
 
+from . import rows as r
+from . import spec
 from . import split_driver as ring
 from .answer import answer, answers
 from .atomic import (
@@ -18,53 +20,6 @@ from .atomic import (
 )
 from .guest import expect_write
 from .jit import inlined, kernel
-from .layout import (
-    DS_LEN_IN,
-    DS_N_DESC,
-    DS_NEXT,
-    DVQ_AVAIL_IDX,
-    DVQ_BATCH_ID,
-    DVQ_BATCH_LEN,
-    DVQ_BUF_GPA,
-    DVQ_BUF_LEN,
-    DVQ_BUF_OFFSET,
-    DVQ_BYTES,
-    DVQ_DESC,
-    DVQ_DROPPED,
-    DVQ_FREE_HEAD,
-    DVQ_FREE_TAIL,
-    DVQ_HDR_LEN,
-    DVQ_IN_FLIGHT,
-    DVQ_IN_ORDER,
-    DVQ_KICKED_IDX,
-    DVQ_LAST_USED_IDX,
-    DVQ_MRG_RXBUF,
-    DVQ_NUM,
-    DVQ_NUM_FREE,
-    DVQ_ORDER_HEAD,
-    DVQ_PACKETS,
-    DVQ_PUBLISHED_IDX,
-    DVQ_STATUS,
-    DVQ_USED_IDX,
-    E_FULL,
-    E_NUM_BUFFERS,
-    EP_BYTES_FROM_WIRE,
-    EP_BYTES_TO_WIRE,
-    EP_DROP_LONG,
-    EP_FROM_WIRE,
-    EP_KIND,
-    EP_OUT_COUNT,
-    EP_TO_WIRE,
-    IOV_LEN,
-    IOV_OFFSET,
-    KIND_PYTHON,
-    NET_HDR_LEN,
-    NET_HDR_NUM_BUFFERS,
-    VIRTIO_NET_HDR_F_DATA_VALID,
-    VIRTIO_NET_HDR_F_NEEDS_CSUM,
-    VIRTQ_DESC_F_WRITE,
-    VIRTQ_DESC_SIZE,
-)
 from .port import emit, linearize, now_ns, produce, split_header, tidy
 from .rows import Frame, Port, Scratch
 
@@ -76,29 +31,29 @@ def reclaim(mem: Bytes, dvq: Words, state: Words) -> int:
     for k in range(n):
         head, _ = ring.take_used(mem, dvq, state)
         if head < 0:
-            dvq[DVQ_STATUS] = head
+            dvq[r.DVQ_STATUS] = head
             return k
         ring.release(dvq, state, head)
     if n < 0:
-        dvq[DVQ_STATUS] = n
+        dvq[r.DVQ_STATUS] = n
     return n
 
 
 @inlined
 def _put_frame(mem: Bytes, dvq: Words, state: Words, length: int) -> None:
     """Make the transmit buffer that is next available: *length* bytes, virtio_net_hdr of 12 bytes first."""
-    buffer = dvq[DVQ_FREE_HEAD] * dvq[DVQ_BUF_LEN]
-    shift = NET_HDR_LEN - dvq[DVQ_HDR_LEN]
+    buffer = dvq[r.DVQ_FREE_HEAD] * dvq[r.DVQ_BUF_LEN]
+    shift = spec.NET_HDR_LEN - dvq[r.DVQ_HDR_LEN]
     if shift:
         # A legacy header has no num_buffers: its ten bytes move up by two.
-        at = dvq[DVQ_BUF_OFFSET] + buffer
+        at = dvq[r.DVQ_BUF_OFFSET] + buffer
         low = load_u64_unaligned(mem, at)
         high = load_u16_unaligned(mem, at + 8)
         store_u64_unaligned(mem, at + shift, low)
         store_u16_unaligned(mem, at + shift + 8, high)
-    ring.put_single(mem, dvq, state, dvq[DVQ_BUF_GPA] + buffer + shift, length - shift, 0, 0)
-    dvq[DVQ_PACKETS] += 1
-    dvq[DVQ_BYTES] += length - NET_HDR_LEN
+    ring.put_single(mem, dvq, state, dvq[r.DVQ_BUF_GPA] + buffer + shift, length - shift, 0, 0)
+    dvq[r.DVQ_PACKETS] += 1
+    dvq[r.DVQ_BYTES] += length - spec.NET_HDR_LEN
 
 
 @kernel
@@ -107,19 +62,19 @@ def send(mem: Bytes, dvq: Words, state: Words, port: Port, words: Words, budget:
 
     words: of `Scratch`.
     """
-    if dvq[DVQ_NUM_FREE] < budget:
+    if dvq[r.DVQ_NUM_FREE] < budget:
         reclaim(mem, dvq, state)
     now = now_ns(port.ep, words)
     sent = 0
-    while sent < budget and dvq[DVQ_NUM_FREE] > 0:
-        at = dvq[DVQ_BUF_OFFSET] + dvq[DVQ_FREE_HEAD] * dvq[DVQ_BUF_LEN]
-        length = produce(port, mem, at, dvq[DVQ_BUF_LEN], now)
+    while sent < budget and dvq[r.DVQ_NUM_FREE] > 0:
+        at = dvq[r.DVQ_BUF_OFFSET] + dvq[r.DVQ_FREE_HEAD] * dvq[r.DVQ_BUF_LEN]
+        length = produce(port, mem, at, dvq[r.DVQ_BUF_LEN], now)
         if length == 0:
             break
         _put_frame(mem, dvq, state, length)
-        if dvq[DVQ_NUM_FREE] > 1:
-            following = state[dvq[DVQ_FREE_HEAD], DS_NEXT]
-            expect_write(mem, dvq[DVQ_BUF_OFFSET] + following * dvq[DVQ_BUF_LEN], length)
+        if dvq[r.DVQ_NUM_FREE] > 1:
+            following = state[dvq[r.DVQ_FREE_HEAD], r.DS_NEXT]
+            expect_write(mem, dvq[r.DVQ_BUF_OFFSET] + following * dvq[r.DVQ_BUF_LEN], length)
         sent += 1
     if sent:
         ring.publish_available(mem, dvq)
@@ -129,29 +84,29 @@ def send(mem: Bytes, dvq: Words, state: Words, port: Port, words: Words, budget:
 @kernel
 def post_receive(mem: Bytes, dvq: Words, state: Words) -> None:
     """Put every free receive buffer on the ring; `publish_available` is the caller's."""
-    while dvq[DVQ_NUM_FREE] > 0:
-        buffer = dvq[DVQ_FREE_HEAD] * dvq[DVQ_BUF_LEN]
-        ring.put_single(mem, dvq, state, dvq[DVQ_BUF_GPA] + buffer, dvq[DVQ_BUF_LEN], 1, 0)
+    while dvq[r.DVQ_NUM_FREE] > 0:
+        buffer = dvq[r.DVQ_FREE_HEAD] * dvq[r.DVQ_BUF_LEN]
+        ring.put_single(mem, dvq, state, dvq[r.DVQ_BUF_GPA] + buffer, dvq[r.DVQ_BUF_LEN], 1, 0)
 
 
 @inlined
 def _answer(mem: Bytes, tx: Words, tx_state: Words, ep: Words, frame: Frame) -> None:
     """Send a received frame back as the endpoint wants it, if it fits; one without an answer is done with."""
     frame_len = frame.length
-    if NET_HDR_LEN + frame_len > tx[DVQ_BUF_LEN]:
-        ep[EP_DROP_LONG] += 1
+    if spec.NET_HDR_LEN + frame_len > tx[r.DVQ_BUF_LEN]:
+        ep[r.EP_DROP_LONG] += 1
         return
-    ep[EP_TO_WIRE] += 1
-    ep[EP_BYTES_TO_WIRE] += frame_len
-    at = tx[DVQ_BUF_OFFSET] + tx[DVQ_FREE_HEAD] * tx[DVQ_BUF_LEN]
+    ep[r.EP_TO_WIRE] += 1
+    ep[r.EP_BYTES_TO_WIRE] += frame_len
+    at = tx[r.DVQ_BUF_OFFSET] + tx[r.DVQ_FREE_HEAD] * tx[r.DVQ_BUF_LEN]
     store_u64_unaligned(mem, at, 0)
     store_u64_unaligned(mem, at + 4, 0)
-    linearize(frame, mem, at + NET_HDR_LEN)
-    frame_len = answer(ep[EP_KIND], mem, at + NET_HDR_LEN, frame_len)
+    linearize(frame, mem, at + spec.NET_HDR_LEN)
+    frame_len = answer(ep[r.EP_KIND], mem, at + spec.NET_HDR_LEN, frame_len)
     if frame_len:
-        _put_frame(mem, tx, tx_state, NET_HDR_LEN + frame_len)
-        ep[EP_FROM_WIRE] += 1
-        ep[EP_BYTES_FROM_WIRE] += frame_len
+        _put_frame(mem, tx, tx_state, spec.NET_HDR_LEN + frame_len)
+        ep[r.EP_FROM_WIRE] += 1
+        ep[r.EP_BYTES_FROM_WIRE] += frame_len
 
 
 @inlined
@@ -167,15 +122,15 @@ def _take_buffers(mem: Bytes, dvq: Words, state: Words, iov: Words, ready: int) 
         head, length = ring.take_used(mem, dvq, state)
         if head < 0:
             return head, 0
-        at = dvq[DVQ_BUF_OFFSET] + head * dvq[DVQ_BUF_LEN]
-        iov[k, IOV_OFFSET] = at
-        iov[k, IOV_LEN] = length
+        at = dvq[r.DVQ_BUF_OFFSET] + head * dvq[r.DVQ_BUF_LEN]
+        iov[k, r.IOV_OFFSET] = at
+        iov[k, r.IOV_LEN] = length
         total += length
         ring.release(dvq, state, head)
-        if k == 0 and dvq[DVQ_MRG_RXBUF]:
-            n = load_u16_unaligned(mem, at + NET_HDR_NUM_BUFFERS) if length >= NET_HDR_LEN else 0
+        if k == 0 and dvq[r.DVQ_MRG_RXBUF]:
+            n = load_u16_unaligned(mem, at + spec.NET_HDR_NUM_BUFFERS) if length >= spec.NET_HDR_LEN else 0
             if n < 1 or n > iov.shape[0] or (n > ready and n - 1 > ring.refresh_used(mem, dvq)):
-                return E_NUM_BUFFERS, 0
+                return r.E_NUM_BUFFERS, 0
         k += 1
     return n, total
 
@@ -194,29 +149,29 @@ def receive(
     sends_back = answers(ep)
     frames = 0
     size = 0
-    while frames < budget and dvq[DVQ_STATUS] == 0:
-        if ep[EP_KIND] == KIND_PYTHON and ep[EP_OUT_COUNT] >= port.out_lengths.size:
+    while frames < budget and dvq[r.DVQ_STATUS] == 0:
+        if ep[r.EP_KIND] == r.KIND_PYTHON and ep[r.EP_OUT_COUNT] >= port.out_lengths.size:
             break
-        if sends_back and tx[DVQ_NUM_FREE] == 0 and reclaim(mem, tx, tx_state) <= 0:
+        if sends_back and tx[r.DVQ_NUM_FREE] == 0 and reclaim(mem, tx, tx_state) <= 0:
             break
         ready = ring.used_ready(mem, dvq)
         if ready <= 0:
-            dvq[DVQ_STATUS] = ready
+            dvq[r.DVQ_STATUS] = ready
             break
         n, total = _take_buffers(mem, dvq, state, scratch.iov, ready)
         if n < 0:
-            dvq[DVQ_STATUS] = n
+            dvq[r.DVQ_STATUS] = n
             break
-        row, length = split_header(Frame(mem, scratch.iov, 0, n, total), dvq[DVQ_HDR_LEN], hdr)
+        row, length = split_header(Frame(mem, scratch.iov, 0, n, total), dvq[r.DVQ_HDR_LEN], hdr)
         frame = Frame(mem, scratch.iov, row, n, length)
-        tidy(hdr, frame.length, VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID)
+        tidy(hdr, frame.length, spec.VIRTIO_NET_HDR_F_NEEDS_CSUM | spec.VIRTIO_NET_HDR_F_DATA_VALID)
         if frame.length == 0:
-            dvq[DVQ_DROPPED] += 1
+            dvq[r.DVQ_DROPPED] += 1
         elif sends_back:
             _answer(mem, tx, tx_state, ep, frame)
         elif emit(frame, hdr, port, scratch.words):
             # A TAP that takes no more: the buffer goes back to the device all the same.
-            dvq[DVQ_DROPPED] += 1
+            dvq[r.DVQ_DROPPED] += 1
         frames += 1
         size += frame.length
         post_receive(mem, dvq, state)
@@ -224,8 +179,8 @@ def receive(
         ring.publish_available(mem, dvq)
         if sends_back:
             ring.publish_available(mem, tx)
-    dvq[DVQ_PACKETS] += frames
-    dvq[DVQ_BYTES] += size
+    dvq[r.DVQ_PACKETS] += frames
+    dvq[r.DVQ_BYTES] += size
     return frames
 
 
@@ -237,60 +192,60 @@ def is_sound(mem: Bytes, dvq: Words, state: Words, writable: bool, seen: Words) 
     leads out of its table and no list into a ring, and a descriptor is empty or is that of its own buffer: neither the
     driver nor its device touches anything else. seen int64[num or more]: scratch.
     """
-    num = dvq[DVQ_NUM]
-    for slot in (DVQ_AVAIL_IDX, DVQ_PUBLISHED_IDX, DVQ_KICKED_IDX, DVQ_LAST_USED_IDX, DVQ_USED_IDX):
+    num = dvq[r.DVQ_NUM]
+    for slot in (r.DVQ_AVAIL_IDX, r.DVQ_PUBLISHED_IDX, r.DVQ_KICKED_IDX, r.DVQ_LAST_USED_IDX, r.DVQ_USED_IDX):
         if not 0 <= dvq[slot] <= 0xFFFF:
             return False
-    in_flight = (dvq[DVQ_AVAIL_IDX] - dvq[DVQ_LAST_USED_IDX]) & 0xFFFF
-    if in_flight > num or dvq[DVQ_IN_FLIGHT] != in_flight or dvq[DVQ_NUM_FREE] != num - in_flight:
+    in_flight = (dvq[r.DVQ_AVAIL_IDX] - dvq[r.DVQ_LAST_USED_IDX]) & 0xFFFF
+    if in_flight > num or dvq[r.DVQ_IN_FLIGHT] != in_flight or dvq[r.DVQ_NUM_FREE] != num - in_flight:
         return False
     if (
-        dvq[DVQ_PUBLISHED_IDX] != dvq[DVQ_AVAIL_IDX]
-        or (dvq[DVQ_USED_IDX] - dvq[DVQ_LAST_USED_IDX]) & 0xFFFF > in_flight
+        dvq[r.DVQ_PUBLISHED_IDX] != dvq[r.DVQ_AVAIL_IDX]
+        or (dvq[r.DVQ_USED_IDX] - dvq[r.DVQ_LAST_USED_IDX]) & 0xFFFF > in_flight
     ):
         return False
-    if not E_FULL <= dvq[DVQ_STATUS] <= 0:
+    if not r.E_FULL <= dvq[r.DVQ_STATUS] <= 0:
         return False
     heads = 0
-    shift = NET_HDR_LEN - dvq[DVQ_HDR_LEN]
+    shift = spec.NET_HDR_LEN - dvq[r.DVQ_HDR_LEN]
     for i in range(num):
         seen[i] = 0
-        if not 0 <= state[i, DS_N_DESC] <= 1:
+        if not 0 <= state[i, r.DS_N_DESC] <= 1:
             return False
-        heads += state[i, DS_N_DESC]
-        gpa = load_u64_unaligned(mem, dvq[DVQ_DESC] + VIRTQ_DESC_SIZE * i)
-        word = load_u64_unaligned(mem, dvq[DVQ_DESC] + VIRTQ_DESC_SIZE * i + 8)
-        if state[i, DS_N_DESC] and state[i, DS_LEN_IN] != (dvq[DVQ_BUF_LEN] if writable else 0):
+        heads += state[i, r.DS_N_DESC]
+        gpa = load_u64_unaligned(mem, dvq[r.DVQ_DESC] + spec.VIRTQ_DESC_SIZE * i)
+        word = load_u64_unaligned(mem, dvq[r.DVQ_DESC] + spec.VIRTQ_DESC_SIZE * i + 8)
+        if state[i, r.DS_N_DESC] and state[i, r.DS_LEN_IN] != (dvq[r.DVQ_BUF_LEN] if writable else 0):
             return False
-        if gpa == 0 and word == 0 and state[i, DS_N_DESC] == 0:
+        if gpa == 0 and word == 0 and state[i, r.DS_N_DESC] == 0:
             continue
-        buffer = dvq[DVQ_BUF_GPA] + i * dvq[DVQ_BUF_LEN]
-        if writable and (gpa != buffer or word != dvq[DVQ_BUF_LEN] | VIRTQ_DESC_F_WRITE << 32):
+        buffer = dvq[r.DVQ_BUF_GPA] + i * dvq[r.DVQ_BUF_LEN]
+        if writable and (gpa != buffer or word != dvq[r.DVQ_BUF_LEN] | spec.VIRTQ_DESC_F_WRITE << 32):
             return False
-        if not writable and (gpa != buffer + shift or not 0 < word <= dvq[DVQ_BUF_LEN] - shift):
+        if not writable and (gpa != buffer + shift or not 0 < word <= dvq[r.DVQ_BUF_LEN] - shift):
             return False
     if heads != in_flight:
         return False
-    order_head = dvq[DVQ_ORDER_HEAD]
-    if dvq[DVQ_IN_ORDER]:
+    order_head = dvq[r.DVQ_ORDER_HEAD]
+    if dvq[r.DVQ_IN_ORDER]:
         if not 0 <= order_head < num:
             return False
         for k in range(in_flight):
-            if state[(order_head + k) & (num - 1), DS_N_DESC] == 0:
+            if state[(order_head + k) & (num - 1), r.DS_N_DESC] == 0:
                 return False
-    i = dvq[DVQ_FREE_HEAD]
+    i = dvq[r.DVQ_FREE_HEAD]
     for k in range(num - in_flight):
-        if not 0 <= i < num or seen[i] or state[i, DS_N_DESC]:
+        if not 0 <= i < num or seen[i] or state[i, r.DS_N_DESC]:
             return False
-        if dvq[DVQ_IN_ORDER] and i != (order_head + in_flight + k) & (num - 1):
+        if dvq[r.DVQ_IN_ORDER] and i != (order_head + in_flight + k) & (num - 1):
             return False
-        if k == num - in_flight - 1 and i != dvq[DVQ_FREE_TAIL]:
+        if k == num - in_flight - 1 and i != dvq[r.DVQ_FREE_TAIL]:
             return False
         seen[i] = 1
-        i = state[i, DS_NEXT]
-    batch = dvq[DVQ_BATCH_ID]
+        i = state[i, r.DS_NEXT]
+    batch = dvq[r.DVQ_BATCH_ID]
     if batch == -1:
         return True
-    if not dvq[DVQ_IN_ORDER] or not 0 <= batch < num or state[batch, DS_N_DESC] == 0:
+    if not dvq[r.DVQ_IN_ORDER] or not 0 <= batch < num or state[batch, r.DS_N_DESC] == 0:
         return False
-    return bool(0 <= dvq[DVQ_BATCH_LEN] <= 0xFFFFFFFF)
+    return bool(0 <= dvq[r.DVQ_BATCH_LEN] <= 0xFFFFFFFF)

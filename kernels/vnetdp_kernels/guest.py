@@ -6,6 +6,8 @@ each *run* of adjacent regions, so a range that crosses from one region into the
 
 from __future__ import annotations
 
+from . import rows as r
+from . import spec
 from .atomic import (
     Bytes,
     Words,
@@ -22,7 +24,6 @@ from .atomic import (
     store_u64_unaligned,
 )
 from .jit import inlined, kernel
-from .layout import CACHE_LINE, E_ADDRESS, PAGE_SHIFT, REGION_GPA, REGION_LEN, REGION_OFFSET, VQ_NOTED
 
 _AHEAD = 2048
 
@@ -35,12 +36,12 @@ def translate(regions: Words, gpa: int, length: int) -> int:
     in no region. No sum that could wrap is formed from what the guest wrote.
     """
     if gpa < 0 or length < 0:
-        return E_ADDRESS
+        return r.E_ADDRESS
     for i in range(regions.shape[0]):
-        into = gpa - regions[i, REGION_GPA]
-        if 0 <= into <= regions[i, REGION_LEN] - length:
-            return int(regions[i, REGION_OFFSET]) + into
-    return E_ADDRESS
+        into = gpa - regions[i, r.REGION_GPA]
+        if 0 <= into <= regions[i, r.REGION_LEN] - length:
+            return int(regions[i, r.REGION_OFFSET]) + into
+    return r.E_ADDRESS
 
 
 @inlined
@@ -52,7 +53,7 @@ def expect_write(mem: Bytes, offset: int, length: int) -> None:
     end = offset + min(length, _AHEAD)
     while offset < end:
         prefetch_to_write(mem, offset)
-        offset += CACHE_LINE
+        offset += spec.CACHE_LINE
 
 
 @inlined
@@ -60,8 +61,8 @@ def _mark(log: Bytes, gpa: int, length: int, set_too: bool) -> None:
     """Set the bit of each page that [gpa, gpa + length) touches; *set_too*: also where it is set already."""
     if length <= 0:
         return
-    page = gpa >> PAGE_SHIFT
-    last = (gpa + length - 1) >> PAGE_SHIFT
+    page = gpa >> spec.PAGE_SHIFT
+    last = (gpa + length - 1) >> spec.PAGE_SHIFT
     while page <= last:
         at = page >> 3
         if 0 <= at < log.size and (set_too or not load_u8(log, at) >> (page & 7) & 1):
@@ -92,9 +93,9 @@ def mark_behind_fence(log: Bytes, gpa: int, length: int) -> None:
 @inlined
 def mark_noted(vq: Words, log: Bytes) -> None:
     """Set the bit of the page that `write` left to be marked. It has to be, before the driver hears of the buffer."""
-    if vq[VQ_NOTED]:
-        mark_dirty(log, (vq[VQ_NOTED] - 1) << PAGE_SHIFT, 1)
-        vq[VQ_NOTED] = 0
+    if vq[r.VQ_NOTED]:
+        mark_dirty(log, (vq[r.VQ_NOTED] - 1) << spec.PAGE_SHIFT, 1)
+        vq[r.VQ_NOTED] = 0
 
 
 @inlined
@@ -105,12 +106,12 @@ def note(vq: Words, log: Bytes, gpa: int, length: int) -> None:
     """
     if length <= 0:
         return
-    page = (gpa >> PAGE_SHIFT) + 1
-    last = ((gpa + length - 1) >> PAGE_SHIFT) + 1
+    page = (gpa >> spec.PAGE_SHIFT) + 1
+    last = ((gpa + length - 1) >> spec.PAGE_SHIFT) + 1
     while page <= last:
-        if page != vq[VQ_NOTED]:
+        if page != vq[r.VQ_NOTED]:
             mark_noted(vq, log)
-            vq[VQ_NOTED] = page
+            vq[r.VQ_NOTED] = page
         page += 1
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from . import rows as r
 from . import split as ring
 from . import wait
 from .atomic import Bytes, Words
 from .io import POLLIN
 from .jit import inlined, kernel
-from .layout import EP_DROP_ERROR, LOOP_IDLE, VQ_BOUND, VQ_CALL_DUE, VQ_ENABLED, VQ_KICKS, VQ_STATUS
 from .loops import call, disable_kicks
 from .net import discard_transmitq, forward
 from .rows import Control, Limits, Rings, Scratch
@@ -15,15 +15,15 @@ from .rows import Control, Limits, Rings, Scratch
 
 @inlined
 def _usable(vq: Words) -> bool:
-    return bool(vq[VQ_BOUND] and vq[VQ_ENABLED] and not vq[VQ_STATUS])
+    return bool(vq[r.VQ_BOUND] and vq[r.VQ_ENABLED] and not vq[r.VQ_STATUS])
 
 
 @kernel
 def _call_if_due(rings: Rings, queue: int, scratch: Scratch) -> None:
     """Make the decision about a call that an owner of the ring before this one may have left open."""
     vq = rings.vqs[queue]
-    if vq[VQ_CALL_DUE] and _usable(vq):
-        vq[VQ_CALL_DUE] = 0
+    if vq[r.VQ_CALL_DUE] and _usable(vq):
+        vq[r.VQ_CALL_DUE] = 0
         call(rings.guest.mem, vq, rings.notify[queue, 1], scratch)
 
 
@@ -32,11 +32,11 @@ def _one_way(src: Rings, dst: Rings, pair: int, ep: Words, held: Bytes, scratch:
     """Move a batch from a transmitq to the other guest's receiveq; frames for an unusable receiveq are used and dropped."""
     rx, tx = 2 * pair, 2 * pair + 1
     txq, rxq = src.vqs[tx], dst.vqs[rx]
-    if not txq[VQ_BOUND] or txq[VQ_STATUS]:
+    if not txq[r.VQ_BOUND] or txq[r.VQ_STATUS]:
         return 0
-    if not txq[VQ_ENABLED] or not _usable(rxq):
+    if not txq[r.VQ_ENABLED] or not _usable(rxq):
         moved = discard_transmitq(src.guest.mem, txq, src.guest.log, wait.BATCH)
-        ep[EP_DROP_ERROR] += moved
+        ep[r.EP_DROP_ERROR] += moved
     else:
         moved = forward(src.guest, txq, dst.guest, rxq, ep, held, scratch, wait.BATCH)
         if moved:
@@ -76,7 +76,7 @@ def _ask(src: Rings, src_first: int, dst: Rings, dst_first: int, pair: int, poll
     """
     rx, tx = 2 * pair, 2 * pair + 1
     txq, rxq = src.vqs[tx], dst.vqs[rx]
-    if txq[VQ_BOUND] and not txq[VQ_STATUS]:
+    if txq[r.VQ_BOUND] and not txq[r.VQ_STATUS]:
         if ring.known_available(txq) == 0:
             n = wait.add_pollfd(pollfds, n, src.notify[tx, 0], POLLIN, src_first + tx)
             return ring.enable_kicks(src.guest.mem, txq, src.guest.log), n
@@ -126,7 +126,7 @@ def join(
             waited = 0
             continue
         if limits.timeout_ms == 0:
-            return LOOP_IDLE, moved
+            return r.LOOP_IDLE, moved
         again, since = wait.busy(limits, scratch, since)
         if again:
             continue
@@ -138,8 +138,8 @@ def join(
             if why != wait.GO_ON:
                 return why, moved
             woken = wait.take_woken(scratch.pollfds, n_fds, eps)
-            wait.take_notifications(scratch, n_fds, 0, a.vqs, VQ_KICKS, a.notify, 0)
-            wait.take_notifications(scratch, n_fds, a.vqs.shape[0], b.vqs, VQ_KICKS, b.notify, 0)
+            wait.take_notifications(scratch, n_fds, 0, a.vqs, r.VQ_KICKS, a.notify, 0)
+            wait.take_notifications(scratch, n_fds, a.vqs.shape[0], b.vqs, r.VQ_KICKS, b.notify, 0)
         disable_kicks(a)
         disable_kicks(b)
         why = wait.leave_awake(woken, eps)

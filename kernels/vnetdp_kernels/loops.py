@@ -8,33 +8,12 @@ rings once more.
 from __future__ import annotations
 
 from . import driver, split_driver, wait
+from . import rows as r
 from . import split as ring
 from .answer import answers
 from .atomic import Bytes, Words
 from .io import POLLIN, POLLOUT, signal
 from .jit import inlined, kernel
-from .layout import (
-    DVQ_CALLS,
-    DVQ_KICKS,
-    DVQ_NUM_FREE,
-    DVQ_STATUS,
-    EP_BLOCKED,
-    EP_GONE,
-    EP_HELD,
-    EP_KIND,
-    EP_OUT_COUNT,
-    KIND_PYTHON,
-    KIND_TAP,
-    LOOP_IDLE,
-    LOOP_PYTHON,
-    NOTIFY_PEER,
-    VQ_BOUND,
-    VQ_CALL_DUE,
-    VQ_CALLS,
-    VQ_ENABLED,
-    VQ_KICKS,
-    VQ_STATUS,
-)
 from .net import discard_transmitq, drain_transmitq, fill_receiveq, forward
 from .peer import tell
 from .port import due_in_ns, port_of
@@ -55,8 +34,8 @@ def _due_ms(ep: Words, words: Words, timeout_ms: int) -> int:
 def call(mem: Bytes, vq: Words, fd: int, scratch: Scratch) -> None:
     """Send a used buffer notification to *fd* (-1 = none), if the driver wants to hear of it."""
     if ring.needs_call(mem, vq):
-        vq[VQ_CALLS] += 1
-        if fd >= NOTIFY_PEER:
+        vq[r.VQ_CALLS] += 1
+        if fd >= r.NOTIFY_PEER:
             tell(fd & 0xFFFFFFFF, scratch.one, scratch.pollfds)
         elif fd >= 0:
             signal(fd, scratch.one)
@@ -64,19 +43,19 @@ def call(mem: Bytes, vq: Words, fd: int, scratch: Scratch) -> None:
 
 @inlined
 def _is_polled(ep: Words) -> bool:
-    return (ep[EP_KIND] == KIND_TAP or ep[EP_KIND] == KIND_PYTHON) and not ep[EP_GONE]
+    return (ep[r.EP_KIND] == r.KIND_TAP or ep[r.EP_KIND] == r.KIND_PYTHON) and not ep[r.EP_GONE]
 
 
 @inlined
 def _serves(vq: Words) -> bool:
-    return bool(vq[VQ_BOUND] and not vq[VQ_STATUS])
+    return bool(vq[r.VQ_BOUND] and not vq[r.VQ_STATUS])
 
 
 @kernel
 def disable_kicks(rings: Rings) -> None:
     """Tell the driver of each bound queue that kicks are not needed."""
     for n in range(rings.vqs.shape[0]):
-        if rings.vqs[n, VQ_BOUND]:
+        if rings.vqs[n, r.VQ_BOUND]:
             ring.disable_kicks(rings.guest.mem, rings.vqs[n], rings.guest.log)
 
 
@@ -90,16 +69,16 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[
         rxq = rings.vqs[2 * q]
         txq = rings.vqs[2 * q + 1]
         ep = wire.eps[q]
-        if rxq[VQ_BOUND] or txq[VQ_BOUND]:
+        if rxq[r.VQ_BOUND] or txq[r.VQ_BOUND]:
             found |= wait.SERVED
-            if ep[EP_KIND] == KIND_PYTHON:
+            if ep[r.EP_KIND] == r.KIND_PYTHON:
                 found |= wait.JOINS_PYTHON
         turn = wait.turn(left - moved)
         serve_tx = _serves(txq)
-        serve_rx = _serves(rxq) and rxq[VQ_ENABLED] != 0
+        serve_rx = _serves(rxq) and rxq[r.VQ_ENABLED] != 0
         chains_tx = 0
         frames_rx = 0
-        if serve_tx and not txq[VQ_ENABLED]:
+        if serve_tx and not txq[r.VQ_ENABLED]:
             chains_tx = discard_transmitq(guest.mem, txq, guest.log, turn)
             moved += chains_tx
         elif answers(ep):
@@ -116,15 +95,15 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[
             if serve_rx and turn:
                 frames_rx = fill_receiveq(guest, rxq, port, scratch, turn)
                 moved += frames_rx
-            if ep[EP_OUT_COUNT] > 0 and ep[EP_KIND] == KIND_PYTHON and not ep[EP_BLOCKED]:
+            if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
                 found |= wait.PYTHON
-        if serve_tx and (chains_tx or txq[VQ_CALL_DUE]):
+        if serve_tx and (chains_tx or txq[r.VQ_CALL_DUE]):
             call(guest.mem, txq, rings.notify[2 * q + 1, 1], scratch)
-        if serve_rx and (frames_rx or rxq[VQ_CALL_DUE]):
+        if serve_rx and (frames_rx or rxq[r.VQ_CALL_DUE]):
             call(guest.mem, rxq, rings.notify[2 * q, 1], scratch)
-        txq[VQ_CALL_DUE] &= not serve_tx
-        rxq[VQ_CALL_DUE] &= not serve_rx
-        if (serve_tx and txq[VQ_STATUS]) or (serve_rx and rxq[VQ_STATUS]):
+        txq[r.VQ_CALL_DUE] &= not serve_tx
+        rxq[r.VQ_CALL_DUE] &= not serve_rx
+        if (serve_tx and txq[r.VQ_STATUS]) or (serve_rx and rxq[r.VQ_STATUS]):
             return moved, wait.BROKEN
     return moved, found
 
@@ -146,15 +125,15 @@ def _watch_device(
         txq = rings.vqs[2 * q + 1]
         ep = wire.eps[q]
         events = 0
-        forwards = answers(ep) and txq[VQ_ENABLED] != 0
+        forwards = answers(ep) and txq[r.VQ_ENABLED] != 0
         no_room = False  # frames to forward wait for receive buffers: more frames change nothing
-        serve_rx = _serves(rxq) and rxq[VQ_ENABLED] != 0
+        serve_rx = _serves(rxq) and rxq[r.VQ_ENABLED] != 0
         if _serves(txq) and (serve_rx or not forwards):
             # Known, and still there: something else holds them up. What has come in since the last look is for
             # enable_kicks to find: taken for held up, it would be slept on.
             if ring.known_available(txq) > 0:
                 no_room = forwards
-                if ep[EP_KIND] != KIND_PYTHON:
+                if ep[r.EP_KIND] != r.KIND_PYTHON:
                     events |= POLLOUT
             else:
                 again |= ring.enable_kicks(guest.mem, txq, guest.log)
@@ -162,7 +141,7 @@ def _watch_device(
                 wait_ms = wait_ms if notify[2 * q + 1, 0] >= 0 else wait.POLL_UNNOTIFIED_MS
         if serve_rx:
             # Buffers for frames to forward are looked at only when there are such frames.
-            if no_room or (not forwards and (ep[EP_HELD] or ring.known_available(rxq) == 0)):
+            if no_room or (not forwards and (ep[r.EP_HELD] or ring.known_available(rxq) == 0)):
                 again |= ring.enable_kicks(guest.mem, rxq, guest.log)
                 n = wait.add_pollfd(pollfds, n, notify[2 * q, 0], POLLIN, 2 * q)
                 wait_ms = wait_ms if notify[2 * q, 0] >= 0 else wait.POLL_UNNOTIFIED_MS
@@ -171,7 +150,7 @@ def _watch_device(
                 wait_ms = _due_ms(ep, scratch.words, wait_ms)
         if events and _is_polled(ep):
             n = wait.add_endpoint(pollfds, n, wire.fds[q], events, q)
-        if txq[VQ_BOUND] and ep[EP_BLOCKED]:
+        if txq[r.VQ_BOUND] and ep[r.EP_BLOCKED]:
             found = wait.PYTHON
             wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
     return again, n, wait_ms, found
@@ -198,12 +177,12 @@ def serve(rings: Rings, wire: Wire, control: Control, scratch: Scratch, limits: 
             waited = 0
             continue
         if limits.timeout_ms == 0:
-            return LOOP_IDLE, moved
+            return r.LOOP_IDLE, moved
         if found & wait.SERVED:
             again, since = wait.busy(limits, scratch, since)
             if again:
                 if found & wait.JOINS_PYTHON and limits.poll_us < 0:
-                    return LOOP_PYTHON, moved  # only Python can tell whether its endpoint has more
+                    return r.LOOP_PYTHON, moved  # only Python can tell whether its endpoint has more
                 continue
         wait_ms = limits.timeout_ms if limits.timeout_ms < 0 else limits.timeout_ms - waited
         again, n_fds, wait_ms, blocked = _watch_device(rings, wire, control, scratch, wait_ms)
@@ -213,7 +192,7 @@ def serve(rings: Rings, wire: Wire, control: Control, scratch: Scratch, limits: 
             if why != wait.GO_ON:
                 return why, moved
             woken = blocked | wait.take_woken(scratch.pollfds, n_fds, wire.eps)
-            wait.take_notifications(scratch, n_fds, 0, rings.vqs, VQ_KICKS, rings.notify, 0)
+            wait.take_notifications(scratch, n_fds, 0, rings.vqs, r.VQ_KICKS, rings.notify, 0)
         disable_kicks(rings)
         why = wait.leave_awake(woken, wire.eps)
         if why != wait.GO_ON:
@@ -223,7 +202,7 @@ def serve(rings: Rings, wire: Wire, control: Control, scratch: Scratch, limits: 
 @inlined
 def _kick(mem: Bytes, dvq: Words, fd: int, one: Words) -> None:
     if split_driver.needs_kick(mem, dvq):
-        dvq[DVQ_KICKS] += 1
+        dvq[r.DVQ_KICKS] += 1
         signal(fd, one)
 
 
@@ -236,11 +215,11 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: Scratch, left: int) -> 
     for q in range(rings.dvqs.shape[0] // 2):
         rxq = rings.dvqs[2 * q]
         txq = rings.dvqs[2 * q + 1]
-        if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
+        if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             continue
         port = port_of(wire, q)
         ep = port.ep
-        if ep[EP_KIND] == KIND_PYTHON:
+        if ep[r.EP_KIND] == r.KIND_PYTHON:
             found |= wait.JOINS_PYTHON
         turn = wait.turn(left - moved)
         moved += driver.receive(mem, rxq, states[2 * q], txq, states[2 * q + 1], port, scratch, turn)
@@ -248,9 +227,9 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: Scratch, left: int) -> 
         moved += driver.send(mem, txq, states[2 * q + 1], port, scratch.words, turn)
         _kick(mem, txq, notify[2 * q + 1, 0], scratch.one)
         _kick(mem, rxq, notify[2 * q, 0], scratch.one)
-        if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
+        if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             return moved, wait.BROKEN
-        if ep[EP_OUT_COUNT] > 0 and ep[EP_KIND] == KIND_PYTHON and not ep[EP_BLOCKED]:
+        if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
             found |= wait.PYTHON
     return moved, found
 
@@ -268,16 +247,16 @@ def _watch_driver(
         rxq = rings.dvqs[2 * q]
         txq = rings.dvqs[2 * q + 1]
         ep = wire.eps[q]
-        if rxq[DVQ_STATUS] or txq[DVQ_STATUS]:
+        if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             continue
-        if ep[EP_BLOCKED]:
+        if ep[r.EP_BLOCKED]:
             found = wait.PYTHON  # what has been received waits in the ring
             wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
-        elif txq[DVQ_NUM_FREE] or not answers(ep):
+        elif txq[r.DVQ_NUM_FREE] or not answers(ep):
             again |= split_driver.enable_calls(rings.mem, rxq)
             n = wait.add_pollfd(pollfds, n, rings.notify[2 * q, 1], POLLIN, 2 * q)
             wait_ms = wait_ms if rings.notify[2 * q, 1] >= 0 else wait.POLL_UNNOTIFIED_MS
-        if txq[DVQ_NUM_FREE] == 0:
+        if txq[r.DVQ_NUM_FREE] == 0:
             again |= split_driver.enable_calls(rings.mem, txq)
             n = wait.add_pollfd(pollfds, n, rings.notify[2 * q + 1, 1], POLLIN, 2 * q + 1)
             wait_ms = wait_ms if rings.notify[2 * q + 1, 1] >= 0 else wait.POLL_UNNOTIFIED_MS
@@ -305,11 +284,11 @@ def drive(rings: DriverRings, wire: Wire, control: Control, scratch: Scratch, li
             waited = 0
             continue
         if limits.timeout_ms == 0:
-            return LOOP_IDLE, moved
+            return r.LOOP_IDLE, moved
         again, since = wait.busy(limits, scratch, since)
         if again:
             if found & wait.JOINS_PYTHON and limits.poll_us < 0:
-                return LOOP_PYTHON, moved  # only Python can tell whether its endpoint has more
+                return r.LOOP_PYTHON, moved  # only Python can tell whether its endpoint has more
             continue
         wait_ms = limits.timeout_ms if limits.timeout_ms < 0 else limits.timeout_ms - waited
         again, n_fds, wait_ms, blocked = _watch_driver(rings, wire, control, scratch, wait_ms)
@@ -319,7 +298,7 @@ def drive(rings: DriverRings, wire: Wire, control: Control, scratch: Scratch, li
             if why != wait.GO_ON:
                 return why, moved
             woken = blocked | wait.take_woken(scratch.pollfds, n_fds, wire.eps)
-            wait.take_notifications(scratch, n_fds, 0, rings.dvqs, DVQ_CALLS, rings.notify, 1)
+            wait.take_notifications(scratch, n_fds, 0, rings.dvqs, r.DVQ_CALLS, rings.notify, 1)
         for i in range(rings.dvqs.shape[0]):
             split_driver.disable_calls(rings.mem, rings.dvqs[i])
         why = wait.leave_awake(woken, wire.eps)

@@ -6,6 +6,8 @@ copied once, wherever it lies.
 
 from __future__ import annotations
 
+from . import rows as r
+from . import spec
 from . import split as ring
 from .atomic import (
     Bytes,
@@ -19,45 +21,6 @@ from .atomic import (
 )
 from .guest import note, write, write_header
 from .jit import inlined, kernel
-from .layout import (
-    E_DIRECTION,
-    E_TOO_BIG,
-    EP_BYTES_FROM_WIRE,
-    EP_BYTES_TO_WIRE,
-    EP_DROP_LONG,
-    EP_DROP_NO_BUFFER,
-    EP_DROP_OFFLOAD,
-    EP_DROP_SHORT,
-    EP_FROM_WIRE,
-    EP_HELD,
-    EP_KIND,
-    EP_TO_WIRE,
-    ETH_HLEN,
-    IOV_GPA,
-    IOV_LEN,
-    IOV_OFFSET,
-    JOURNAL_RECEIVEQ_IDX,
-    JOURNAL_TRANSMITQ_IDX,
-    JOURNAL_VALID,
-    KIND_MACSWAP,
-    KIND_REFLECT,
-    MAX_FRAME_LEN,
-    NET_HDR_GSO_TYPE,
-    NET_HDR_LEN,
-    NET_HDR_NUM_BUFFERS,
-    VIRTIO_NET_HDR_F_NEEDS_CSUM,
-    VQ_BYTES,
-    VQ_CHAINS,
-    VQ_DROPPED,
-    VQ_HDR_LEN,
-    VQ_JOURNAL,
-    VQ_LAST_USED_IDX,
-    VQ_MRG_RXBUF,
-    VQ_NUM,
-    VQ_OFFLOADS,
-    VQ_PACKETS,
-    VQ_STATUS,
-)
 from .port import (
     accepts,
     emit,
@@ -86,12 +49,12 @@ def _scatter(
     """Write *length* bytes into *iov* from byte *into* of *row* on; return where the next byte goes."""
     done = 0
     while done < length:
-        part = min(length - done, iov[row, IOV_LEN] - into)
-        offset, gpa = iov[row, IOV_OFFSET] + into, iov[row, IOV_GPA] + into
+        part = min(length - done, iov[row, r.IOV_LEN] - into)
+        offset, gpa = iov[row, r.IOV_OFFSET] + into, iov[row, r.IOV_GPA] + into
         write(guest.mem, vq, guest.log, offset, gpa, src, src_offset + done, part)
         done += part
         into += part
-        if into == iov[row, IOV_LEN]:
+        if into == iov[row, r.IOV_LEN]:
             row += 1
             into = 0
     return row, into
@@ -107,36 +70,36 @@ def place(guest: Guest, vq: Words, scratch: Scratch, ahead: int, hdr: Bytes, swa
     """
     mem = guest.mem
     iov = scratch.iov
-    hdr_len = vq[VQ_HDR_LEN]
+    hdr_len = vq[r.VQ_HDR_LEN]
     need = hdr_len + frame.length
-    if ahead < ring.available(mem, vq) and hdr_len == NET_HDR_LEN and frame.n_rows - frame.row == 1:
+    if ahead < ring.available(mem, vq) and hdr_len == spec.NET_HDR_LEN and frame.n_rows - frame.row == 1:
         # The common shape: one piece, into one buffer of one descriptor.
         head = ring.head_at(mem, vq, ahead)
         if head >= 0:
             n_out, n_in, _, size = ring.gather(mem, guest.regions, vq, head, iov)
             if n_out == 0 and n_in == 1 and size >= need:
-                to = iov[0, IOV_OFFSET]
-                at = frame.iov[frame.row, IOV_OFFSET]
+                to = iov[0, r.IOV_OFFSET]
+                at = frame.iov[frame.row, r.IOV_OFFSET]
                 write_header(mem, to, hdr, 0, 1)
-                copy(mem, to + NET_HDR_LEN, frame.mem, at, frame.length)
+                copy(mem, to + spec.NET_HDR_LEN, frame.mem, at, frame.length)
                 if swap:
-                    swap_macs(mem, to + NET_HDR_LEN, frame.mem, at)
+                    swap_macs(mem, to + spec.NET_HDR_LEN, frame.mem, at)
                 if guest.log.size > 0:
-                    note(vq, guest.log, iov[0, IOV_GPA], need)
+                    note(vq, guest.log, iov[0, r.IOV_GPA], need)
                 ring.put_used(mem, vq, ahead, head, need)
                 return 1
     taken = _claim(guest, vq, scratch, ahead, need)
     if taken <= 0:
         return taken
-    store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, taken)
+    store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, taken)
     row = frame.row
     to_row, into = _scatter(guest, vq, iov, 0, 0, hdr, 0, hdr_len)
     if swap:
-        row = take_front(frame, _MACS_LEN, hdr, NET_HDR_LEN)
-        swap_macs(hdr, NET_HDR_LEN, hdr, NET_HDR_LEN)
-        to_row, into = _scatter(guest, vq, iov, to_row, into, hdr, NET_HDR_LEN, _MACS_LEN)
+        row = take_front(frame, _MACS_LEN, hdr, spec.NET_HDR_LEN)
+        swap_macs(hdr, spec.NET_HDR_LEN, hdr, spec.NET_HDR_LEN)
+        to_row, into = _scatter(guest, vq, iov, to_row, into, hdr, spec.NET_HDR_LEN, _MACS_LEN)
     for k in range(row, frame.n_rows):
-        at, part = frame.iov[k, IOV_OFFSET], frame.iov[k, IOV_LEN]
+        at, part = frame.iov[k, r.IOV_OFFSET], frame.iov[k, r.IOV_LEN]
         to_row, into = _scatter(guest, vq, iov, to_row, into, frame.mem, at, part)
     left = need
     for k in range(taken):
@@ -161,16 +124,16 @@ def _claim(guest: Guest, vq: Words, scratch: Scratch, ahead: int, need: int) -> 
     alone = False
     n_avail = ring.available(mem, vq)
     while room < need:
-        if taken and not vq[VQ_MRG_RXBUF]:
-            return E_TOO_BIG
+        if taken and not vq[r.VQ_MRG_RXBUF]:
+            return r.E_TOO_BIG
         if ahead + taken >= n_avail:
             n_avail = ring.refresh(mem, vq)
             if n_avail < 0:
                 return n_avail
             if ahead + taken >= n_avail:
-                return E_TOO_BIG if taken >= vq[VQ_NUM] else 0
+                return r.E_TOO_BIG if taken >= vq[r.VQ_NUM] else 0
         if taken >= chains.shape[0] or filled >= iov.shape[0]:
-            return E_TOO_BIG
+            return r.E_TOO_BIG
         head = ring.head_at(mem, vq, ahead + taken)
         if head < 0:
             return head
@@ -183,9 +146,9 @@ def _claim(guest: Guest, vq: Words, scratch: Scratch, ahead: int, need: int) -> 
         if n_out < 0:
             return n_out
         if n_out > 0 or n_in == 0:
-            return E_DIRECTION
+            return r.E_DIRECTION
         if alone:
-            return E_TOO_BIG
+            return r.E_TOO_BIG
         chains[taken, 0] = head
         chains[taken, 1] = size
         filled += n_in
@@ -197,9 +160,9 @@ def _claim(guest: Guest, vq: Words, scratch: Scratch, ahead: int, need: int) -> 
 @inlined
 def _count(vq: Words, frames: int, size: int, chains: int) -> None:
     """Enter into a queue's row the *frames* that it moved, of *size* bytes, and the chains that it used."""
-    vq[VQ_PACKETS] += frames
-    vq[VQ_BYTES] += size
-    vq[VQ_CHAINS] += chains
+    vq[r.VQ_PACKETS] += frames
+    vq[r.VQ_BYTES] += size
+    vq[r.VQ_CHAINS] += chains
 
 
 @kernel
@@ -215,8 +178,8 @@ def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budge
     n = min(ring.available(mem, vq), budget)
     status = min(n, 0)
     used = 0
-    frames = ep[EP_TO_WIRE]
-    size = ep[EP_BYTES_TO_WIRE]
+    frames = ep[r.EP_TO_WIRE]
+    size = ep[r.EP_BYTES_TO_WIRE]
     while used < n:
         head = ring.head_at(mem, vq, used)
         if head < 0:
@@ -224,13 +187,13 @@ def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budge
             break
         n_out, _, length, _ = ring.gather(mem, guest.regions, vq, head, scratch.iov)
         if n_out <= 0:
-            status = n_out if n_out < 0 else E_DIRECTION
+            status = n_out if n_out < 0 else r.E_DIRECTION
             break
-        row, length = split_header(Frame(mem, scratch.iov, 0, n_out, length), vq[VQ_HDR_LEN], hdr)
+        row, length = split_header(Frame(mem, scratch.iov, 0, n_out, length), vq[r.VQ_HDR_LEN], hdr)
         frame = Frame(mem, scratch.iov, row, n_out, length)
-        tidy(hdr, frame.length, VIRTIO_NET_HDR_F_NEEDS_CSUM)
-        if exceeds_mtu(vq, load_u8(hdr, NET_HDR_GSO_TYPE), frame):
-            ep[EP_DROP_LONG] += 1
+        tidy(hdr, frame.length, spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)
+        if exceeds_mtu(vq, load_u8(hdr, spec.NET_HDR_GSO_TYPE), frame):
+            ep[r.EP_DROP_LONG] += 1
         elif emit(frame, hdr, port, scratch.words):
             break
         ring.put_used(mem, vq, used, head, 0)
@@ -238,11 +201,11 @@ def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budge
     if used:
         ring.publish_used(mem, vq, guest.log, used)
         # The endpoint counts what it took; the rest is dropped, and it says why.
-        frames = ep[EP_TO_WIRE] - frames
-        _count(vq, frames, ep[EP_BYTES_TO_WIRE] - size, used)
-        vq[VQ_DROPPED] += used - frames
+        frames = ep[r.EP_TO_WIRE] - frames
+        _count(vq, frames, ep[r.EP_BYTES_TO_WIRE] - size, used)
+        vq[r.VQ_DROPPED] += used - frames
     if status < 0:
-        vq[VQ_STATUS] = status
+        vq[r.VQ_STATUS] = status
     return used
 
 
@@ -261,10 +224,10 @@ def discard_transmitq(mem: Bytes, vq: Words, log: Bytes, budget: int) -> int:
         used += 1
     if used:
         ring.publish_used(mem, vq, log, used)
-        vq[VQ_DROPPED] += used
-        vq[VQ_CHAINS] += used
+        vq[r.VQ_DROPPED] += used
+        vq[r.VQ_CHAINS] += used
     if status < 0:
-        vq[VQ_STATUS] = status
+        vq[r.VQ_STATUS] = status
     return used
 
 
@@ -286,53 +249,53 @@ def fill_receiveq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget:
     size = 0
     # Dropped frames count too: a wire that sends nothing else must not keep us here.
     while frames + dropped < budget:
-        if ep[EP_HELD] == 0:
+        if ep[r.EP_HELD] == 0:
             n = ring.available(mem, vq)
             if n >= 0 and used >= n:
                 n = ring.refresh(mem, vq)
             if n < 0:
-                vq[VQ_STATUS] = n
+                vq[r.VQ_STATUS] = n
                 break
             if used >= n:
                 break
             length = produce(port, held, 0, held.size, now)
             if length == 0:
                 break
-            if not accepts(held, 0, vq[VQ_OFFLOADS]):
-                ep[EP_DROP_OFFLOAD] += 1
+            if not accepts(held, 0, vq[r.VQ_OFFLOADS]):
+                ep[r.EP_DROP_OFFLOAD] += 1
                 dropped += 1
                 continue
-            rows[0, IOV_OFFSET] = NET_HDR_LEN
-            rows[0, IOV_LEN] = length - NET_HDR_LEN
-            frame = Frame(held, rows, 0, 1, length - NET_HDR_LEN)
-            if exceeds_mtu(vq, load_u8(held, NET_HDR_GSO_TYPE), frame):
-                ep[EP_DROP_LONG] += 1
+            rows[0, r.IOV_OFFSET] = spec.NET_HDR_LEN
+            rows[0, r.IOV_LEN] = length - spec.NET_HDR_LEN
+            frame = Frame(held, rows, 0, 1, length - spec.NET_HDR_LEN)
+            if exceeds_mtu(vq, load_u8(held, spec.NET_HDR_GSO_TYPE), frame):
+                ep[r.EP_DROP_LONG] += 1
                 dropped += 1
                 continue
-            ep[EP_HELD] = length
-        body_len = ep[EP_HELD] - NET_HDR_LEN
-        if ep[EP_HELD] > _SHORT:
-            ring.expect_frame(mem, guest.regions, vq, used + 1, ep[EP_HELD])  # the next one often is as long
-        rows[0, IOV_OFFSET] = NET_HDR_LEN
-        rows[0, IOV_LEN] = body_len
+            ep[r.EP_HELD] = length
+        body_len = ep[r.EP_HELD] - spec.NET_HDR_LEN
+        if ep[r.EP_HELD] > _SHORT:
+            ring.expect_frame(mem, guest.regions, vq, used + 1, ep[r.EP_HELD])  # the next one often is as long
+        rows[0, r.IOV_OFFSET] = spec.NET_HDR_LEN
+        rows[0, r.IOV_LEN] = body_len
         n = place(guest, vq, scratch, used, held, False, Frame(held, rows, 0, 1, body_len))
-        if n == E_TOO_BIG:
-            ep[EP_DROP_NO_BUFFER] += 1
-            ep[EP_HELD] = 0
+        if n == r.E_TOO_BIG:
+            ep[r.EP_DROP_NO_BUFFER] += 1
+            ep[r.EP_HELD] = 0
             dropped += 1
             continue
         if n <= 0:
             if n < 0:
-                vq[VQ_STATUS] = n
+                vq[r.VQ_STATUS] = n
             break
-        ep[EP_HELD] = 0
+        ep[r.EP_HELD] = 0
         used += n
         frames += 1
         size += body_len
     if used:
         ring.publish_used(mem, vq, guest.log, used)
         _count(vq, frames, size, used)
-    vq[VQ_DROPPED] += dropped
+    vq[r.VQ_DROPPED] += dropped
     return frames + dropped
 
 
@@ -345,7 +308,7 @@ def forward(
     The queues may be of one guest (echo, macswap, reflect) or of two. A frame without receive buffers stays in the
     transmitq. *held* (uint8[FRAME_SLOT]) is where reflect writes its answers. Returns the chains used in the transmitq.
     """
-    kind = ep[EP_KIND]
+    kind = ep[r.EP_KIND]
     n = min(ring.available(src.mem, txq), budget)
     status_tx = min(n, 0)
     status_rx = 0
@@ -361,18 +324,18 @@ def forward(
             break
         n_out, _, length, _ = ring.gather(src.mem, src.regions, txq, head, scratch.frame_iov)
         if n_out <= 0:
-            status_tx = n_out if n_out < 0 else E_DIRECTION
+            status_tx = n_out if n_out < 0 else r.E_DIRECTION
             break
-        row, length = split_header(Frame(src.mem, scratch.frame_iov, 0, n_out, length), txq[VQ_HDR_LEN], hdr)
+        row, length = split_header(Frame(src.mem, scratch.frame_iov, 0, n_out, length), txq[r.VQ_HDR_LEN], hdr)
         frame = Frame(src.mem, scratch.frame_iov, row, n_out, length)
-        tidy(hdr, frame.length, VIRTIO_NET_HDR_F_NEEDS_CSUM)
-        ring.expect_frame(dst.mem, dst.regions, rxq, used_rx + 1, NET_HDR_LEN + frame.length)
+        tidy(hdr, frame.length, spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)
+        ring.expect_frame(dst.mem, dst.regions, rxq, used_rx + 1, spec.NET_HDR_LEN + frame.length)
         got = 0
         if _may_pass(txq, rxq, ep, kind, hdr, frame):
-            if kind == KIND_REFLECT:
+            if kind == r.KIND_REFLECT:
                 got = _reflect(dst, rxq, scratch, used_rx, held, frame)
             else:
-                got = place(dst, rxq, scratch, used_rx, hdr, kind == KIND_MACSWAP, frame)
+                got = place(dst, rxq, scratch, used_rx, hdr, kind == r.KIND_MACSWAP, frame)
             if got == 0:
                 break
         if got > 0:
@@ -380,18 +343,18 @@ def forward(
             frames += 1
             size += frame.length
         elif got == _NO_ANSWER:
-            ep[EP_TO_WIRE] += 1
-            ep[EP_BYTES_TO_WIRE] += frame.length
+            ep[r.EP_TO_WIRE] += 1
+            ep[r.EP_BYTES_TO_WIRE] += frame.length
             _count(txq, 1, frame.length, 0)
-        elif got == E_TOO_BIG:
-            ep[EP_DROP_NO_BUFFER] += 1
-            rxq[VQ_DROPPED] += 1
+        elif got == r.E_TOO_BIG:
+            ep[r.EP_DROP_NO_BUFFER] += 1
+            rxq[r.VQ_DROPPED] += 1
         elif got < 0:
             status_rx = got
             break
         ring.put_used(src.mem, txq, used_tx, head, 0)
         used_tx += 1
-    journal = txq[VQ_JOURNAL]
+    journal = txq[r.VQ_JOURNAL]
     if journal and used_rx:
         _write_journal(src.mem, txq, used_tx, rxq, used_rx)
     if used_rx:
@@ -400,11 +363,11 @@ def forward(
         ring.publish_used(src.mem, txq, src.log, used_tx)
         _count(txq, frames, size, used_tx)
         if journal:
-            store_u16_release(src.mem, journal + JOURNAL_VALID, 0)
+            store_u16_release(src.mem, journal + r.JOURNAL_VALID, 0)
     if status_tx < 0:
-        txq[VQ_STATUS] = status_tx
+        txq[r.VQ_STATUS] = status_tx
     if status_rx < 0:
-        rxq[VQ_STATUS] = status_rx
+        rxq[r.VQ_STATUS] = status_rx
     return used_tx
 
 
@@ -413,49 +376,49 @@ def _publish_forwarded(dst: Guest, rxq: Words, ep: Words, used: int, frames: int
     """Publish the receiveq's chains, and count their frames: for the endpoint, they went out and came in."""
     ring.publish_used(dst.mem, rxq, dst.log, used)
     _count(rxq, frames, size, used)
-    ep[EP_TO_WIRE] += frames
-    ep[EP_FROM_WIRE] += frames
-    ep[EP_BYTES_TO_WIRE] += size
-    ep[EP_BYTES_FROM_WIRE] += size
+    ep[r.EP_TO_WIRE] += frames
+    ep[r.EP_FROM_WIRE] += frames
+    ep[r.EP_BYTES_TO_WIRE] += size
+    ep[r.EP_BYTES_FROM_WIRE] += size
 
 
 @inlined
 def _write_journal(mem: Bytes, txq: Words, used_tx: int, rxq: Words, used_rx: int) -> None:
     """Write down both indices that come next, as two can't be published as one: for the owner after a crash in between."""
-    journal = txq[VQ_JOURNAL]
-    store_u16(mem, journal + JOURNAL_RECEIVEQ_IDX, rxq[VQ_LAST_USED_IDX] + used_rx)
-    store_u16(mem, journal + JOURNAL_TRANSMITQ_IDX, txq[VQ_LAST_USED_IDX] + used_tx)
-    store_u16_release(mem, journal + JOURNAL_VALID, 1)
+    journal = txq[r.VQ_JOURNAL]
+    store_u16(mem, journal + r.JOURNAL_RECEIVEQ_IDX, rxq[r.VQ_LAST_USED_IDX] + used_rx)
+    store_u16(mem, journal + r.JOURNAL_TRANSMITQ_IDX, txq[r.VQ_LAST_USED_IDX] + used_tx)
+    store_u16_release(mem, journal + r.JOURNAL_VALID, 1)
 
 
 @inlined
 def _may_pass(txq: Words, rxq: Words, ep: Words, kind: int, hdr: Bytes, frame: Frame) -> bool:
     """Return whether a frame can go from *txq* to *rxq*; one that can't is counted as dropped."""
-    gso = load_u8(hdr, NET_HDR_GSO_TYPE)
+    gso = load_u8(hdr, spec.NET_HDR_GSO_TYPE)
     reason = 0
-    if frame.length < ETH_HLEN:
-        reason = EP_DROP_SHORT
-    elif frame.length > MAX_FRAME_LEN or exceeds_mtu(txq, gso, frame) or exceeds_mtu(rxq, gso, frame):
-        reason = EP_DROP_LONG
-    elif kind != KIND_REFLECT and not (makes_sense(hdr, 0, frame.length) and accepts(hdr, 0, rxq[VQ_OFFLOADS])):
-        reason = EP_DROP_OFFLOAD
+    if frame.length < spec.ETH_HLEN:
+        reason = r.EP_DROP_SHORT
+    elif frame.length > spec.MAX_FRAME_LEN or exceeds_mtu(txq, gso, frame) or exceeds_mtu(rxq, gso, frame):
+        reason = r.EP_DROP_LONG
+    elif kind != r.KIND_REFLECT and not (makes_sense(hdr, 0, frame.length) and accepts(hdr, 0, rxq[r.VQ_OFFLOADS])):
+        reason = r.EP_DROP_OFFLOAD
     if reason == 0:
         return True
     ep[reason] += 1
-    txq[VQ_DROPPED] += 1
+    txq[r.VQ_DROPPED] += 1
     return False
 
 
 @inlined
 def _reflect(guest: Guest, rxq: Words, scratch: Scratch, ahead: int, held: Bytes, frame: Frame) -> int:
     """`place` the answer to a frame, made in *held*; _NO_ANSWER if it asks for none."""
-    linearize(frame, held, NET_HDR_LEN)
-    answer_len = reply(held, NET_HDR_LEN, frame.length)
+    linearize(frame, held, spec.NET_HDR_LEN)
+    answer_len = reply(held, spec.NET_HDR_LEN, frame.length)
     if answer_len == 0:
         return _NO_ANSWER
     store_u64_unaligned(held, 0, 0)
     store_u16_unaligned(held, 8, 0)
     rows = scratch.frame_iov
-    rows[0, IOV_OFFSET] = NET_HDR_LEN
-    rows[0, IOV_LEN] = answer_len
+    rows[0, r.IOV_OFFSET] = spec.NET_HDR_LEN
+    rows[0, r.IOV_LEN] = answer_len
     return place(guest, rxq, scratch, ahead, held, False, Frame(held, rows, 0, 1, answer_len))

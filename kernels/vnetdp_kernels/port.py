@@ -1,12 +1,14 @@
 """Where frames meet the outside, in compiled code: `emit` takes a frame out of the rings, `produce` brings one in.
 
 Both sides of a ring use them: the device's datapath and the guest's driver join the same endpoints. An endpoint is a
-row of named slots (`layout.EP_*`), a descriptor, and frame slots; a frame in a slot is virtio_net_hdr (12 bytes), then
+row of named slots (`rows.EP_*`), a descriptor, and frame slots; a frame in a slot is virtio_net_hdr (12 bytes), then
 Ethernet without its FCS.
 """
 
 from __future__ import annotations
 
+from . import rows as r
+from . import spec
 from .atomic import (
     Bytes,
     Words,
@@ -22,62 +24,6 @@ from .atomic import (
 )
 from .io import EAGAIN, clock_ns, read, writev
 from .jit import inlined, kernel
-from .layout import (
-    E_BLOCKED,
-    EP_BYTES_FROM_WIRE,
-    EP_BYTES_TO_WIRE,
-    EP_CHECK,
-    EP_COUNT,
-    EP_DROP_ERROR,
-    EP_DROP_LONG,
-    EP_DROP_SHORT,
-    EP_FIRST,
-    EP_FLOW,
-    EP_FROM_WIRE,
-    EP_INTERVAL_NS,
-    EP_KIND,
-    EP_LAST_ERRNO,
-    EP_LIMIT,
-    EP_NEXT_NS,
-    EP_OUT_COUNT,
-    EP_SEQ,
-    EP_SIZE,
-    EP_TO_WIRE,
-    ETH_HLEN,
-    ETH_P_8021AD,
-    ETH_P_8021Q,
-    ETH_TYPE_AT,
-    IOV_LEN,
-    IOV_OFFSET,
-    KIND_GENERATE,
-    KIND_PYTHON,
-    KIND_TAP,
-    MAX_FRAME_LEN,
-    NET_HDR_CSUM_OFFSET,
-    NET_HDR_CSUM_START,
-    NET_HDR_FLAGS,
-    NET_HDR_GSO_SIZE,
-    NET_HDR_GSO_TYPE,
-    NET_HDR_HDR_LEN,
-    NET_HDR_LEN,
-    NET_HDR_NUM_BUFFERS,
-    OFFLOAD_CSUM,
-    OFFLOAD_ECN,
-    OFFLOAD_TSO4,
-    OFFLOAD_TSO6,
-    OFFLOAD_UFO,
-    OFFLOAD_USO4,
-    OFFLOAD_USO6,
-    VIRTIO_NET_HDR_F_NEEDS_CSUM,
-    VIRTIO_NET_HDR_GSO_ECN,
-    VIRTIO_NET_HDR_GSO_NONE,
-    VIRTIO_NET_HDR_GSO_TCPV4,
-    VIRTIO_NET_HDR_GSO_TCPV6,
-    VIRTIO_NET_HDR_GSO_UDP,
-    VIRTIO_NET_HDR_GSO_UDP_L4,
-    VLAN_HLEN,
-    VQ_MAX_FRAME,
-)
 from .ledger import enter, stamp
 from .rows import Frame, Port, Wire
 
@@ -113,14 +59,14 @@ def take_front(frame: Frame, length: int, dst: Bytes, at: int) -> int:
     row = frame.row
     done = 0
     while row < frame.n_rows and done < length:
-        part = min(length - done, iov[row, IOV_LEN])
-        copy(dst, at + done, frame.mem, iov[row, IOV_OFFSET], part)
+        part = min(length - done, iov[row, r.IOV_LEN])
+        copy(dst, at + done, frame.mem, iov[row, r.IOV_OFFSET], part)
         done += part
-        if part == iov[row, IOV_LEN]:
+        if part == iov[row, r.IOV_LEN]:
             row += 1
         else:
-            iov[row, IOV_OFFSET] += part
-            iov[row, IOV_LEN] -= part
+            iov[row, r.IOV_OFFSET] += part
+            iov[row, r.IOV_LEN] -= part
     return row
 
 
@@ -132,13 +78,13 @@ def split_header(chain: Frame, hdr_len: int, hdr: Bytes) -> tuple[int, int]:
     """
     mem = chain.mem
     iov = chain.iov
-    first = iov[0, IOV_LEN]
-    if hdr_len == NET_HDR_LEN and first > NET_HDR_LEN:
-        at = iov[0, IOV_OFFSET]
+    first = iov[0, r.IOV_LEN]
+    if hdr_len == spec.NET_HDR_LEN and first > spec.NET_HDR_LEN:
+        at = iov[0, r.IOV_OFFSET]
         store_u64_unaligned(hdr, 0, load_u64_unaligned(mem, at))
         store_u32_unaligned(hdr, 8, load_u32_unaligned(mem, at + 8))
-        iov[0, IOV_OFFSET] = at + NET_HDR_LEN
-        iov[0, IOV_LEN] = first - NET_HDR_LEN
+        iov[0, r.IOV_OFFSET] = at + spec.NET_HDR_LEN
+        iov[0, r.IOV_LEN] = first - spec.NET_HDR_LEN
         row = 0
     else:
         row = take_front(chain, hdr_len, hdr, 0)
@@ -151,77 +97,77 @@ def tidy(hdr: Bytes, frame_len: int, flags: int) -> None:
 
     hdr_len is a hint that nobody may rely on (5.1.6.2.2), but a TAP refuses one that can't be.
     """
-    if load_u16_unaligned(hdr, NET_HDR_FLAGS) == 0:
+    if load_u16_unaligned(hdr, spec.NET_HDR_FLAGS) == 0:
         store_u64_unaligned(hdr, 0, 0)
-        store_u16_unaligned(hdr, NET_HDR_CSUM_OFFSET, 0)
+        store_u16_unaligned(hdr, spec.NET_HDR_CSUM_OFFSET, 0)
     else:
         _tidy(hdr, frame_len, flags)
 
 
 @kernel
 def _tidy(hdr: Bytes, frame_len: int, flags: int) -> None:
-    flags &= load_u8(hdr, NET_HDR_FLAGS)
-    gso = load_u8(hdr, NET_HDR_GSO_TYPE)
-    gso = VIRTIO_NET_HDR_GSO_NONE if gso == VIRTIO_NET_HDR_GSO_ECN else gso
-    store_u16_unaligned(hdr, NET_HDR_FLAGS, flags | gso << 8)
-    if gso == VIRTIO_NET_HDR_GSO_NONE:
-        store_u32_unaligned(hdr, NET_HDR_HDR_LEN, 0)  # and gso_size
-    elif not ETH_HLEN <= load_u16_unaligned(hdr, NET_HDR_HDR_LEN) <= frame_len:
-        store_u16_unaligned(hdr, NET_HDR_HDR_LEN, 0)
-    if not flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
-        store_u32_unaligned(hdr, NET_HDR_CSUM_START, 0)  # and csum_offset
+    flags &= load_u8(hdr, spec.NET_HDR_FLAGS)
+    gso = load_u8(hdr, spec.NET_HDR_GSO_TYPE)
+    gso = spec.VIRTIO_NET_HDR_GSO_NONE if gso == spec.VIRTIO_NET_HDR_GSO_ECN else gso
+    store_u16_unaligned(hdr, spec.NET_HDR_FLAGS, flags | gso << 8)
+    if gso == spec.VIRTIO_NET_HDR_GSO_NONE:
+        store_u32_unaligned(hdr, spec.NET_HDR_HDR_LEN, 0)  # and gso_size
+    elif not spec.ETH_HLEN <= load_u16_unaligned(hdr, spec.NET_HDR_HDR_LEN) <= frame_len:
+        store_u16_unaligned(hdr, spec.NET_HDR_HDR_LEN, 0)
+    if not flags & spec.VIRTIO_NET_HDR_F_NEEDS_CSUM:
+        store_u32_unaligned(hdr, spec.NET_HDR_CSUM_START, 0)  # and csum_offset
 
 
 @inlined
 def makes_sense(hdr: Bytes, at: int, frame_len: int) -> bool:
     """Return whether the header at *at* asks for what can be done to a frame of *frame_len* bytes."""
-    return load_u16_unaligned(hdr, at + NET_HDR_FLAGS) == 0 or _makes_sense(hdr, at, frame_len)
+    return load_u16_unaligned(hdr, at + spec.NET_HDR_FLAGS) == 0 or _makes_sense(hdr, at, frame_len)
 
 
 @kernel
 def _makes_sense(hdr: Bytes, at: int, frame_len: int) -> bool:
-    gso = load_u8(hdr, at + NET_HDR_GSO_TYPE) & ~VIRTIO_NET_HDR_GSO_ECN
-    summed = load_u8(hdr, at + NET_HDR_FLAGS) & VIRTIO_NET_HDR_F_NEEDS_CSUM
+    gso = load_u8(hdr, at + spec.NET_HDR_GSO_TYPE) & ~spec.VIRTIO_NET_HDR_GSO_ECN
+    summed = load_u8(hdr, at + spec.NET_HDR_FLAGS) & spec.VIRTIO_NET_HDR_F_NEEDS_CSUM
     if summed:
-        start = load_u16_unaligned(hdr, at + NET_HDR_CSUM_START)
-        if start + load_u16_unaligned(hdr, at + NET_HDR_CSUM_OFFSET) + 2 > frame_len:
+        start = load_u16_unaligned(hdr, at + spec.NET_HDR_CSUM_START)
+        if start + load_u16_unaligned(hdr, at + spec.NET_HDR_CSUM_OFFSET) + 2 > frame_len:
             return False
-    if gso == VIRTIO_NET_HDR_GSO_NONE:
+    if gso == spec.VIRTIO_NET_HDR_GSO_NONE:
         return True
     # A segment without NEEDS_CSUM has no checksum that would be right for its parts (5.1.6.2.1).
-    return bool(summed and _needed(gso) and load_u16_unaligned(hdr, at + NET_HDR_GSO_SIZE))
+    return bool(summed and _needed(gso) and load_u16_unaligned(hdr, at + spec.NET_HDR_GSO_SIZE))
 
 
 @inlined
 def _needed(kind: int) -> int:
     """Return the OFFLOAD_* that a gso_type without its ECN bit takes, of which one may be another's; 0 if there is none."""
-    if kind == VIRTIO_NET_HDR_GSO_TCPV4:
-        return OFFLOAD_CSUM | OFFLOAD_TSO4
-    if kind == VIRTIO_NET_HDR_GSO_TCPV6:
-        return OFFLOAD_CSUM | OFFLOAD_TSO6
-    if kind == VIRTIO_NET_HDR_GSO_UDP:
-        return OFFLOAD_CSUM | OFFLOAD_UFO
-    if kind == VIRTIO_NET_HDR_GSO_UDP_L4:
-        return OFFLOAD_CSUM | OFFLOAD_USO4 | OFFLOAD_USO6
+    if kind == spec.VIRTIO_NET_HDR_GSO_TCPV4:
+        return spec.OFFLOAD_CSUM | spec.OFFLOAD_TSO4
+    if kind == spec.VIRTIO_NET_HDR_GSO_TCPV6:
+        return spec.OFFLOAD_CSUM | spec.OFFLOAD_TSO6
+    if kind == spec.VIRTIO_NET_HDR_GSO_UDP:
+        return spec.OFFLOAD_CSUM | spec.OFFLOAD_UFO
+    if kind == spec.VIRTIO_NET_HDR_GSO_UDP_L4:
+        return spec.OFFLOAD_CSUM | spec.OFFLOAD_USO4 | spec.OFFLOAD_USO6
     return 0
 
 
 @inlined
 def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
     """Fit the header at *at* to what the receiver negotiated; False if the frame needs what it did not (5.1.6.4.1)."""
-    gso = load_u8(hdr, at + NET_HDR_GSO_TYPE)
-    if gso == VIRTIO_NET_HDR_GSO_NONE and load_u8(hdr, at + NET_HDR_FLAGS) == 0:
+    gso = load_u8(hdr, at + spec.NET_HDR_GSO_TYPE)
+    if gso == spec.VIRTIO_NET_HDR_GSO_NONE and load_u8(hdr, at + spec.NET_HDR_FLAGS) == 0:
         return True
-    if gso == VIRTIO_NET_HDR_GSO_NONE:
-        if not offloads & OFFLOAD_CSUM:
+    if gso == spec.VIRTIO_NET_HDR_GSO_NONE:
+        if not offloads & spec.OFFLOAD_CSUM:
             store_u64_unaligned(hdr, at, 0)
             store_u16_unaligned(hdr, at + 8, 0)
         return True
-    needed = _needed(gso & ~VIRTIO_NET_HDR_GSO_ECN)
+    needed = _needed(gso & ~spec.VIRTIO_NET_HDR_GSO_ECN)
     if needed == 0:
         return False
-    if gso & VIRTIO_NET_HDR_GSO_ECN:
-        needed |= OFFLOAD_ECN
+    if gso & spec.VIRTIO_NET_HDR_GSO_ECN:
+        needed |= spec.OFFLOAD_ECN
     return offloads & needed == needed
 
 
@@ -231,12 +177,12 @@ def exceeds_mtu(vq: Words, gso: int, frame: Frame) -> bool:
 
     gso: its gso_type; a segment may have any length, and a VLAN tag is not counted.
     """
-    limit = vq[VQ_MAX_FRAME]
+    limit = vq[r.VQ_MAX_FRAME]
     if limit == 0 or frame.length <= limit:
         return False
-    if gso & ~VIRTIO_NET_HDR_GSO_ECN != VIRTIO_NET_HDR_GSO_NONE:
+    if gso & ~spec.VIRTIO_NET_HDR_GSO_ECN != spec.VIRTIO_NET_HDR_GSO_NONE:
         return False
-    return frame.length > limit + VLAN_HLEN or not _is_tagged(frame)
+    return frame.length > limit + spec.VLAN_HLEN or not _is_tagged(frame)
 
 
 @kernel
@@ -246,13 +192,13 @@ def _is_tagged(frame: Frame) -> bool:
     ether_type = 0
     at = 0
     for k in range(frame.row, frame.n_rows):
-        for i in range(ETH_TYPE_AT, ETH_TYPE_AT + 2):
-            if at <= i < at + iov[k, IOV_LEN]:
-                ether_type = ether_type << 8 | load_u8(frame.mem, iov[k, IOV_OFFSET] + i - at)
-        at += iov[k, IOV_LEN]
-        if at >= ETH_TYPE_AT + 2:
+        for i in range(spec.ETH_TYPE_AT, spec.ETH_TYPE_AT + 2):
+            if at <= i < at + iov[k, r.IOV_LEN]:
+                ether_type = ether_type << 8 | load_u8(frame.mem, iov[k, r.IOV_OFFSET] + i - at)
+        at += iov[k, r.IOV_LEN]
+        if at >= spec.ETH_TYPE_AT + 2:
             break
-    return ether_type in (ETH_P_8021Q, ETH_P_8021AD)
+    return ether_type in (spec.ETH_P_8021Q, spec.ETH_P_8021AD)
 
 
 @kernel
@@ -260,8 +206,8 @@ def linearize(frame: Frame, dst: Bytes, at: int) -> None:
     """Copy a frame to *dst* from *at* on, in one piece."""
     iov = frame.iov
     for k in range(frame.row, frame.n_rows):
-        copy(dst, at, frame.mem, iov[k, IOV_OFFSET], iov[k, IOV_LEN])
-        at += iov[k, IOV_LEN]
+        copy(dst, at, frame.mem, iov[k, r.IOV_OFFSET], iov[k, r.IOV_LEN])
+        at += iov[k, r.IOV_LEN]
 
 
 @inlined
@@ -271,61 +217,61 @@ def emit(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
     words: of `Scratch`. What can't go out is dropped and counted.
     """
     ep = port.ep
-    if frame.length < ETH_HLEN:
-        ep[EP_DROP_SHORT] += 1
+    if frame.length < spec.ETH_HLEN:
+        ep[r.EP_DROP_SHORT] += 1
         return 0
-    if frame.length > MAX_FRAME_LEN:
-        ep[EP_DROP_LONG] += 1
+    if frame.length > spec.MAX_FRAME_LEN:
+        ep[r.EP_DROP_LONG] += 1
         return 0
-    kind = ep[EP_KIND]
-    if kind == KIND_TAP:
+    kind = ep[r.EP_KIND]
+    if kind == r.KIND_TAP:
         written = _write_to_tap(frame, hdr, port, words)
         if written == -EAGAIN:
-            return E_BLOCKED
+            return r.E_BLOCKED
         if written < 0:
             # A TAP that is down (EIO) or dislikes a header (EINVAL) costs this frame, nothing else.
-            ep[EP_LAST_ERRNO] = -written
-            ep[EP_DROP_ERROR] += 1
+            ep[r.EP_LAST_ERRNO] = -written
+            ep[r.EP_DROP_ERROR] += 1
             return 0
-    elif kind == KIND_PYTHON:
-        slot = ep[EP_OUT_COUNT]
+    elif kind == r.KIND_PYTHON:
+        slot = ep[r.EP_OUT_COUNT]
         if slot >= port.out_lengths.size:
-            return E_BLOCKED
+            return r.E_BLOCKED
         slot_len = port.out_frames.size // port.out_lengths.size
-        if frame.length + NET_HDR_LEN > slot_len:
-            ep[EP_DROP_LONG] += 1
+        if frame.length + spec.NET_HDR_LEN > slot_len:
+            ep[r.EP_DROP_LONG] += 1
             return 0
         at = slot * slot_len
-        store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
-        copy(port.out_frames, at, hdr, 0, NET_HDR_LEN)
-        linearize(frame, port.out_frames, at + NET_HDR_LEN)
-        port.out_lengths[slot] = frame.length + NET_HDR_LEN
-        ep[EP_OUT_COUNT] = slot + 1
-    elif ep[EP_CHECK]:
+        store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
+        copy(port.out_frames, at, hdr, 0, spec.NET_HDR_LEN)
+        linearize(frame, port.out_frames, at + spec.NET_HDR_LEN)
+        port.out_lengths[slot] = frame.length + spec.NET_HDR_LEN
+        ep[r.EP_OUT_COUNT] = slot + 1
+    elif ep[r.EP_CHECK]:
         if frame.n_rows - frame.row == 1:
-            enter(frame.mem, frame.iov[frame.row, IOV_OFFSET], frame.length, port.ledger, port.windows)
+            enter(frame.mem, frame.iov[frame.row, r.IOV_OFFSET], frame.length, port.ledger, port.windows)
         elif frame.length <= port.out_frames.size:
             linearize(frame, port.out_frames, 0)
             enter(port.out_frames, 0, frame.length, port.ledger, port.windows)
         else:
-            ep[EP_DROP_LONG] += 1
+            ep[r.EP_DROP_LONG] += 1
             return 0
-    ep[EP_TO_WIRE] += 1
-    ep[EP_BYTES_TO_WIRE] += frame.length
+    ep[r.EP_TO_WIRE] += 1
+    ep[r.EP_BYTES_TO_WIRE] += frame.length
     return 0
 
 
 @inlined
 def _write_to_tap(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
     """Write a frame to the TAP with one writev; return the bytes, or -errno. One in many pieces is made whole first."""
-    store_u16_unaligned(hdr, NET_HDR_NUM_BUFFERS, 0)
+    store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
     words[0] = address(hdr, 0)
-    words[1] = NET_HDR_LEN
+    words[1] = spec.NET_HDR_LEN
     count = frame.n_rows - frame.row
     if count <= _MAX_IOVECS:
         for k in range(count):
-            words[2 + 2 * k] = address(frame.mem, frame.iov[frame.row + k, IOV_OFFSET])
-            words[3 + 2 * k] = frame.iov[frame.row + k, IOV_LEN]
+            words[2 + 2 * k] = address(frame.mem, frame.iov[frame.row + k, r.IOV_OFFSET])
+            words[3 + 2 * k] = frame.iov[frame.row + k, r.IOV_LEN]
     else:
         linearize(frame, port.out_frames, 0)
         words[2] = address(port.out_frames, 0)
@@ -341,85 +287,85 @@ def produce(port: Port, dst: Bytes, at: int, room: int, now: int) -> int:
     room: bytes there. now: CLOCK_MONOTONIC in ns, looked at only by a generator with a rate.
     """
     ep = port.ep
-    kind = ep[EP_KIND]
+    kind = ep[r.EP_KIND]
     length = 0
-    if kind == KIND_TAP:
+    if kind == r.KIND_TAP:
         length = read(port.fd, dst, at, room)
         if length < 0:
             if length != -EAGAIN:
-                ep[EP_LAST_ERRNO] = -length
-                ep[EP_DROP_ERROR] += 1
+                ep[r.EP_LAST_ERRNO] = -length
+                ep[r.EP_DROP_ERROR] += 1
             return 0
-        if length < NET_HDR_LEN + ETH_HLEN:
-            ep[EP_DROP_SHORT] += 1
+        if length < spec.NET_HDR_LEN + spec.ETH_HLEN:
+            ep[r.EP_DROP_SHORT] += 1
             return 0
         if length >= room:
             # The TAP cuts off what does not fit: a frame that fills all the room may be a part of one.
-            ep[EP_DROP_LONG] += 1
+            ep[r.EP_DROP_LONG] += 1
             return 0
-    elif kind == KIND_GENERATE:
+    elif kind == r.KIND_GENERATE:
         length = _generate(ep, dst, at, room, now)
         if length == 0:
             return 0
-    elif kind == KIND_PYTHON:
+    elif kind == r.KIND_PYTHON:
         while length == 0:
-            if ep[EP_COUNT] == 0:
+            if ep[r.EP_COUNT] == 0:
                 return 0
-            slot = ep[EP_FIRST]
+            slot = ep[r.EP_FIRST]
             length = port.in_lengths[slot]
-            ep[EP_FIRST] = slot + 1
-            ep[EP_COUNT] -= 1
+            ep[r.EP_FIRST] = slot + 1
+            ep[r.EP_COUNT] -= 1
             if length > room:
-                ep[EP_DROP_LONG] += 1
+                ep[r.EP_DROP_LONG] += 1
                 length = 0
-            elif length < NET_HDR_LEN + ETH_HLEN:
-                ep[EP_DROP_SHORT] += 1
+            elif length < spec.NET_HDR_LEN + spec.ETH_HLEN:
+                ep[r.EP_DROP_SHORT] += 1
                 length = 0
         copy(dst, at, port.in_frames, slot * (port.in_frames.size // port.in_lengths.size), length)
     else:
         return 0
-    ep[EP_FROM_WIRE] += 1
-    ep[EP_BYTES_FROM_WIRE] += length - NET_HDR_LEN
+    ep[r.EP_FROM_WIRE] += 1
+    ep[r.EP_BYTES_FROM_WIRE] += length - spec.NET_HDR_LEN
     return int(length)
 
 
 @inlined
 def _generate(ep: Words, dst: Bytes, at: int, room: int, now: int) -> int:
     """Write the generator's next frame to *dst* at *at*; return its bytes, 0 if none is due or it has no room."""
-    if ep[EP_LIMIT] >= 0 and ep[EP_SEQ] >= ep[EP_LIMIT]:
+    if ep[r.EP_LIMIT] >= 0 and ep[r.EP_SEQ] >= ep[r.EP_LIMIT]:
         return 0
-    if ep[EP_INTERVAL_NS]:
-        if now < ep[EP_NEXT_NS]:
+    if ep[r.EP_INTERVAL_NS]:
+        if now < ep[r.EP_NEXT_NS]:
             return 0
         # A generator that was held back does not catch up: it goes on from now.
-        ep[EP_NEXT_NS] = max(ep[EP_NEXT_NS] + ep[EP_INTERVAL_NS], now - 1_000_000)
-    length = NET_HDR_LEN + ep[EP_SIZE]
+        ep[r.EP_NEXT_NS] = max(ep[r.EP_NEXT_NS] + ep[r.EP_INTERVAL_NS], now - 1_000_000)
+    length = spec.NET_HDR_LEN + ep[r.EP_SIZE]
     if length > room:
-        ep[EP_DROP_LONG] += 1
+        ep[r.EP_DROP_LONG] += 1
         return 0
     store_u64_unaligned(dst, at, 0)
     store_u64_unaligned(dst, at + 4, 0)
-    stamp(dst, at + NET_HDR_LEN, ep[EP_SIZE], ep[EP_FLOW], ep[EP_SEQ])
-    ep[EP_SEQ] += 1
+    stamp(dst, at + spec.NET_HDR_LEN, ep[r.EP_SIZE], ep[r.EP_FLOW], ep[r.EP_SEQ])
+    ep[r.EP_SEQ] += 1
     return int(length)
 
 
 @inlined
 def due_in_ns(ep: Words, scratch: Words) -> int:
     """Return the ns until a generator's next frame is due, 0 if it is; -1 if no clock will make one."""
-    if ep[EP_KIND] != KIND_GENERATE:
+    if ep[r.EP_KIND] != r.KIND_GENERATE:
         return -1
-    if ep[EP_LIMIT] >= 0 and ep[EP_SEQ] >= ep[EP_LIMIT]:
+    if ep[r.EP_LIMIT] >= 0 and ep[r.EP_SEQ] >= ep[r.EP_LIMIT]:
         return -1
-    if not ep[EP_INTERVAL_NS]:
+    if not ep[r.EP_INTERVAL_NS]:
         return 0
-    return max(0, ep[EP_NEXT_NS] - clock_ns(scratch[CLOCK_AT:]))
+    return max(0, ep[r.EP_NEXT_NS] - clock_ns(scratch[CLOCK_AT:]))
 
 
 @inlined
 def now_ns(ep: Words, scratch: Words) -> int:
     """Return CLOCK_MONOTONIC in ns for an endpoint that needs it, else 0."""
-    if ep[EP_KIND] == KIND_GENERATE and ep[EP_INTERVAL_NS]:
+    if ep[r.EP_KIND] == r.KIND_GENERATE and ep[r.EP_INTERVAL_NS]:
         return int(clock_ns(scratch[CLOCK_AT:]))
     return 0
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from . import spec
 from .atomic import Bytes, copy, load_u8, store_u8
 from .jit import kernel
-from .layout import ETH_HLEN
 from .port import swap_macs
 
 _ARP_LEN = 28
@@ -61,7 +61,7 @@ def _put_our_mac(frame: Bytes, at: int) -> None:
 
 @kernel
 def _answer_arp(frame: Bytes, at: int, length: int) -> int:
-    net = at + ETH_HLEN
+    net = at + spec.ETH_HLEN
     if _u16(frame, net) != 1 or _u16(frame, net + 2) != 0x0800 or _u16(frame, net + 4) != 0x0604:
         return 0
     if _u16(frame, net + 6) != 1:
@@ -82,11 +82,11 @@ def _answer_arp(frame: Bytes, at: int, length: int) -> int:
 
 @kernel
 def _answer_echo(frame: Bytes, at: int, length: int) -> int:
-    net = at + ETH_HLEN
+    net = at + spec.ETH_HLEN
     header = (load_u8(frame, net) & 15) * 4
     total = _u16(frame, net + 2)
     icmp = net + header
-    if header < _IPV4_MIN_LEN or total < header + 8 or ETH_HLEN + total > length:
+    if header < _IPV4_MIN_LEN or total < header + 8 or spec.ETH_HLEN + total > length:
         return 0
     if load_u8(frame, net + 9) != _PROTO_ICMP or load_u8(frame, icmp) != _ICMP_ECHO:
         return 0
@@ -112,8 +112,8 @@ def reply(frame: Bytes, at: int, length: int) -> int:
     if load_u8(frame, at + 6) & 1:
         return 0  # nobody to answer: a group sends nothing
     ethertype = _u16(frame, at + 12)
-    if ethertype == 0x0806 and length >= ETH_HLEN + _ARP_LEN:
+    if ethertype == 0x0806 and length >= spec.ETH_HLEN + _ARP_LEN:
         return int(_answer_arp(frame, at, length))
-    if ethertype == 0x0800 and length >= ETH_HLEN + _IPV4_MIN_LEN + 8:
+    if ethertype == 0x0800 and length >= spec.ETH_HLEN + _IPV4_MIN_LEN + 8:
         return int(_answer_echo(frame, at, length))
     return 0

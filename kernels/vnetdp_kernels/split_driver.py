@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from . import rows as r
+from . import spec
 from .atomic import (
     Bytes,
     Words,
@@ -18,68 +20,27 @@ from .atomic import (
     store_u64_unaligned,
 )
 from .jit import inlined, kernel
-from .layout import (
-    DS_LEN_IN,
-    DS_N_DESC,
-    DS_NEXT,
-    DS_TOKEN,
-    DVQ_AVAIL,
-    DVQ_AVAIL_IDX,
-    DVQ_BATCH_ID,
-    DVQ_BATCH_LEN,
-    DVQ_CALLS_ON,
-    DVQ_DESC,
-    DVQ_EVENT_IDX,
-    DVQ_FREE_HEAD,
-    DVQ_FREE_TAIL,
-    DVQ_IN_FLIGHT,
-    DVQ_IN_ORDER,
-    DVQ_KICKED_IDX,
-    DVQ_LAST_USED_IDX,
-    DVQ_NUM,
-    DVQ_NUM_FREE,
-    DVQ_ORDER_HEAD,
-    DVQ_PUBLISHED_IDX,
-    DVQ_STATUS,
-    DVQ_USED,
-    DVQ_USED_IDX,
-    E_FULL,
-    E_USED_ID,
-    E_USED_IDX,
-    E_USED_LEN,
-    IOV_GPA,
-    IOV_LEN,
-    VIRTQ_AVAIL_F_NO_INTERRUPT,
-    VIRTQ_DESC_F_INDIRECT,
-    VIRTQ_DESC_F_NEXT,
-    VIRTQ_DESC_F_WRITE,
-    VIRTQ_DESC_SIZE,
-    VIRTQ_RING_ENTRIES,
-    VIRTQ_RING_IDX,
-    VIRTQ_USED_ELEM_SIZE,
-    VIRTQ_USED_F_NO_NOTIFY,
-)
 
 
 @kernel
 def reset_driver(dvq: Words, state: Words) -> None:
     """Put all descriptors on the free list, in ring order; indices go to zero (the ring's memory is the caller's)."""
-    num = dvq[DVQ_NUM]
+    num = dvq[r.DVQ_NUM]
     for i in range(num):
-        state[i, DS_NEXT] = i + 1
-        state[i, DS_N_DESC] = 0
-    dvq[DVQ_FREE_HEAD] = 0
-    dvq[DVQ_FREE_TAIL] = num - 1
-    dvq[DVQ_NUM_FREE] = num
-    dvq[DVQ_AVAIL_IDX] = 0
-    dvq[DVQ_PUBLISHED_IDX] = 0
-    dvq[DVQ_KICKED_IDX] = 0
-    dvq[DVQ_LAST_USED_IDX] = 0
-    dvq[DVQ_USED_IDX] = 0
-    dvq[DVQ_ORDER_HEAD] = 0
-    dvq[DVQ_BATCH_ID] = -1
-    dvq[DVQ_IN_FLIGHT] = 0
-    dvq[DVQ_STATUS] = 0
+        state[i, r.DS_NEXT] = i + 1
+        state[i, r.DS_N_DESC] = 0
+    dvq[r.DVQ_FREE_HEAD] = 0
+    dvq[r.DVQ_FREE_TAIL] = num - 1
+    dvq[r.DVQ_NUM_FREE] = num
+    dvq[r.DVQ_AVAIL_IDX] = 0
+    dvq[r.DVQ_PUBLISHED_IDX] = 0
+    dvq[r.DVQ_KICKED_IDX] = 0
+    dvq[r.DVQ_LAST_USED_IDX] = 0
+    dvq[r.DVQ_USED_IDX] = 0
+    dvq[r.DVQ_ORDER_HEAD] = 0
+    dvq[r.DVQ_BATCH_ID] = -1
+    dvq[r.DVQ_IN_FLIGHT] = 0
+    dvq[r.DVQ_STATUS] = 0
 
 
 @inlined
@@ -93,27 +54,27 @@ def _write_desc(mem: Bytes, at: int, gpa: int, word: int) -> None:
 
 @inlined
 def _put_avail(mem: Bytes, dvq: Words, state: Words, head: int, n_desc: int, len_in: int, token: int) -> None:
-    state[head, DS_N_DESC] = n_desc
-    state[head, DS_LEN_IN] = len_in
-    state[head, DS_TOKEN] = token
-    slot = dvq[DVQ_AVAIL_IDX] & (dvq[DVQ_NUM] - 1)
-    at = dvq[DVQ_AVAIL] + VIRTQ_RING_ENTRIES + 2 * slot
+    state[head, r.DS_N_DESC] = n_desc
+    state[head, r.DS_LEN_IN] = len_in
+    state[head, r.DS_TOKEN] = token
+    slot = dvq[r.DVQ_AVAIL_IDX] & (dvq[r.DVQ_NUM] - 1)
+    at = dvq[r.DVQ_AVAIL] + spec.VIRTQ_RING_ENTRIES + 2 * slot
     if load_u16(mem, at) != head:
         store_u16(mem, at, head)
-    dvq[DVQ_AVAIL_IDX] = (dvq[DVQ_AVAIL_IDX] + 1) & 0xFFFF
-    dvq[DVQ_IN_FLIGHT] += 1
+    dvq[r.DVQ_AVAIL_IDX] = (dvq[r.DVQ_AVAIL_IDX] + 1) & 0xFFFF
+    dvq[r.DVQ_IN_FLIGHT] += 1
 
 
 @inlined
 def put_single(mem: Bytes, dvq: Words, state: Words, gpa: int, length: int, writable: int, token: int) -> int:
     """Make one buffer available in one descriptor; return its head, or E_FULL."""
-    if dvq[DVQ_NUM_FREE] == 0:
-        return E_FULL
-    head = int(dvq[DVQ_FREE_HEAD])
-    dvq[DVQ_FREE_HEAD] = state[head, DS_NEXT]
-    dvq[DVQ_NUM_FREE] -= 1
-    flags = VIRTQ_DESC_F_WRITE if writable else 0
-    _write_desc(mem, dvq[DVQ_DESC] + VIRTQ_DESC_SIZE * head, gpa, length | flags << 32)
+    if dvq[r.DVQ_NUM_FREE] == 0:
+        return r.E_FULL
+    head = int(dvq[r.DVQ_FREE_HEAD])
+    dvq[r.DVQ_FREE_HEAD] = state[head, r.DS_NEXT]
+    dvq[r.DVQ_NUM_FREE] -= 1
+    flags = spec.VIRTQ_DESC_F_WRITE if writable else 0
+    _write_desc(mem, dvq[r.DVQ_DESC] + spec.VIRTQ_DESC_SIZE * head, gpa, length | flags << 32)
     _put_avail(mem, dvq, state, head, 1, length if writable else 0, token)
     return head
 
@@ -136,35 +97,37 @@ def put_chain(
     """
     n = iov.shape[0]
     n_desc = n_direct + (1 if n_direct < n else 0)
-    if n_desc > dvq[DVQ_NUM_FREE]:
-        return E_FULL
-    head = int(dvq[DVQ_FREE_HEAD])
+    if n_desc > dvq[r.DVQ_NUM_FREE]:
+        return r.E_FULL
+    head = int(dvq[r.DVQ_FREE_HEAD])
     at = head
     len_in = 0
     for k in range(n):
-        flags = VIRTQ_DESC_F_WRITE if k >= n_out else 0
+        flags = spec.VIRTQ_DESC_F_WRITE if k >= n_out else 0
         if k >= n_out:
-            len_in += iov[k, IOV_LEN]
+            len_in += iov[k, r.IOV_LEN]
         if k < n_direct:
-            following = state[at, DS_NEXT]
-            word = iov[k, IOV_LEN] | flags << 32
+            following = state[at, r.DS_NEXT]
+            word = iov[k, r.IOV_LEN] | flags << 32
             if k + 1 < n_desc:
-                word |= VIRTQ_DESC_F_NEXT << 32 | following << 48
-            _write_desc(mem, dvq[DVQ_DESC] + VIRTQ_DESC_SIZE * at, iov[k, IOV_GPA], word)
+                word |= spec.VIRTQ_DESC_F_NEXT << 32 | following << 48
+            _write_desc(mem, dvq[r.DVQ_DESC] + spec.VIRTQ_DESC_SIZE * at, iov[k, r.IOV_GPA], word)
             at = following
         else:
             entry = k - n_direct
-            word = iov[k, IOV_LEN] | flags << 32
+            word = iov[k, r.IOV_LEN] | flags << 32
             if k + 1 < n:
-                word |= VIRTQ_DESC_F_NEXT << 32 | (entry + 1) << 48
-            store_u64_unaligned(mem, table[0] + VIRTQ_DESC_SIZE * entry, iov[k, IOV_GPA])
-            store_u64_unaligned(mem, table[0] + VIRTQ_DESC_SIZE * entry + 8, word)
+                word |= spec.VIRTQ_DESC_F_NEXT << 32 | (entry + 1) << 48
+            store_u64_unaligned(mem, table[0] + spec.VIRTQ_DESC_SIZE * entry, iov[k, r.IOV_GPA])
+            store_u64_unaligned(mem, table[0] + spec.VIRTQ_DESC_SIZE * entry + 8, word)
     if n_direct < n:
-        length = VIRTQ_DESC_SIZE * (n - n_direct)
-        _write_desc(mem, dvq[DVQ_DESC] + VIRTQ_DESC_SIZE * at, table[1], length | VIRTQ_DESC_F_INDIRECT << 32)
-        at = state[at, DS_NEXT]
-    dvq[DVQ_FREE_HEAD] = at
-    dvq[DVQ_NUM_FREE] -= n_desc
+        length = spec.VIRTQ_DESC_SIZE * (n - n_direct)
+        _write_desc(
+            mem, dvq[r.DVQ_DESC] + spec.VIRTQ_DESC_SIZE * at, table[1], length | spec.VIRTQ_DESC_F_INDIRECT << 32
+        )
+        at = state[at, r.DS_NEXT]
+    dvq[r.DVQ_FREE_HEAD] = at
+    dvq[r.DVQ_NUM_FREE] -= n_desc
     _put_avail(mem, dvq, state, head, n_desc, len_in, token)
     return head
 
@@ -172,46 +135,46 @@ def put_chain(
 @inlined
 def publish_available(mem: Bytes, dvq: Words) -> None:
     """Make all chains put so far visible to the device."""
-    dvq[DVQ_PUBLISHED_IDX] = dvq[DVQ_AVAIL_IDX]
+    dvq[r.DVQ_PUBLISHED_IDX] = dvq[r.DVQ_AVAIL_IDX]
     # Barrier A: pairs with the acquire in available.
-    store_u16_release(mem, dvq[DVQ_AVAIL] + VIRTQ_RING_IDX, dvq[DVQ_AVAIL_IDX])
+    store_u16_release(mem, dvq[r.DVQ_AVAIL] + spec.VIRTQ_RING_IDX, dvq[r.DVQ_AVAIL_IDX])
 
 
 @inlined
 def needs_kick(mem: Bytes, dvq: Words) -> bool:
     """Decide whether the device wants to hear of what was published since the last decision (2.7.10)."""
-    new = dvq[DVQ_PUBLISHED_IDX]
-    old = dvq[DVQ_KICKED_IDX]
+    new = dvq[r.DVQ_PUBLISHED_IDX]
+    old = dvq[r.DVQ_KICKED_IDX]
     if new == old:
         return False
-    dvq[DVQ_KICKED_IDX] = new
+    dvq[r.DVQ_KICKED_IDX] = new
     # Barrier C: pairs with the fence in enable_kicks.
     fence()
-    if not dvq[DVQ_EVENT_IDX]:
-        return not load_u16(mem, dvq[DVQ_USED]) & VIRTQ_USED_F_NO_NOTIFY
-    event = load_u16(mem, dvq[DVQ_USED] + VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * dvq[DVQ_NUM])
+    if not dvq[r.DVQ_EVENT_IDX]:
+        return not load_u16(mem, dvq[r.DVQ_USED]) & spec.VIRTQ_USED_F_NO_NOTIFY
+    event = load_u16(mem, dvq[r.DVQ_USED] + spec.VIRTQ_RING_ENTRIES + spec.VIRTQ_USED_ELEM_SIZE * dvq[r.DVQ_NUM])
     return ((new - event - 1) & 0xFFFF) < ((new - old) & 0xFFFF)
 
 
 @inlined
 def used_ready(mem: Bytes, dvq: Words) -> int:
     """Return how many used chains wait to be taken, or E_USED_IDX."""
-    known = (dvq[DVQ_USED_IDX] - dvq[DVQ_LAST_USED_IDX]) & 0xFFFF
+    known = (dvq[r.DVQ_USED_IDX] - dvq[r.DVQ_LAST_USED_IDX]) & 0xFFFF
     if known:
         return int(known)
     # Barrier B: pairs with the release in publish_used.
-    idx = load_u16_acquire(mem, dvq[DVQ_USED] + VIRTQ_RING_IDX)
-    n = (idx - dvq[DVQ_LAST_USED_IDX]) & 0xFFFF
-    if n > dvq[DVQ_IN_FLIGHT]:
-        return E_USED_IDX
-    dvq[DVQ_USED_IDX] = idx
+    idx = load_u16_acquire(mem, dvq[r.DVQ_USED] + spec.VIRTQ_RING_IDX)
+    n = (idx - dvq[r.DVQ_LAST_USED_IDX]) & 0xFFFF
+    if n > dvq[r.DVQ_IN_FLIGHT]:
+        return r.E_USED_IDX
+    dvq[r.DVQ_USED_IDX] = idx
     return int(n)
 
 
 @inlined
 def refresh_used(mem: Bytes, dvq: Words) -> int:
     """`used_ready`, with a fresh look at used.idx whatever is known."""
-    dvq[DVQ_USED_IDX] = dvq[DVQ_LAST_USED_IDX]
+    dvq[r.DVQ_USED_IDX] = dvq[r.DVQ_LAST_USED_IDX]
     return int(used_ready(mem, dvq))
 
 
@@ -222,68 +185,68 @@ def take_used(mem: Bytes, dvq: Words, state: Words) -> tuple[int, int]:
     Its descriptors are still the caller's to read in *state*; `release` puts them on the free list. With IN_ORDER one
     element may stand for all chains up to its id (2.7.9): those before it count as written in full.
     """
-    num = dvq[DVQ_NUM]
-    if dvq[DVQ_BATCH_ID] >= 0:
-        head = dvq[DVQ_BATCH_ID]
-        length = dvq[DVQ_BATCH_LEN]
+    num = dvq[r.DVQ_NUM]
+    if dvq[r.DVQ_BATCH_ID] >= 0:
+        head = dvq[r.DVQ_BATCH_ID]
+        length = dvq[r.DVQ_BATCH_LEN]
     else:
-        slot = dvq[DVQ_LAST_USED_IDX] & (num - 1)
-        at = dvq[DVQ_USED] + VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * slot
+        slot = dvq[r.DVQ_LAST_USED_IDX] & (num - 1)
+        at = dvq[r.DVQ_USED] + spec.VIRTQ_RING_ENTRIES + spec.VIRTQ_USED_ELEM_SIZE * slot
         head = load_u32(mem, at)
         length = load_u32(mem, at + 4)
-    if head >= num or state[head, DS_N_DESC] == 0:
-        return E_USED_ID, 0
-    if dvq[DVQ_IN_ORDER]:
-        oldest = dvq[DVQ_ORDER_HEAD]
+    if head >= num or state[head, r.DS_N_DESC] == 0:
+        return r.E_USED_ID, 0
+    if dvq[r.DVQ_IN_ORDER]:
+        oldest = dvq[r.DVQ_ORDER_HEAD]
         if head != oldest:
-            if ((dvq[DVQ_USED_IDX] - dvq[DVQ_LAST_USED_IDX]) & 0xFFFF) < 2:
-                return E_USED_ID, 0
-            dvq[DVQ_BATCH_ID] = head
-            dvq[DVQ_BATCH_LEN] = length
+            if ((dvq[r.DVQ_USED_IDX] - dvq[r.DVQ_LAST_USED_IDX]) & 0xFFFF) < 2:
+                return r.E_USED_ID, 0
+            dvq[r.DVQ_BATCH_ID] = head
+            dvq[r.DVQ_BATCH_LEN] = length
             head = oldest
-            length = state[head, DS_LEN_IN]
+            length = state[head, r.DS_LEN_IN]
         else:
-            dvq[DVQ_BATCH_ID] = -1
-        dvq[DVQ_ORDER_HEAD] = (head + state[head, DS_N_DESC]) & (num - 1)
-    if length > state[head, DS_LEN_IN]:
-        return E_USED_LEN, 0
-    dvq[DVQ_LAST_USED_IDX] = (dvq[DVQ_LAST_USED_IDX] + 1) & 0xFFFF
-    dvq[DVQ_IN_FLIGHT] -= 1
+            dvq[r.DVQ_BATCH_ID] = -1
+        dvq[r.DVQ_ORDER_HEAD] = (head + state[head, r.DS_N_DESC]) & (num - 1)
+    if length > state[head, r.DS_LEN_IN]:
+        return r.E_USED_LEN, 0
+    dvq[r.DVQ_LAST_USED_IDX] = (dvq[r.DVQ_LAST_USED_IDX] + 1) & 0xFFFF
+    dvq[r.DVQ_IN_FLIGHT] -= 1
     return int(head), int(length)
 
 
 @inlined
 def release(dvq: Words, state: Words, head: int) -> None:
     """Give the descriptors of a chain that was taken back to the free list, at its end (rings stay in order)."""
-    n_desc = state[head, DS_N_DESC]
-    state[head, DS_N_DESC] = 0
-    if dvq[DVQ_NUM_FREE] == 0:
-        dvq[DVQ_FREE_HEAD] = head
+    n_desc = state[head, r.DS_N_DESC]
+    state[head, r.DS_N_DESC] = 0
+    if dvq[r.DVQ_NUM_FREE] == 0:
+        dvq[r.DVQ_FREE_HEAD] = head
     else:
-        state[dvq[DVQ_FREE_TAIL], DS_NEXT] = head
+        state[dvq[r.DVQ_FREE_TAIL], r.DS_NEXT] = head
     tail = head
     for _ in range(n_desc - 1):
-        tail = state[tail, DS_NEXT]
-    dvq[DVQ_FREE_TAIL] = tail
-    dvq[DVQ_NUM_FREE] += n_desc
+        tail = state[tail, r.DS_NEXT]
+    dvq[r.DVQ_FREE_TAIL] = tail
+    dvq[r.DVQ_NUM_FREE] += n_desc
 
 
 @inlined
 def enable_calls(mem: Bytes, dvq: Words) -> bool:
     """Ask the device to call; return True if chains were used meanwhile, so look again and do not sleep."""
-    dvq[DVQ_CALLS_ON] = 1
-    if dvq[DVQ_EVENT_IDX]:
-        store_u16(mem, dvq[DVQ_AVAIL] + VIRTQ_RING_ENTRIES + 2 * dvq[DVQ_NUM], dvq[DVQ_LAST_USED_IDX])
+    dvq[r.DVQ_CALLS_ON] = 1
+    if dvq[r.DVQ_EVENT_IDX]:
+        store_u16(mem, dvq[r.DVQ_AVAIL] + spec.VIRTQ_RING_ENTRIES + 2 * dvq[r.DVQ_NUM], dvq[r.DVQ_LAST_USED_IDX])
     else:
-        store_u16(mem, dvq[DVQ_AVAIL], 0)
+        store_u16(mem, dvq[r.DVQ_AVAIL], 0)
     # Barrier D: pairs with the fence in needs_call.
     fence()
-    return load_u16(mem, dvq[DVQ_USED] + VIRTQ_RING_IDX) != dvq[DVQ_LAST_USED_IDX]
+    return load_u16(mem, dvq[r.DVQ_USED] + spec.VIRTQ_RING_IDX) != dvq[r.DVQ_LAST_USED_IDX]
 
 
 @inlined
 def disable_calls(mem: Bytes, dvq: Words) -> None:
     """Tell the device that calls are not needed. With EVENT_IDX a used_event left behind says so."""
-    if dvq[DVQ_CALLS_ON] and not dvq[DVQ_EVENT_IDX]:
-        store_u16(mem, dvq[DVQ_AVAIL], VIRTQ_AVAIL_F_NO_INTERRUPT)
-    dvq[DVQ_CALLS_ON] = 0
+    if dvq[r.DVQ_CALLS_ON] and not dvq[r.DVQ_EVENT_IDX]:
+        store_u16(mem, dvq[r.DVQ_AVAIL], spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
+    dvq[r.DVQ_CALLS_ON] = 0

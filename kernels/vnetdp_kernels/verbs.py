@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
+from . import rows as r
+from . import spec
 from .atomic import Bytes, Words, load_u16_acquire, store_u16
 from .guest import mark_dirty, translate
 from .jit import kernel
-from .layout import (
-    EP_GONE,
-    VIRTQ_DESC_SIZE,
-    VIRTQ_RING_ENTRIES,
-    VIRTQ_RING_IDX,
-    VIRTQ_USED_ELEM_SIZE,
-    VQ_AVAIL_IDX,
-    VQ_BOUND,
-    VQ_CALL_DUE,
-    VQ_EVENT_IDX,
-    VQ_KICKS_ON,
-    VQ_LAST_AVAIL_IDX,
-    VQ_LAST_USED_IDX,
-    VQ_LOG_USED,
-    VQ_NUM,
-    VQ_SIGNALLED_USED_VALID,
-    VQ_STATUS,
-    VQ_USED,
-)
 
 
 @kernel
@@ -36,20 +19,20 @@ def bind(mem: Bytes, vqs: Words, eps: Words, log: Bytes, bases: Words) -> None:
     for k in range(bases.shape[0]):
         n = bases[k, 0]
         vq = vqs[n]
-        if not vq[VQ_EVENT_IDX]:
-            store_u16(mem, vq[VQ_USED], 0)
-        if log.size > 0 and vq[VQ_LOG_USED] >= 0:
+        if not vq[r.VQ_EVENT_IDX]:
+            store_u16(mem, vq[r.VQ_USED], 0)
+        if log.size > 0 and vq[r.VQ_LOG_USED] >= 0:
             # All of the used ring: whoever had it before may have been killed between a write and its mark.
-            mark_dirty(log, vq[VQ_LOG_USED], VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * vq[VQ_NUM] + 2)
-        vq[VQ_LAST_USED_IDX] = load_u16_acquire(mem, vq[VQ_USED] + VIRTQ_RING_IDX)
-        vq[VQ_LAST_AVAIL_IDX] = bases[k, 1]
-        vq[VQ_AVAIL_IDX] = bases[k, 1]
-        vq[VQ_SIGNALLED_USED_VALID] = 0
-        vq[VQ_CALL_DUE] = 1
-        vq[VQ_KICKS_ON] = 1
-        vq[VQ_STATUS] = 0
-        eps[n // 2, EP_GONE] = 0
-        vq[VQ_BOUND] = 1
+            mark_dirty(log, vq[r.VQ_LOG_USED], spec.VIRTQ_RING_ENTRIES + spec.VIRTQ_USED_ELEM_SIZE * vq[r.VQ_NUM] + 2)
+        vq[r.VQ_LAST_USED_IDX] = load_u16_acquire(mem, vq[r.VQ_USED] + spec.VIRTQ_RING_IDX)
+        vq[r.VQ_LAST_AVAIL_IDX] = bases[k, 1]
+        vq[r.VQ_AVAIL_IDX] = bases[k, 1]
+        vq[r.VQ_SIGNALLED_USED_VALID] = 0
+        vq[r.VQ_CALL_DUE] = 1
+        vq[r.VQ_KICKS_ON] = 1
+        vq[r.VQ_STATUS] = 0
+        eps[n // 2, r.EP_GONE] = 0
+        vq[r.VQ_BOUND] = 1
 
 
 RING_OUTSIDE = 3  # a part of a ring is not wholly inside guest memory
@@ -69,13 +52,13 @@ def check_rings(mem: Bytes, regions: Words, rings: Words) -> tuple[int, int]:
         num, last = rings[n, 1], rings[n, 5]
         if not rings[n, 0]:
             continue
-        desc = translate(regions, rings[n, 2], VIRTQ_DESC_SIZE * num)
-        avail = translate(regions, rings[n, 3], VIRTQ_RING_ENTRIES + 2 * num + 2)
-        used = translate(regions, rings[n, 4], VIRTQ_RING_ENTRIES + VIRTQ_USED_ELEM_SIZE * num + 2)
+        desc = translate(regions, rings[n, 2], spec.VIRTQ_DESC_SIZE * num)
+        avail = translate(regions, rings[n, 3], spec.VIRTQ_RING_ENTRIES + 2 * num + 2)
+        used = translate(regions, rings[n, 4], spec.VIRTQ_RING_ENTRIES + spec.VIRTQ_USED_ELEM_SIZE * num + 2)
         if desc < 0 or avail < 0 or used < 0:
             return RING_OUTSIDE, n
-        if (last - load_u16_acquire(mem, used + VIRTQ_RING_IDX)) & 0xFFFF > num:
+        if (last - load_u16_acquire(mem, used + spec.VIRTQ_RING_IDX)) & 0xFFFF > num:
             return RING_APART, n
-        if (load_u16_acquire(mem, avail + VIRTQ_RING_IDX) - last) & 0xFFFF > num and not found:
+        if (load_u16_acquire(mem, avail + spec.VIRTQ_RING_IDX) - last) & 0xFFFF > num and not found:
             found, which = RING_MOVED, n
     return found, which

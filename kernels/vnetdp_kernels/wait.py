@@ -7,22 +7,10 @@ endpoints, without the GIL.
 
 from __future__ import annotations
 
+from . import rows as r
 from .atomic import Words, load_i64_acquire
 from .io import EAGAIN, EINTR, POLLGONE, POLLIN, clock_ns, poll
 from .jit import inlined, kernel
-from .layout import (
-    CTL_DOORBELL,
-    CTL_PASSES,
-    CTL_SLEEPS,
-    EP_GONE,
-    EP_KIND,
-    KIND_PYTHON,
-    LOOP_BROKEN,
-    LOOP_BUDGET,
-    LOOP_CONTROL,
-    LOOP_IDLE,
-    LOOP_PYTHON,
-)
 from .peer import take
 from .port import CLOCK_AT
 from .rows import Control, Limits, Scratch
@@ -61,16 +49,16 @@ def budget_left(limits: Limits, moved: int) -> int:
 @inlined
 def leave(control: Control, limits: Limits, moved: int, found: int) -> int:
     """Return why the loop has to return after a pass that found *found*, or GO_ON. *moved*: frames since it began."""
-    control.words[CTL_PASSES] += 1
+    control.words[r.CTL_PASSES] += 1
     if found & BROKEN:
-        return LOOP_BROKEN
+        return r.LOOP_BROKEN
     # Asked for only after a pass: a thread that is halted again and again still gets one each time.
-    if load_i64_acquire(control.words, CTL_DOORBELL):
-        return LOOP_CONTROL
+    if load_i64_acquire(control.words, r.CTL_DOORBELL):
+        return r.LOOP_CONTROL
     if found & PYTHON:
-        return LOOP_PYTHON
+        return r.LOOP_PYTHON
     if 0 <= limits.budget <= moved:
-        return LOOP_BUDGET
+        return r.LOOP_BUDGET
     return GO_ON
 
 
@@ -113,14 +101,14 @@ def sleep(control: Control, limits: Limits, pollfds: Words, n: int, wait_ms: int
 
     waited: the ms that this loop has waited in vain before.
     """
-    control.words[CTL_SLEEPS] += 1
+    control.words[r.CTL_SLEEPS] += 1
     woken = poll(pollfds[0], n, wait_ms)
     if woken < 0 and woken != -EINTR and woken != -EAGAIN:
-        return LOOP_CONTROL, waited
+        return r.LOOP_CONTROL, waited
     if woken == 0:
         waited += wait_ms
     if woken == -EINTR or (woken == 0 and 0 < limits.timeout_ms <= waited):
-        return LOOP_IDLE, waited
+        return r.LOOP_IDLE, waited
     return GO_ON, waited
 
 
@@ -139,7 +127,7 @@ def take_woken(pollfds: Words, n: int, eps: Words) -> int:
         elif revents and what <= _ENDPOINT:
             woken |= PYTHON
             if revents & POLLGONE:
-                eps[_ENDPOINT - what, EP_GONE] = 1
+                eps[_ENDPOINT - what, r.EP_GONE] = 1
     return woken
 
 
@@ -166,9 +154,9 @@ def take_notifications(
 def leave_awake(woken: int, eps: Words) -> int:
     """Return why the loop has to return after a sleep that *woken* ended, or GO_ON."""
     if woken & CONTROL:
-        return LOOP_CONTROL
+        return r.LOOP_CONTROL
     if woken & PYTHON and _joins_python(eps):
-        return LOOP_PYTHON
+        return r.LOOP_PYTHON
     return GO_ON
 
 
@@ -176,6 +164,6 @@ def leave_awake(woken: int, eps: Words) -> int:
 def _joins_python(eps: Words) -> bool:
     """Return whether one of the pairs has an endpoint in Python."""
     for q in range(eps.shape[0]):  # noqa: SIM110 - compiled code has no any()
-        if eps[q, EP_KIND] == KIND_PYTHON:
+        if eps[q, r.EP_KIND] == r.KIND_PYTHON:
             return True
     return False

@@ -23,7 +23,7 @@ from vnetdp.errors import BackendError
 from vnetdp.memory import GuestMemory
 from vnetdp.notify import EventFd
 from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 LOW_GPA = 1 << 30
 HIGH_GPA = 1 << 32
@@ -141,7 +141,7 @@ class Place:
 
     def feed(self, pair: int, frames: int) -> None:
         """Have the endpoint make so many frames more. No descriptor tells of them, so a hold makes a worker look."""
-        self.endpoint.rows[pair, lay.EP_LIMIT] += frames
+        self.endpoint.rows[pair, r.EP_LIMIT] += frames
         with self.backends[pair].hold():
             pass
 

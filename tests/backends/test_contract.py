@@ -12,7 +12,8 @@ from vnetdp import features as f
 from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.notify import EventFd
 from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, VRINGS
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 # --- size, base, addresses ---
 
@@ -125,7 +126,7 @@ def test_binding_looks_once_without_a_kick(place: Place) -> None:
     place.wait_used(transmitq, 1)
     place.wait_used(receiveq, 1)
     assert transmitq.taken() == [(0, 0)]
-    assert receiveq.taken() == [(0, lay.NET_HDR_LEN + 64)]
+    assert receiveq.taken() == [(0, spec.NET_HDR_LEN + 64)]
 
 
 def test_used_idx_is_read_when_the_ring_is_bound(place: Place) -> None:
@@ -162,7 +163,7 @@ def test_indices_go_on_from_the_base_and_wrap(place: Place) -> None:
 
 def test_a_base_that_is_not_the_ring_s_breaks_it(place: Place) -> None:
     backend = place.bind(base=100)
-    place.wait_for(lambda: backend.status(TRANSMITQ) == lay.E_AVAIL_IDX, "E_AVAIL_IDX")
+    place.wait_for(lambda: backend.status(TRANSMITQ) == r.E_AVAIL_IDX, "E_AVAIL_IDX")
 
 
 def test_a_second_binding_changes_nothing(place: Place) -> None:
@@ -352,7 +353,7 @@ def test_a_ring_that_is_disabled_uses_what_is_sent_and_does_nothing(place: Place
     place.pass_by()
     assert transmitq.taken() == [(0, 0)]
     assert receiveq.used_idx == 0
-    assert place.endpoint.rows[0, lay.EP_TO_WIRE] == 0
+    assert place.endpoint.rows[0, r.EP_TO_WIRE] == 0
     assert backend.counters(TRANSMITQ)["dropped"] == 1
     for index in range(VRINGS):
         backend.set_vring_enable(index, True)
@@ -360,7 +361,7 @@ def test_a_ring_that_is_disabled_uses_what_is_sent_and_does_nothing(place: Place
     place.kicks[TRANSMITQ].signal()
     place.wait_used(transmitq, 2)
     place.wait_used(receiveq, 1)
-    assert place.endpoint.rows[0, lay.EP_TO_WIRE] == 1
+    assert place.endpoint.rows[0, r.EP_TO_WIRE] == 1
 
 
 # --- kick and call ---
@@ -413,7 +414,7 @@ def test_a_bound_ring_calls_once_unless_the_driver_wants_none(place: Place, want
     """Whoever had the ring before may have left a decision open."""
     place.bind(1)
     ring = place.rings[0][TRANSMITQ]
-    ring.avail_flags = 0 if wants else lay.VIRTQ_AVAIL_F_NO_INTERRUPT
+    ring.avail_flags = 0 if wants else spec.VIRTQ_AVAIL_F_NO_INTERRUPT
     for _ in range(3):
         backend = place.configure()
         backend.set_backend(TRANSMITQ, place.endpoint)
@@ -427,7 +428,7 @@ def test_the_driver_may_ask_for_no_calls(place: Place) -> None:
     backend = place.bind()
     place.bind(1)
     ring = place.rings[0][TRANSMITQ]
-    ring.avail_flags = lay.VIRTQ_AVAIL_F_NO_INTERRUPT
+    ring.avail_flags = spec.VIRTQ_AVAIL_F_NO_INTERRUPT
     ring.send(0, frame(0))
     place.kicks[TRANSMITQ].signal()
     place.wait_used(ring, 1)

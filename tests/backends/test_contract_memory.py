@@ -14,7 +14,8 @@ from vnetdp import features as f
 from vnetdp.backends.base import Backend
 from vnetdp.memory import DirtyLog, GuestMemory, Region, page_of
 from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, VRINGS
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 LOGGED = FEATURES | f.VHOST_F_LOG_ALL
 
@@ -85,7 +86,7 @@ def test_what_binding_writes_is_logged(place: Place) -> None:
     backend.set_log(log)
     log_ring(backend, TRANSMITQ, ring, ring.used)
     # The owner before left it so.
-    ring.used_flags = lay.VIRTQ_USED_F_NO_NOTIFY
+    ring.used_flags = spec.VIRTQ_USED_F_NO_NOTIFY
     with backend.hold():
         backend.set_backend(TRANSMITQ, place.endpoint)
         assert ring.used_flags == 0
@@ -173,7 +174,7 @@ def test_memory_without_a_bound_ring_is_refused_and_changes_nothing(place: Place
 def test_buffers_may_lie_in_any_region(place: Place) -> None:
     low, high = place.rings[0][TRANSMITQ], place.rings[1][TRANSMITQ]
     place.bind()
-    data = bytes(lay.NET_HDR_LEN) + frame(0, 200)
+    data = bytes(spec.NET_HDR_LEN) + frame(0, 200)
     place.memory.write(low.buffer(0), data[:100])
     place.memory.write(high.buffer(0), data[100:])
     low.put_desc(0, low.buffer(0), 100, NEXT, 1)
@@ -194,7 +195,7 @@ def test_a_broken_ring_stops_and_the_others_go_on(place: Place) -> None:
     ring.put_desc(1, 1 << 40, 60)
     ring.offer(1)
     place.kicks[TRANSMITQ].signal()
-    place.wait_for(lambda: backend.status(TRANSMITQ) == lay.E_ADDRESS, "the ring breaks")
+    place.wait_for(lambda: backend.status(TRANSMITQ) == r.E_ADDRESS, "the ring breaks")
     assert ring.taken() == [(0, 0)], "what was good before it is used"
     ring.send(2, frame(2))
     place.kicks[TRANSMITQ].signal()
@@ -213,7 +214,7 @@ def test_a_broken_ring_stops_and_the_others_go_on(place: Place) -> None:
 
 
 def broken(backend: Backend, index: int) -> bool:
-    return backend.status(index) == lay.E_DIRECTION
+    return backend.status(index) == r.E_DIRECTION
 
 
 def test_wrong_directions_break_a_ring(place: Place) -> None:

@@ -17,9 +17,9 @@ from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.scapy import ScapyEndpoint
 from vnetdp.errors import EndpointError
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import spec
 
-HEADER = bytes(lay.NET_HDR_LEN)
+HEADER = bytes(spec.NET_HDR_LEN)
 
 
 def _exit() -> Any:

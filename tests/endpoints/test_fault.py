@@ -32,9 +32,10 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.endpoints.tap import TapEndpoint
 from vnetdp.errors import EndpointError
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
-HEADER = bytes(lay.NET_HDR_LEN)
+HEADER = bytes(spec.NET_HDR_LEN)
 
 
 def frame(n: int, length: int = 60) -> bytes:
@@ -92,8 +93,8 @@ def test_corruption_is_one_bit_of_the_frame() -> None:
         after = fault.inner.take_raw()
         differing = 0
         for before, now in zip(frames, after, strict=True):
-            assert now[: lay.NET_HDR_LEN] == HEADER
-            bits = int.from_bytes(before, "big") ^ int.from_bytes(now[lay.NET_HDR_LEN :], "big")
+            assert now[: spec.NET_HDR_LEN] == HEADER
+            bits = int.from_bytes(before, "big") ^ int.from_bytes(now[spec.NET_HDR_LEN :], "big")
             assert bits.bit_count() <= 1
             differing += bits != 0
         assert differing == fault.struck["corrupt"]
@@ -139,7 +140,7 @@ def test_seeds_queues_and_ways_differ() -> None:
                 fault.transmit_frames(queue, frames)
                 seen.append(tuple(fault.inner.take_raw()))
                 for one in frames:
-                    fault.inner.put(one[lay.NET_HDR_LEN :], queue=queue)
+                    fault.inner.put(one[spec.NET_HDR_LEN :], queue=queue)
                 seen.append(tuple(fault.receive_frames(queue, 64)))
     assert len(set(seen)) == len(seen) == 8
 
@@ -189,7 +190,7 @@ def test_numbered_frames_stay_in_order_both_ways(faults: dict[str, float]) -> No
     with FaultEndpoint(inner, **faults) as fault, GenerateEndpoint(count=n) as guest:  # type: ignore[arg-type]
 
         def arrived() -> bool:
-            return all(end.ledger[0, lay.LEDGER_DELIVERED] == n for end in (inner, guest))
+            return all(end.ledger[0, r.LEDGER_DELIVERED] == n for end in (inner, guest))
 
         with guest_of(fault, guest):
             wait_for(arrived, "every frame arrived")
@@ -202,9 +203,9 @@ def test_a_wire_that_never_takes_a_frame_fills_up_and_loses_none() -> None:
     with GenerateEndpoint() as guest, FaultEndpoint(NullEndpoint(), eagain=1.0) as fault:
         with guest_of(fault, guest):
             wait_for(lambda: fault._to_wire[0].full, "it takes no more")
-            wait_for(lambda: fault.rows[0, lay.EP_OUT_COUNT] == 64, "frames stay in the ring")
+            wait_for(lambda: fault.rows[0, r.EP_OUT_COUNT] == 64, "frames stay in the ring")
             assert len(fault._to_wire[0].waiting) < 4096 + 64
-        taken = len(fault._to_wire[0].waiting) + int(fault.rows[0, lay.EP_OUT_COUNT])
+        taken = len(fault._to_wire[0].waiting) + int(fault.rows[0, r.EP_OUT_COUNT])
         assert fault.counters()["to_wire"] == taken
         assert fault.inner.counters()["to_wire"] == fault.errors == 0
 
@@ -230,7 +231,7 @@ def test_a_full_line_is_waited_for_and_not_spun_on(side: str) -> None:
     with GenerateEndpoint() as source, Watched(NullEndpoint(), delay_ms=60_000) as fault:
         ends = (fault, source) if side == "device" else (source, fault)
         with guest_of(*ends):
-            wait_for(lambda: fault.rows[0, lay.EP_OUT_COUNT] == 64, "the line is full, and the slots before it")
+            wait_for(lambda: fault.rows[0, r.EP_OUT_COUNT] == 64, "the line is full, and the slots before it")
             assert fault.rests(0.3)
             delayed = fault.struck["delay"]
             with fault._python_side:
@@ -251,7 +252,7 @@ def test_a_step_ends_while_a_line_is_full() -> None:
         while driver.step(256) + device.step(256):
             pass
         assert fault._to_wire[0].full
-        assert fault.rows[0, lay.EP_OUT_COUNT] == 64
+        assert fault.rows[0, r.EP_OUT_COUNT] == 64
 
 
 def test_frames_of_our_own_may_come_from_any_thread() -> None:
@@ -342,7 +343,7 @@ def test_a_tap_that_is_deleted_behind_it(spaces: NetnsPair) -> None:
     tap = TapEndpoint("left", netns=spaces.names["a"])
     with Watched(tap, drop=0.01) as fault, guest_of(fault) as driver:
         spaces.ip("a", "link delete left")
-        wait_for(lambda: bool(tap.rows[0, lay.EP_GONE]), "it is noticed")
+        wait_for(lambda: bool(tap.rows[0, r.EP_GONE]), "it is noticed")
         assert fault.rests(0.3)
         send_all(driver, [frame(n) for n in range(50)])
         wait_for(lambda: tap.counters()["dropped_error"] >= 50 - fault.struck["drop"], "all were refused")
@@ -356,13 +357,13 @@ def test_a_queue_is_put_to_rest_behind_it_and_woken(spaces: NetnsPair) -> None:
         assert isinstance(device, NetDevice)
         device.set_control(curr_queue_pairs=1)
         assert "numdisabled 1" in spaces.ip("a", "-details link show dev left")
-        tap.rows[1, lay.EP_GONE] = 1  # as once its descriptor was looked at meanwhile
+        tap.rows[1, r.EP_GONE] = 1  # as once its descriptor was looked at meanwhile
         fault._alarms[1].ring()
         wait_for(lambda: not fault._alarms[1]._watched, "it is watched no more")
         assert fault.rests(0.3)
         device.set_control(curr_queue_pairs=2)
         wait_for(lambda: fault._alarms[1]._watched, "it is watched again")
-        assert not tap.rows[1, lay.EP_GONE]
+        assert not tap.rows[1, r.EP_GONE]
         assert "numdisabled 0" in spaces.ip("a", "-details link show dev left")
 
 

@@ -19,7 +19,7 @@ from tests.captures import PACKED, pcap, pcapng, taken, tshark, written
 from tests.endpoints.joined import guest_of, receive_all, send_all
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.errors import EndpointError
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 FORMATS = ("pcap", "pcapng")
 FRAMES = [frame(n, length) for n, length in enumerate([14, 60, 61, 62, 63, 1514, 9014, *[64] * 150])]
@@ -217,10 +217,10 @@ def test_the_reader_of_a_fifo_gets_every_frame_at_its_own_pace(tmp_path: Path) -
     thread = threading.Thread(target=read_all)
     with PcapEndpoint(None, fifo) as sink, guest_of(sink) as driver:
         send_all(driver, sent)
-        wait_for(lambda: bool(sink.rows[0, lay.EP_BLOCKED]), "frames wait in the ring, since nobody reads")
+        wait_for(lambda: bool(sink.rows[0, r.EP_BLOCKED]), "frames wait in the ring, since nobody reads")
         thread.start()
         wait_for(lambda: sink.counters()["to_wire"] == len(sent), "all were taken")
-        wait_for(lambda: not sink.rows[0, (lay.EP_OUT_COUNT, lay.EP_BLOCKED)].any(), "the last one is read, too")
+        wait_for(lambda: not sink.rows[0, (r.EP_OUT_COUNT, r.EP_BLOCKED)].any(), "the last one is read, too")
     thread.join()
     with PcapEndpoint(written(tmp_path / "got", got[0])) as source:
         assert taken(source) == sent

@@ -22,7 +22,7 @@ from vnetdp.endpoints.loopback import (
 from vnetdp.endpoints.scapy import ScapyEndpoint
 from vnetdp.endpoints.spec import endpoint_opener, parse_endpoint
 from vnetdp.errors import ConfigError, VnetdpError
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_kind_alone_is_enough(text: str, kind: type[Endpoint]) -> None:
 def test_numbers_take_suffixes(text: str, size: int, interval_ns: int, limit: int) -> None:
     with parse_endpoint(text) as endpoint:
         row = endpoint.rows[0]
-        assert (row[lay.EP_SIZE], row[lay.EP_INTERVAL_NS], row[lay.EP_LIMIT]) == (size, interval_ns, limit)
+        assert (row[r.EP_SIZE], row[r.EP_INTERVAL_NS], row[r.EP_LIMIT]) == (size, interval_ns, limit)
 
 
 def test_fault_wraps_any_other() -> None:

@@ -27,7 +27,8 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.netns import run_in
 from vnetdp.endpoints.tap import TapEndpoint
 from vnetdp.errors import EndpointError
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 
 def interface(spaces: NetnsPair, name: str, side: str = "a") -> dict[str, Any]:
@@ -159,19 +160,19 @@ s.sendto(b"x" * 8000, ("10.9.9.2", 9))
         spaces.ip("a", "neighbour replace 10.9.9.2 lladdr 02:00:00:00:00:02 dev vtap nud permanent")
         seen = {}
         every = (1 << 7) - 1
-        for mask in (0, every, lay.OFFLOAD_CSUM):
+        for mask in (0, every, spec.OFFLOAD_CSUM):
             tap.set_offloads(mask)
             python(spaces, send)
             frames = []
             while True:
                 try:
-                    frames.append(os.read(int(tap.fds[0]), lay.FRAME_SLOT))
+                    frames.append(os.read(int(tap.fds[0]), r.FRAME_SLOT))
                 except BlockingIOError:
                     break
             ours = [f for f in frames if f[24:26] == b"\x08\x00" and f[35] == 17]
-            seen[mask] = [(f[1] & 0x7F, len(f) - lay.NET_HDR_LEN) for f in ours]
-    assert seen[0] == seen[lay.OFFLOAD_CSUM] == [(lay.VIRTIO_NET_HDR_GSO_NONE, 1042)] * 8
-    assert seen[every] in ([(lay.VIRTIO_NET_HDR_GSO_UDP_L4, 8042)], seen[0])  # a kernel before 6.2 has no USO
+            seen[mask] = [(f[1] & 0x7F, len(f) - spec.NET_HDR_LEN) for f in ours]
+    assert seen[0] == seen[spec.OFFLOAD_CSUM] == [(spec.VIRTIO_NET_HDR_GSO_NONE, 1042)] * 8
+    assert seen[every] in ([(spec.VIRTIO_NET_HDR_GSO_UDP_L4, 8042)], seen[0])  # a kernel before 6.2 has no USO
 
 
 def test_a_frame_that_the_tap_cut_off_is_dropped_and_counted(spaces: NetnsPair) -> None:
@@ -463,10 +464,10 @@ def test_nothing_is_left_open(spaces: NetnsPair) -> None:
 
 def test_a_header_whose_hint_can_not_be_goes_out_all_the_same(spaces: NetnsPair) -> None:
     """The kernel refuses a hdr_len shorter than an Ethernet header, or longer than the frame."""
-    rig = Rig(16, device=lay.KIND_TAP)
+    rig = Rig(16, device=r.KIND_TAP)
     with TapEndpoint("vtap", netns=spaces.names["a"]) as tap:
         rig.device.fds[0] = tap.fds[0]
         for head, hdr_len in enumerate((0, 1, 13, 61, 0xFFFF)):
             put(rig.tx, head, [72], struct.pack("<BBHHHHH", 0, 0, hdr_len, 9, 0xFFFF, 0xFFFF, 7) + pattern(head))
         assert rig.serve()[1] == 5
-        assert rig.device.eps[0, [lay.EP_TO_WIRE, lay.EP_DROP_ERROR, lay.EP_LAST_ERRNO]].tolist() == [5, 0, 0]
+        assert rig.device.eps[0, [r.EP_TO_WIRE, r.EP_DROP_ERROR, r.EP_LAST_ERRNO]].tolist() == [5, 0, 0]

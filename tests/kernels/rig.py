@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vnetdp_kernels import driver, loops, net, peer, port, split, split_driver
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import driver, loops, net, peer, port, spec, split, split_driver
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.atomic import Bytes, Words
 from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, Port, Rings, Scratch, Wire
 
@@ -27,9 +27,9 @@ HIGH_GPA = 0x1000_0000
 TOP_LEN = 1 << 16
 TOP_GPA = (1 << 63) - TOP_LEN  # its last byte has the highest address that an int64 holds
 
-NEXT = lay.VIRTQ_DESC_F_NEXT
-WRITE = lay.VIRTQ_DESC_F_WRITE
-INDIRECT = lay.VIRTQ_DESC_F_INDIRECT
+NEXT = spec.VIRTQ_DESC_F_NEXT
+WRITE = spec.VIRTQ_DESC_F_WRITE
+INDIRECT = spec.VIRTQ_DESC_F_INDIRECT
 
 
 def scaled(compiled: int, plain: int) -> int:
@@ -54,7 +54,7 @@ class Memory:
     """
 
     def __init__(self, low: int = 1 << 20, high: int = 1 << 20) -> None:
-        half = lay.align_up(high // 2, lay.PAGE_SIZE)
+        half = spec.align_up(high // 2, spec.PAGE_SIZE)
         self.low_end = LOW_GPA + low
         self.seam = HIGH_GPA + half  # where the two adjacent regions meet
         self.high_end = self.seam + half
@@ -65,15 +65,15 @@ class Memory:
         ):  # fmt: skip
             self.regions_given.append((gpa, length, at))
             at += length + hole
-        backing = np.full(at + 2 * HOLE + lay.PAGE_SIZE, CANARY, np.uint8)
-        skip = -(backing.ctypes.data + HOLE) % lay.PAGE_SIZE
+        backing = np.full(at + 2 * HOLE + spec.PAGE_SIZE, CANARY, np.uint8)
+        skip = -(backing.ctypes.data + HOLE) % spec.PAGE_SIZE
         self.backing = backing[skip:]
         self.mem: Bytes = self.backing[HOLE : HOLE + at]
         for _, length, offset in self.regions_given:
             self.mem[offset : offset + length] = 0
         self.regions: Words = np.array(list(self._runs()), np.int64)
         self.log: Bytes = np.zeros(0, np.uint8)
-        self._low_free = LOW_GPA + lay.PAGE_SIZE
+        self._low_free = LOW_GPA + spec.PAGE_SIZE
         self._high_free = HIGH_GPA
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:
@@ -105,7 +105,7 @@ class Memory:
 
     def low(self, length: int, align: int = 1) -> int:
         """Return the guest address of fresh low memory, aligned to *align* and to nothing more."""
-        at = lay.align_up(self._low_free, align)
+        at = spec.align_up(self._low_free, align)
         if align > 1 and at % (2 * align) == 0:
             at += align
         self._low_free = at + length
@@ -162,23 +162,23 @@ class Queue:
 
     def __init__(self, memory: Memory, num: int, vq: Words, dvq: Words, state: Words, start: int) -> None:
         self.memory, self.num, self.vq, self.dvq, self.state = memory, num, vq, dvq, state
-        self.desc_gpa = memory.low(16 * num, lay.VIRTQ_DESC_ALIGN)
-        self.avail_gpa = memory.low(6 + 2 * num, lay.VIRTQ_AVAIL_ALIGN)
-        self.used_gpa = memory.low(6 + 8 * num, lay.VIRTQ_USED_ALIGN)
+        self.desc_gpa = memory.low(16 * num, spec.VIRTQ_DESC_ALIGN)
+        self.avail_gpa = memory.low(6 + 2 * num, spec.VIRTQ_AVAIL_ALIGN)
+        self.used_gpa = memory.low(6 + 8 * num, spec.VIRTQ_USED_ALIGN)
         self.seen = start  # used elements the test has looked at
         offsets = [memory.at(gpa) for gpa in (self.desc_gpa, self.avail_gpa, self.used_gpa)]
-        vq[lay.VQ_NUM], dvq[lay.DVQ_NUM] = num, num
-        vq[lay.VQ_DESC : lay.VQ_USED + 1] = dvq[lay.DVQ_DESC : lay.DVQ_USED + 1] = offsets
-        vq[lay.VQ_DESC_GPA : lay.VQ_USED_GPA + 1] = (self.desc_gpa, self.avail_gpa, self.used_gpa)
-        vq[lay.VQ_LOG_USED] = self.used_gpa
-        vq[lay.VQ_BOUND] = vq[lay.VQ_ENABLED] = vq[lay.VQ_KICKS_ON] = vq[lay.VQ_INDIRECT] = 1
-        dvq[lay.DVQ_CALLS_ON] = 1
+        vq[r.VQ_NUM], dvq[r.DVQ_NUM] = num, num
+        vq[r.VQ_DESC : r.VQ_USED + 1] = dvq[r.DVQ_DESC : r.DVQ_USED + 1] = offsets
+        vq[r.VQ_DESC_GPA : r.VQ_USED_GPA + 1] = (self.desc_gpa, self.avail_gpa, self.used_gpa)
+        vq[r.VQ_LOG_USED] = self.used_gpa
+        vq[r.VQ_BOUND] = vq[r.VQ_ENABLED] = vq[r.VQ_KICKS_ON] = vq[r.VQ_INDIRECT] = 1
+        dvq[r.DVQ_CALLS_ON] = 1
         split_driver.reset_driver(dvq, state)
-        for slot in (lay.VQ_LAST_AVAIL_IDX, lay.VQ_LAST_USED_IDX, lay.VQ_AVAIL_IDX, lay.VQ_SIGNALLED_USED):
+        for slot in (r.VQ_LAST_AVAIL_IDX, r.VQ_LAST_USED_IDX, r.VQ_AVAIL_IDX, r.VQ_SIGNALLED_USED):
             vq[slot] = start
-        for slot in (lay.DVQ_AVAIL_IDX, lay.DVQ_PUBLISHED_IDX, lay.DVQ_KICKED_IDX):
+        for slot in (r.DVQ_AVAIL_IDX, r.DVQ_PUBLISHED_IDX, r.DVQ_KICKED_IDX):
             dvq[slot] = start
-        dvq[lay.DVQ_LAST_USED_IDX] = dvq[lay.DVQ_USED_IDX] = start
+        dvq[r.DVQ_LAST_USED_IDX] = dvq[r.DVQ_USED_IDX] = start
         self.avail_idx = self.used_idx = self.avail_event = self.used_event = start
 
     avail_flags = Field("avail_gpa", 0, 0)
@@ -204,7 +204,7 @@ class Queue:
         n = len(iov)
         mem = self.memory.mem
         if n == direct == 1:
-            gpa, length = int(iov[0, lay.IOV_GPA]), int(iov[0, lay.IOV_LEN])
+            gpa, length = int(iov[0, r.IOV_GPA]), int(iov[0, r.IOV_LEN])
             return split_driver.put_single(mem, self.dvq, self.state, gpa, length, 1 - n_out, token)
         return split_driver.put_chain(mem, self.dvq, self.state, iov, n_out, direct, table, token)
 
@@ -271,26 +271,26 @@ class Side:
     """The endpoints of one side, its control words, and the scratch arrays that its kernels work in."""
 
     def __init__(self, pairs: int, num: int, kind: int, flow: int, slots: int) -> None:
-        cap = max(num, lay.MIN_CHAIN_CAP)
-        self.eps: Words = np.zeros((pairs, lay.EP_SLOTS), np.int64)
-        self.eps[:, lay.EP_KIND] = kind
-        self.eps[:, lay.EP_SIZE] = 60
-        self.eps[:, lay.EP_LIMIT] = -1
-        self.eps[:, lay.EP_CHECK] = 1
-        self.eps[:, lay.EP_FLOW] = flow + 2 * np.arange(pairs)
+        cap = max(num, r.MIN_CHAIN_CAP)
+        self.eps: Words = np.zeros((pairs, r.EP_SLOTS), np.int64)
+        self.eps[:, r.EP_KIND] = kind
+        self.eps[:, r.EP_SIZE] = 60
+        self.eps[:, r.EP_LIMIT] = -1
+        self.eps[:, r.EP_CHECK] = 1
+        self.eps[:, r.EP_FLOW] = flow + 2 * np.arange(pairs)
         self.fds: Words = np.full(pairs, -1, np.int64)
-        self.held: Bytes = np.zeros((pairs, lay.FRAME_SLOT), np.uint8)
-        self.in_frames: Bytes = np.zeros((pairs, slots * lay.FRAME_SLOT), np.uint8)
+        self.held: Bytes = np.zeros((pairs, r.FRAME_SLOT), np.uint8)
+        self.in_frames: Bytes = np.zeros((pairs, slots * r.FRAME_SLOT), np.uint8)
         self.in_lengths: Words = np.zeros((pairs, slots), np.int64)
-        self.out_frames: Bytes = np.zeros((pairs, slots * lay.FRAME_SLOT), np.uint8)
+        self.out_frames: Bytes = np.zeros((pairs, slots * r.FRAME_SLOT), np.uint8)
         self.out_lengths: Words = np.zeros((pairs, slots), np.int64)
-        self.ledger: Words = np.zeros((2 * pairs, lay.LEDGER_SLOTS), np.int64)
-        self.windows: Bytes = np.zeros((2 * pairs, lay.LEDGER_WINDOW), np.uint8)
-        self.ctl: Words = np.zeros(lay.CTL_SLOTS, np.int64)
+        self.ledger: Words = np.zeros((2 * pairs, r.LEDGER_SLOTS), np.int64)
+        self.windows: Bytes = np.zeros((2 * pairs, r.LEDGER_WINDOW), np.uint8)
+        self.ctl: Words = np.zeros(r.CTL_SLOTS, np.int64)
         self.ctl_fd = -1
         self.scratch = Scratch(
-            iov=np.zeros((cap, lay.IOV_SLOTS), np.int64),
-            frame_iov=np.zeros((cap, lay.IOV_SLOTS), np.int64),
+            iov=np.zeros((cap, r.IOV_SLOTS), np.int64),
+            frame_iov=np.zeros((cap, r.IOV_SLOTS), np.int64),
             chains=np.zeros((num, 2), np.int64),
             hdr=np.zeros(port.HDR_SCRATCH, np.uint8),
             words=np.zeros(port.SCRATCH_WORDS, np.int64),
@@ -317,23 +317,23 @@ class Side:
 
     def feed(self, *frames: bytes, pair: int = 0) -> None:
         """Lay frames, virtio_net_hdr first, into the slots of a Python endpoint, as from the wire."""
-        assert self.eps[pair, lay.EP_COUNT] == 0
+        assert self.eps[pair, r.EP_COUNT] == 0
         for slot, frame in enumerate(frames):
-            at = slot * lay.FRAME_SLOT
+            at = slot * r.FRAME_SLOT
             self.in_frames[pair, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
             self.in_lengths[pair, slot] = len(frame)
-        self.eps[pair, lay.EP_FIRST], self.eps[pair, lay.EP_COUNT] = 0, len(frames)
+        self.eps[pair, r.EP_FIRST], self.eps[pair, r.EP_COUNT] = 0, len(frames)
 
     def collect(self, pair: int = 0) -> list[bytes]:
         """Take the frames, virtio_net_hdr first, that wait in the slots of a Python endpoint for the wire."""
-        n = int(self.eps[pair, lay.EP_OUT_COUNT])
-        self.eps[pair, lay.EP_OUT_COUNT] = 0
-        slots = self.out_frames[pair].reshape(-1, lay.FRAME_SLOT)
+        n = int(self.eps[pair, r.EP_OUT_COUNT])
+        self.eps[pair, r.EP_OUT_COUNT] = 0
+        slots = self.out_frames[pair].reshape(-1, r.FRAME_SLOT)
         return [slots[k, : self.out_lengths[pair, k]].tobytes() for k in range(n)]
 
     def ring_doorbell(self) -> None:
         """Call a loop back, out of its sleep too."""
-        self.ctl[lay.CTL_DOORBELL] = 1
+        self.ctl[r.CTL_DOORBELL] = 1
         if self.ctl_fd >= 0:
             os.eventfd_write(self.ctl_fd, 1)
 
@@ -349,31 +349,31 @@ class Rig:
         event_idx: bool = False,
         in_order: bool = False,
         mergeable: bool = True,
-        hdr_len: int = lay.NET_HDR_LEN,
+        hdr_len: int = spec.NET_HDR_LEN,
         start: int = 0,
         buf_len: int = 2048,
         slots: int = 8,
-        device: int = lay.KIND_PYTHON,
-        guest: int = lay.KIND_PYTHON,
+        device: int = r.KIND_PYTHON,
+        guest: int = r.KIND_PYTHON,
     ) -> None:
         rings = 2 * pairs * (26 * num + 256)
         self.memory = Memory(max(1 << 20, -(-rings >> 12) + 1 << 12), 2 * pairs * num * buf_len + (1 << 20))
         self.pairs, self.hdr_len = pairs, hdr_len
-        self.vqs: Words = np.zeros((2 * pairs, lay.VQ_SLOTS), np.int64)
-        self.dvqs: Words = np.zeros((2 * pairs, lay.DVQ_SLOTS), np.int64)
-        self.states: Words = np.zeros((2 * pairs, num, lay.DESC_STATE_SLOTS), np.int64)
+        self.vqs: Words = np.zeros((2 * pairs, r.VQ_SLOTS), np.int64)
+        self.dvqs: Words = np.zeros((2 * pairs, r.DVQ_SLOTS), np.int64)
+        self.states: Words = np.zeros((2 * pairs, num, r.DESC_STATE_SLOTS), np.int64)
         self.queues = []
         for q in range(2 * pairs):
             vq, dvq = self.vqs[q], self.dvqs[q]
             self.queues.append(Queue(self.memory, num, vq, dvq, self.states[q], start))
-            vq[lay.VQ_EVENT_IDX] = dvq[lay.DVQ_EVENT_IDX] = event_idx
-            vq[lay.VQ_MRG_RXBUF] = dvq[lay.DVQ_MRG_RXBUF] = mergeable
-            vq[lay.VQ_HDR_LEN] = dvq[lay.DVQ_HDR_LEN] = hdr_len
-            vq[lay.VQ_OFFLOADS] = 127
-            dvq[lay.DVQ_IN_ORDER] = in_order
-            dvq[lay.DVQ_BUF_GPA] = self.memory.high(num * buf_len)
-            dvq[lay.DVQ_BUF_OFFSET] = self.memory.at(int(dvq[lay.DVQ_BUF_GPA]), num * buf_len)
-            dvq[lay.DVQ_BUF_LEN] = buf_len
+            vq[r.VQ_EVENT_IDX] = dvq[r.DVQ_EVENT_IDX] = event_idx
+            vq[r.VQ_MRG_RXBUF] = dvq[r.DVQ_MRG_RXBUF] = mergeable
+            vq[r.VQ_HDR_LEN] = dvq[r.DVQ_HDR_LEN] = hdr_len
+            vq[r.VQ_OFFLOADS] = 127
+            dvq[r.DVQ_IN_ORDER] = in_order
+            dvq[r.DVQ_BUF_GPA] = self.memory.high(num * buf_len)
+            dvq[r.DVQ_BUF_OFFSET] = self.memory.at(int(dvq[r.DVQ_BUF_GPA]), num * buf_len)
+            dvq[r.DVQ_BUF_LEN] = buf_len
         self.notify: Words = np.full((2 * pairs, 2), -1, np.int64)
         self.device = Side(pairs, num, device, 1, slots)
         self.guest = Side(pairs, num, guest, 0, slots)

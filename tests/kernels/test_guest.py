@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.rig import HIGH_GPA, LOW_GPA, TOP_GPA, TOP_LEN, Memory, pages_of, scaled
 from vnetdp_kernels import guest
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.atomic import Words
 
 MEMORY = Memory()
@@ -31,7 +31,7 @@ def signed(address: int) -> int:
 def test_translate(edge: int, before: int, length: int) -> None:
     """A range is translated if a run of regions holds all of it, and to where that lies."""
     gpa = (edge + before) % (1 << 64)
-    expected = lay.E_ADDRESS
+    expected = r.E_ADDRESS
     for start, run, offset in MEMORY.regions.tolist():
         if start <= gpa < 1 << 63 and gpa + length <= start + run:
             expected = offset + gpa - start
@@ -41,18 +41,18 @@ def test_translate(edge: int, before: int, length: int) -> None:
 @pytest.mark.parametrize("length", [-1, -(1 << 63), (1 << 63) - 1])
 @pytest.mark.parametrize("gpa", [LOW_GPA, TOP_GPA, 0, (1 << 63) - 1, -1, -(1 << 63)])
 def test_no_length_wraps(gpa: int, length: int) -> None:
-    assert guest.translate(MEMORY.regions, gpa, length) == lay.E_ADDRESS
+    assert guest.translate(MEMORY.regions, gpa, length) == r.E_ADDRESS
 
 
 def test_no_regions_at_all() -> None:
-    assert guest.translate(np.zeros((0, lay.REGION_SLOTS), np.int64), 0, 1) == lay.E_ADDRESS
+    assert guest.translate(np.zeros((0, r.REGION_SLOTS), np.int64), 0, 1) == r.E_ADDRESS
 
 
 def test_regions_that_touch_only_in_the_window_are_two() -> None:
     """Rows that follow each other in the window, but not in the guest: no range crosses from one into the other."""
     regions: Words = np.array([[0, 4096, 0], [1 << 20, 4096, 4096]], np.int64)
     assert guest.translate(regions, 4095, 1) == 4095
-    assert guest.translate(regions, 4095, 2) == lay.E_ADDRESS
+    assert guest.translate(regions, 4095, 2) == r.E_ADDRESS
     assert guest.translate(regions, 1 << 20, 4096) == 4096
 
 
@@ -122,7 +122,7 @@ def test_writes_are_marked(gpa: int, length: int, log: bool) -> None:
     data = np.arange(length + 7, dtype=np.uint8)
     around = [(gpa - 8, 8), (gpa + length, 8)]
     before = [memory.read(*range_) for range_ in around]
-    vq = np.zeros(lay.VQ_SLOTS, np.int64)
+    vq = np.zeros(r.VQ_SLOTS, np.int64)
     guest.write(memory.mem, vq, memory.log, memory.at(gpa, max(length, 1)), gpa, data, 7, length)
     assert memory.read(gpa, max(length, 1))[:length] == data[7:].tobytes()
     assert [memory.read(*range_) for range_ in around] == before
@@ -143,12 +143,12 @@ def test_pages_of_many_writes_are_all_marked(ranges: list[tuple[int, int]], take
     """The log may be taken in between: a page that waits to be marked then is found the next time."""
     memory = MEMORY
     memory.log_on()
-    vq = np.zeros(lay.VQ_SLOTS, np.int64)
+    vq = np.zeros(r.VQ_SLOTS, np.int64)
     data = np.zeros(9000, np.uint8)
     wanted: set[int] = set()
     for n, (at, length) in enumerate(ranges):
         if n == taken_at:
-            wanted = (wanted - memory.dirty()) | ({int(vq[lay.VQ_NOTED]) - 1} - {-1})
+            wanted = (wanted - memory.dirty()) | ({int(vq[r.VQ_NOTED]) - 1} - {-1})
             memory.log[:] = 0
         gpa = HIGH_GPA + at
         guest.write(memory.mem, vq, memory.log, memory.at(gpa, max(length, 1)), gpa, data, 0, length)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tests.kernels.rig import Queue, Rig, pattern
-from vnetdp_kernels import driver, split_driver
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import driver, spec, split_driver
+from vnetdp_kernels import rows as r
 
 NUM = 16
 BUF = 256
-FRAME = bytes(lay.NET_HDR_LEN) + pattern(1)
+FRAME = bytes(spec.NET_HDR_LEN) + pattern(1)
 
 Lie = Callable[[Rig], None]
 
@@ -56,23 +56,23 @@ def second_of_two(head: int, length: int) -> Lie:
 
 
 ROWS: list[tuple[str, int, Lie]] = [
-    ("id = num", lay.E_USED_ID, used((NUM, 72))),
-    ("id = 2**32 - 1", lay.E_USED_ID, used((0xFFFF_FFFF, 72))),
-    ("id that is num beyond one in flight", lay.E_USED_ID, used((2 + NUM, 72))),
-    ("more bytes than the buffer has", lay.E_USED_LEN, used((2, BUF + 1))),
-    ("2**32 - 1 bytes", lay.E_USED_LEN, used((2, 0xFFFF_FFFF))),
-    ("used.idx beyond what is in flight", lay.E_USED_IDX, index(NUM + 1)),
-    ("used.idx far ahead", lay.E_USED_IDX, index(0x8000)),
-    ("used.idx one back", lay.E_USED_IDX, index(-1)),
-    ("num_buffers 0", lay.E_NUM_BUFFERS, num_buffers(0)),
-    ("num_buffers more than were used", lay.E_NUM_BUFFERS, num_buffers(2)),
-    ("num_buffers more than the ring has", lay.E_NUM_BUFFERS, num_buffers(NUM + 1)),
-    ("num_buffers 0xffff", lay.E_NUM_BUFFERS, num_buffers(0xFFFF)),
-    ("no room for num_buffers", lay.E_NUM_BUFFERS, num_buffers(1, 11)),
-    ("no bytes at all", lay.E_NUM_BUFFERS, num_buffers(1, 0)),
-    ("second buffer: id = num", lay.E_USED_ID, second_of_two(NUM, 20)),
-    ("second buffer: the first once more", lay.E_USED_ID, second_of_two(2, 20)),
-    ("second buffer: more bytes than it has", lay.E_USED_LEN, second_of_two(3, BUF + 1)),
+    ("id = num", r.E_USED_ID, used((NUM, 72))),
+    ("id = 2**32 - 1", r.E_USED_ID, used((0xFFFF_FFFF, 72))),
+    ("id that is num beyond one in flight", r.E_USED_ID, used((2 + NUM, 72))),
+    ("more bytes than the buffer has", r.E_USED_LEN, used((2, BUF + 1))),
+    ("2**32 - 1 bytes", r.E_USED_LEN, used((2, 0xFFFF_FFFF))),
+    ("used.idx beyond what is in flight", r.E_USED_IDX, index(NUM + 1)),
+    ("used.idx far ahead", r.E_USED_IDX, index(0x8000)),
+    ("used.idx one back", r.E_USED_IDX, index(-1)),
+    ("num_buffers 0", r.E_NUM_BUFFERS, num_buffers(0)),
+    ("num_buffers more than were used", r.E_NUM_BUFFERS, num_buffers(2)),
+    ("num_buffers more than the ring has", r.E_NUM_BUFFERS, num_buffers(NUM + 1)),
+    ("num_buffers 0xffff", r.E_NUM_BUFFERS, num_buffers(0xFFFF)),
+    ("no room for num_buffers", r.E_NUM_BUFFERS, num_buffers(1, 11)),
+    ("no bytes at all", r.E_NUM_BUFFERS, num_buffers(1, 0)),
+    ("second buffer: id = num", r.E_USED_ID, second_of_two(NUM, 20)),
+    ("second buffer: the first once more", r.E_USED_ID, second_of_two(2, 20)),
+    ("second buffer: more bytes than it has", r.E_USED_LEN, second_of_two(3, BUF + 1)),
 ]
 
 
@@ -81,29 +81,29 @@ ROWS: list[tuple[str, int, Lie]] = [
 @pytest.mark.parametrize(("status", "lie"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_receiveq(status: int, lie: Lie, in_order: bool, start: int) -> None:
     rig = Rig(NUM, 2, buf_len=BUF, in_order=in_order, start=start)
-    rig.vqs[:2, lay.VQ_BOUND] = 0  # the device that lies is played by hand
+    rig.vqs[:2, r.VQ_BOUND] = 0  # the device that lies is played by hand
     for pair in (0, 1):
         rig.post_receive(pair)
     deliver(rig, 0)
     deliver(rig, 1)
-    assert rig.drive() == (lay.LOOP_PYTHON, 2)
+    assert rig.drive() == (r.LOOP_PYTHON, 2)
     assert rig.guest.collect() == [FRAME, FRAME]
     lie(rig)
     parts = rig.rx.drivers_parts()
-    assert rig.drive() == (lay.LOOP_BROKEN, 0)
-    assert rig.rx.dvq[lay.DVQ_STATUS] == status
+    assert rig.drive() == (r.LOOP_BROKEN, 0)
+    assert rig.rx.dvq[r.DVQ_STATUS] == status
     assert rig.rx.drivers_parts() == parts, "a buffer was posted again"
     check_other_pair(rig)
-    assert rig.rx.dvq[lay.DVQ_STATUS] == status
+    assert rig.rx.dvq[r.DVQ_STATUS] == status
     assert rig.memory.intact()
 
 
 def check_other_pair(rig: Rig) -> None:
     rig.guest.feed(FRAME, FRAME, pair=1)
     rig.device.feed(FRAME, pair=1)
-    assert rig.drive() == (lay.LOOP_IDLE, 2)
+    assert rig.drive() == (r.LOOP_IDLE, 2)
     assert rig.serve()[1] == 3
-    assert rig.drive() == (lay.LOOP_PYTHON, 1)
+    assert rig.drive() == (r.LOOP_PYTHON, 1)
     assert len(rig.device.collect(pair=1)) == 2
     assert len(rig.guest.collect(pair=1)) == 1
 
@@ -131,11 +131,11 @@ def beyond(queue: Queue) -> None:
 @pytest.mark.parametrize(
     ("lie", "status", "taken"),
     [
-        (unknown, lay.E_USED_ID, 0),
-        (free_one, lay.E_USED_ID, 0),
-        (twice, lay.E_USED_ID, 1),
-        (too_long, lay.E_USED_LEN, 0),
-        (beyond, lay.E_USED_IDX, 0),
+        (unknown, r.E_USED_ID, 0),
+        (free_one, r.E_USED_ID, 0),
+        (twice, r.E_USED_ID, 1),
+        (too_long, r.E_USED_LEN, 0),
+        (beyond, r.E_USED_IDX, 0),
     ],
 )  # fmt: skip
 def test_transmitq(lie: Callable[[Queue], None], status: int, taken: int) -> None:
@@ -147,9 +147,9 @@ def test_transmitq(lie: Callable[[Queue], None], status: int, taken: int) -> Non
     assert driver.reclaim(rig.memory.mem, rig.tx.dvq, rig.tx.state) == 2
     lie(rig.tx)
     reclaimed = driver.reclaim(rig.memory.mem, rig.tx.dvq, rig.tx.state)
-    assert rig.tx.dvq[lay.DVQ_STATUS] == status
-    assert (max(reclaimed, 0), rig.tx.dvq[lay.DVQ_NUM_FREE]) == (taken, NUM - 3 + taken)
-    assert rig.drive() == (lay.LOOP_IDLE, 0), "a queue that stopped is left alone"
+    assert rig.tx.dvq[r.DVQ_STATUS] == status
+    assert (max(reclaimed, 0), rig.tx.dvq[r.DVQ_NUM_FREE]) == (taken, NUM - 3 + taken)
+    assert rig.drive() == (r.LOOP_IDLE, 0), "a queue that stopped is left alone"
 
 
 def put_chains(rig: Rig, lengths: list[int]) -> list[int]:
@@ -180,7 +180,7 @@ def test_a_descriptor_inside_a_chain_is_no_head() -> None:
     rig = Rig(NUM)
     assert put_chains(rig, [3, 2]) == [0, 3]
     rig.tx.use((1, 0))
-    assert take_all(rig) == ([], lay.E_USED_ID)
+    assert take_all(rig) == ([], r.E_USED_ID)
 
 
 def test_a_chain_is_used_once() -> None:
@@ -188,7 +188,7 @@ def test_a_chain_is_used_once() -> None:
     rig = Rig(NUM)
     put_chains(rig, [2, 2])
     rig.tx.use((2, 1), (2, 1))
-    assert take_all(rig) == ([(2, 1)], lay.E_USED_ID)
+    assert take_all(rig) == ([(2, 1)], r.E_USED_ID)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +197,12 @@ def test_a_chain_is_used_once() -> None:
         ([(0, 1), (2, 2)], 0, [(0, 1), (2, 2)], 0),
         ([(5, 1)], 2, [(0, 2), (2, 3), (5, 1)], 0),
         ([(0, 0), (5, 1)], 1, [(0, 0), (2, 3), (5, 1)], 0),
-        ([(2, 1)], 2, [(0, 2), (2, 1)], lay.E_USED_ID),  # the third element says nothing
-        ([(2, 1)], 0, [], lay.E_USED_ID),  # out of order
-        ([(5, 1)], 1, [(0, 2)], lay.E_USED_ID),  # stands for three, but used.idx moved by two
-        ([(6, 1)], 2, [], lay.E_USED_ID),  # no head
-        ([(5, 2)], 2, [(0, 2), (2, 3)], lay.E_USED_LEN),
-        ([(5, 1)], 3, [], lay.E_USED_IDX),
+        ([(2, 1)], 2, [(0, 2), (2, 1)], r.E_USED_ID),  # the third element says nothing
+        ([(2, 1)], 0, [], r.E_USED_ID),  # out of order
+        ([(5, 1)], 1, [(0, 2)], r.E_USED_ID),  # stands for three, but used.idx moved by two
+        ([(6, 1)], 2, [], r.E_USED_ID),  # no head
+        ([(5, 2)], 2, [(0, 2), (2, 3)], r.E_USED_LEN),
+        ([(5, 1)], 3, [], r.E_USED_IDX),
     ],
 )
 def test_in_order(elements: list[tuple[int, int]], skipped: int, expected: list[tuple[int, int]], status: int) -> None:

@@ -25,12 +25,12 @@ from tests.kernels.rig import (
     pattern,
     scaled,
 )
-from vnetdp_kernels import layout as lay
-from vnetdp_kernels import split
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec, split
 from vnetdp_kernels.atomic import Bytes, Words, load_i64_acquire, store_u64_unaligned
 
 NUM = 16
-HEADER = bytes(lay.NET_HDR_LEN)
+HEADER = bytes(spec.NET_HDR_LEN)
 FRAME = HEADER + pattern(1)
 LOW_END = LOW_GPA + (1 << 20)  # as Rig(16) lays it out
 
@@ -80,7 +80,7 @@ def whole_ring(queue: Queue, write: int) -> Segments:
 
 def longest_table(queue: Queue, write: int) -> Segments:
     """More entries than the ring has, as many as a chain may have, a byte each and backwards through memory."""
-    n = lay.MIN_CHAIN_CAP
+    n = r.MIN_CHAIN_CAP
     gpa, table = queue.memory.high(n), queue.memory.low(16 * n)
     queue.desc(0, table, 16 * n, INDIRECT)
     for k in range(n):
@@ -129,7 +129,7 @@ GOOD: dict[str, Lay] = {
 }
 
 
-def rig_for_shapes(kind: int = lay.KIND_PYTHON) -> Rig:
+def rig_for_shapes(kind: int = r.KIND_PYTHON) -> Rig:
     rig = Rig(NUM, device=kind, buf_len=1 << 15, slots=4)
     assert rig.memory.seam == SEAM
     return rig
@@ -153,7 +153,7 @@ def test_good_transmit_chains(name: str) -> None:
     data = HEADER + pattern(9, sum(length for _, length in segments) - len(HEADER))
     spread(rig.tx, segments, data)
     rig.tx.offer(0)
-    assert rig.serve() == (lay.LOOP_PYTHON, 1)
+    assert rig.serve() == (r.LOOP_PYTHON, 1)
     assert rig.device.collect() == [data]
     assert rig.tx.used() == [(0, 0)]
 
@@ -162,11 +162,11 @@ def test_good_transmit_chains(name: str) -> None:
 @pytest.mark.parametrize("mergeable", [False, True])
 def test_good_receive_chains(name: str, mergeable: bool) -> None:
     rig = rig_for_shapes()
-    rig.vqs[:, lay.VQ_MRG_RXBUF] = mergeable
+    rig.vqs[:, r.VQ_MRG_RXBUF] = mergeable
     segments = GOOD[name](rig.rx, WRITE)
     rig.rx.offer(0)
     rig.device.feed(FRAME)
-    assert rig.serve() == (lay.LOOP_IDLE, 1)
+    assert rig.serve() == (r.LOOP_IDLE, 1)
     assert rig.rx.used() == [(0, len(FRAME))]
     assert joined(rig.rx, segments)[: len(FRAME)] == HEADER[:10] + b"\1\0" + FRAME[12:]
     assert not any(joined(rig.rx, segments)[len(FRAME) :])
@@ -176,7 +176,7 @@ def test_good_receive_chains(name: str, mergeable: bool) -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_good_chains_across(name: str) -> None:
     """From the transmitq of one guest to the receiveq of another, in this shape on both sides."""
-    left, right = rig_for_shapes(lay.KIND_ECHO), rig_for_shapes()
+    left, right = rig_for_shapes(r.KIND_ECHO), rig_for_shapes()
     segments = GOOD[name](left.tx, 0)
     spread(left.tx, segments, HEADER + pattern(9, sum(length for _, length in segments) - len(HEADER)))
     into = GOOD[name](right.rx, WRITE)
@@ -200,8 +200,8 @@ def test_whole_ring_in_a_loop(kind: str, last: int) -> None:
     queue.desc(NUM - 1, gpa, 5, write | NEXT, last)
     queue.offer(0)
     rig.device.feed(FRAME)
-    assert rig.serve()[0] == lay.LOOP_BROKEN
-    assert queue.vq[lay.VQ_STATUS] == lay.E_LOOP
+    assert rig.serve()[0] == r.LOOP_BROKEN
+    assert queue.vq[r.VQ_STATUS] == r.E_LOOP
     assert queue.used() == []
 
 
@@ -213,9 +213,9 @@ def test_exactly_4_gib_are_allowed() -> None:
     for k in range(1024):
         rig.tx.desc(k, HIGH_GPA + k, 1 << 22, NEXT if k < 1023 else 0, k + 1, table=table)
     rig.tx.offer(0)
-    assert rig.serve() == (lay.LOOP_IDLE, 1)
+    assert rig.serve() == (r.LOOP_IDLE, 1)
     assert rig.tx.used() == [(0, 0)]
-    assert rig.device.eps[0, lay.EP_DROP_LONG] == 1
+    assert rig.device.eps[0, r.EP_DROP_LONG] == 1
 
 
 @pytest.mark.parametrize("start", [0, 5, 65530])
@@ -235,8 +235,8 @@ def test_avail_idx_jumps(kind: str, jump: int, start: int) -> None:
     rig.device.collect()
     rig.device.feed(FRAME)
     queue.avail_idx += jump
-    assert rig.serve() == (lay.LOOP_BROKEN, 0)
-    assert queue.vq[lay.VQ_STATUS] == lay.E_AVAIL_IDX
+    assert rig.serve() == (r.LOOP_BROKEN, 0)
+    assert queue.vq[r.VQ_STATUS] == r.E_AVAIL_IDX
     assert queue.used() == []
 
 
@@ -245,8 +245,8 @@ def test_a_full_ring_is_no_jump() -> None:
     for k in range(NUM):
         rig.tx.desc(k, rig.memory.low(72), 72)
     rig.tx.offer(*range(NUM))
-    rig.device.eps[0, lay.EP_KIND] = lay.KIND_NULL
-    assert rig.serve() == (lay.LOOP_IDLE, NUM)
+    rig.device.eps[0, r.EP_KIND] = r.KIND_NULL
+    assert rig.serve() == (r.LOOP_IDLE, NUM)
 
 
 @pytest.mark.parametrize("back", [1, 3, NUM - 1])
@@ -261,8 +261,8 @@ def test_avail_idx_runs_back_into_what_was_seen(back: int) -> None:
     for _ in range(4):
         rig.device.feed(*[FRAME] * 8)
         rig.fill()
-        rig.device.eps[0, lay.EP_COUNT] = 0
-    assert rig.rx.vq[lay.VQ_STATUS] == lay.E_AVAIL_IDX
+        rig.device.eps[0, r.EP_COUNT] = 0
+    assert rig.rx.vq[r.VQ_STATUS] == r.E_AVAIL_IDX
     assert len(rig.rx.used()) <= NUM
 
 
@@ -282,13 +282,13 @@ def test_a_ring_without_descriptors_is_left_alone() -> None:
     """A queue that was never set up (num 0): no division by zero, nothing written."""
     rig = Rig(NUM)
     for queue in rig.queues:
-        queue.vq[lay.VQ_NUM] = 0
+        queue.vq[r.VQ_NUM] = 0
         queue.offer(0)
     before = rig.memory.mem.copy()
     rig.device.feed(FRAME)
-    assert rig.serve()[0] == lay.LOOP_BROKEN
-    assert rig.serve() == (lay.LOOP_IDLE, 0)
-    assert rig.vqs[:, lay.VQ_STATUS].tolist() == [lay.E_AVAIL_IDX] * 2
+    assert rig.serve()[0] == r.LOOP_BROKEN
+    assert rig.serve() == (r.LOOP_IDLE, 0)
+    assert rig.vqs[:, r.VQ_STATUS].tolist() == [r.E_AVAIL_IDX] * 2
     assert (before == rig.memory.mem).all()
 
 
@@ -338,22 +338,22 @@ def test_length_grows_while_the_device_copies(kind: str, large: int) -> None:
     try:
         for _ in range(scaled(20_000, 500)):
             queue.offer(0)
-            rig.device.eps[0, lay.EP_HELD] = 0
+            rig.device.eps[0, r.EP_HELD] = 0
             rig.device.feed(FRAME)
             moved = rig.drain() if kind == "tx" else rig.fill()
             frames = rig.device.collect()
-            outcomes.add((moved, int(queue.vq[lay.VQ_STATUS])))
+            outcomes.add((moved, int(queue.vq[r.VQ_STATUS])))
             if moved and kind == "tx":
                 assert frames == [FRAME]
             if not moved:
-                queue.vq[lay.VQ_STATUS] = 0
-                queue.avail_idx = int(queue.vq[lay.VQ_LAST_AVAIL_IDX])
-                queue.vq[lay.VQ_AVAIL_IDX] = queue.avail_idx
-            rig.device.eps[0, lay.EP_COUNT] = 0
+                queue.vq[r.VQ_STATUS] = 0
+                queue.avail_idx = int(queue.vq[r.VQ_LAST_AVAIL_IDX])
+                queue.vq[r.VQ_AVAIL_IDX] = queue.avail_idx
+            rig.device.eps[0, r.EP_COUNT] = 0
     finally:
         stop[0] = 1
         thread.join()
-    assert outcomes <= {(1, 0), (0, lay.E_ADDRESS)}
+    assert outcomes <= {(1, 0), (0, r.E_ADDRESS)}
     assert rig.memory.intact()
     if COMPILED:
         assert outcomes

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.rig import scaled
-from vnetdp_kernels import layout as lay
 from vnetdp_kernels import ledger
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.atomic import Bytes
 
-WINDOW = lay.LEDGER_WINDOW
+WINDOW = r.LEDGER_WINDOW
 SIZES = st.sampled_from((30, 31, 37, 38, 39, 46, 60, 61, 64, 1514, 9000, 65550)) | st.integers(30, 300)
 SEQS = st.integers(0, 70_000) | st.sampled_from((1 << 31, 1 << 32, 1 << 61, (1 << 62) - 1))
 
@@ -24,7 +24,7 @@ class Ledger:
     """A ledger of two flows, and frames for it."""
 
     def __init__(self, flows: int = 2) -> None:
-        self.rows = np.zeros((flows, lay.LEDGER_SLOTS), np.int64)
+        self.rows = np.zeros((flows, r.LEDGER_SLOTS), np.int64)
         self.windows = np.zeros((flows, WINDOW), np.uint8)
         self.frame: Bytes = np.zeros(65600, np.uint8)
 
@@ -34,7 +34,7 @@ class Ledger:
 
     def row(self, flow: int = 0) -> tuple[int, ...]:
         """Return (delivered, missing, duplicated, reordered, corrupted, foreign)."""
-        return tuple(self.rows[flow, lay.LEDGER_DELIVERED : lay.LEDGER_FOREIGN + 1].tolist())
+        return tuple(self.rows[flow, r.LEDGER_DELIVERED : r.LEDGER_FOREIGN + 1].tolist())
 
 
 @settings(max_examples=scaled(200, 60), deadline=None)
@@ -45,7 +45,7 @@ def test_a_frame_is_as_described(size: int, seq: int, flow: int, at: int) -> Non
     ledger.stamp(mem, at, size, flow, seq)
     frame = mem[at : at + size].tobytes()
     assert frame[:14] == bytes.fromhex("020000000002 020000000001 88b5")
-    assert struct.unpack_from("<IHHQ", frame, 14) == (lay.LEDGER_MARK, flow, size & 0xFFFF, seq)
+    assert struct.unpack_from("<IHHQ", frame, 14) == (r.LEDGER_MARK, flow, size & 0xFFFF, seq)
     assert (mem[:at] == 0xEE).all()
     assert (mem[at + size :] == 0xEE).all()
     assert ledger.flow_of(mem, at, size) == flow
@@ -68,8 +68,8 @@ def test_a_changed_byte_is_found(size: int, seq: int, byte: st.DataObject) -> No
     ledger.enter(known.frame, 0, size, known.rows, known.windows)
     assert known.row(1) != good
     if size >= 46:
-        assert known.rows[:, lay.LEDGER_DELIVERED].sum() == 0
-        assert known.rows[:, [lay.LEDGER_CORRUPTED, lay.LEDGER_FOREIGN]].sum() == 1
+        assert known.rows[:, r.LEDGER_DELIVERED].sum() == 0
+        assert known.rows[:, [r.LEDGER_CORRUPTED, r.LEDGER_FOREIGN]].sum() == 1
 
 
 @settings(max_examples=scaled(300, 100), deadline=None)
@@ -158,7 +158,7 @@ def test_any_order(steps: list[int]) -> None:
         seen.add(number)
         missing = following - delivered
         assert known.row() == (delivered, missing, duplicated, reordered, 0, 0)
-        assert known.rows[0, lay.LEDGER_NEXT] == following
+        assert known.rows[0, r.LEDGER_NEXT] == following
 
 
 def test_loss_over_several_windows() -> None:
@@ -187,4 +187,4 @@ def test_patterns_of_neighbours_differ() -> None:
         mixed = np.concatenate([one[:30], other[30:]])
         known = Ledger()
         ledger.enter(mixed, 0, 64, known.rows, known.windows)
-        assert known.rows[:, lay.LEDGER_CORRUPTED].sum() == 1
+        assert known.rows[:, r.LEDGER_CORRUPTED].sum() == 1

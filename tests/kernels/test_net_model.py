@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.kernels.rig import CAMPAIGN, Arena, Rig, pages_of, pattern, scaled
-from vnetdp_kernels import layout as lay
-from vnetdp_kernels import split_driver
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec, split_driver
 
 WIRE_SLOTS = 4
 LENGTHS = st.integers(14, 1600) | st.sampled_from((0, 1, 13, 14, 60, 1514, 3000))
@@ -30,7 +30,7 @@ HEADERS = st.just(bytes(10)) | st.builds(
     st.integers(1, 0xFFFF),
 )
 CUTS = st.lists(st.integers(1, 2000), max_size=14)
-KINDS = st.sampled_from((lay.KIND_PYTHON, lay.KIND_PYTHON, lay.KIND_ECHO, lay.KIND_MACSWAP))
+KINDS = st.sampled_from((r.KIND_PYTHON, r.KIND_PYTHON, r.KIND_ECHO, r.KIND_MACSWAP))
 
 
 @dataclass
@@ -101,7 +101,7 @@ class NetDevice(RuleBasedStateMachine):
         self.held: tuple[bytes, bytes] | None = None
         self.posted: deque[Buffer] = deque()
         self.placed: deque[Placed] = deque()
-        self.counts = dict.fromkeys((lay.EP_DROP_SHORT, lay.EP_DROP_NO_BUFFER, lay.EP_TO_WIRE, lay.EP_FROM_WIRE), 0)
+        self.counts = dict.fromkeys((r.EP_DROP_SHORT, r.EP_DROP_NO_BUFFER, r.EP_TO_WIRE, r.EP_FROM_WIRE), 0)
 
     # --- the guest ---
 
@@ -163,7 +163,7 @@ class NetDevice(RuleBasedStateMachine):
                 assert left[length:] == bytes([Arena.FILL]) * (buffer.room - length)
             assert data[:10] == placed.header
             assert data[self.hdr_len :] == placed.frame
-            if self.hdr_len == lay.NET_HDR_LEN:
+            if self.hdr_len == spec.NET_HDR_LEN:
                 assert int.from_bytes(data[10:12], "little") == len(placed.buffers)
             for buffer in placed.buffers:
                 assert split_driver.used_ready(memory.mem, queue.dvq) > 0
@@ -179,12 +179,12 @@ class NetDevice(RuleBasedStateMachine):
             assert length == 0
             assert split_driver.used_ready(mem, queue.dvq) > 0
             assert split_driver.take_used(mem, queue.dvq, queue.state) == (head, 0)
-            self.tx_arena.free.append(int(queue.state[head, lay.DS_TOKEN]))
+            self.tx_arena.free.append(int(queue.state[head, r.DS_TOKEN]))
             split_driver.release(queue.dvq, queue.state, head)
 
     # --- the wire ---
 
-    @precondition(lambda self: not self.ep[lay.EP_COUNT])
+    @precondition(lambda self: not self.ep[r.EP_COUNT])
     @rule(
         frames=st.lists(st.tuples(LENGTHS, HEADERS), min_size=1, max_size=WIRE_SLOTS),
         seed=st.integers(0, 255),
@@ -230,19 +230,19 @@ class NetDevice(RuleBasedStateMachine):
         self.tx_seen = self.tx_seen or len(self.sent)
         return min(self.tx_seen, budget)
 
-    @precondition(lambda self: self.kind == lay.KIND_PYTHON)
+    @precondition(lambda self: self.kind == r.KIND_PYTHON)
     @rule(budget=st.integers(1, 8))
     def drain(self, budget: int) -> None:
         queue, used = self.rig.tx, 0
         first = queue.used_idx
         for _ in range(self.known_tx(budget)):
             sent = self.sent[0]
-            if len(sent.frame) < lay.ETH_HLEN:
-                self.counts[lay.EP_DROP_SHORT] += 1
+            if len(sent.frame) < spec.ETH_HLEN:
+                self.counts[r.EP_DROP_SHORT] += 1
             elif len(self.expected_out) == WIRE_SLOTS:
                 break
             else:
-                self.counts[lay.EP_TO_WIRE] += 1
+                self.counts[r.EP_TO_WIRE] += 1
                 self.expected_out.append(sent)
             self.sent.popleft()
             used += 1
@@ -250,7 +250,7 @@ class NetDevice(RuleBasedStateMachine):
         self.log_used(queue.used_gpa, first, used)
         assert self.rig.drain(budget) == used
 
-    @precondition(lambda self: self.kind == lay.KIND_PYTHON)
+    @precondition(lambda self: self.kind == r.KIND_PYTHON)
     @rule(budget=st.integers(1, 8))
     def fill(self, budget: int) -> None:
         queue = self.rig.rx
@@ -259,24 +259,24 @@ class NetDevice(RuleBasedStateMachine):
             if self.held is None:
                 if not self.posted:
                     break
-                while self.wire and len(self.wire[0][1]) < lay.ETH_HLEN:
+                while self.wire and len(self.wire[0][1]) < spec.ETH_HLEN:
                     self.wire.popleft()
-                    self.counts[lay.EP_DROP_SHORT] += 1
+                    self.counts[r.EP_DROP_SHORT] += 1
                 if not self.wire:
                     break
                 self.held = self.wire.popleft()
-                self.counts[lay.EP_FROM_WIRE] += 1
+                self.counts[r.EP_FROM_WIRE] += 1
             took = self.place(*self.held)
             if took == 0:
                 break
             self.held = None
             handled += 1
             chains += max(took, 0)
-            self.counts[lay.EP_DROP_NO_BUFFER] += took < 0
+            self.counts[r.EP_DROP_NO_BUFFER] += took < 0
         self.log_used(queue.used_gpa, first, chains)
         assert self.rig.fill(budget) == handled
 
-    @precondition(lambda self: self.kind != lay.KIND_PYTHON)
+    @precondition(lambda self: self.kind != r.KIND_PYTHON)
     @rule(budget=st.integers(1, 8))
     def forward(self, budget: int) -> None:
         tx, rx = self.rig.tx, self.rig.rx
@@ -284,18 +284,18 @@ class NetDevice(RuleBasedStateMachine):
         for _ in range(self.known_tx(budget)):
             sent = self.sent[0]
             frame = sent.frame
-            if len(frame) < lay.ETH_HLEN:
-                self.counts[lay.EP_DROP_SHORT] += 1
+            if len(frame) < spec.ETH_HLEN:
+                self.counts[r.EP_DROP_SHORT] += 1
             else:
-                if self.kind == lay.KIND_MACSWAP:
+                if self.kind == r.KIND_MACSWAP:
                     frame = frame[6:12] + frame[:6] + frame[12:]
                 took = self.place(sent.header, frame)
                 if took == 0:
                     break
                 chains += max(took, 0)
-                self.counts[lay.EP_DROP_NO_BUFFER] += took < 0
-                self.counts[lay.EP_TO_WIRE] += took > 0
-                self.counts[lay.EP_FROM_WIRE] += took > 0
+                self.counts[r.EP_DROP_NO_BUFFER] += took < 0
+                self.counts[r.EP_TO_WIRE] += took > 0
+                self.counts[r.EP_FROM_WIRE] += took > 0
             self.sent.popleft()
             used += 1
         self.tx_seen -= used
@@ -307,10 +307,10 @@ class NetDevice(RuleBasedStateMachine):
     def counters_and_log_agree(self) -> None:
         if hasattr(self, "rig"):
             assert {slot: self.ep[slot] for slot in self.counts} == self.counts
-            assert not self.rig.vqs[:, lay.VQ_STATUS].any()
-            dropped = self.counts[lay.EP_DROP_SHORT] + self.counts[lay.EP_DROP_NO_BUFFER]
-            if self.kind != lay.KIND_PYTHON:
-                assert self.rig.vqs[:, lay.VQ_DROPPED].sum() == dropped
+            assert not self.rig.vqs[:, r.VQ_STATUS].any()
+            dropped = self.counts[r.EP_DROP_SHORT] + self.counts[r.EP_DROP_NO_BUFFER]
+            if self.kind != r.KIND_PYTHON:
+                assert self.rig.vqs[:, r.VQ_DROPPED].sum() == dropped
             if self.rig.memory.log.size:
                 assert self.rig.memory.dirty() == self.must_log
 

@@ -15,8 +15,8 @@ import pytest
 
 from tests.by_hand import scaled
 from tests.kernels.rig import Rig
-from vnetdp_kernels import layout as lay
 from vnetdp_kernels import peer
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.atomic import Words
 
 _FULL = (1 << 64) - 2
@@ -136,10 +136,10 @@ def test_a_peer_that_fills_and_empties_all_the_time_holds_nobody_up(event: int, 
 
 def test_a_kick_that_will_never_come_again_is_let_go_of(pipe: tuple[int, int]) -> None:
     """Polled on, it would not let the loop sleep."""
-    rig = Rig(16, device=lay.KIND_NULL)
+    rig = Rig(16, device=r.KIND_NULL)
     rig.notify[1, 0] = pipe[0]
     os.write(pipe[1], bytes(8))
     os.close(pipe[1])
     rig.serve(timeout_ms=50)
-    assert rig.tx.vq[lay.VQ_KICKS] == 1
+    assert rig.tx.vq[r.VQ_KICKS] == 1
     assert rig.notify[1, 0] == -1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.rig import WRITE, Rig, scaled
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.reflect import checksum, reply
 
 with warnings.catch_warnings():
@@ -189,7 +189,7 @@ def test_checksum(data: bytes, at: int) -> None:
 
 def test_through_the_rings() -> None:
     """A ping and an ARP request come back through the receiveq; a datagram between them is used, and no more."""
-    rig = Rig(16, device=lay.KIND_REFLECT)
+    rig = Rig(16, device=r.KIND_REFLECT)
     header = bytes([1, 0, 34, 0, 0, 0, 34, 0, 2, 0, 0, 0])  # asks for a checksum: an answer has its own
     requests = [bytes(PING / b"hello"), bytes(INTERNET / UDP() / X), bytes(WHO_HAS)]
     for k, request in enumerate(requests):
@@ -199,11 +199,11 @@ def test_through_the_rings() -> None:
         rig.rx.desc(k, rig.memory.high(100), 100, WRITE)
     rig.tx.offer(0, 1, 2)
     rig.rx.offer(0, 1, 2)
-    assert rig.serve() == (lay.LOOP_IDLE, 3)
+    assert rig.serve() == (r.LOOP_IDLE, 3)
     assert [head for head, _ in rig.tx.used()] == [0, 1, 2]
     (first, ping_len), (second, arp_len) = rig.rx.used()
     ping, arp = (rig.memory.read(rig.rx.buffer(k)[0], n) for k, n in ((first, ping_len), (second, arp_len)))
     assert ping[:12] == arp[:12] == bytes(10) + b"\1\0"
     check_ping(requests[0], ping[12:])
     assert Ether(arp[12:])[ARP].psrc == OTHER_IP
-    assert rig.tx.vq[lay.VQ_DROPPED] == rig.rx.vq[lay.VQ_DROPPED] == 0
+    assert rig.tx.vq[r.VQ_DROPPED] == rig.rx.vq[r.VQ_DROPPED] == 0

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.kernels.rig import CAMPAIGN, Arena, Rig, pages_of, pattern, scaled
 from vnetdp_kernels import guest, split, split_driver
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 SIZES = (1, 2, 2, 4, 4, 8, 8, 16, 32, 64, 256, 1024, 32768)
 STARTS = st.sampled_from((0, 0, 65530, 65530, 65535, 32760)) | st.integers(0, 65535)
@@ -77,11 +77,11 @@ class SplitRing(RuleBasedStateMachine):
         self.mem, self.vq = self.memory.mem, self.queue.vq
         self.dvq, self.state = self.queue.dvq, self.queue.state
         self.num, self.start, self.event_idx, self.in_order = num, start, event_idx, in_order
-        self.vq[lay.VQ_INDIRECT] = self.indirect = indirect
+        self.vq[r.VQ_INDIRECT] = self.indirect = indirect
         if log:
             self.memory.log_on()
         if not log_used:
-            self.vq[lay.VQ_LOG_USED] = -1
+            self.vq[r.VQ_LOG_USED] = -1
         self.must_log: set[int] = set()
         self.arena = Arena(self.memory)
         self.put: deque[Chain] = deque()
@@ -119,7 +119,7 @@ class SplitRing(RuleBasedStateMachine):
         head = self.queue.put(iov, n_out, direct, table, chain.token)
         self.drivers_parts = self.queue.drivers_parts()
         if full:
-            assert head == lay.E_FULL
+            assert head == r.E_FULL
             return
         assert 0 <= head < self.num
         chain.head = head
@@ -166,7 +166,7 @@ class SplitRing(RuleBasedStateMachine):
             chain = self.device.chains.popleft()
             head, length = split_driver.take_used(self.mem, self.dvq, self.state)
             assert (head, length) == (chain.head, chain.written)
-            assert self.state[head, lay.DS_TOKEN] == chain.token
+            assert self.state[head, r.DS_TOKEN] == chain.token
             got = b"".join(self.memory.read(*segment) for segment in chain.segments[chain.n_out :])
             assert got[:length] == pattern(chain.token, length)
             assert got[length:] == bytes([Arena.FILL]) * (len(got) - length)
@@ -240,7 +240,7 @@ class SplitRing(RuleBasedStateMachine):
         self.device.published += n
         self.device.taken += n
         assert queue.used_idx == (self.start + self.device.published) & 0xFFFF
-        if self.vq[lay.VQ_LOG_USED] >= 0:
+        if self.vq[r.VQ_LOG_USED] >= 0:
             self.write_log(queue.used_gpa, 4)
             for k in range(first, first + n):
                 self.write_log(queue.used_gpa + 4 + 8 * (k % self.num), 8)
@@ -293,7 +293,7 @@ class SplitRing(RuleBasedStateMachine):
         again = split.enable_kicks(self.mem, self.vq, self.memory.log)
         assert again == (self.driver.published != self.device.seen)
         self.device.sleeps_at = None if again else self.driver.published
-        if self.vq[lay.VQ_LOG_USED] >= 0:
+        if self.vq[r.VQ_LOG_USED] >= 0:
             at = 4 + 8 * self.num if self.event_idx else 0
             self.write_log(self.queue.used_gpa + at, 2)
 
@@ -302,7 +302,7 @@ class SplitRing(RuleBasedStateMachine):
         before = self.queue.used_flags
         split.disable_kicks(self.mem, self.vq, self.memory.log)
         self.device.sleeps_at = None
-        if self.vq[lay.VQ_LOG_USED] >= 0 and self.queue.used_flags != before:
+        if self.vq[r.VQ_LOG_USED] >= 0 and self.queue.used_flags != before:
             self.write_log(self.queue.used_gpa, 2)
 
     @rule(room=st.integers(64, 200))
@@ -322,7 +322,7 @@ class SplitRing(RuleBasedStateMachine):
     # --- what always holds ---
 
     def check_log(self, dirty: set[int]) -> None:
-        ring = pages_of(self.queue.used_gpa, 6 + 8 * self.num) if self.vq[lay.VQ_LOG_USED] >= 0 else set()
+        ring = pages_of(self.queue.used_gpa, 6 + 8 * self.num) if self.vq[r.VQ_LOG_USED] >= 0 else set()
         assert self.must_log <= dirty
         assert dirty <= self.must_log | ring, "a page is logged that was not written"
 
@@ -331,7 +331,7 @@ class SplitRing(RuleBasedStateMachine):
         if hasattr(self, "rig"):
             free = self.free_descriptors()
             on_the_way = len(self.put) + len(self.driver.chains) + len(self.device.chains)
-            assert (self.dvq[lay.DVQ_NUM_FREE], self.dvq[lay.DVQ_IN_FLIGHT]) == (free, on_the_way)
+            assert (self.dvq[r.DVQ_NUM_FREE], self.dvq[r.DVQ_IN_FLIGHT]) == (free, on_the_way)
 
     @invariant()
     def each_writes_only_its_part(self) -> None:
@@ -368,13 +368,13 @@ def test_a_ring_filled_to_the_last_descriptor(num: int, in_order: bool) -> None:
     for lap in range(3):
         heads = [split_driver.put_single(mem, queue.dvq, queue.state, gpa, 1 + k % 64, 0, k) for k in range(num)]
         assert sorted(heads) == list(range(num))
-        assert split_driver.put_single(mem, queue.dvq, queue.state, gpa, 1, 0, 0) == lay.E_FULL
+        assert split_driver.put_single(mem, queue.dvq, queue.state, gpa, 1, 0, 0) == r.E_FULL
         split_driver.publish_available(mem, queue.dvq)
         assert split.available(mem, queue.vq) == num
         for k, head in enumerate(heads):
             assert split.head_at(mem, queue.vq, k) == head
             assert split.gather(mem, regions, queue.vq, head, rig.device.scratch.iov) == (1, 0, 1 + k % 64, 0)
-            assert rig.device.scratch.iov[0, lay.IOV_LEN] == 1 + k % 64
+            assert rig.device.scratch.iov[0, r.IOV_LEN] == 1 + k % 64
         token_of = {head: k for k, head in enumerate(heads)}
         order = heads if in_order else heads[::-1]
         for k, head in enumerate(order):
@@ -383,7 +383,7 @@ def test_a_ring_filled_to_the_last_descriptor(num: int, in_order: bool) -> None:
         assert split_driver.used_ready(mem, queue.dvq) == num
         for head in order:
             assert split_driver.take_used(mem, queue.dvq, queue.state) == (head, 0)
-            assert queue.state[head, lay.DS_TOKEN] == token_of[head]
+            assert queue.state[head, r.DS_TOKEN] == token_of[head]
             split_driver.release(queue.dvq, queue.state, head)
         assert queue.used_idx == (65530 + num * (lap + 1)) & 0xFFFF
         assert split.available(mem, queue.vq) == 0

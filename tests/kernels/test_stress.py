@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pytest
 
 from tests.kernels.rig import COMPILED, Rig
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 FULL = os.environ.get("VNETDP_CAMPAIGN") == "1"
 TOTAL = 50_000_000 if FULL else 1_000_000
@@ -29,7 +30,7 @@ class Shape:
     size: int = 60
     event_idx: bool = True
     mergeable: bool = True
-    hdr_len: int = lay.NET_HDR_LEN
+    hdr_len: int = spec.NET_HDR_LEN
     in_order: bool = False
     poll_us: int = -1  # for ever
     pairs: int = 1
@@ -39,7 +40,7 @@ class Shape:
     def __str__(self) -> str:
         words = [f"{self.num}", f"{self.size}B"]
         words += ["event_idx"] * self.event_idx + ["mergeable"] * self.mergeable + ["in_order"] * self.in_order
-        words += ["legacy"] * (self.hdr_len != lay.NET_HDR_LEN) + ["log"] * self.log
+        words += ["legacy"] * (self.hdr_len != spec.NET_HDR_LEN) + ["log"] * self.log
         words.append({-1: "polling", 0: "sleeping"}.get(self.poll_us, f"poll{self.poll_us}us"))
         return "-".join(words + [f"{self.pairs}pairs"] * (self.pairs > 1))
 
@@ -50,7 +51,7 @@ SHAPES = [
     Shape(1, 0.02, poll_us=50),
     Shape(2, 0.04, event_idx=False, size=61, poll_us=50),
     Shape(8, 0.08, in_order=True, poll_us=200),
-    Shape(64, 0.08, mergeable=False, hdr_len=lay.NET_HDR_LEN_LEGACY, size=117),
+    Shape(64, 0.08, mergeable=False, hdr_len=spec.NET_HDR_LEN_LEGACY, size=117),
     Shape(1024, 0.10, size=1514, buf_len=256, log=True),
     Shape(32768, 0.05, buf_len=128),
     Shape(256, 0.10, pairs=3, buf_len=256),
@@ -74,15 +75,15 @@ def test_stress(shape: Shape) -> None:
     rig = Rig(
         shape.num, shape.pairs, event_idx=shape.event_idx, mergeable=shape.mergeable, hdr_len=shape.hdr_len,
         in_order=shape.in_order, buf_len=shape.buf_len if shape.size < shape.buf_len or shape.mergeable else 2048,
-        device=lay.KIND_GENERATE, guest=lay.KIND_GENERATE, start=65500,
+        device=r.KIND_GENERATE, guest=r.KIND_GENERATE, start=65500,
     )  # fmt: skip
     rig.open_eventfds()
     if shape.log:
         rig.memory.log_on()
-    rig.device.eps[:, lay.EP_SIZE] = shape.size
-    rig.guest.eps[:, lay.EP_SIZE] = min(shape.size, shape.buf_len - lay.NET_HDR_LEN)
+    rig.device.eps[:, r.EP_SIZE] = shape.size
+    rig.guest.eps[:, r.EP_SIZE] = min(shape.size, shape.buf_len - spec.NET_HDR_LEN)
     for side in (rig.device, rig.guest):
-        side.eps[:, lay.EP_LIMIT] = each
+        side.eps[:, r.EP_LIMIT] = each
     for pair in range(shape.pairs):
         rig.post_receive(pair)
     budget = 2 * each * shape.pairs
@@ -101,6 +102,6 @@ def test_stress(shape: Shape) -> None:
     for pair in range(shape.pairs):
         assert rig.device.ledger[2 * pair].tolist() == clean
         assert rig.guest.ledger[2 * pair + 1].tolist() == clean
-    assert outcomes == {"serve": (lay.LOOP_BUDGET, budget), "drive": (lay.LOOP_BUDGET, budget)}
-    assert rig.vqs[:, lay.VQ_PACKETS].tolist() == [each] * len(rig.queues)
+    assert outcomes == {"serve": (r.LOOP_BUDGET, budget), "drive": (r.LOOP_BUDGET, budget)}
+    assert rig.vqs[:, r.VQ_PACKETS].tolist() == [each] * len(rig.queues)
     assert rig.memory.intact()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from tests.kernels.rig import HIGH_GPA, Memory, Rig, pages_of
-from vnetdp_kernels import layout as lay
-from vnetdp_kernels import verbs
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec, verbs
 from vnetdp_kernels.atomic import Words
 
 NUM = 8
 RINGS = 3
-PAGE = lay.PAGE_SIZE
+PAGE = spec.PAGE_SIZE
 
 
 def rings(memory: Memory, last: int = 5, used: int = 5, avail: int = 5) -> Words:
@@ -21,7 +21,7 @@ def rings(memory: Memory, last: int = 5, used: int = 5, avail: int = 5) -> Words
     for n in range(RINGS):
         at = HIGH_GPA + 3 * n * PAGE
         for address, index in ((at + PAGE, avail), (at + 2 * PAGE, used)):
-            memory.write(address + lay.VIRTQ_RING_IDX, (index & 0xFFFF).to_bytes(2, "little"))
+            memory.write(address + spec.VIRTQ_RING_IDX, (index & 0xFFFF).to_bytes(2, "little"))
         table.append((1, NUM, at, at + PAGE, at + 2 * PAGE, last & 0xFFFF))
     return np.array(table, np.int64)
 
@@ -51,7 +51,7 @@ def test_each_part_to_its_last_byte(part: int, ring: int) -> None:
     table = rings(memory)
     length = (16 * NUM, 6 + 2 * NUM, 6 + 8 * NUM)[part - 2]
     table[ring, part] = memory.high_end - length
-    memory.write(table[ring, part] + lay.VIRTQ_RING_IDX, (5).to_bytes(2, "little"))
+    memory.write(table[ring, part] + spec.VIRTQ_RING_IDX, (5).to_bytes(2, "little"))
     assert check(memory, table) == (0, 0)
     table[ring, part] += 1
     assert check(memory, table) == (verbs.RING_OUTSIDE, ring)
@@ -81,6 +81,6 @@ def test_a_used_ring_that_is_taken_over_is_sent_again(event_idx: bool, num: int)
     verbs.bind(memory.mem, rig.vqs, rig.device.eps, memory.log, bases)
     assert memory.dirty() == pages_of(rig.rx.used_gpa, 6 + 8 * num) | pages_of(rig.tx.used_gpa, 6 + 8 * num)
     memory.log[:] = 0
-    rig.vqs[:, lay.VQ_LOG_USED] = -1
+    rig.vqs[:, r.VQ_LOG_USED] = -1
     verbs.bind(memory.mem, rig.vqs, rig.device.eps, memory.log, bases)
     assert memory.dirty() == set()

@@ -26,7 +26,7 @@ from vnetdp.migration.stream import MAX_PAYLOAD
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
 from vnetdp.virtqueue import ring_len
-from vnetdp_kernels.layout import PAGE_SIZE
+from vnetdp_kernels import spec
 
 CUT_OFF = "the stream is cut off"  # what a stream without a fault ends with: nobody commits
 RUNS = "it runs"
@@ -109,10 +109,10 @@ class Bed:
     @property
     def pages(self) -> set[int]:
         """Those of the rings, of the driver's memory, and of the ledger."""
-        pages = {region.gpa // PAGE_SIZE for region in self.source.memory.regions[1:]}
+        pages = {region.gpa // spec.PAGE_SIZE for region in self.source.memory.regions[1:]}
         for queue in self.source.device.queues:
             for at, length in zip((queue.desc, queue.avail, queue.used), ring_len(queue.num), strict=True):
-                pages |= set(range(at // PAGE_SIZE, (at + length - 1) // PAGE_SIZE + 1))
+                pages |= set(range(at // spec.PAGE_SIZE, (at + length - 1) // spec.PAGE_SIZE + 1))
         return pages
 
     def check(self) -> None:
@@ -186,13 +186,15 @@ def poisoned(rnd: random.Random, parts: list[Part], pages: set[int]) -> list[Par
         if name == b"ram":
             (count,) = struct.unpack_from("<I", payload)
             numbers = struct.unpack_from(f"<{count}q", payload, 4)
-            last |= {number: (n, 4 + 8 * count + PAGE_SIZE * k) for k, number in enumerate(numbers) if number in pages}
+            last |= {
+                number: (n, 4 + 8 * count + spec.PAGE_SIZE * k) for k, number in enumerate(numbers) if number in pages
+            }
     places = list(last.values())
     parts = parts.copy()
     for _ in range(rnd.choice((1, 1, 2, 3, 8))):
         n, at = rnd.choice(places)
         name, phase, version, payload = parts[n]
-        at += 8 * rnd.choice((rnd.randrange(32), rnd.randrange(128), rnd.randrange(PAGE_SIZE // 8)))
+        at += 8 * rnd.choice((rnd.randrange(32), rnd.randrange(128), rnd.randrange(spec.PAGE_SIZE // 8)))
         (was,) = struct.unpack_from("<Q", payload, at)
         word = rnd.choice((rnd.choice(EXTREMES), rnd.randrange(40), was + rnd.choice((-16, -1, 1, 16, 4096)), was << 1))
         parts[n] = name, phase, version, payload[:at] + struct.pack("<Q", word & (1 << 64) - 1) + payload[at + 8 :]

@@ -17,7 +17,7 @@ from vnetdp.migration.source import Report, Source
 from vnetdp.migration.stream import MAX_PAYLOAD, SectionType, StreamError, encode, from_bytes
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 MAGIC = 0x4D56
 SMALL = MachineConfig(queue_pairs=2, num=16, rate=2000.0, first_idx=0xFFF0)
@@ -158,10 +158,8 @@ def failing(point: str, error: BaseException) -> Hook:
 
 def assert_runs(machine: Machine) -> None:
     """Frames go both ways, vhost has the rings, and nothing is left of a migration."""
-    enough = machine.wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] + 5
-    wait_for(
-        lambda: bool((machine.wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] >= enough).all()), "frames both ways"
-    )
+    enough = machine.wire.rows[:, (r.EP_TO_WIRE, r.EP_FROM_WIRE)] + 5
+    wait_for(lambda: bool((machine.wire.rows[:, (r.EP_TO_WIRE, r.EP_FROM_WIRE)] >= enough).all()), "frames both ways")
     assert violations(machine) == []
     assert machine.device.owner is Owner.VHOST
     assert machine.device.log is None

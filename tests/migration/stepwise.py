@@ -21,7 +21,7 @@ from vnetdp.migration.stream import Section, SectionType
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
 from vnetdp.state import DeviceState
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 END = "end"
 RANK = {point: n for n, point in enumerate((*Source.POINTS, END))}
@@ -223,7 +223,7 @@ class Migration:
                 _ = target.driver.native_id
         if RANK[point] < RANK["stopped"]:
             return
-        columns = [lay.EP_SEQ, lay.EP_TO_WIRE, lay.EP_FROM_WIRE]
+        columns = [r.EP_SEQ, r.EP_TO_WIRE, r.EP_FROM_WIRE]
         now = self.source.wire.rows[:, columns].copy()
         if self._stopped_at is None:
             self._stopped_at = now

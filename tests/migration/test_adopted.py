@@ -18,7 +18,8 @@ from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import ConfigError
 from vnetdp.migration.machine import Machine
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 NUM = 16
 MODERN = f.VIRTIO_F_VERSION_1
@@ -82,10 +83,10 @@ def assert_refused(driver: Driver) -> None:
 
 
 FIXED = (
-    *(lay.DVQ_NUM, lay.DVQ_DESC, lay.DVQ_AVAIL, lay.DVQ_USED, lay.DVQ_EVENT_IDX, lay.DVQ_IN_ORDER, lay.DVQ_MRG_RXBUF),
-    *(lay.DVQ_HDR_LEN, lay.DVQ_BUF_OFFSET, lay.DVQ_BUF_GPA, lay.DVQ_BUF_LEN),
+    *(r.DVQ_NUM, r.DVQ_DESC, r.DVQ_AVAIL, r.DVQ_USED, r.DVQ_EVENT_IDX, r.DVQ_IN_ORDER, r.DVQ_MRG_RXBUF),
+    *(r.DVQ_HDR_LEN, r.DVQ_BUF_OFFSET, r.DVQ_BUF_GPA, r.DVQ_BUF_LEN),
 )
-INDICES = (lay.DVQ_AVAIL_IDX, lay.DVQ_PUBLISHED_IDX, lay.DVQ_LAST_USED_IDX, lay.DVQ_NUM_FREE, lay.DVQ_IN_FLIGHT)
+INDICES = (r.DVQ_AVAIL_IDX, r.DVQ_PUBLISHED_IDX, r.DVQ_LAST_USED_IDX, r.DVQ_NUM_FREE, r.DVQ_IN_FLIGHT)
 WILD = (-1, NUM, 1 << 16, 1 << 45, (1 << 63) - 1, -(1 << 63))
 
 
@@ -93,7 +94,7 @@ WILD = (-1, NUM, 1 << 16, 1 << 45, (1 << 63) - 1, -(1 << 63))
 @pytest.mark.parametrize("slot", FIXED)
 def test_a_row_of_other_rings_buffers_or_features(driver: Driver, index: int, slot: int) -> None:
     was = int(driver.dvqs[index, slot])
-    for wrong in (*WILD, was + 1, was + lay.PAGE_SIZE, was ^ 1):
+    for wrong in (*WILD, was + 1, was + spec.PAGE_SIZE, was ^ 1):
         if wrong != was:
             driver.dvqs[index, slot] = wrong
             assert_refused(driver)
@@ -109,7 +110,7 @@ def test_indices_and_counts_that_do_not_agree(driver: Driver, index: int, slot: 
             assert_refused(driver)
 
 
-@pytest.mark.parametrize("slot", [lay.DVQ_KICKED_IDX, lay.DVQ_USED_IDX, lay.DVQ_FREE_HEAD, lay.DVQ_FREE_TAIL])
+@pytest.mark.parametrize("slot", [r.DVQ_KICKED_IDX, r.DVQ_USED_IDX, r.DVQ_FREE_HEAD, r.DVQ_FREE_TAIL])
 def test_indices_out_of_range(driver: Driver, slot: int) -> None:
     for wrong in (-1, 1 << 16, 1 << 45, -(1 << 63)):
         driver.dvqs[1, slot] = wrong
@@ -119,11 +120,11 @@ def test_indices_out_of_range(driver: Driver, slot: int) -> None:
 @pytest.mark.parametrize(
     ("slot", "wrong"),
     [
-        (lay.DVQ_STATUS, 1),
-        (lay.DVQ_STATUS, -(1 << 40)),
-        (lay.DVQ_BATCH_ID, -2),
-        (lay.DVQ_BATCH_ID, NUM),
-        (lay.DVQ_BATCH_ID, 8),  # free
+        (r.DVQ_STATUS, 1),
+        (r.DVQ_STATUS, -(1 << 40)),
+        (r.DVQ_BATCH_ID, -2),
+        (r.DVQ_BATCH_ID, NUM),
+        (r.DVQ_BATCH_ID, 8),  # free
     ],
 )
 def test_a_row_that_says_what_cannot_be(driver: Driver, slot: int, wrong: int) -> None:
@@ -134,16 +135,16 @@ def test_a_row_that_says_what_cannot_be(driver: Driver, slot: int, wrong: int) -
 @pytest.mark.parametrize(
     ("slot", "wrong"),
     [
-        (lay.DS_NEXT, 8),  # itself
-        (lay.DS_NEXT, NUM),
-        (lay.DS_NEXT, -1),
-        (lay.DS_N_DESC, 1),
-        (lay.DS_N_DESC, 2),
-        (lay.DS_N_DESC, 1 << 40),
+        (r.DS_NEXT, 8),  # itself
+        (r.DS_NEXT, NUM),
+        (r.DS_NEXT, -1),
+        (r.DS_N_DESC, 1),
+        (r.DS_N_DESC, 2),
+        (r.DS_N_DESC, 1 << 40),
     ],
 )
 def test_a_free_list_that_leads_elsewhere(driver: Driver, slot: int, wrong: int) -> None:
-    assert driver.states[1, 8, lay.DS_N_DESC] == 0
+    assert driver.states[1, 8, r.DS_N_DESC] == 0
     driver.states[1, 8, slot] = wrong
     assert_refused(driver)
 
@@ -151,8 +152,8 @@ def test_a_free_list_that_leads_elsewhere(driver: Driver, slot: int, wrong: int)
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("wrong", [-1, 1, 1 << 40])
 def test_a_chain_longer_than_its_buffer(driver: Driver, index: int, wrong: int) -> None:
-    assert driver.states[index, :, lay.DS_N_DESC].any()
-    driver.states[index, :, lay.DS_LEN_IN] = wrong
+    assert driver.states[index, :, r.DS_N_DESC].any()
+    driver.states[index, :, r.DS_LEN_IN] = wrong
     assert_refused(driver)
 
 
@@ -161,57 +162,57 @@ def test_a_chain_longer_than_its_buffer(driver: Driver, index: int, wrong: int) 
 def test_a_descriptor_of_another_buffer(driver: Driver, index: int, n: int) -> None:
     """In flight or not: its device would write there, or read."""
     row = driver.dvqs[index]
-    at = int(row[lay.DVQ_DESC]) + lay.VIRTQ_DESC_SIZE * n
-    gpa = int(row[lay.DVQ_BUF_GPA] + n * row[lay.DVQ_BUF_LEN])
-    flags = lay.VIRTQ_DESC_F_WRITE if index == 0 else 0
-    length = int(row[lay.DVQ_BUF_LEN])
+    at = int(row[r.DVQ_DESC]) + spec.VIRTQ_DESC_SIZE * n
+    gpa = int(row[r.DVQ_BUF_GPA] + n * row[r.DVQ_BUF_LEN])
+    flags = spec.VIRTQ_DESC_F_WRITE if index == 0 else 0
+    length = int(row[r.DVQ_BUF_LEN])
     for wrong in (
         (driver.memory.end - 4096, length, flags, 0),
         (gpa + 64, length, flags, 0),
         (gpa, length + 1, flags, 0),
         (gpa, 0, flags, 0),
-        (gpa, length, flags ^ lay.VIRTQ_DESC_F_WRITE, 0),
-        (gpa, length, flags | lay.VIRTQ_DESC_F_NEXT, 1),
-        (gpa, length, flags | lay.VIRTQ_DESC_F_INDIRECT, 0),
+        (gpa, length, flags ^ spec.VIRTQ_DESC_F_WRITE, 0),
+        (gpa, length, flags | spec.VIRTQ_DESC_F_NEXT, 1),
+        (gpa, length, flags | spec.VIRTQ_DESC_F_INDIRECT, 0),
     ):
         driver.memory.mem[at : at + 16] = list(struct.pack("<QIHH", *wrong))
         assert_refused(driver)
 
 
-@pytest.mark.parametrize("slot", [lay.DVQ_ORDER_HEAD, lay.DVQ_BATCH_LEN])
+@pytest.mark.parametrize("slot", [r.DVQ_ORDER_HEAD, r.DVQ_BATCH_LEN])
 def test_what_is_known_of_the_order(driver: Driver, slot: int) -> None:
     row, state = driver.dvqs[0], driver.states[0]
-    head = int(state[:, lay.DS_N_DESC].argmax())
-    if not row[lay.DVQ_IN_ORDER]:
-        row[lay.DVQ_BATCH_ID] = head
+    head = int(state[:, r.DS_N_DESC].argmax())
+    if not row[r.DVQ_IN_ORDER]:
+        row[r.DVQ_BATCH_ID] = head
         assert_refused(driver)
         return
-    if slot == lay.DVQ_BATCH_LEN:
-        row[lay.DVQ_BATCH_ID] = head
+    if slot == r.DVQ_BATCH_LEN:
+        row[r.DVQ_BATCH_ID] = head
         driver.check_adopted(driver.memory.end)
     for wrong in (-1, 1 << 32, 1 << 45, -(1 << 63)):
         row[slot] = wrong
         assert_refused(driver)
 
 
-@pytest.mark.parametrize("first", [-lay.PAGE_SIZE, 1 << 30, 1 << 62])
+@pytest.mark.parametrize("first", [-spec.PAGE_SIZE, 1 << 30, 1 << 62])
 def test_a_queue_outside_guest_memory(driver: Driver, first: int) -> None:
-    driver.dvqs[1, lay.DVQ_DESC] = first
+    driver.dvqs[1, r.DVQ_DESC] = first
     with pytest.raises(ConfigError, match="queue 1: its driver has it outside guest memory"):
         driver.check_adopted(driver.memory.end)
 
 
 def test_queues_one_over_the_other(driver: Driver) -> None:
     driver.dvqs[0], driver.states[0] = driver.dvqs[1], driver.states[1]
-    driver.states[1, :, lay.DS_LEN_IN] = 0
+    driver.states[1, :, r.DS_LEN_IN] = 0
     assert_refused(driver)
 
 
 def test_queues_over_what_is_no_queues(driver: Driver) -> None:
     ends = [sum(driver.place_of(index)) for index in range(2)]
-    driver.check_adopted(lay.align_up(max(ends), lay.PAGE_SIZE))
+    driver.check_adopted(spec.align_up(max(ends), spec.PAGE_SIZE))
     with pytest.raises(ConfigError, match="over what is no queue's"):
-        driver.check_adopted(max(ends) - lay.PAGE_SIZE)
+        driver.check_adopted(max(ends) - spec.PAGE_SIZE)
 
 
 # --- the guest's end of the traffic, and the device's rings ---
@@ -220,12 +221,12 @@ def test_queues_over_what_is_no_queues(driver: Driver) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda machine: machine.guest.rows[:, lay.EP_KIND].fill(lay.KIND_TAP), "the traffic"),
-        (lambda machine: machine.guest.rows[:, lay.EP_SIZE].fill(1 << 40), "the traffic"),
-        (lambda machine: machine.guest.rows[:, lay.EP_SIZE].fill(0), "the traffic"),
-        (lambda machine: machine.guest.rows[:, lay.EP_FIRST].fill(1), "the traffic"),
-        (lambda machine: machine.guest.rows[:, lay.EP_SEQ].fill(-2), "the traffic"),
-        (lambda machine: machine.guest.ledger[:, lay.LEDGER_NEXT].fill(-1), "ledger"),
+        (lambda machine: machine.guest.rows[:, r.EP_KIND].fill(r.KIND_TAP), "the traffic"),
+        (lambda machine: machine.guest.rows[:, r.EP_SIZE].fill(1 << 40), "the traffic"),
+        (lambda machine: machine.guest.rows[:, r.EP_SIZE].fill(0), "the traffic"),
+        (lambda machine: machine.guest.rows[:, r.EP_FIRST].fill(1), "the traffic"),
+        (lambda machine: machine.guest.rows[:, r.EP_SEQ].fill(-2), "the traffic"),
+        (lambda machine: machine.guest.ledger[:, r.LEDGER_NEXT].fill(-1), "ledger"),
         (lambda machine: setattr(machine.device.queues[1], "used", machine.memory.end - 4096), "its driver's"),
         (lambda machine: setattr(machine.device.queues[0], "num", 2 * SMALL.num), "its driver's"),
         (lambda machine: machine.driver.dvqs[3].fill(0), "queue 3"),

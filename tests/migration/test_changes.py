@@ -15,7 +15,7 @@ from tests.by_hand import scaled, wait_for
 from vnetdp.backends.worker import Worker
 from vnetdp.migration.changes import CHANGES
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 BUSY = MachineConfig(num=16)  # as many frames as pass, both ways
 
@@ -32,18 +32,18 @@ def test_no_frame_is_made_once_traffic_has_stopped(busy: Machine) -> None:
     """One that was begun before would be counted after all were seen to have arrived: the ledger would call it lost."""
     for _ in range(50):
         busy.allow(True)
-        enough = [int(end.rows[0, lay.EP_SEQ]) + 10 for end in (busy.guest, busy.wire)]
+        enough = [int(end.rows[0, r.EP_SEQ]) + 10 for end in (busy.guest, busy.wire)]
         wait_for(
             lambda enough=enough: all(  # type: ignore[misc]
-                end.rows[0, lay.EP_SEQ] >= n for end, n in zip((busy.guest, busy.wire), enough, strict=True)
+                end.rows[0, r.EP_SEQ] >= n for end, n in zip((busy.guest, busy.wire), enough, strict=True)
             ),
             "frames go both ways",
         )
         busy.allow(False)
-        made = [end.rows[0, lay.EP_SEQ] for end in (busy.guest, busy.wire)]
-        assert made == [end.rows[0, lay.EP_LIMIT] for end in (busy.guest, busy.wire)]
+        made = [end.rows[0, r.EP_SEQ] for end in (busy.guest, busy.wire)]
+        assert made == [end.rows[0, r.EP_LIMIT] for end in (busy.guest, busy.wire)]
         assert busy.drain()
-        assert made == [end.rows[0, lay.EP_SEQ] for end in (busy.guest, busy.wire)]
+        assert made == [end.rows[0, r.EP_SEQ] for end in (busy.guest, busy.wire)]
 
 
 @pytest.fixture

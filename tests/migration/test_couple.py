@@ -23,7 +23,7 @@ from vnetdp.migration.machine import MachineConfig
 from vnetdp.migration.run import Couple, Result, _answer, _errors, blackout_us
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 QUEUE_PAIRS = (1, 4, 16, 64, 128) if CAMPAIGN else (1, 4)
@@ -31,7 +31,7 @@ BACK_AND_FORTH = 100 if CAMPAIGN else 10
 IN_A_ROW = 1000 if CAMPAIGN else 15
 POLICIES = ("none", "seed", "delta")
 NUM = 64
-BOTH_WAYS = (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)
+BOTH_WAYS = (r.EP_TO_WIRE, r.EP_FROM_WIRE)
 
 # Over TCP one position a policy and number of pairs in the slice, another each time.
 MOVES = [

@@ -21,12 +21,12 @@ from vnetdp.migration.machine import MachineConfig
 from vnetdp.migration.run import Couple, socket_pair
 from vnetdp.migration.source import Report
 from vnetdp.migration.stream import Phase
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 CONFIG = MachineConfig(queue_pairs=2, num=16, rate=2000.0, first_idx=0xFFF0)
 PLACES = 15
-BOTH_WAYS = (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)
+BOTH_WAYS = (r.EP_TO_WIRE, r.EP_FROM_WIRE)
 _HEAD = struct.Struct("<HBBHHI")
 _CRC_LEN = 4
 

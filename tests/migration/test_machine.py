@@ -26,7 +26,8 @@ from vnetdp.migration.snapshot import FIELDS
 from vnetdp.migration.source import MAX_EARLY, MAX_ROUNDS, Source
 from vnetdp.owners import Owner
 from vnetdp.state import Control
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 QUIET = MachineConfig(queue_pairs=2, num=16, traffic="idle", faulty=True)
 
@@ -87,7 +88,9 @@ def stop_leaving(machine: Machine, what: str) -> list[int]:
     with leaving(machine, what):
         machine.stop()
     queues = machine.device.queues
-    avail_idx = [int.from_bytes(machine.memory.read(queue.avail + lay.VIRTQ_RING_IDX, 2), "little") for queue in queues]
+    avail_idx = [
+        int.from_bytes(machine.memory.read(queue.avail + spec.VIRTQ_RING_IDX, 2), "little") for queue in queues
+    ]
     return [(idx - queue.last_avail_idx) & 0xFFFF for idx, queue in zip(avail_idx, queues, strict=True)]
 
 
@@ -115,7 +118,7 @@ def test_the_guest_goes_on_until_its_device_has_stopped(machine: Machine, monkey
 def test_a_guest_that_does_not_look_leaves_what_it_was_called_for(machine: Machine) -> None:
     assert machine.driver is not None
     assert stop_leaving(machine, "call")[::2] == [QUIET.num - LEFT] * QUIET.queue_pairs
-    assert machine.driver.dvqs[::2, lay.DVQ_LAST_USED_IDX].tolist() == [0] * QUIET.queue_pairs
+    assert machine.driver.dvqs[::2, r.DVQ_LAST_USED_IDX].tolist() == [0] * QUIET.queue_pairs
 
 
 def test_a_guest_that_is_asleep_wakes_when_it_is_called(machine: Machine) -> None:
@@ -147,7 +150,7 @@ def unbind_a_pair(machine: Machine) -> None:
 
 def leave_a_ring_bound(machine: Machine) -> None:
     machine.stop()
-    machine.device.userspace_rows[1, lay.VQ_BOUND] = 1
+    machine.device.userspace_rows[1, r.VQ_BOUND] = 1
 
 
 def poll_without_queues(machine: Machine) -> None:
@@ -262,7 +265,7 @@ def test_draining_ends_though_frames_are_made_for_ever(machine: Machine, monkeyp
 
     def make_frames() -> None:
         while not over.wait(0.0001):
-            machine.wire.rows[:, lay.EP_SEQ] += 1
+            machine.wire.rows[:, r.EP_SEQ] += 1
 
     other = threading.Thread(target=make_frames)
     other.start()
@@ -278,7 +281,7 @@ def test_draining_ends_though_frames_are_made_for_ever(machine: Machine, monkeyp
 
 def test_a_ring_that_breaks_is_reported(machine: Machine) -> None:
     queue = machine.device.queues[1]
-    machine.memory.write(queue.avail + lay.VIRTQ_RING_IDX, (QUIET.num + 1).to_bytes(2, "little"))
+    machine.memory.write(queue.avail + spec.VIRTQ_RING_IDX, (QUIET.num + 1).to_bytes(2, "little"))
     machine.device.kicks[1].signal()
     wait_for(lambda: violations(machine) != [], "the device finds avail.idx out of reach")
     assert violations(machine) == ["I2: queue 1: avail.idx moved by more than the queue's size"]

@@ -16,7 +16,7 @@ from vnetdp.errors import ConfigError
 from vnetdp.memory import DirtyLog, GuestMemory, Words
 from vnetdp.migration.ram import CHUNK_PAGES, RamSource, RamTarget, pages_of
 from vnetdp.migration.stream import MAX_PAYLOAD, StreamError
-from vnetdp_kernels.layout import PAGE_SIZE
+from vnetdp_kernels import spec
 
 PAGES = 512
 SPLIT = 300  # where the second region begins
@@ -24,7 +24,7 @@ PRIVATE = [(100, 80), (400, 3)]  # first page, pages
 
 
 def make() -> GuestMemory:
-    return GuestMemory.create([(0, SPLIT * PAGE_SIZE), (SPLIT * PAGE_SIZE, (PAGES - SPLIT) * PAGE_SIZE)])
+    return GuestMemory.create([(0, SPLIT * spec.PAGE_SIZE), (SPLIT * spec.PAGE_SIZE, (PAGES - SPLIT) * spec.PAGE_SIZE)])
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def memory() -> Iterator[GuestMemory]:
 
 @pytest.fixture
 def source(memory: GuestMemory) -> RamSource:
-    return RamSource(memory, [(first * PAGE_SIZE, n * PAGE_SIZE) for first, n in PRIVATE])
+    return RamSource(memory, [(first * spec.PAGE_SIZE, n * spec.PAGE_SIZE) for first, n in PRIVATE])
 
 
 def put(memory: GuestMemory, page: int, text: bytes = b"here") -> None:
-    memory.write(page * PAGE_SIZE + 8 * (page % 500), text)
+    memory.write(page * spec.PAGE_SIZE + 8 * (page % 500), text)
 
 
 def mark(log: DirtyLog, *pages: int) -> None:
@@ -54,7 +54,7 @@ def send(source: RamSource, numbers: Words | list[int]) -> list[bytes]:
 def section(numbers: list[int], count: int | None = None, data: bytes | None = None) -> memoryview:
     """Return a ram section's payload, right or wrong."""
     count = len(numbers) if count is None else count
-    data = bytes(PAGE_SIZE * len(numbers)) if data is None else data
+    data = bytes(spec.PAGE_SIZE * len(numbers)) if data is None else data
     return memoryview(struct.pack("<I", count & 0xFFFF_FFFF) + struct.pack(f"<{len(numbers)}q", *numbers) + data)
 
 
@@ -96,7 +96,7 @@ def test_other_pages_are_known_from_the_log_alone(memory: GuestMemory, source: R
 
 
 def test_a_log_may_name_pages_behind_the_memory() -> None:
-    with GuestMemory.create([(0, 3 * PAGE_SIZE)]) as memory:
+    with GuestMemory.create([(0, 3 * spec.PAGE_SIZE)]) as memory:
         log = DirtyLog(memory.end)  # has whole words
         mark(log, 2, 3, 63)
         assert list(RamSource(memory, []).changed(log)) == [2]
@@ -113,7 +113,13 @@ def test_ranges_that_become_private_later(memory: GuestMemory, source: RamSource
     put(memory, 50)
     put(memory, 120)
     send(source, [120])
-    source.add_private([(50 * PAGE_SIZE + 100, 10), (100 * PAGE_SIZE, PAGE_SIZE), (490 * PAGE_SIZE, 2 * PAGE_SIZE)])
+    source.add_private(
+        [
+            (50 * spec.PAGE_SIZE + 100, 10),
+            (100 * spec.PAGE_SIZE, spec.PAGE_SIZE),
+            (490 * spec.PAGE_SIZE, 2 * spec.PAGE_SIZE),
+        ]
+    )
     assert list(source.changed(None)) == [50]  # nothing of it counts as sent; what was compared before goes on
     put(memory, 491)
     assert list(source.changed(None)) == [50, 491]
@@ -125,7 +131,7 @@ def test_ranges_of_which_a_part_was_private_already(memory: GuestMemory, source:
         put(memory, page)
     send(source, [100, 179, 401])
     ranges = [(90, 20), (150, 100), (398, 7), (PAGES - 2, 5)]
-    source.add_private([(first * PAGE_SIZE, n * PAGE_SIZE) for first, n in ranges])
+    source.add_private([(first * spec.PAGE_SIZE, n * spec.PAGE_SIZE) for first, n in ranges])
     assert list(source.changed(None)) == [95, 185, 399, 403, PAGES - 1]
     send(source, [95, 185, 399, 403, PAGES - 1])
     assert list(source.changed(None)) == []
@@ -147,7 +153,7 @@ def test_a_guest_that_writes_and_moves_while_its_pages_are_sent(memory: GuestMem
             if n % 2:
                 source.wrote([page])
             else:
-                source.add_private([(page * PAGE_SIZE, PAGE_SIZE)])
+                source.add_private([(page * spec.PAGE_SIZE, spec.PAGE_SIZE)])
         done.set()
 
     with make() as there:
@@ -170,15 +176,15 @@ def test_a_guest_that_writes_and_moves_while_its_pages_are_sent(memory: GuestMem
 @given(st.sets(st.integers(0, PAGES - 1), max_size=300), st.integers(0, 1 << 32))
 def test_what_is_sent_arrives(numbers: set[int], seed: int) -> None:
     with make() as here, make() as there:
-        pages_of(here)[:] = np.random.default_rng(seed).integers(0, 256, (PAGES, PAGE_SIZE), np.uint8)
-        source, target = RamSource(here, [(0, 100 * PAGE_SIZE)]), RamTarget(there)
+        pages_of(here)[:] = np.random.default_rng(seed).integers(0, 256, (PAGES, spec.PAGE_SIZE), np.uint8)
+        source, target = RamSource(here, [(0, 100 * spec.PAGE_SIZE)]), RamTarget(there)
         payloads = send(source, sorted(numbers))
         assert len(payloads) == -(-len(numbers) // CHUNK_PAGES)
         assert all(len(payload) <= MAX_PAYLOAD for payload in payloads)
         for payload in payloads:
             target.load(memoryview(payload))
         assert source.sent == target.loaded == len(numbers)
-        wanted = np.zeros((PAGES, PAGE_SIZE), np.uint8)
+        wanted = np.zeros((PAGES, spec.PAGE_SIZE), np.uint8)
         chosen = sorted(numbers)
         wanted[chosen] = pages_of(here)[chosen]
         assert (pages_of(there) == wanted).all()
@@ -205,7 +211,7 @@ def test_a_page_that_changes_after_it_was_sent_is_sent_again(memory: GuestMemory
 def test_a_page_that_is_not_in_guest_memory(memory: GuestMemory, number: int) -> None:
     target = RamTarget(memory)
     with pytest.raises(StreamError, match="not inside guest memory of 512 pages"):
-        target.load(section([3, number, 4], data=b"x" * 3 * PAGE_SIZE))
+        target.load(section([3, number, 4], data=b"x" * 3 * spec.PAGE_SIZE))
     assert target.loaded == 0
     assert not pages_of(memory).any()  # nor did the pages beside it
 
@@ -217,8 +223,8 @@ def test_a_page_that_is_not_in_guest_memory(memory: GuestMemory, number: int) ->
         (memoryview(b"\1\0\0"), "cut off"),
         (section([], count=1), "cut off"),
         (section([1], count=2), "cut off"),
-        (section([1], data=bytes(PAGE_SIZE - 1)), "cut off"),
-        (section([1], data=bytes(PAGE_SIZE + 1)), "1 bytes too many"),
+        (section([1], data=bytes(spec.PAGE_SIZE - 1)), "cut off"),
+        (section([1], data=bytes(spec.PAGE_SIZE + 1)), "1 bytes too many"),
         (section([1], count=0), "bytes too many"),
         (section([1] * CHUNK_PAGES, count=CHUNK_PAGES + 1), "a ram section of 129 pages"),
         (section([1], count=-1), "a ram section of 4294967295 pages"),
@@ -234,12 +240,12 @@ def test_a_section_whose_count_is_wrong(memory: GuestMemory, payload: memoryview
 def test_a_section_of_no_page_and_of_as_many_as_there_may_be(memory: GuestMemory) -> None:
     target = RamTarget(memory)
     target.load(section([]))
-    target.load(section(list(range(CHUNK_PAGES)), data=b"x" * CHUNK_PAGES * PAGE_SIZE))
+    target.load(section(list(range(CHUNK_PAGES)), data=b"x" * CHUNK_PAGES * spec.PAGE_SIZE))
     assert target.loaded == CHUNK_PAGES
     assert pages_of(memory)[:CHUNK_PAGES].all()
 
 
 def test_memory_that_cannot_be_migrated() -> None:
-    for parts in ([(PAGE_SIZE, PAGE_SIZE)], [(0, PAGE_SIZE), (2 * PAGE_SIZE, PAGE_SIZE)]):
+    for parts in ([(spec.PAGE_SIZE, spec.PAGE_SIZE)], [(0, spec.PAGE_SIZE), (2 * spec.PAGE_SIZE, spec.PAGE_SIZE)]):
         with GuestMemory.create(parts) as memory, pytest.raises(ConfigError, match="begins at 0 and has no hole"):
             pages_of(memory)

@@ -40,7 +40,7 @@ from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
 from vnetdp.warmup import warm_up
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 RATE = scaled(1000, 100)
@@ -213,9 +213,9 @@ class MovingGuest(RuleBasedStateMachine):
     @rule(frames=st.integers(1, 20))
     def traffic(self, frames: int) -> None:
         wire = self.machine.wire
-        enough = wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] + frames
+        enough = wire.rows[:, (r.EP_TO_WIRE, r.EP_FROM_WIRE)] + frames
         wait_for(
-            lambda: bool((wire.rows[:, (lay.EP_TO_WIRE, lay.EP_FROM_WIRE)] >= enough).all()),
+            lambda: bool((wire.rows[:, (r.EP_TO_WIRE, r.EP_FROM_WIRE)] >= enough).all()),
             f"{frames} more frames both ways on each queue (I9)",
         )
 

@@ -14,7 +14,7 @@ from vnetdp.migration.source import MAX_EARLY
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner
 from vnetdp.virtqueue import ring_len
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 Machines = tuple[Machine, Machine]
 BEFORE_THE_COMMIT = [
@@ -83,7 +83,7 @@ def test_a_driver_that_cannot_be(machines: Machines) -> None:
 
     def at(point: str) -> None:
         if point == "stopped" and one.driver is not None:
-            one.driver.dvqs[1, lay.DVQ_KICKED_IDX] = 1 << 16
+            one.driver.dvqs[1, r.DVQ_KICKED_IDX] = 1 << 16
 
     sent, received = move(one, other, at)
     assert received.error == "queue 1: what its driver knows of its descriptors cannot be"

@@ -18,7 +18,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp.vhost_user import conversation
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 NUM = 256
 
@@ -46,12 +46,12 @@ class Card:
 
     def wait_for_more(self, frames: int = scaled(2000, 50)) -> None:
         """Wait until each pair has got so many frames back."""
-        wanted = self.generator.ledger[:, lay.LEDGER_DELIVERED] + frames
+        wanted = self.generator.ledger[:, r.LEDGER_DELIVERED] + frames
 
         def more() -> bool:
             self.driver.check()
             assert not self.device.ring_errors()
-            return bool((self.generator.ledger[:, lay.LEDGER_DELIVERED] >= wanted).all())
+            return bool((self.generator.ledger[:, r.LEDGER_DELIVERED] >= wanted).all())
 
         wait_for(more, f"{frames} more frames on each pair; {self.device.owner}, {self.device.last_error}")
 
@@ -61,9 +61,7 @@ class Card:
     def finish(self) -> None:
         """Send no more; every frame that was sent has come back once, and in order."""
         self.generator.stop()
-        wait_for(
-            lambda: int(self.generator.ledger[:, lay.LEDGER_DELIVERED].sum()) >= self.generator.sent, "all are back"
-        )
+        wait_for(lambda: int(self.generator.ledger[:, r.LEDGER_DELIVERED].sum()) >= self.generator.sent, "all are back")
         ledger = self.generator.ledger_against(self.generator)
         assert ledger.clean, ledger
         self.close()

@@ -19,7 +19,8 @@ from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.vhost_user.message import ProtocolFeature, Request
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 R = Request
 VRING_CALL, VRING_ERR = 4, 5
@@ -43,7 +44,7 @@ class SlowEndpoint(Endpoint):
         self.taking += 1
         self.met |= self.taking > 1
         self.let.wait(PATIENCE)
-        self.taken += [frame[lay.NET_HDR_LEN :] for frame in frames]
+        self.taken += [frame[spec.NET_HDR_LEN :] for frame in frames]
         self.taking -= 1
 
 
@@ -62,7 +63,7 @@ def test_an_announcement_waits_for_the_worker(tmp_path: Path) -> None:
             wait_for(lambda: endpoint.taking == 1, "the worker is at it")
             end.send(R.SEND_RARP, bytes.fromhex("525400aabbcc0000"))
             ctl = server.worker.datapath.ctl
-            wait_for(lambda: endpoint.met or bool(ctl[lay.CTL_DOORBELL]), "the announcement is there")
+            wait_for(lambda: endpoint.met or bool(ctl[r.CTL_DOORBELL]), "the announcement is there")
             endpoint.let.set()
             end.ask(R.GET_QUEUE_NUM)
             assert not endpoint.met

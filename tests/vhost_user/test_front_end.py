@@ -46,7 +46,8 @@ from vnetdp.vhost_user.message import (
 )
 from vnetdp.vrings import Vrings
 from vnetdp.watch import Watch
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 DEATHS = 10 if CAMPAIGN else 2
 
@@ -170,10 +171,10 @@ def test_what_a_back_end_was_cut_off_in_is_finished_before_userspace_goes_on(tmp
         card = Card(front_end)
         card.wait_for_more()
         card.generator.stop()
-        wait_for(lambda: int(card.generator.ledger[0, lay.LEDGER_DELIVERED]) == card.generator.sent, "all are back")
+        wait_for(lambda: int(card.generator.ledger[0, r.LEDGER_DELIVERED]) == card.generator.sent, "all are back")
         card.device.fallback = False  # until what it leaves is written
         back_end.close()
-        receiveq, transmitq = (card.device.queues[n].used + lay.VIRTQ_RING_IDX for n in (0, 1))
+        receiveq, transmitq = (card.device.queues[n].used + spec.VIRTQ_RING_IDX for n in (0, 1))
         idx = card.memory.read(transmitq, 2)
         one_less = ((int.from_bytes(idx, "little") - 1) & 0xFFFF).to_bytes(2, "little")
         card.memory.write(transmitq, one_less)
@@ -236,10 +237,10 @@ def test_a_ring_that_was_refused_after_its_kick_is_taken_back(tmp_path: Path, mo
 
         def served_by(owner: Owner, frames: int) -> None:
             assert device.owner is owner, device.last_error
-            bound = back_end.server.worker.datapath.vqs[:, lay.VQ_BOUND]
+            bound = back_end.server.worker.datapath.vqs[:, r.VQ_BOUND]
             assert bool(bound.any()) == (owner is Owner.VHOST)
             wait_equal(lambda: [ring.used_idx for ring in rings], [frames, frames])
-            last = rings[0].buffer(frames - 1) + lay.NET_HDR_LEN
+            last = rings[0].buffer(frames - 1) + spec.NET_HDR_LEN
             assert memory.read(last, 60) == frame(frames - 1)  # and not one that came before
 
         echo(0)
@@ -256,7 +257,7 @@ def test_a_ring_that_was_refused_after_its_kick_is_taken_back(tmp_path: Path, mo
         device.set_queue(1, rings[1].num, rings[1].desc, rings[1].avail, rings[1].used)
         device.enable_queue(1)
         assert device.owner is Owner.USERSPACE
-        assert not back_end.server.worker.datapath.vqs[:, lay.VQ_BOUND].any()
+        assert not back_end.server.worker.datapath.vqs[:, r.VQ_BOUND].any()
 
 
 def test_a_watched_device_falls_back_and_returns_by_itself(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from vnetdp.vhost_user.message import (
     VringState,
 )
 from vnetdp.watch import Watch
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import spec
 
 
 def tell(session: Session, request: BackendRequest, payload: Payload) -> None:
@@ -63,7 +63,7 @@ def in_pieces(memory: GuestMemory, pieces: int) -> GuestMemory:
     """Return the memory of *memory*, a single region, in so many regions side by side; *memory* is closed."""
     with memory:
         whole = memory.regions[0]
-        size = whole.length // pieces // lay.PAGE_SIZE * lay.PAGE_SIZE
+        size = whole.length // pieces // spec.PAGE_SIZE * spec.PAGE_SIZE
         cuts = [size * n for n in range(pieces)] + [whole.length]
         return GuestMemory([Region(whole.gpa + a, b - a, whole.fd, a) for a, b in itertools.pairwise(cuts)])
 
@@ -86,7 +86,7 @@ def test_more_regions_than_the_back_end_takes(tmp_path: Path, withheld: Protocol
     with in_thread(tmp_path) as back_end, ExitStack() as stack:
         back_end.server.protocol_features = int(UNTOLD & ~withheld)
         front_end = stack.enter_context(attached(back_end.path))
-        parts = [(n << 13, lay.PAGE_SIZE) for n in range(slots + 1)]
+        parts = [(n << 13, spec.PAGE_SIZE) for n in range(slots + 1)]
         memory = stack.enter_context(GuestMemory.create(parts))
         with pytest.raises(BackendError, match=f"{slots + 1} regions; the back end takes {slots}") as caught:
             front_end.backends[0].set_memory(memory)
@@ -156,7 +156,7 @@ def test_both_queues_are_reset_one_after_the_other(tmp_path: Path, spoken: Proto
             transmitq.send(0, frame(n))
             device.kicks[1].signal()
             wait_equal(lambda: receiveq.used_idx, 1)  # noqa: B023
-            assert memory.read(receiveq.buffer(0) + lay.NET_HDR_LEN, 60) == frame(n)
+            assert memory.read(receiveq.buffer(0) + spec.NET_HDR_LEN, 60) == frame(n)
             for index in range(2):
                 device.reset_queue(index)
             rings = [Ring(memory, rings[1].end), Ring(memory, rings[1].end + 0x20000)]

@@ -31,8 +31,8 @@ from vnetdp.errors import ConfigError, RequestRefused
 from vnetdp.inflight import InflightArea
 from vnetdp.memory import Bytes, GuestMemory
 from vnetdp.vhost_user.message import Inflight, Request
-from vnetdp_kernels import layout as lay
-from vnetdp_kernels import net, rows, split
+from vnetdp_kernels import net, rows, spec, split
+from vnetdp_kernels import rows as r
 
 R = Request
 LEN = 1 << 18  # from guest address 0 on, so that the window has no hole
@@ -67,7 +67,7 @@ class Scene:
         """Return the frames that were published to the guest, in order."""
         self.receiveq.taken_from(self.start)
         return [
-            self.memory.read(self.receiveq.buffer(head) + lay.NET_HDR_LEN, length - lay.NET_HDR_LEN)
+            self.memory.read(self.receiveq.buffer(head) + spec.NET_HDR_LEN, length - spec.NET_HDR_LEN)
             for head, length in self.receiveq.taken()
         ]
 
@@ -219,7 +219,7 @@ def test_wherever_a_back_end_is_cut_off_its_successor_loses_and_repeats_nothing(
             points += 1
     assert len(whole) in (6, 8)
     if kind is not ReflectEndpoint:
-        assert whole == [echoed(kind, data) for data in frames_for(kind) if len(data) >= lay.ETH_HLEN]
+        assert whole == [echoed(kind, data) for data in frames_for(kind) if len(data) >= spec.ETH_HLEN]
     assert points > 10
 
 
@@ -271,7 +271,7 @@ def test_a_journal_of_another_time_is_not_believed() -> None:
             scene.window[at : at + 6] = np.frombuffer(struct.pack("<HHH", receiveq_idx, transmitq_idx, 1), np.uint8)
             assert recover() == 0
             assert scene.transmitq.used_idx == 0
-            assert scene.window[at + lay.JOURNAL_VALID] == 0
+            assert scene.window[at + r.JOURNAL_VALID] == 0
 
 
 # --- the area itself ---
@@ -283,7 +283,7 @@ def test_an_area_is_laid_out_as_the_protocol_says() -> None:
         said = area.describe()
         assert (said.num_queues, said.queue_size, said.offset) == (4, NUM, 0)
         assert [area.area_at(n) for n in range(4)] == [0, 320, 640, 960]  # 16 + 16 * 16, rounded up to 64
-        assert said.size % lay.PAGE_SIZE == 0
+        assert said.size % spec.PAGE_SIZE == 0
         assert os.fstat(area.fd).st_size >= said.size
         assert os.pread(area.fd, 1 << 16, 0) == bytes(said.size)
         assert [area.journal_at(n) for n in range(4)] == [1280, 1344, 1408, 1472]
@@ -294,7 +294,7 @@ def test_an_area_is_laid_out_as_the_protocol_says() -> None:
 def test_an_area_of_another_back_end_serves_and_nothing_behind_it_is_written(tmp_path: Path) -> None:
     """libvhost-user and DPDK leave no room for journals; that its last page has some is no leave to take it."""
     path = tmp_path / "area"
-    path.write_bytes(bytes(4 * 320) + b"\xaa" * (lay.PAGE_SIZE - 4 * 320))
+    path.write_bytes(bytes(4 * 320) + b"\xaa" * (spec.PAGE_SIZE - 4 * 320))
     with no_descriptor_leaks():
         back_end = InThread(tmp_path)
         with ByHand.dial(back_end.path) as end, Guest(end) as guest:
@@ -308,9 +308,9 @@ def test_an_area_of_another_back_end_serves_and_nothing_behind_it_is_written(tmp
                 guest.echo(n)
             end.leave()
         back_end.close()
-        version, num, _, used_idx = struct.unpack_from("<HHHH", path.read_bytes(), 320 + lay.INFLIGHT_VERSION)
+        version, num, _, used_idx = struct.unpack_from("<HHHH", path.read_bytes(), 320 + spec.INFLIGHT_VERSION)
         assert (version, num, used_idx) == (1, NUM, 20)
-        assert path.read_bytes()[4 * 320 :] == b"\xaa" * (lay.PAGE_SIZE - 4 * 320)
+        assert path.read_bytes()[4 * 320 :] == b"\xaa" * (spec.PAGE_SIZE - 4 * 320)
 
 
 @pytest.mark.parametrize(("queues", "size"), [(0, 8), (5, 8), (4, 0), (4, 40000)])
@@ -360,7 +360,7 @@ def predecessor(
 
 
 def flagged(scene: Scene) -> list[int]:
-    at = scene.memory.beside_offset + scene.area.area_at(1) + lay.INFLIGHT_HEADER_LEN
+    at = scene.memory.beside_offset + scene.area.area_at(1) + spec.INFLIGHT_HEADER_LEN
     return [head for head in range(NUM) if scene.window[at + 16 * head]]
 
 

@@ -17,7 +17,8 @@ from tests.vhost_user.rig import GPA, NUM, SPOKEN, UNTOLD, ByHand, Guest, InThre
 from vnetdp.bridge import Bridge
 from vnetdp.notify import EventFd
 from vnetdp.vhost_user.message import Inflight, ProtocolFeature, Request
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 R = Request
 
@@ -46,7 +47,7 @@ def test_a_move_that_was_cut_off_is_finished_whichever_ring_is_started_first(
         fds: list[int] = []
         guest.end.send(R.GET_INFLIGHT_FD, inflight(0, 0, 2, NUM))
         guest.end.answer(R.GET_INFLIGHT_FD, fds)
-        journal = 2 * 320 + lay.JOURNAL_LEN
+        journal = 2 * 320 + r.JOURNAL_LEN
         os.pwrite(fds[0], struct.pack("<HHH", 1, 1, 1), journal)
         for index in (0, 1):
             os.pwrite(fds[0], struct.pack("<QHH", 0, 1, NUM), index * 320)
@@ -60,7 +61,7 @@ def test_a_move_that_was_cut_off_is_finished_whichever_ring_is_started_first(
             guest.end.ask(R.GET_QUEUE_NUM)
         wait_equal(lambda: transmitq.used_idx, 2)
         wait_equal(lambda: receiveq.used_idx, 2)
-        assert guest.memory.read(receiveq.buffer(1) + lay.NET_HDR_LEN, 60) == frame(1)
+        assert guest.memory.read(receiveq.buffer(1) + spec.NET_HDR_LEN, 60) == frame(1)
         os.close(fds[0])
 
 

@@ -25,7 +25,7 @@ from vnetdp.driver import Driver
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 
 
 class Driving:
@@ -215,7 +215,7 @@ def test_a_ring_that_the_back_end_breaks_ends_driving_with_a_report(
 
         def break_ring(self: Driver) -> None:
             if endpoint.counters()["to_wire"] > 10:
-                self.dvqs[0, lay.DVQ_STATUS] = lay.E_USED_ID
+                self.dvqs[0, r.DVQ_STATUS] = r.E_USED_ID
             check(self)
 
         monkeypatch.setattr(Driver, "check", break_ring)

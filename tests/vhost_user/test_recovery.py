@@ -34,7 +34,7 @@ from vnetdp import features as f
 from vnetdp.drive import drive
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.vhost_user.message import Request
-from vnetdp_kernels import layout as lay
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.wait import BATCH
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
@@ -113,11 +113,11 @@ class Load:
 
     def wait_for_more(self, frames: int) -> None:
         """Wait until each pair has got so many frames back."""
-        before = self._endpoint.ledger[:, lay.LEDGER_DELIVERED].copy()
+        before = self._endpoint.ledger[:, r.LEDGER_DELIVERED].copy()
 
         def more() -> bool:
             assert self._failed is None
-            return bool((self._endpoint.ledger[:, lay.LEDGER_DELIVERED] >= before + frames).all())
+            return bool((self._endpoint.ledger[:, r.LEDGER_DELIVERED] >= before + frames).all())
 
         wait_for(more, f"{frames} frames on each pair")
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from .. import child, limits
 from ..datapath import Datapath, Listeners, Paced
@@ -110,7 +111,7 @@ def _unpack(data: bytes, fds: list[int]) -> Any:
                     os.close(fds[fd])
                 return memory
             if kind == "log":
-                return DirtyLog(rest[0] * 8 * layout.PAGE_SIZE, fds[rest[1]])
+                return DirtyLog(rest[0] * 8 * spec.PAGE_SIZE, fds[rest[1]])
             endpoint_kind, queues, block, queue_fds, name = rest
             own = [fds[fd] if fd >= 0 else -1 for fd in queue_fds]
             return _RemoteEndpoint(endpoint_kind, queues, fds[block], own, name)
@@ -348,7 +349,7 @@ class ProcessBackend(Owned):
             finally:
                 self._let_go(index)
             return
-        if endpoint.kind == layout.KIND_PYTHON:
+        if endpoint.kind == r.KIND_PYTHON:
             raise BackendError("set_backend", errno.EOPNOTSUPP, index, f"{endpoint.name} lives in another process")
         try:
             endpoint.start_polling(self._pair, self)
@@ -404,7 +405,7 @@ class ProcessBackend(Owned):
         return self._worker.listeners.add_device(on_broken, on_gone)
 
     def status(self, index: int) -> int:
-        return int(self._rows[index, layout.VQ_STATUS])
+        return int(self._rows[index, r.VQ_STATUS])
 
     def counters(self, index: int) -> dict[str, int]:
         return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}

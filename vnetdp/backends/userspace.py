@@ -12,7 +12,8 @@ from itertools import chain
 
 import numpy as np
 
-from vnetdp_kernels import layout, verbs
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec, verbs
 
 from .. import features as f
 from ..datapath import Datapath
@@ -24,11 +25,11 @@ from ..owned import Owned
 from ..virtqueue import TRANSMITQ, VRINGS, check_num, pair_of, queue_of, receiveq, ring_len
 
 COUNTERS = {
-    "packets": layout.VQ_PACKETS,
-    "bytes": layout.VQ_BYTES,
-    "dropped": layout.VQ_DROPPED,
-    "calls": layout.VQ_CALLS,
-    "kicks": layout.VQ_KICKS,
+    "packets": r.VQ_PACKETS,
+    "bytes": r.VQ_BYTES,
+    "dropped": r.VQ_DROPPED,
+    "calls": r.VQ_CALLS,
+    "kicks": r.VQ_KICKS,
 }
 
 
@@ -47,10 +48,10 @@ class UserspaceBackend(Owned):
     def set_mtu(self, mtu: int) -> None:
         if wrong := f.mtu_error(mtu):
             raise BackendError("set_mtu", errno.EINVAL, None, wrong)
-        self._rows[:, layout.VQ_MAX_FRAME] = mtu + layout.ETH_HLEN
+        self._rows[:, r.VQ_MAX_FRAME] = mtu + spec.ETH_HLEN
 
     def set_features(self, features: int) -> None:
-        if (features ^ self.features) & ~f.VHOST_F_LOG_ALL and self._rows[:, layout.VQ_BOUND].any():
+        if (features ^ self.features) & ~f.VHOST_F_LOG_ALL and self._rows[:, r.VQ_BOUND].any():
             raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
         if features & f.VIRTIO_F_RING_PACKED:
             raise BackendError("set_features", errno.EOPNOTSUPP, None, "packed rings")
@@ -60,26 +61,26 @@ class UserspaceBackend(Owned):
         else:
             self.datapath.logging.discard(self.pair)
         for index, row in enumerate(self._rows):
-            row[layout.VQ_EVENT_IDX] = int(bool(features & f.VIRTIO_RING_F_EVENT_IDX))
-            row[layout.VQ_INDIRECT] = int(bool(features & f.VIRTIO_RING_F_INDIRECT_DESC))
-            row[layout.VQ_MRG_RXBUF] = int(bool(features & f.VIRTIO_NET_F_MRG_RXBUF))
-            row[layout.VQ_HDR_LEN] = f.header_len(features)
+            row[r.VQ_EVENT_IDX] = int(bool(features & f.VIRTIO_RING_F_EVENT_IDX))
+            row[r.VQ_INDIRECT] = int(bool(features & f.VIRTIO_RING_F_INDIRECT_DESC))
+            row[r.VQ_MRG_RXBUF] = int(bool(features & f.VIRTIO_NET_F_MRG_RXBUF))
+            row[r.VQ_HDR_LEN] = f.header_len(features)
             to_guest = f.guest_offload_mask(features)
             if not features & f.VIRTIO_NET_F_MTU:
-                row[layout.VQ_MAX_FRAME] = 0
-            row[layout.VQ_OFFLOADS] = f.host_offload_mask(features) if index == TRANSMITQ else to_guest
+                row[r.VQ_MAX_FRAME] = 0
+            row[r.VQ_OFFLOADS] = f.host_offload_mask(features) if index == TRANSMITQ else to_guest
 
     def set_memory(self, memory: GuestMemory) -> None:
         if memory.closed:
             raise BackendError("set_memory", errno.EFAULT, None, "the guest memory is closed")
         dp = self.datapath
-        wanted = dp.vqs[dp.vqs[:, layout.VQ_BOUND] != 0]  # a copy: nothing changes before all can
+        wanted = dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0]  # a copy: nothing changes before all can
         try:
             for row in wanted:
                 _translate(memory, row)
         except ConfigError as e:
             raise BackendError("set_memory", errno.EFAULT, None, str(e)) from e
-        dp.vqs[dp.vqs[:, layout.VQ_BOUND] != 0] = wanted
+        dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0] = wanted
         dp.memory = memory
 
     def set_log(self, log: DirtyLog | None) -> None:
@@ -87,35 +88,33 @@ class UserspaceBackend(Owned):
 
     def set_vring_num(self, index: int, num: int) -> None:
         row = self._row("set_vring_num", index)
-        if row[layout.VQ_BOUND]:
+        if row[r.VQ_BOUND]:
             raise BackendError("set_vring_num", errno.EBUSY, index, "the ring is bound")
         try:
             check_num(num)
         except ConfigError as e:
             raise BackendError("set_vring_num", errno.EINVAL, index, str(e)) from e
-        row[layout.VQ_NUM] = num
+        row[r.VQ_NUM] = num
         self.datapath.translated[queue_of(self.pair, index)] = None  # the ring's parts have another length
 
     def set_vring_base(self, index: int, base: int) -> None:
         row = self._row("set_vring_base", index)
-        if row[layout.VQ_BOUND]:
+        if row[r.VQ_BOUND]:
             raise BackendError("set_vring_base", errno.EBUSY, index, "the ring is bound")
         if not 0 <= base <= 0xFFFF:
             raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
-        row[layout.VQ_LAST_AVAIL_IDX] = base
-        row[layout.VQ_AVAIL_IDX] = base
+        row[r.VQ_LAST_AVAIL_IDX] = base
+        row[r.VQ_AVAIL_IDX] = base
 
     def get_vring_base(self, index: int) -> int:
         row = self._row("get_vring_base", index)
-        if row[layout.VQ_BOUND]:
+        if row[r.VQ_BOUND]:
             self.set_backend(index, None)
-        return int(row[layout.VQ_LAST_AVAIL_IDX])
+        return int(row[r.VQ_LAST_AVAIL_IDX])
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
         row = self._row("set_vring_addr", index)
-        aligned = not (
-            desc % layout.VIRTQ_DESC_ALIGN or avail % layout.VIRTQ_AVAIL_ALIGN or used % layout.VIRTQ_USED_ALIGN
-        )
+        aligned = not (desc % spec.VIRTQ_DESC_ALIGN or avail % spec.VIRTQ_AVAIL_ALIGN or used % spec.VIRTQ_USED_ALIGN)
         if not aligned:
             raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
         if not all(0 <= address < ADDRESS_LIMIT for address in (desc, avail, used)):
@@ -123,14 +122,14 @@ class UserspaceBackend(Owned):
         if log_used is not None and not 0 <= log_used < ADDRESS_LIMIT:
             raise BackendError("set_vring_addr", errno.EFAULT, index, f"no log has the address {log_used:#x}")
         wanted = row.copy()
-        wanted[layout.VQ_DESC_GPA], wanted[layout.VQ_AVAIL_GPA], wanted[layout.VQ_USED_GPA] = (
+        wanted[r.VQ_DESC_GPA], wanted[r.VQ_AVAIL_GPA], wanted[r.VQ_USED_GPA] = (
             desc,
             avail,
             used,
         )
-        wanted[layout.VQ_LOG_USED] = -1 if log_used is None else log_used
+        wanted[r.VQ_LOG_USED] = -1 if log_used is None else log_used
         memory = self.datapath.memory
-        if memory is None or not row[layout.VQ_NUM]:
+        if memory is None or not row[r.VQ_NUM]:
             raise BackendError("set_vring_addr", errno.EFAULT, index, "memory and size come first")
         try:
             _translate(memory, wanted)
@@ -148,25 +147,25 @@ class UserspaceBackend(Owned):
         self.datapath.notify[queue_of(self.pair, index), 1] = call.notify if call else -1
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:
-        self._row("set_vring_enable", index)[layout.VQ_ENABLED] = int(enabled)
+        self._row("set_vring_enable", index)[r.VQ_ENABLED] = int(enabled)
 
     def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
         row = self._row("set_vring_inflight", index)
-        row[layout.VQ_INFLIGHT], row[layout.VQ_JOURNAL] = area, journal
+        row[r.VQ_INFLIGHT], row[r.VQ_JOURNAL] = area, journal
 
     def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
         row = self._row("set_backend", index)
         dp = self.datapath
         other = self._rows[1 - index]
         if endpoint is None:
-            if row[layout.VQ_BOUND]:
-                row[layout.VQ_BOUND] = 0
-                if not other[layout.VQ_BOUND]:
+            if row[r.VQ_BOUND]:
+                row[r.VQ_BOUND] = 0
+                if not other[r.VQ_BOUND]:
                     dp.endpoint.stop_polling(self.pair, dp)
-                if not dp.vqs[:, layout.VQ_BOUND].any():
+                if not dp.vqs[:, r.VQ_BOUND].any():
                     dp.let_go()
             return
-        if dp.memory is None or row[layout.VQ_NUM] == 0 or row[layout.VQ_DESC_GPA] < 0:
+        if dp.memory is None or row[r.VQ_NUM] == 0 or row[r.VQ_DESC_GPA] < 0:
             raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
         if dp.endpoint is not endpoint and dp.bound:
             raise BackendError("set_backend", errno.EBUSY, index, "another endpoint is bound")
@@ -183,7 +182,7 @@ class UserspaceBackend(Owned):
         except EndpointError as e:
             raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
         dp.endpoint = endpoint
-        bases = np.array([(queue_of(self.pair, index), row[layout.VQ_LAST_AVAIL_IDX])])
+        bases = np.array([(queue_of(self.pair, index), row[r.VQ_LAST_AVAIL_IDX])])
         verbs.bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
@@ -222,7 +221,7 @@ class UserspaceBackend(Owned):
         return lambda: None
 
     def status(self, index: int) -> int:
-        return int(self._rows[index, layout.VQ_STATUS])
+        return int(self._rows[index, r.VQ_STATUS])
 
     def counters(self, index: int) -> dict[str, int]:
         return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}
@@ -236,7 +235,7 @@ class UserspaceBackend(Owned):
 
 def _translate(memory: GuestMemory, row: Words) -> None:
     """Set the window offsets of a row from its guest addresses; ConfigError, and no change, if one is outside."""
-    lengths = ring_len(int(row[layout.VQ_NUM]))
-    slots = (layout.VQ_DESC_GPA, layout.VQ_AVAIL_GPA, layout.VQ_USED_GPA)
+    lengths = ring_len(int(row[r.VQ_NUM]))
+    slots = (r.VQ_DESC_GPA, r.VQ_AVAIL_GPA, r.VQ_USED_GPA)
     offsets = [memory.translate(int(row[slot]), length) for slot, length in zip(slots, lengths, strict=True)]
-    row[layout.VQ_DESC], row[layout.VQ_AVAIL], row[layout.VQ_USED] = offsets
+    row[r.VQ_DESC], row[r.VQ_AVAIL], row[r.VQ_USED] = offsets

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from vnetdp_kernels import spec
 from vnetdp_kernels.atomic import load_u16_acquire
-from vnetdp_kernels.layout import VIRTQ_MAX_NUM, VIRTQ_RING_IDX
 
 from .. import features as f
 from ..endpoints.base import Endpoint
@@ -128,7 +128,7 @@ class VhostUserBackend(Owned):
 
     def set_vring_num(self, index: int, num: int) -> None:
         n = self._not_bound("set_vring_num", index)
-        if not 0 < num <= VIRTQ_MAX_NUM or num & (num - 1):
+        if not 0 < num <= spec.VIRTQ_MAX_NUM or num & (num - 1):
             raise BackendError("set_vring_num", errno.EINVAL, index, f"{num} is not a power of two up to 32768")
         self._fe.send(Request.SET_VRING_NUM, VringState(n, num))
         self._num[index] = num
@@ -188,7 +188,7 @@ class VhostUserBackend(Owned):
         """Return the idx of the avail or used ring at a guest address; None if it is not there."""
         if ring is None or self._fe.memory is None:
             return None
-        return load_u16_acquire(self._fe.memory.mem, self._fe.memory.translate(ring + VIRTQ_RING_IDX, 2))
+        return load_u16_acquire(self._fe.memory.mem, self._fe.memory.translate(ring + spec.VIRTQ_RING_IDX, 2))
 
     def _recover(self, index: int, n: int) -> int | None:
         """Return where a back end that is gone stopped, if it left an inflight area that says so."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from ..errors import WorkError
 from ..memory import DirtyLog
@@ -101,7 +101,7 @@ def _rate(machine: Machine, sent: bool) -> float:
     rows = machine.wire.rows
 
     def count() -> int:
-        return int(rows[:, layout.EP_TO_WIRE].sum() + rows[:, layout.EP_FROM_WIRE].sum())
+        return int(rows[:, r.EP_TO_WIRE].sum() + rows[:, r.EP_FROM_WIRE].sum())
 
     ram = RamSource(machine.memory, machine.private_ranges())
     if sent:

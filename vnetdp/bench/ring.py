@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import bench, layout
+from vnetdp_kernels import bench
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.rows import Control
 
 from ..backends.worker import Worker
@@ -82,7 +83,7 @@ class OneCore:
                 stack.callback(self.log.close)
                 self.device.set_log(self.log)
             self._scratch = scratch_for(1)
-            self._ctl = np.zeros(layout.CTL_SLOTS, np.int64)
+            self._ctl = np.zeros(r.CTL_SLOTS, np.int64)
             self._clock = np.zeros(2, np.int64)
             self._stack = stack.pop_all()
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 from vnetdp_kernels.rows import Port, Wire
 
 from ..errors import EndpointError, place
@@ -32,7 +33,7 @@ PYTHON_SLOTS = 64  # frames that go to, or come from, an endpoint in Python in o
 
 def frame_len(mtu: int) -> int:
     """Return the bytes of the longest frame on a link of that MTU."""
-    return layout.ETH_HLEN + _VLAN_TAG_LEN + mtu
+    return spec.ETH_HLEN + _VLAN_TAG_LEN + mtu
 
 
 class Endpoint(Owned):
@@ -48,7 +49,7 @@ class Endpoint(Owned):
     ledger int64[queues, LEDGER_SLOTS] and windows uint8[queues, LEDGER_WINDOW], a row a flow.
     """
 
-    kind: int = layout.KIND_PYTHON
+    kind: int = r.KIND_PYTHON
     vnet_hdr = False
     """True if frames may come and go with offloads in virtio_net_hdr: checksums and segmentation left to do."""
     name = "endpoint"
@@ -57,27 +58,27 @@ class Endpoint(Owned):
     def __init__(self, queues: int = 1, block_fd: int | None = None) -> None:
         if not 1 <= queues <= 0x8000:
             raise EndpointError(f"{queues} queues: an endpoint has 1 to 32768")
-        slots = PYTHON_SLOTS if self.kind == layout.KIND_PYTHON else 1
-        words = queues * (layout.EP_SLOTS + layout.LEDGER_SLOTS + 2 * slots)
-        frames = queues * (layout.FRAME_SLOT * (1 + 2 * slots) + layout.LEDGER_WINDOW)
+        slots = PYTHON_SLOTS if self.kind == r.KIND_PYTHON else 1
+        words = queues * (r.EP_SLOTS + r.LEDGER_SLOTS + 2 * slots)
+        frames = queues * (r.FRAME_SLOT * (1 + 2 * slots) + r.LEDGER_WINDOW)
         self.queues = queues
         """The number of queues."""
         with ExitStack() as made:
-            self.block = SharedBlock(8 * words + frames + 8 * layout.PAGE_SIZE, block_fd)
+            self.block = SharedBlock(8 * words + frames + 8 * spec.PAGE_SIZE, block_fd)
             made.callback(self.block.close)
             # The kernel keeps claims for each open file, and gives them up with it: so the block, whose descriptor may be
             # a copy, is opened anew.
             self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
             made.pop_all()
         self.close_on_fork()
-        self.rows: Words = self.block.carve(np.int64, queues, layout.EP_SLOTS)
-        self.ledger: Words = self.block.carve(np.int64, queues, layout.LEDGER_SLOTS)
+        self.rows: Words = self.block.carve(np.int64, queues, r.EP_SLOTS)
+        self.ledger: Words = self.block.carve(np.int64, queues, r.LEDGER_SLOTS)
         self.in_lengths: Words = self.block.carve(np.int64, queues, slots)
         self.out_lengths: Words = self.block.carve(np.int64, queues, slots)
-        self.windows: Bytes = self.block.carve(np.uint8, queues, layout.LEDGER_WINDOW)
-        self.held: Bytes = self.block.carve(np.uint8, queues, layout.FRAME_SLOT)
-        self.in_frames: Bytes = self.block.carve(np.uint8, queues, slots * layout.FRAME_SLOT)
-        self.out_frames: Bytes = self.block.carve(np.uint8, queues, slots * layout.FRAME_SLOT)
+        self.windows: Bytes = self.block.carve(np.uint8, queues, r.LEDGER_WINDOW)
+        self.held: Bytes = self.block.carve(np.uint8, queues, r.FRAME_SLOT)
+        self.in_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
+        self.out_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
         self.fds: Words = np.full(queues, -1, np.int64)
         self.wire = Wire(
             self.rows,
@@ -91,9 +92,9 @@ class Endpoint(Owned):
             self.windows,
         )
         if block_fd is None:
-            self.rows[:, layout.EP_KIND] = self.kind
-            self.rows[:, layout.EP_FLOW] = np.arange(queues)
-            self.rows[:, layout.EP_LIMIT] = -1
+            self.rows[:, r.EP_KIND] = self.kind
+            self.rows[:, r.EP_FLOW] = np.arange(queues)
+            self.rows[:, r.EP_LIMIT] = -1
         # Whoever polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
         self._python_side = OwnedLock(self)
         self._in_hand = 0  # calls of somebody else's code that have not returned
@@ -170,22 +171,22 @@ class Endpoint(Owned):
 
     def service(self) -> None:
         """Hand on what kernels left in the out slots, and fill the in slots. For an endpoint in Python. @private"""
-        if self.kind != layout.KIND_PYTHON:
+        if self.kind != r.KIND_PYTHON:
             return
         stopped = self.polls_stopped
         for queue, row in enumerate(self.rows):
-            n = int(row[layout.EP_OUT_COUNT])
-            row[layout.EP_BLOCKED] = n > 0 and not self.takes_frames(queue)
-            if n and not row[layout.EP_BLOCKED]:
+            n = int(row[r.EP_OUT_COUNT])
+            row[r.EP_BLOCKED] = n > 0 and not self.takes_frames(queue)
+            if n and not row[r.EP_BLOCKED]:
                 frames = [
-                    self.out_frames[queue, slot * layout.FRAME_SLOT :][: self.out_lengths[queue, slot]].tobytes()
+                    self.out_frames[queue, slot * r.FRAME_SLOT :][: self.out_lengths[queue, slot]].tobytes()
                     for slot in range(n)
                 ]
-                row[layout.EP_OUT_COUNT] = 0
+                row[r.EP_OUT_COUNT] = 0
                 self._guarded_transmit(queue, frames)
                 if self.polls_stopped != stopped:
                     return  # that took so long that the rings have another owner: the slots are its affair
-            if row[layout.EP_COUNT] == 0:
+            if row[r.EP_COUNT] == 0:
                 self._fill(queue, row)
 
     @contextmanager
@@ -213,7 +214,7 @@ class Endpoint(Owned):
             self.transmit_frames(queue, frames)
 
     def _fill(self, queue: int, row: Words) -> None:
-        row[layout.EP_FIRST] = 0
+        row[r.EP_FIRST] = 0
         with self._guarded(queue, 0):
             self.fill_slots(queue, row)
 
@@ -230,17 +231,17 @@ class Endpoint(Owned):
             return
         for frame in frames:
             if n == PYTHON_SLOTS:
-                row[layout.EP_DROP_ERROR] += 1  # more than were asked for
-            elif len(frame) > layout.FRAME_SLOT:
-                row[layout.EP_DROP_LONG] += 1
+                row[r.EP_DROP_ERROR] += 1  # more than were asked for
+            elif len(frame) > r.FRAME_SLOT:
+                row[r.EP_DROP_LONG] += 1
             else:
-                at = n * layout.FRAME_SLOT
+                at = n * r.FRAME_SLOT
                 self.in_frames[queue, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
                 self.in_lengths[queue, n] = len(frame)
-                row[layout.EP_COUNT] = n = n + 1
+                row[r.EP_COUNT] = n = n + 1
 
     def _failed(self, queue: int, frames: int, error: BaseException) -> None:
-        self.rows[queue, layout.EP_DROP_ERROR] += frames
+        self.rows[queue, r.EP_DROP_ERROR] += frames
         self.errors += 1
         if self.errors == 1:
             # An endpoint's own error names its file or interface; a capture that can't be read on fails no second time.
@@ -270,8 +271,8 @@ class Endpoint(Owned):
 
     def send_to_wire(self, frame: bytes) -> None:
         """Put a frame of the device's own (Ethernet, no FCS, no virtio_net_hdr) on the wire, such as a RARP announcement."""
-        if self.kind == layout.KIND_PYTHON:
-            self._guarded_transmit(0, [bytes(layout.NET_HDR_LEN) + frame])
+        if self.kind == r.KIND_PYTHON:
+            self._guarded_transmit(0, [bytes(spec.NET_HDR_LEN) + frame])
 
     @property
     def files(self) -> Sequence[Path]:
@@ -300,7 +301,7 @@ class Endpoint(Owned):
     @property
     def gives(self) -> bool:
         """True if it sends frames by itself; False if it only answers frames, or sends none."""
-        return self.kind != layout.KIND_NULL and not self.answers
+        return self.kind != r.KIND_NULL and not self.answers
 
     @property
     def answers(self) -> bool:
@@ -308,12 +309,12 @@ class Endpoint(Owned):
 
         @private
         """
-        return self.kind in (layout.KIND_ECHO, layout.KIND_MACSWAP, layout.KIND_REFLECT)
+        return self.kind in (r.KIND_ECHO, r.KIND_MACSWAP, r.KIND_REFLECT)
 
     @property
     def idle(self) -> bool:
         """True if it holds no frame, neither on its way to the wire nor from it."""
-        slots = self.rows[:, (layout.EP_OUT_COUNT, layout.EP_COUNT, layout.EP_HELD)]
+        slots = self.rows[:, (r.EP_OUT_COUNT, r.EP_COUNT, r.EP_HELD)]
         return not (self._in_hand or slots.any())
 
     @property
@@ -345,15 +346,15 @@ class Endpoint(Owned):
         """
         total = self.rows.sum(axis=0)
         return {
-            "to_wire": int(total[layout.EP_TO_WIRE]),
-            "from_wire": int(total[layout.EP_FROM_WIRE]),
-            "bytes_to_wire": int(total[layout.EP_BYTES_TO_WIRE]),
-            "bytes_from_wire": int(total[layout.EP_BYTES_FROM_WIRE]),
-            "dropped_short": int(total[layout.EP_DROP_SHORT]),
-            "dropped_long": int(total[layout.EP_DROP_LONG]),
-            "dropped_error": int(total[layout.EP_DROP_ERROR]),
-            "dropped_no_buffer": int(total[layout.EP_DROP_NO_BUFFER]),
-            "dropped_offload": int(total[layout.EP_DROP_OFFLOAD]),
+            "to_wire": int(total[r.EP_TO_WIRE]),
+            "from_wire": int(total[r.EP_FROM_WIRE]),
+            "bytes_to_wire": int(total[r.EP_BYTES_TO_WIRE]),
+            "bytes_from_wire": int(total[r.EP_BYTES_FROM_WIRE]),
+            "dropped_short": int(total[r.EP_DROP_SHORT]),
+            "dropped_long": int(total[r.EP_DROP_LONG]),
+            "dropped_error": int(total[r.EP_DROP_ERROR]),
+            "dropped_no_buffer": int(total[r.EP_DROP_NO_BUFFER]),
+            "dropped_offload": int(total[r.EP_DROP_OFFLOAD]),
             "errors": self.errors,
         }
 

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from vnetdp_kernels import capture as cap
-from vnetdp_kernels import layout
+from vnetdp_kernels import spec
 
 from ..errors import EndpointError
 from ..limits import of_path
@@ -87,7 +87,7 @@ class _Mapped:
         self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
         self.data = np.frombuffer(self._map, np.uint8)
         # Between two looks it may lose pages to `truncate`: they read as zeros then.
-        sigbus.protect(self.data.ctypes.data, layout.align_up(size, mmap.PAGESIZE))
+        sigbus.protect(self.data.ctypes.data, spec.align_up(size, mmap.PAGESIZE))
         self._protected = self.data.ctypes.data
         state[cap.END] = size
         return True
@@ -277,14 +277,14 @@ class CaptureReader:
         else:
             raise self._damaged("a section header without a byte order")
         length, _magic, major = self._unpack("IIH", 4)
-        block_len = layout.align_up(length, 4)
+        block_len = spec.align_up(length, 4)
         if major != 1:
             raise self._damaged(f"a section of version {major}, not 1")
         if not _SECTION_HEADER_LEN <= block_len <= cap.MAX_WHOLE:
             raise self._damaged(_DAMAGE[cap.SCAN_BAD_LENGTH])
         if not self._has(block_len):
             raise self._damaged("it ends inside a section header")
-        if layout.align_up(self._unpack("I", block_len - 4)[0], 4) != block_len:
+        if spec.align_up(self._unpack("I", block_len - 4)[0], 4) != block_len:
             raise self._damaged(_DAMAGE[cap.SCAN_BAD_LENGTH])
         self.state[cap.BIG] = self._order == ">"
         self.state[cap.INTERFACES] = 0
@@ -293,7 +293,7 @@ class CaptureReader:
     def _read_interface(self) -> None:
         """Add the interface whose description block lies, whole, at AT."""
         n = int(self.state[cap.INTERFACES])
-        block_len = layout.align_up(self._unpack("I", 4)[0], 4)
+        block_len = spec.align_up(self._unpack("I", 4)[0], 4)
         if block_len < 20:
             raise self._damaged(_DAMAGE[cap.SCAN_BAD_LENGTH])
         if n == _MAX_INTERFACES:
@@ -317,7 +317,7 @@ class CaptureReader:
             if code == 0 or length > end - at - 4:
                 return
             yield code, at + 4, length
-            at += 4 + layout.align_up(length, 4)
+            at += 4 + spec.align_up(length, 4)
 
     def close(self) -> None:
         self._input.close()
@@ -330,7 +330,7 @@ def foreign(path: Path, link_type: int) -> EndpointError:
 def frame_at(reader: CaptureReader, row: int) -> bytes:
     """Return the frame that a row of the reader's index tells of, behind a virtio_net_hdr of zeros."""
     at, length = (int(value) for value in reader.index[row])
-    return bytes(layout.NET_HDR_LEN) + reader.data[at : at + length].tobytes()
+    return bytes(spec.NET_HDR_LEN) + reader.data[at : at + length].tobytes()
 
 
 def _read_only(array: Bytes) -> Bytes:

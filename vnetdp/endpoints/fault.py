@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vnetdp_kernels import answer, layout, port
+from vnetdp_kernels import answer, port, spec
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.rows import Frame
 
 from ..errors import EndpointError
@@ -85,7 +86,7 @@ class _Way:
         if self.strikes("drop"):
             return
         if self.strikes("corrupt"):
-            bit = self._random["bit"].randrange(8 * layout.NET_HDR_LEN, 8 * len(frame))
+            bit = self._random["bit"].randrange(8 * spec.NET_HDR_LEN, 8 * len(frame))
             damaged = bytearray(frame)
             damaged[bit // 8] ^= 1 << bit % 8
             frame = bytes(damaged)
@@ -144,8 +145,8 @@ class FaultEndpoint(Endpoint):
         """How often each fault struck, by name."""
         self._to_wire = [_Way(self.faults, q, "to wire", self.struck) for q in range(inner.queues)]
         self._from_wire = [_Way(self.faults, q, "from wire", self.struck) for q in range(inner.queues)]
-        self._frame: Bytes = np.zeros(layout.FRAME_SLOT, np.uint8)
-        self._iov: Words = np.zeros((1, layout.IOV_SLOTS), np.int64)
+        self._frame: Bytes = np.zeros(r.FRAME_SLOT, np.uint8)
+        self._iov: Words = np.zeros((1, r.IOV_SLOTS), np.int64)
         self._words: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
         self._ports = [inner.port(queue) for queue in range(inner.queues)]
         self._ended = False
@@ -161,10 +162,10 @@ class FaultEndpoint(Endpoint):
             for queue, alarm in enumerate(self._alarms):
                 inner = self.inner.rows[queue]
                 if alarm.broke:
-                    inner[layout.EP_GONE] = 1
-                alarm.set(self._next_ns(queue), not self._from_wire[queue].full and not inner[layout.EP_GONE])
+                    inner[r.EP_GONE] = 1
+                alarm.set(self._next_ns(queue), not self._from_wire[queue].full and not inner[r.EP_GONE])
             waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
-            self._ended = self.inner.finished and not waiting and not self.rows[:, layout.EP_COUNT].any()
+            self._ended = self.inner.finished and not waiting and not self.rows[:, r.EP_COUNT].any()
 
     def takes_frames(self, queue: int) -> bool:
         return not self._to_wire[queue].full
@@ -211,25 +212,25 @@ class FaultEndpoint(Endpoint):
                 return False
             self._loop_back(queue, len(frame))
             return True
-        frame_len = len(frame) - layout.NET_HDR_LEN
-        self._iov[0] = layout.NET_HDR_LEN, frame_len, 0
+        frame_len = len(frame) - spec.NET_HDR_LEN
+        self._iov[0] = spec.NET_HDR_LEN, frame_len, 0
         whole = Frame(self._frame, self._iov, 0, 1, frame_len)
-        return int(port.emit(whole, self._frame, self._ports[queue], self._words)) != layout.E_BLOCKED
+        return int(port.emit(whole, self._frame, self._ports[queue], self._words)) != r.E_BLOCKED
 
     def _take(self, queue: int) -> bytes:
         """Return one frame of the inner endpoint's, empty if there is none now."""
-        length = port.produce(self._ports[queue], self._frame, 0, layout.FRAME_SLOT, time.monotonic_ns())
+        length = port.produce(self._ports[queue], self._frame, 0, r.FRAME_SLOT, time.monotonic_ns())
         return self._frame[:length].tobytes()
 
     def _loop_back(self, queue: int, length: int) -> None:
         """Have echo, macswap or reflect turn the frame at hand around."""
         row = self.inner.rows[queue]
-        row[layout.EP_TO_WIRE] += 1
-        row[layout.EP_BYTES_TO_WIRE] += length - layout.NET_HDR_LEN
-        if not answer.answer(self.inner.kind, self._frame, layout.NET_HDR_LEN, length - layout.NET_HDR_LEN):
+        row[r.EP_TO_WIRE] += 1
+        row[r.EP_BYTES_TO_WIRE] += length - spec.NET_HDR_LEN
+        if not answer.answer(self.inner.kind, self._frame, spec.NET_HDR_LEN, length - spec.NET_HDR_LEN):
             return
-        row[layout.EP_FROM_WIRE] += 1
-        row[layout.EP_BYTES_FROM_WIRE] += length - layout.NET_HDR_LEN
+        row[r.EP_FROM_WIRE] += 1
+        row[r.EP_BYTES_FROM_WIRE] += length - spec.NET_HDR_LEN
         self._from_wire[queue].admit(self._frame[:length].tobytes())
 
     def _next_ns(self, queue: int) -> int:
@@ -241,15 +242,15 @@ class FaultEndpoint(Endpoint):
             times.append(due if due > now else now + _RETRY_NS)
         if self._from_wire[queue].waiting:
             times.append(self._from_wire[queue].waiting[0][0])
-        if self.rows[queue, layout.EP_COUNT] and self.inner.finished:
+        if self.rows[queue, r.EP_COUNT] and self.inner.finished:
             times.append(_NOW)  # to see the last frames taken
         row = self.inner.rows[queue]
         if (
-            self.inner.kind == layout.KIND_GENERATE
+            self.inner.kind == r.KIND_GENERATE
             and not self._from_wire[queue].full
-            and not 0 <= row[layout.EP_LIMIT] <= row[layout.EP_SEQ]
+            and not 0 <= row[r.EP_LIMIT] <= row[r.EP_SEQ]
         ):
-            times.append(int(row[layout.EP_NEXT_NS]) or _NOW)
+            times.append(int(row[r.EP_NEXT_NS]) or _NOW)
         return min(times, default=_NEVER)
 
     # --- what a device tells it, and asks it ---
@@ -303,7 +304,7 @@ class FaultEndpoint(Endpoint):
     @property
     def finished(self) -> bool:
         # Seen in `service`, where no frame is between two places.
-        return self._ended and not self.rows[:, layout.EP_HELD].any()
+        return self._ended and not self.rows[:, r.EP_HELD].any()
 
     def counters(self) -> dict[str, int]:
         """Return the counts of an endpoint, with the drops of *inner*, and `fault_NAME`: how often each fault struck."""

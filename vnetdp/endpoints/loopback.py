@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from ..errors import EndpointError
 from .base import Endpoint
@@ -16,28 +17,28 @@ _MAX_COUNT = 1 << 62
 class NullEndpoint(Endpoint):
     """Takes every frame and gives none."""
 
-    kind = layout.KIND_NULL
+    kind = r.KIND_NULL
     name = "null"
 
 
 class EchoEndpoint(Endpoint):
     """Sends every frame back unchanged, copied once from ring to ring."""
 
-    kind = layout.KIND_ECHO
+    kind = r.KIND_ECHO
     name = "echo"
 
 
 class MacswapEndpoint(Endpoint):
     """Sends every frame back with its Ethernet addresses exchanged."""
 
-    kind = layout.KIND_MACSWAP
+    kind = r.KIND_MACSWAP
     name = "macswap"
 
 
 class ReflectEndpoint(Endpoint):
     """A host that has every IPv4 address: answers ARP requests and ICMP echo, and drops all other frames."""
 
-    kind = layout.KIND_REFLECT
+    kind = r.KIND_REFLECT
     name = "reflect"
 
 
@@ -84,7 +85,7 @@ class GenerateEndpoint(Endpoint):
     - `block_fd`: internal.
     """
 
-    kind = layout.KIND_GENERATE
+    kind = r.KIND_GENERATE
     name = "generate"
 
     def __init__(
@@ -99,18 +100,16 @@ class GenerateEndpoint(Endpoint):
         super().__init__(queues, block_fd)
         self.count = count
         if block_fd is None:
-            self.rows[:, layout.EP_SIZE] = size
-            self.rows[:, layout.EP_INTERVAL_NS] = round(1e9 / rate) if rate else 0
-            self.rows[:, layout.EP_LIMIT] = count
-            self.rows[:, layout.EP_CHECK] = 1
+            self.rows[:, r.EP_SIZE] = size
+            self.rows[:, r.EP_INTERVAL_NS] = round(1e9 / rate) if rate else 0
+            self.rows[:, r.EP_LIMIT] = count
+            self.rows[:, r.EP_CHECK] = 1
 
     @staticmethod
     def check(size: int = 64, rate: float = 0.0, count: int = -1) -> None:
         """Raise EndpointError unless a generator can have these arguments."""
-        if not layout.LEDGER_MIN_LEN <= size <= layout.MAX_FRAME_LEN:
-            raise EndpointError(
-                f"generate: size {size} is not between {layout.LEDGER_MIN_LEN} and {layout.MAX_FRAME_LEN}"
-            )
+        if not r.LEDGER_MIN_LEN <= size <= spec.MAX_FRAME_LEN:
+            raise EndpointError(f"generate: size {size} is not between {r.LEDGER_MIN_LEN} and {spec.MAX_FRAME_LEN}")
         if rate and not 1e-9 <= rate <= 1e9:
             raise EndpointError(f"generate: rate {rate} is not between 1e-9 and 1e9 frames a second, nor 0")
         if not -1 <= count <= _MAX_COUNT:
@@ -118,33 +117,33 @@ class GenerateEndpoint(Endpoint):
 
     @property
     def longest_frame(self) -> int:
-        return int(self.rows[:, layout.EP_SIZE].max())
+        return int(self.rows[:, r.EP_SIZE].max())
 
     @property
     def sent(self) -> int:
         """The number of frames made so far, on all queues, those in flight included."""
-        return int(self.rows[:, layout.EP_SEQ].sum())
+        return int(self.rows[:, r.EP_SEQ].sum())
 
     def stop(self) -> None:
         """Make no more frames. Those in flight still arrive."""
-        self.rows[:, layout.EP_LIMIT] = self.rows[:, layout.EP_SEQ]
+        self.rows[:, r.EP_LIMIT] = self.rows[:, r.EP_SEQ]
 
     @property
     def finished(self) -> bool:
-        limit = self.rows[:, layout.EP_LIMIT]
-        return bool(((limit >= 0) & (self.rows[:, layout.EP_SEQ] >= limit)).all())
+        limit = self.rows[:, r.EP_LIMIT]
+        return bool(((limit >= 0) & (self.rows[:, r.EP_SEQ] >= limit)).all())
 
     def ledger_against(self, sender: GenerateEndpoint) -> Ledger:
         """Return the fate of the frames of *sender*, the generator at the other side of the rings, as seen here."""
         total = self.ledger.sum(axis=0)
-        delivered, sent = int(total[layout.LEDGER_DELIVERED]), sender.sent
+        delivered, sent = int(total[r.LEDGER_DELIVERED]), sender.sent
         return Ledger(
             sent=sent,
             delivered=delivered,
             lost=sent - delivered,
-            duplicated=int(total[layout.LEDGER_DUPLICATED]),
-            reordered=int(total[layout.LEDGER_REORDERED]),
-            corrupted=int(total[layout.LEDGER_CORRUPTED]),
+            duplicated=int(total[r.LEDGER_DUPLICATED]),
+            reordered=int(total[r.LEDGER_REORDERED]),
+            corrupted=int(total[r.LEDGER_CORRUPTED]),
         )
 
 

@@ -8,14 +8,14 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import spec
 
 from ..errors import ConfigError
 from ..notify import EventFd
 from ..owned import OwnedLock
 from .base import Endpoint
 
-_NO_HEADER = bytes(layout.NET_HDR_LEN)
+_NO_HEADER = bytes(spec.NET_HDR_LEN)
 
 
 class MailboxEndpoint(Endpoint):
@@ -65,7 +65,7 @@ class MailboxEndpoint(Endpoint):
 
     def take(self) -> list[bytes]:
         """Return the Ethernet frames (no FCS, no virtio_net_hdr) that came off the rings, oldest first; maybe none."""
-        return [frame[layout.NET_HDR_LEN :] for frame in self.take_raw()]
+        return [frame[spec.NET_HDR_LEN :] for frame in self.take_raw()]
 
     def take_raw(self) -> list[bytes]:
         """Return the frames that came off the rings, as `take` does, each with its virtio_net_hdr of 12 bytes in front."""

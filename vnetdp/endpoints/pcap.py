@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from vnetdp_kernels import capture as cap
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from ..errors import EndpointError, reason
 from ..memory import Words
@@ -89,8 +90,8 @@ class PcapEndpoint(Endpoint):
     def _count(self, reader: CaptureReader) -> None:
         """Count the frames that the reader left out."""
         state, row = reader.state, self.rows[0]
-        row[layout.EP_DROP_LONG] += state[cap.LONG]
-        row[layout.EP_DROP_ERROR] += state[cap.FOREIGN]
+        row[r.EP_DROP_LONG] += state[cap.LONG]
+        row[r.EP_DROP_ERROR] += state[cap.FOREIGN]
         if state[cap.FOREIGN] and not self._foreign_said:
             self._foreign_said = True
             what = f"link type {state[cap.FOREIGN_TYPE]}, but only Ethernet (1) can be sent"
@@ -134,7 +135,7 @@ class PcapEndpoint(Endpoint):
         elif rows and (reader := self._reader) is not None:
             frames, lengths = self.in_frames[queue], self.in_lengths[queue]
             cap.take(reader.data, reader.index, rows.start, len(rows), frames, lengths)
-            row[layout.EP_COUNT] = len(rows)
+            row[r.EP_COUNT] = len(rows)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         rows = self._take(queue, limit)
@@ -143,7 +144,7 @@ class PcapEndpoint(Endpoint):
     def service(self) -> None:
         super().service()
         if self._writer is not None and self._writer.waiting and not self.takes_frames(0):
-            self.rows[:, layout.EP_BLOCKED] = 1  # have it called again soon, frames or none: a record's end is kept
+            self.rows[:, r.EP_BLOCKED] = 1  # have it called again soon, frames or none: a record's end is kept
 
     def takes_frames(self, queue: int) -> bool:
         """False while the reader of a FIFO has not taken what was written before."""
@@ -156,11 +157,11 @@ class PcapEndpoint(Endpoint):
 
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         if self._writer is not None:
-            self._writer.write([frame[layout.NET_HDR_LEN :] for frame in frames])
+            self._writer.write([frame[spec.NET_HDR_LEN :] for frame in frames])
 
     @property
     def longest_frame(self) -> int:
-        return layout.MAX_FRAME_LEN if self.gives else super().longest_frame
+        return spec.MAX_FRAME_LEN if self.gives else super().longest_frame
 
     @property
     def gives(self) -> bool:
@@ -169,7 +170,7 @@ class PcapEndpoint(Endpoint):
     @property
     def finished(self) -> bool:
         """True once the last frame of the source has gone to the ring; never, without a source."""
-        return self._gone and not self.rows[0, layout.EP_HELD]
+        return self._gone and not self.rows[0, r.EP_HELD]
 
     def close(self) -> None:
         if self._reader is not None:

@@ -19,7 +19,8 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from scapy.supersocket import SuperSocket
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from ..errors import EndpointError
 from ..notify import EventFd
@@ -60,11 +61,11 @@ class ScapyEndpoint(MailboxEndpoint):
         for group in groups:
             answers: list[bytes] = []
             with self._guarded(queue, len(group)):  # it may cost its own packets only
-                packets = [Ether(frame[layout.NET_HDR_LEN :]) for frame in group]
+                packets = [Ether(frame[spec.NET_HDR_LEN :]) for frame in group]
                 answers = _frames(self.function(packets if self.batch else packets[0]))
             for answer in answers:
                 if not self.put(answer, queue=queue):
-                    self.rows[queue, layout.EP_DROP_ERROR] += 1
+                    self.rows[queue, r.EP_DROP_ERROR] += 1
 
 
 def _frames(answer: Answer) -> list[bytes]:
@@ -148,7 +149,7 @@ class VnetdpSocket(Owned, SuperSocket):
         """Return a descriptor that is readable while packets wait, for select() and poll()."""
         return self._poll.fileno()
 
-    def recv_raw(self, x: int = layout.FRAME_SLOT) -> tuple[type[Packet] | None, bytes | None, float | None]:
+    def recv_raw(self, x: int = r.FRAME_SLOT) -> tuple[type[Packet] | None, bytes | None, float | None]:
         """Return (Ether, *x* bytes of a frame at most, time.time()), or (None, None, None) if none waits. Never blocks."""
         if not self._received:
             self._received.extend(self._port.receive())

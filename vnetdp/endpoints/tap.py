@@ -21,7 +21,8 @@ from typing import Final, TypeVar
 
 import pytun
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from ..errors import EndpointError
 from .base import Endpoint, frame_len
@@ -61,7 +62,7 @@ class TapEndpoint(Endpoint):
     while it is in use. EndpointError, with the next step, if it can't be had.
     """
 
-    kind = layout.KIND_TAP
+    kind = r.KIND_TAP
     vnet_hdr = True
 
     def __init__(self, name: str, queues: int = 1, netns: str | None = None, persist: bool = False) -> None:
@@ -106,7 +107,7 @@ class TapEndpoint(Endpoint):
                 os.set_blocking(fd, False)
                 self.fds[len(self._devices) - 1] = fd
             found = fcntl.ioctl(self._devices[0].fileno(), _TUNGETVNETHDRSZ, bytes(4))
-            self._set_header_len(layout.NET_HDR_LEN)
+            self._set_header_len(spec.NET_HDR_LEN)
             (self._found_header_len,) = struct.unpack("i", found)
             self.set_offloads(0)
             if persist:
@@ -155,7 +156,7 @@ class TapEndpoint(Endpoint):
         """Have the kernel send frames with the offloads of *mask* left to do: the bits of TUNSETOFFLOAD."""
         fd = self._first()
         wanted = _dependable(mask)
-        for try_mask in (wanted, wanted & ~(layout.OFFLOAD_USO4 | layout.OFFLOAD_USO6)):
+        for try_mask in (wanted, wanted & ~(spec.OFFLOAD_USO4 | spec.OFFLOAD_USO6)):
             try:
                 fcntl.ioctl(fd, _TUNSETOFFLOAD, try_mask)
                 return
@@ -171,11 +172,11 @@ class TapEndpoint(Endpoint):
             device = self._devices[queue]
             with suppress(OSError):  # it is so already
                 device.mq_attach(active)
-            self.rows[queue, layout.EP_GONE] = 0
+            self.rows[queue, r.EP_GONE] = 0
 
     def send_to_wire(self, frame: bytes) -> None:
         with suppress(OSError):  # an interface that is down takes nothing
-            os.write(int(self.fds[0]), bytes(layout.NET_HDR_LEN) + frame)
+            os.write(int(self.fds[0]), bytes(spec.NET_HDR_LEN) + frame)
 
     @property
     def mtu(self) -> int | None:
@@ -273,12 +274,12 @@ def _mtu(any_socket: socket.socket, name: str) -> int:
 
 def _dependable(mask: int) -> int:
     """Return *mask* less what the kernel refuses: all without CSUM, ECN without TSO, one of the two USO."""
-    tso = layout.OFFLOAD_TSO4 | layout.OFFLOAD_TSO6
-    uso = layout.OFFLOAD_USO4 | layout.OFFLOAD_USO6
-    if not mask & layout.OFFLOAD_CSUM:
+    tso = spec.OFFLOAD_TSO4 | spec.OFFLOAD_TSO6
+    uso = spec.OFFLOAD_USO4 | spec.OFFLOAD_USO6
+    if not mask & spec.OFFLOAD_CSUM:
         return 0
     if not mask & tso:
-        mask &= ~layout.OFFLOAD_ECN
+        mask &= ~spec.OFFLOAD_ECN
     if mask & uso != uso:
         mask &= ~uso
     return mask

@@ -14,8 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from vnetdp_kernels import layout
-from vnetdp_kernels.layout import PAGE_SIZE
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from .. import features as f
 from .. import vhost_net
@@ -100,7 +100,7 @@ def _free_place(machine: Machine, length: int) -> int:
     for first, taken in sorted(map(driver.place_of, range(len(machine.device.queues)))):
         if at + length <= first:
             return at
-        at = layout.align_up(first + taken, PAGE_SIZE)
+        at = spec.align_up(first + taken, spec.PAGE_SIZE)
     if at + length > machine.memory.regions[0].length:
         raise VnetdpError("there is no room in guest memory for the queue to move to")
     return at
@@ -124,7 +124,7 @@ def _queue_on(machine: Machine, _n: int) -> None:
 
 def _frames(machine: Machine, _n: int) -> None:
     """Have LEFT frames go each way on each queue, so that every index moves; then none for a machine without traffic."""
-    ways = (layout.EP_TO_WIRE, layout.EP_FROM_WIRE)
+    ways = (r.EP_TO_WIRE, r.EP_FROM_WIRE)
     enough = machine.wire.rows[:, ways] + LEFT
     for rows in (machine.wire.rows, machine.guest.rows):
         _more(machine, rows)
@@ -203,21 +203,21 @@ def _set_up_again(machine: Machine, index: int, at: int | None) -> None:
     driver = machine.driver
     assert driver is not None
     pair = pair_of(index)
-    limit = int(machine.guest.rows[pair, layout.EP_LIMIT])
+    limit = int(machine.guest.rows[pair, r.EP_LIMIT])
     driver.stop()  # before anything is looked at: a driver that runs may have a frame in hand, which no index shows
     if not is_receiveq(index):
-        machine.guest.rows[pair, layout.EP_LIMIT] = machine.guest.rows[pair, layout.EP_SEQ]
+        machine.guest.rows[pair, r.EP_LIMIT] = machine.guest.rows[pair, r.EP_SEQ]
         try:
             _wait(lambda: _all_used(machine, index))
         except VnetdpError:
-            machine.guest.rows[pair, layout.EP_LIMIT] = limit
+            machine.guest.rows[pair, r.EP_LIMIT] = limit
             driver.start()
             raise
     machine.device.reset_queue(index)
     driver.run(-1, 0, 0)  # takes what was used before the reset
     if at is not None:
         driver.lay_out(index, at)
-        machine.guest.rows[pair, layout.EP_LIMIT] = limit
+        machine.guest.rows[pair, r.EP_LIMIT] = limit
         _guest_wrote(machine, index)
     driver.start()
 
@@ -226,7 +226,7 @@ def _all_used(machine: Machine, index: int) -> bool:
     """Return whether the device has used all that the driver, which is stopped, has made available."""
     assert machine.driver is not None
     used = vhost_net.used_idx(machine.memory, machine.device.queues[index])
-    return used == int(machine.driver.dvqs[index, layout.DVQ_PUBLISHED_IDX])
+    return used == int(machine.driver.dvqs[index, r.DVQ_PUBLISHED_IDX])
 
 
 def _wait(done: Callable[[], bool]) -> None:
@@ -244,8 +244,8 @@ def _guest_wrote(machine: Machine, index: int) -> None:
         return
     ram.add_private(machine.driver.private_ranges())
     at, _ = machine.driver.place_of(index)
-    length = sum(layout.align_up(part, PAGE_SIZE) for part in ring_len(machine.config.num))
-    ram.wrote(range(at // PAGE_SIZE, (at + length) // PAGE_SIZE))
+    length = sum(spec.align_up(part, spec.PAGE_SIZE) for part in ring_len(machine.config.num))
+    ram.wrote(range(at // spec.PAGE_SIZE, (at + length) // spec.PAGE_SIZE))
 
 
 @contextmanager
@@ -288,12 +288,12 @@ def _receive_unseen(machine: Machine) -> None:
 def _more(machine: Machine, rows: Words) -> None:
     """Have one end, the guest's or the wire's, make LEFT frames more on each queue, allowed to or not."""
     assert machine.driver is not None
-    enough = rows[:, layout.EP_SEQ] + LEFT
-    limits = rows[:, layout.EP_LIMIT]
-    rows[:, layout.EP_LIMIT] = np.where(limits < 0, limits, enough)
+    enough = rows[:, r.EP_SEQ] + LEFT
+    limits = rows[:, r.EP_LIMIT]
+    rows[:, r.EP_LIMIT] = np.where(limits < 0, limits, enough)
     for bell in (machine.driver.bell, *machine.device.kicks):
         bell.signal()  # who sleeps does not know of a new limit
-    _wait(lambda: bool((rows[:, layout.EP_SEQ] >= enough).all()))
+    _wait(lambda: bool((rows[:, r.EP_SEQ] >= enough).all()))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from .. import vhost_net
 from ..owners import Owner
@@ -32,8 +32,8 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
             if (queue.last_avail_idx - used) & 0xFFFF > queue.num:
                 found.append(f"I2: queue {n} goes on at {queue.last_avail_idx}, and used.idx is {used}")
     bound = {
-        Owner.USERSPACE: device.userspace_rows[:, layout.VQ_BOUND] != 0,
-        Owner.VHOST: machine.worker.datapath.vqs[:, layout.VQ_BOUND] != 0 if machine.worker else None,
+        Owner.USERSPACE: device.userspace_rows[:, r.VQ_BOUND] != 0,
+        Owner.VHOST: machine.worker.datapath.vqs[:, r.VQ_BOUND] != 0 if machine.worker else None,
     }
     for who, rows in bound.items():
         if rows is None:

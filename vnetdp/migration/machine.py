@@ -16,7 +16,8 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from .. import vhost_net
 from ..announce import Announcer
@@ -40,16 +41,16 @@ _SLEEP_S = 1.0  # a call that has not come by then was lost
 # What of the guest's end of the traffic stays as it was made; the rest counts, or says what comes next.
 _CONSTANT = [
     slot
-    for slot in range(layout.EP_SLOTS)
+    for slot in range(r.EP_SLOTS)
     if slot
     not in (
-        *(layout.EP_SEQ, layout.EP_LIMIT, layout.EP_NEXT_NS, layout.EP_TO_WIRE, layout.EP_FROM_WIRE),
-        *(layout.EP_DROP_SHORT, layout.EP_DROP_LONG, layout.EP_DROP_ERROR, layout.EP_DROP_NO_BUFFER),
-        *(layout.EP_DROP_OFFLOAD, layout.EP_BYTES_TO_WIRE, layout.EP_BYTES_FROM_WIRE),
+        *(r.EP_SEQ, r.EP_LIMIT, r.EP_NEXT_NS, r.EP_TO_WIRE, r.EP_FROM_WIRE),
+        *(r.EP_DROP_SHORT, r.EP_DROP_LONG, r.EP_DROP_ERROR, r.EP_DROP_NO_BUFFER),
+        *(r.EP_DROP_OFFLOAD, r.EP_BYTES_TO_WIRE, r.EP_BYTES_FROM_WIRE),
     )
 ]
 _OF_ONE_PROCESS = ("fault", "pcap", "scapy")  # what a destination's would know nothing of
-_HEADROOM = 64 + layout.NET_HDR_LEN
+_HEADROOM = 64 + spec.NET_HDR_LEN
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Machine(Owned):
 
     @property
     def buffer_len(self) -> int:
-        return layout.align_up(self.config.size + _HEADROOM, 64) | 64
+        return spec.align_up(self.config.size + _HEADROOM, 64) | 64
 
     def _guest_memory(self) -> GuestMemory:
         """Rings and buffers, twice (they may move), then the guest's end of the ledger, then its driver's memory."""
@@ -306,7 +307,7 @@ class Machine(Owned):
         with standing_still, self.driver.paused() if self.driver is not None else nullcontext():
             for end, limit in ((self.wire, self.config.to_guest), (self.guest, self.config.to_wire)):
                 if isinstance(end, GenerateEndpoint):
-                    end.rows[:, layout.EP_LIMIT] = limit if traffic else end.rows[:, layout.EP_SEQ]
+                    end.rows[:, r.EP_LIMIT] = limit if traffic else end.rows[:, r.EP_SEQ]
 
     def drain(self, seconds: float = 3.0) -> bool:
         """Make no more frames, and return whether all that were made arrive.

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from vnetdp_kernels.layout import PAGE_SIZE, REGION_LEN, REGION_OFFSET
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
 from ..errors import ConfigError
 from ..memory import Bytes, DirtyLog, GuestMemory, Words
@@ -22,7 +23,7 @@ from .stream import Cursor, StreamError
 
 CHUNK_PAGES = 128  # of one section
 _COUNT = struct.Struct("<I")
-_WORDS = PAGE_SIZE // 8
+_WORDS = spec.PAGE_SIZE // 8
 
 
 def pages_of(memory: GuestMemory) -> Bytes:
@@ -30,8 +31,8 @@ def pages_of(memory: GuestMemory) -> Bytes:
     if len(memory.table) != 1 or memory.regions[0].gpa != 0:
         raise ConfigError("migration needs guest memory that begins at 0 and has no hole")
     row = memory.table[0]
-    flat = memory.mem[int(row[REGION_OFFSET]) : int(row[REGION_OFFSET] + row[REGION_LEN])]
-    return flat.reshape(-1, PAGE_SIZE)
+    flat = memory.mem[int(row[r.REGION_OFFSET]) : int(row[r.REGION_OFFSET] + row[r.REGION_LEN])]
+    return flat.reshape(-1, spec.PAGE_SIZE)
 
 
 class RamSource:
@@ -46,7 +47,7 @@ class RamSource:
         self._lock = threading.Lock()
         self._copy_of: Words = np.full(len(self._pages), -1, np.int64)  # a private page's place among the copies
         self._runs: list[tuple[int, int]] = []  # of private pages, first and end: their copies lie side by side, too
-        self._copies: Bytes = np.zeros((0, PAGE_SIZE), np.uint8)
+        self._copies: Bytes = np.zeros((0, spec.PAGE_SIZE), np.uint8)
         self._wrote: set[int] = set()
         self.add_private(private)
         self.sent = 0  # pages
@@ -56,14 +57,14 @@ class RamSource:
         with self._lock:
             n_copies = len(self._copies)
             for gpa, length in private:
-                first = gpa // PAGE_SIZE
-                new = first + np.flatnonzero(self._copy_of[first : -(-(gpa + length) // PAGE_SIZE)] < 0)
+                first = gpa // spec.PAGE_SIZE
+                new = first + np.flatnonzero(self._copy_of[first : -(-(gpa + length) // spec.PAGE_SIZE)] < 0)
                 for run in np.split(new, 1 + np.flatnonzero(np.diff(new) > 1)):
                     if len(run):
                         self._runs.append((int(run[0]), int(run[-1]) + 1))
                         self._copy_of[run] = np.arange(n_copies, n_copies + len(run))
                         n_copies += len(run)
-            copies: Bytes = np.zeros((n_copies, PAGE_SIZE), np.uint8)
+            copies: Bytes = np.zeros((n_copies, spec.PAGE_SIZE), np.uint8)
             copies[: len(self._copies)] = self._copies
             self._copies = copies
 
@@ -84,7 +85,7 @@ class RamSource:
                     break  # ENXIO: nothing but hole from here on
                 at = min(os.lseek(region.fd, start, os.SEEK_HOLE), end)
                 into = region.gpa - region.fd_offset
-                numbers.append(np.arange((start + into) // PAGE_SIZE, -(-(at + into) // PAGE_SIZE)))
+                numbers.append(np.arange((start + into) // spec.PAGE_SIZE, -(-(at + into) // spec.PAGE_SIZE)))
         return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
 
     def changed(self, log: DirtyLog | None) -> Words:
@@ -129,7 +130,7 @@ class RamTarget:
         if count > CHUNK_PAGES:
             raise StreamError(f"a ram section of {count} pages")
         numbers = np.frombuffer(cursor.take(8 * count), "<i8")
-        data = np.frombuffer(cursor.take(PAGE_SIZE * count), np.uint8).reshape(-1, PAGE_SIZE)
+        data = np.frombuffer(cursor.take(spec.PAGE_SIZE * count), np.uint8).reshape(-1, spec.PAGE_SIZE)
         cursor.end()
         if count and not 0 <= numbers.min() <= numbers.max() < len(self._pages):
             raise StreamError(f"page {numbers.max()} is not inside guest memory of {len(self._pages)} pages")

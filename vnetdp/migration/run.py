@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import layout
+from vnetdp_kernels import rows as r
 
 from .. import limits
 from ..endpoints.base import Endpoint
@@ -31,9 +31,9 @@ _SAMPLE_S = 0.0001
 _LOOK_ON_S = 0.02
 _FIRST_S = 5.0  # until a machine that runs is taken for one that moves no frame
 _WAYS = {
-    "both": (layout.EP_TO_WIRE, layout.EP_FROM_WIRE),
-    "tx": (layout.EP_TO_WIRE,),
-    "rx": (layout.EP_FROM_WIRE,),
+    "both": (r.EP_TO_WIRE, r.EP_FROM_WIRE),
+    "tx": (r.EP_TO_WIRE,),
+    "rx": (r.EP_FROM_WIRE,),
     "idle": (),
 }
 # What the destination does between the source's stop and its own first packet.
@@ -67,7 +67,7 @@ class Watch:
             time.sleep(_SAMPLE_S)
 
     def _look(self) -> None:
-        to_wire, from_wire = self._rows[:, layout.EP_TO_WIRE], self._rows[:, layout.EP_FROM_WIRE]
+        to_wire, from_wire = self._rows[:, r.EP_TO_WIRE], self._rows[:, r.EP_FROM_WIRE]
         self._samples.append((time.monotonic_ns(), int(to_wire.sum()), int(from_wire.sum())))
 
     def stop(self) -> Words:

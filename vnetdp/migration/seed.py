@@ -10,8 +10,8 @@ import select
 import threading
 from typing import Any
 
+from vnetdp_kernels import spec
 from vnetdp_kernels.atomic import load_u16_acquire
-from vnetdp_kernels.layout import VIRTQ_RING_IDX
 
 from .. import limits, vhost_net
 from ..backends.base import Backend
@@ -94,7 +94,7 @@ class SeedTarget(Target):
         if not queue.enabled:
             return False
         memory = self.machine.memory
-        avail_idx = load_u16_acquire(memory.mem, memory.translate(queue.avail + VIRTQ_RING_IDX, 2))
+        avail_idx = load_u16_acquire(memory.mem, memory.translate(queue.avail + spec.VIRTQ_RING_IDX, 2))
         return avail_idx != queue.last_avail_idx
 
     def _set_all_vring_bases(self) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vnetdp_kernels import layout, peer
+from vnetdp_kernels import peer
+from vnetdp_kernels import rows as r
 from vnetdp_kernels.atomic import Words
 
 from ..errors import RequestRefused
@@ -39,7 +40,7 @@ class PeerEvent(EventFd):
 
     @property
     def notify(self) -> int:
-        return self.fd | layout.NOTIFY_PEER
+        return self.fd | r.NOTIFY_PEER
 
     def signal(self) -> None:
         """Add one, unless that would wait: a descriptor that takes nothing more has said enough."""
