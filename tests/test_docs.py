@@ -1,4 +1,4 @@
-"""The documentation is true: its examples run, its commands parse, its links lead somewhere, its map has every file."""
+"""The documentation is true: its examples run, its commands parse, its links lead somewhere, its lists are whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from vnetdp.bench.netns import why_no_netns
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HACKING = ROOT / "HACKING.md"
+COMMANDS = ROOT / "docs" / "commands.md"
+GLOSSARY = ROOT / "docs" / "glossary.md"
+PAGES = [README, HACKING, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _FENCE = re.compile(
     r"(?:<!-- test: (?P<test>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -179,7 +182,7 @@ def test_commands_are_ones_that_exist() -> None:
 def test_every_endpoint_is_in_the_table() -> None:
     from vnetdp.endpoints.spec import _KINDS
 
-    table = README.read_text().split("## Endpoints")[1].split("##")[0]
+    table = COMMANDS.read_text().split("## Endpoints")[1].split("##")[0]
     for kind in _KINDS:
         assert f"`{kind}" in table
 
@@ -198,14 +201,36 @@ def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
     assert "@private" not in page
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), target
+        if anchor and "://" not in target:
+            assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def test_the_readme_has_at_most_8_kb() -> None:
+    assert len(README.read_bytes()) <= 8192
+
+
+def test_the_glossary_is_in_alphabetical_order_and_each_term_is_used() -> None:
+    terms = re.findall(r"^\| ([^|]+) \| ", GLOSSARY.read_text(), re.MULTILINE)[1:]
+    assert len(terms) > 50
+    assert terms == sorted(set(terms), key=str.casefold)
+    sources = [path for folder in ("vnetdp", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    pages = [page for page in PAGES if page not in (GLOSSARY, ROOT / "CHANGELOG.md")]
+    text = " ".join(" ".join(path.read_text() for path in (*pages, *sources)).lower().split())
+    assert [term for term in terms if not re.search(rf"\b{re.escape(term.lower())}", text)] == []
 
 
 def test_the_map_has_every_file() -> None:
-    table = README.read_text().split("## The code")[1].split("\n## ")[0]
+    table = HACKING.read_text().split("## The code")[1].split("\n## ")[0]
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", table))
     kernels, control = ROOT / "kernels" / "vnetdp_kernels", ROOT / "vnetdp"
     there = {

@@ -174,10 +174,10 @@ def test_wrong_usage_is_told_in_one_line_before_anything_is_compiled(
     assert not (interfaces() - before) & {"t0", "a b"}
 
 
-def test_every_endpoint_is_in_the_help_in_the_error_and_in_the_readme(shell: Shell) -> None:
+def test_every_endpoint_is_in_the_help_in_the_error_and_in_the_documents(shell: Shell) -> None:
     told = shell.run_forked("link", "null", "teleport").stderr
     shown = shell.run_forked("link", "--help").stdout
-    table = (Path(__file__).parents[1] / "README.md").read_text().partition("\n## Endpoints\n")[2]
+    table = (Path(__file__).parents[1] / "docs" / "commands.md").read_text().partition("\n## Endpoints\n")[2]
     assert list(ENDPOINTS) == list(_KINDS)
     for kind, (syntax, _) in ENDPOINTS.items():
         assert f", {syntax}" in told or f"are {syntax}," in told

@@ -1,4 +1,4 @@
-"""The README's commands that attach guests, run as they stand there: a reader's shell finds what this machine has.
+"""The commands of README and docs/attach.md that attach guests, as they stand: a shell finds the programs of this machine.
 
 Only names are other ones, so that two runs can't meet: the namespace, and the folder of the socket.
 """
@@ -19,25 +19,16 @@ from pathlib import Path
 import pytest
 
 from tests.by_hand import wait_for
-from tests.test_docs import README, blocks, only
+from tests.test_docs import README, ROOT, blocks, only
 
 from .guests import images
 from .guests.machine import REPOSITORY, end, why_no_guest
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]
 
-RUN_HERE = {
-    "guests",
-    "wire",
-    "wire, meanwhile",
-    "qemu",
-    "guest",
-    "uml",
-    "virtio_user, serve",
-    "virtio_user",
-    "net_vhost",
-}
-RUN_HERE |= {"net_vhost, drive"}
+IN_README = {"reflect", "qemu", "guest"}
+IN_ATTACH = {"guests", "wire", "wire, meanwhile", "uml", "virtio_user, serve", "virtio_user"}
+IN_ATTACH |= {"net_vhost", "net_vhost, drive"}
 
 
 class Shell:
@@ -116,11 +107,13 @@ def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path, {"lab": f"vnetdp-lab-{os.getpid()}"})
 
 
-def test_every_command_of_the_section_is_run_here() -> None:
+def test_every_command_of_section_and_page_is_run_here() -> None:
     lines = README.read_text().splitlines()
-    began = lines.index("## Attach a real guest")
+    began = lines.index("## Attach a guest")
     ended = next(n for n in range(began + 1, len(lines)) if lines[n].startswith("## "))
-    assert {block.test for block in blocks(README) if began < block.line < ended} == RUN_HERE
+    assert {block.test for block in blocks(README) if began < block.line < ended} == IN_README
+    page = blocks(ROOT / "docs" / "attach.md")
+    assert {block.test for block in page if block.language == "sh"} == IN_ATTACH
 
 
 # --- guests ---
@@ -182,6 +175,12 @@ def test_the_folder_of_guests_has_what_the_commands_name(shell: Shell, guests: N
 
 def test_qemu(shell: Shell, wire: Running, guests: None) -> None:
     assert_attached(shell, "qemu", wire, "52:54:00:00:00:02")
+
+
+def test_qemu_and_reflect(shell: Shell, guests: None) -> None:
+    with shell.running("reflect") as serve:
+        serve.wait_until_it_says("serving")
+        assert_attached(shell, "qemu", serve, "52:54:00:00:00:02")
 
 
 def test_user_mode_linux(shell: Shell, wire: Running, guests: None) -> None:

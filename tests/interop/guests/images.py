@@ -1,6 +1,6 @@
 """What guests are made of, fetched as Debian packages and unpacked into a cache; nothing is installed.
 
-`python -m tests.interop.guests.images FOLDER` puts what the README's commands need into FOLDER.
+`python -m tests.interop.guests.images FOLDER` puts the files that the commands of docs/attach.md need into FOLDER.
 
 The cache is ~/.cache/vnetdp/guests, or $VNETDP_GUEST. Packages come from the Debian mirror that apt is configured with,
 from its backports, and for the newest QEMU from its unstable release. A part is made once; delete its folder, or change this
@@ -323,7 +323,7 @@ def _with_libraries(program: Path, root: Path) -> None:
 
 
 def put_into(folder: Path) -> None:
-    """Put what the README's commands name into *folder*: kernels, initial file systems, and a QEMU to run here."""
+    """Put the files that the documents name into *folder*: kernels, initial file systems, and a QEMU to run here."""
     folder.mkdir(parents=True, exist_ok=True)
     emulator = qemu()
     for name, target in (
