@@ -101,6 +101,13 @@ def test_every_python_block_is_an_example() -> None:
             assert block.language != "python" or block.test == "python", name_of(block)
 
 
+def test_every_marked_block_is_one_that_a_test_runs() -> None:
+    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_docs.py", "interop/test_attach.py"))
+    for page in PAGES:
+        for block in blocks(page):
+            assert not block.test or f'"{block.test}"' in tests, name_of(block)
+
+
 @pytest.mark.parametrize("block", marked("run"), ids=name_of)
 def test_shell_example(block: Block, tmp_path: Path, shell_env: dict[str, str]) -> None:
     done = run(["sh", "-eu", "-c", block.text], tmp_path, shell_env)
