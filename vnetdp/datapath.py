@@ -408,6 +408,7 @@ class Paced(Owned):
         """Have the thread end all the same, or enter no kernel any more: what it runs may be closed next."""
         if self._ended:
             return
+        self._stopping = True
         call_away(self._target)
         self._resume.put(self._turn)
         self._thread.join(_STUCK_S)
