@@ -395,16 +395,14 @@ def _write_journal(mem: Bytes, txq: Words, used_tx: int, rxq: Words, used_rx: in
 def _may_pass(txq: Words, rxq: Words, ep: Words, kind: int, hdr: Bytes, frame: Frame) -> bool:
     """Return whether a frame can go from *txq* to *rxq*; one that can't is counted as dropped."""
     gso = load_u8(hdr, spec.NET_HDR_GSO_TYPE)
-    reason = 0
     if frame.length < spec.ETH_HLEN:
-        reason = r.EP_DROP_SHORT
+        ep[r.EP_DROP_SHORT] += 1
     elif frame.length > spec.MAX_FRAME_LEN or exceeds_mtu(txq, gso, frame) or exceeds_mtu(rxq, gso, frame):
-        reason = r.EP_DROP_LONG
+        ep[r.EP_DROP_LONG] += 1
     elif kind != r.KIND_REFLECT and not (makes_sense(hdr, 0, frame.length) and accepts(hdr, 0, rxq[r.VQ_OFFLOADS])):
-        reason = r.EP_DROP_OFFLOAD
-    if reason == 0:
+        ep[r.EP_DROP_OFFLOAD] += 1
+    else:
         return True
-    ep[reason] += 1
     txq[r.VQ_DROPPED] += 1
     return False
 
