@@ -163,9 +163,8 @@ def serve(rings: Rings, wire: Wire, control: Control, scratch: Scratch, limits: 
     waited = 0
     since = 0
     if limits.poll_us:
-        disable_kicks(
-            rings
-        )  # a ring just bound asks for kicks, and a loop that never sleeps would never take that back
+        # A ring just bound asks for kicks, and a loop that never sleeps would never take that back.
+        disable_kicks(rings)
     while True:
         n, found = _serve_pass(rings, wire, scratch, wait.budget_left(limits, moved))
         moved += n
