@@ -28,7 +28,7 @@ _PAIRS = (1, 4)
 _SECTIONS: Final[dict[str, str]] = {
     "setup": "queue pairs, queue size and length of guest memory, which have to be equal",
     "ram": "at most 128 pages, each with its number",
-    "virtio-net-early": "every field, and the queues in use: for the time being",
+    "virtio-net-early": "every field, and the queues in use; provisional",
     "check": "CRC-32 of each region of guest memory, to be compared",
     "virtio-net": "every field, and 1,024 queues in two walks, as QEMU's version 11 has them",
     "virtio-net-delta": "the fields and queues that changed, and last_avail_idx of each other enabled queue",
@@ -36,9 +36,9 @@ _SECTIONS: Final[dict[str, str]] = {
     "virtio-net-vhost": "set all bases, then bind all backends",
     "end": "nothing follows but the commit",
     "ready": "the destination has loaded everything",
-    "failed": "why the destination gave up",
+    "failed": "the reason for which the destination gave up",
     "commit": "the source gives the machine up",
-    "running": "the machine runs: its owner, and what took how long",
+    "running": "the machine runs: the owner of its rings, and the spans",
 }
 
 
@@ -51,7 +51,7 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def fields() -> str:
     """Return the table of what is sent of a device."""
     rows = ((f"`{each.name}`", each.kind, each.says, each.cost) for each in FIELDS)
-    return _table(("field", "type", "what it is", "what its change costs"), rows)
+    return _table(("field", "type", "meaning", "cost of a change"), rows)
 
 
 def sections() -> str:
@@ -128,7 +128,7 @@ def matrix() -> str:
         ends = "; ".join(f"{often}: {end}" if often else end for often, end in line.ends.items())
         counts = " / ".join(str(line.counts.get(pairs, 0)) for pairs in _PAIRS)
         rows.append((row, _filled(text, line.values), ends, counts))
-    return _table(("row", "what goes wrong", "has to end with", "cases with 1 / 4 pairs"), rows)
+    return _table(("row", "failure or change", "required outcome", "cases with 1 / 4 pairs"), rows)
 
 
 def _order(row: str) -> tuple[str, int, str]:
