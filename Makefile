@@ -68,7 +68,7 @@ test-boundscheck: $(STAMP)
 
 # With the oldest versions that pyproject.toml allows, in an environment of their own: the part of the suite that leans on
 # other packages the most. The kernels are compiled first, as no test is to wait for that.
-OLDEST_TESTS ?= tests/endpoints tests/kernels/test_reflect.py tests/kernels/test_hostile_capture.py
+OLDEST_TESTS ?= tests/endpoints tests/kernels/wire/test_reflect.py tests/kernels/wire/test_hostile_capture.py
 test-oldest: $(STAMP)
 	@set -eu; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	$(RUN) -m tests.oldest | tee "$$dir/oldest" | paste -sd ' ' >&2; \

@@ -21,9 +21,10 @@ from vnetdp.driver import Driver
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.memory import GuestMemory
 from vnetdp.virtqueue import ring_len
-from vnetdp_kernels import driver as kernels
 from vnetdp_kernels import rows as r
-from vnetdp_kernels import spec, split_driver
+from vnetdp_kernels import spec
+from vnetdp_kernels.net import driver as kernels
+from vnetdp_kernels.virtq import split_driver
 
 COMPILED = not config.DISABLE_JIT
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"  # `make campaign`: everything at length

@@ -10,17 +10,7 @@ import numpy as np
 import pytest
 
 from tests.by_hand import no_descriptor_leaks
-from tests.owner_bed import (
-    BASE,
-    FEATURES,
-    FRAMES,
-    NUM,
-    PAIRS,
-    QUEUES,
-    Bed,
-    bed_of,
-    of_rings,
-)
+from tests.owner_bed import BASE, FEATURES, FRAMES, NUM, PAIRS, QUEUES, Bed, bed_of, of_rings
 from vnetdp import features as f
 from vnetdp import vhost_net
 from vnetdp.backends.base import Backend

@@ -24,8 +24,8 @@ from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.errors import VnetdpError
 from vnetdp.vhost_user.message import ProtocolFeature, Request
-from vnetdp_kernels import interrupt
 from vnetdp_kernels import rows as r
+from vnetdp_kernels.platform import interrupt
 
 NOT_OFFERED = ProtocolFeature.RARP | ProtocolFeature.DEVICE_STATE
 COUNT = scaled(200_000, 200)

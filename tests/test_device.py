@@ -389,7 +389,7 @@ def test_a_frame_in_hand_is_dropped_by_a_reset(memory: GuestMemory) -> None:
         rings[0].post(0)
         mailbox.put(frame(0, 3000))
         assert device.step() == 0
-        assert mailbox.rows[0, r.EP_HELD] == spec.NET_HDR_LEN + 3000, "it waits for a second buffer"
+        assert mailbox.rows[0, r.EP_PENDING] == spec.NET_HDR_LEN + 3000, "it waits for a second buffer"
         rings = bring_up(device, MODERN | f.VIRTIO_NET_F_MRG_RXBUF)
         device.set_status(READY)
         rings[0].post(0, 1, 2)

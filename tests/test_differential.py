@@ -37,7 +37,7 @@ BLOCK = 4096
 # Two regions that are adjacent, a hole, and one high up.
 REGIONS = ((0x10000, 0x60000), (0x70000, 0x20000), (1 << 33, 0x20000))
 SEAM = 0x70000
-KEPT = [r.EP_SEQ, r.EP_HELD]  # what an endpoint keeps, and any owner finds
+KEPT = [r.EP_SEQ, r.EP_PENDING]  # what an endpoint keeps, and any owner finds
 CHOICES = (
     f.VIRTIO_F_VERSION_1,
     f.VIRTIO_RING_F_EVENT_IDX,

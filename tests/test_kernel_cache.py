@@ -18,15 +18,15 @@ from tests.machine_bed import OTHER_USER, as_user, needs_root, needs_seccomp, on
 from tests.test_package import here, python
 
 _HELPER = """
-from .jit import kernel
+from ..platform.jit import kernel
 
 @kernel
 def step(x: int) -> int:
     return x + {step}
 """
 _CALLER = """
-from .helper import step
-from .jit import kernel
+from .net.helper import step
+from .platform.jit import kernel
 
 @kernel
 def twice(x: int) -> int:
@@ -35,7 +35,7 @@ def twice(x: int) -> int:
 _CALL = """
 import json
 from vnetdp_kernels.caller import twice
-from vnetdp_kernels.jit import cache_is_warm
+from vnetdp_kernels.platform.jit import cache_is_warm
 
 warm = cache_is_warm(twice)
 print(json.dumps([twice(0), warm, sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values())]))
@@ -44,7 +44,8 @@ print(json.dumps([twice(0), warm, sum(twice.stats.cache_hits.values()), sum(twic
 
 _DAMAGE = """
 import json
-from vnetdp_kernels import cache, caller, jit
+from vnetdp_kernels import caller
+from vnetdp_kernels.platform import cache, jit
 
 def call():
     again = jit.kernel(caller.twice.py_func)
@@ -86,7 +87,7 @@ class CopiedKernels:
         self.edit_helper(1)
 
     def edit_helper(self, step: int) -> None:
-        (self.package / "helper.py").write_text(_HELPER.format(step=step))
+        (self.package / "net" / "helper.py").write_text(_HELPER.format(step=step))
 
     def env(self, **env: str) -> dict[str, str]:
         settings = {"NUMBA_DISABLE_JIT": "0", "NUMBA_BOUNDSCHECK": "0", "NUMBA_CACHE_DIR": str(self.cache)}
@@ -123,7 +124,7 @@ class CopiedKernels:
                 path.chmod(0o555)
 
 
-_TROUBLE = "from vnetdp_kernels import cache" + _CALL.replace("]))", ", cache.trouble()]))")
+_TROUBLE = "from vnetdp_kernels.platform import cache" + _CALL.replace("]))", ", cache.trouble()]))")
 # Root that heeds permissions, as in a container that dropped these.
 _HEEDING = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner", "--"]
 
@@ -207,7 +208,8 @@ def test_with_nowhere_to_write_kernels_run_and_the_user_hears_of_it(kernels: Cop
 _FOLDERS = """
 import json
 from numba import config
-from vnetdp_kernels import cache, caller, jit
+from vnetdp_kernels import caller
+from vnetdp_kernels.platform import cache, jit
 
 found = {}
 for folder in ("/dev/null", "/proc/nowhere", "x" * 300, "/dev/null/below", "there/is/a/file"):
@@ -229,7 +231,7 @@ def test_a_cache_folder_that_can_t_be_is_named_and_another_taken(kernels: Copied
 _SAID = """
 import json, logging, sys
 from vnetdp import doctor, output, warmup
-from vnetdp_kernels import loops
+from vnetdp_kernels.loops import drive, serve
 from vnetdp_kernels.caller import twice
 
 said = []
@@ -237,7 +239,7 @@ log = logging.Handler()
 log.emit = lambda record: said.append(record.getMessage())
 logging.getLogger("vnetdp").addHandler(log)
 warmup.compile_once("a kernel", [twice], lambda: twice(0), said.append)
-loops.serve = loops.drive = twice
+serve.serve = drive.drive = twice
 check = doctor._cache()
 print(json.dumps([said, check.detail, check.advice]))
 """
@@ -326,7 +328,7 @@ import errno, json, os
 from pathlib import Path
 from tests.machine_bed import refusing
 from vnetdp import warmup
-from vnetdp_kernels import cache
+from vnetdp_kernels.platform import cache
 
 lock = cache.writable().path / "compiling.lock"
 had = []

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from tests.by_hand import no_descriptor_leaks
 from vnetdp.errors import ConfigError
 from vnetdp.memory import DirtyLog, GuestMemory, Region, SharedBlock, create_memfd, page_of
-from vnetdp_kernels import guest, spec
+from vnetdp_kernels import spec
+from vnetdp_kernels.virtq.memory import mark_dirty, translate
 
 PAGE = spec.PAGE_SIZE
 HUGE = 1 << 21
@@ -70,9 +71,9 @@ def test_ranges_are_inside_or_refused(layout: list[tuple[int, int]], base: int, 
             if not valid:
                 with pytest.raises(ConfigError, match="not inside"):
                     memory.translate(gpa, length)
-                assert guest.translate(memory.table, gpa, length) < 0
+                assert translate(memory.table, gpa, length) < 0
                 continue
-            assert guest.translate(memory.table, gpa, length) == memory.translate(gpa, length)
+            assert translate(memory.table, gpa, length) == memory.translate(gpa, length)
             content = os.urandom(length)
             memory.write(gpa, content)
             assert memory.read(gpa, length) == content
@@ -351,13 +352,13 @@ def test_a_fixed_address_that_is_taken_is_an_error_and_stays_its_owners() -> Non
 def test_pages_are_taken_once(first: set[int], second: set[int]) -> None:
     log = DirtyLog(200 * PAGE)
     for page in first:
-        guest.mark_dirty(log.log, page * PAGE + page, 1)
+        mark_dirty(log.log, page * PAGE + page, 1)
     assert log.pages() == sorted(first)
     assert log.pages() == sorted(first), "looking leaves them dirty"
     assert log.take() == sorted(first)
     assert log.take() == log.pages() == []
     for page in second:
-        guest.mark_dirty(log.log, page * PAGE, PAGE)
+        mark_dirty(log.log, page * PAGE, PAGE)
     assert log.take() == sorted(second)
     log.close()
 
@@ -374,8 +375,8 @@ def test_more_pages_than_one_kernel_call_finds() -> None:
 def test_the_log_has_a_bit_for_every_page(end: int, length: int) -> None:
     log = DirtyLog(end)
     assert (log.length, log.log.size) == (length, length)
-    guest.mark_dirty(log.log, end - 1, 1)
-    guest.mark_dirty(log.log, (8 * length) * PAGE, PAGE)  # behind it: left out
+    mark_dirty(log.log, end - 1, 1)
+    mark_dirty(log.log, (8 * length) * PAGE, PAGE)  # behind it: left out
     assert log.pages() == [page_of(end - 1)]
     log.close()
 
@@ -384,7 +385,7 @@ def test_a_log_is_shared_through_its_descriptor() -> None:
     with no_descriptor_leaks():
         log = DirtyLog(64 * PAGE)
         other = DirtyLog(64 * PAGE, os.dup(log.fd))
-        guest.mark_dirty(other.log, 5 * PAGE, 1)
+        mark_dirty(other.log, 5 * PAGE, 1)
         assert log.take() == [5]
         assert other.pages() == []
         log.close()

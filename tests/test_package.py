@@ -117,4 +117,4 @@ for name in names:
 print(json.dumps(names))
 """
     names = python(code, tmp_path, PYTHONPATH=here())
-    assert {"vnetdp.cli", "vnetdp.backends.process", "vnetdp_kernels.loops"} < set(names)
+    assert {"vnetdp.cli", "vnetdp.backends.process", "vnetdp_kernels.loops.serve"} < set(names)

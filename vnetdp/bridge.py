@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import join
 from vnetdp_kernels import rows as r
+from vnetdp_kernels.loops import join
 from vnetdp_kernels.rows import Control, Limits
 
 from .backends.worker import WorkerBackend

@@ -17,9 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from vnetdp_kernels import interrupt, loops, peer, port, spec
 from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
+from vnetdp_kernels.loops.serve import serve
+from vnetdp_kernels.platform import interrupt, peer
 from vnetdp_kernels.rows import Control, Guest, Limits, Rings, Scratch
+from vnetdp_kernels.wire import frame, port
 
 from . import limits
 from .endpoints.base import Endpoint
@@ -54,7 +57,7 @@ def scratch_for(pairs: int, max_num: int = spec.VIRTQ_MAX_NUM) -> Scratch:
         iov=np.zeros((2 * cap, r.IOV_SLOTS), np.int64),
         frame_iov=np.zeros((cap, r.IOV_SLOTS), np.int64),
         chains=np.zeros((cap, 2), np.int64),
-        hdr=np.zeros(port.HDR_SCRATCH, np.uint8),
+        hdr=np.zeros(frame.HDR_SCRATCH, np.uint8),
         words=np.zeros(port.SCRATCH_WORDS, np.int64),
         pollfds=np.zeros((2, 3 * pairs + 1), np.int64),
         one=peer.tell_words(),
@@ -127,7 +130,7 @@ class Datapath(Owned):
                 self._in_kernel = False
                 return r.LOOP_CONTROL, moved
             limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
-            reason, n = loops.serve(self.rings, endpoint.wire, control, self._scratch, limits)
+            reason, n = serve(self.rings, endpoint.wire, control, self._scratch, limits)
             self._in_kernel = False
             moved += n
             if reason != r.LOOP_PYTHON:

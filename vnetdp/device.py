@@ -431,7 +431,7 @@ class NetDevice(Owned):
         with self._trouble.lock:
             self._trouble.reset()
             self._registers.reset_queues()
-        self.endpoint.rows[:, r.EP_HELD] = 0
+        self.endpoint.rows[:, r.EP_PENDING] = 0
         for event in (*self.kicks, *self.calls):
             event.clear()
         self._told(self._registers.reset)

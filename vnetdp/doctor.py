@@ -173,16 +173,18 @@ def _memfd() -> Check:
 def _cache() -> Check:
     """Look where the compiled kernels are kept."""
     try:
-        from vnetdp_kernels import cache, jit, loops
+        from vnetdp_kernels.loops.drive import drive
+        from vnetdp_kernels.loops.serve import serve
+        from vnetdp_kernels.platform import cache, jit
     except (ImportError, OSError, MemoryError) as e:
         return Check("numba cache", False, True, f"the kernels can't be loaded: {limits.fault(e)}", "see numba, above")
-    if not hasattr(loops.serve, "stats"):
+    if not hasattr(serve, "stats"):
         return Check("numba cache", True, True, "not used: NUMBA_DISABLE_JIT is set")
     folder = cache.writable()
     trouble = cache.trouble()
-    if jit.cache_is_warm(loops.serve) and jit.cache_is_warm(loops.drive):
+    if jit.cache_is_warm(serve) and jit.cache_is_warm(drive):
         # That it can't be written to matters to the next version only.
-        found = jit.found(loops.serve)
+        found = jit.found(serve)
         return Check("numba cache", True, True, f"warm, in {found}", cache.passed_over(found))
     if folder is None:
         return Check("numba cache", False, False, "cold, and there is no folder for it: each run compiles", trouble)

@@ -12,10 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
-from vnetdp_kernels import driver as kernels
-from vnetdp_kernels import loops, spec, split_driver
 from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
+from vnetdp_kernels.loops.drive import drive
+from vnetdp_kernels.net import driver as kernels
 from vnetdp_kernels.rows import Control, DriverRings, Limits
+from vnetdp_kernels.virtq import split_driver
 
 from . import features as f
 from .datapath import Paced, scratch_for
@@ -297,7 +299,7 @@ class Driver(Owned):
         while True:
             endpoint.service()
             limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
-            reason, n = loops.drive(self.rings, endpoint.wire, control, self._scratch, limits)
+            reason, n = drive(self.rings, endpoint.wire, control, self._scratch, limits)
             moved += n
             if reason != r.LOOP_PYTHON:
                 endpoint.service()

@@ -17,7 +17,7 @@ import numpy as np
 
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
-from vnetdp_kernels.atomic import load_u16_acquire, store_u16, store_u16_release
+from vnetdp_kernels.platform.atomic import load_u16_acquire, store_u16, store_u16_release
 
 from .errors import ConfigError, RequestRefused
 from .memory import Bytes, GuestMemory, Region, create_memfd

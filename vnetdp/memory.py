@@ -90,7 +90,7 @@ def _own(at: int, length: int, foreign: bool) -> ctypes.Array[ctypes.c_uint8]:
     if that can't be had.
     """
     if foreign:
-        from vnetdp_kernels import sigbus
+        from vnetdp_kernels.platform import sigbus
 
         try:
             sigbus.protect(at, length)
@@ -104,7 +104,7 @@ def _own(at: int, length: int, foreign: bool) -> ctypes.Array[ctypes.c_uint8]:
 
 def _unmap(at: int, length: int, foreign: bool) -> None:
     if foreign:
-        from vnetdp_kernels import sigbus
+        from vnetdp_kernels.platform import sigbus
 
         sigbus.unprotect(at)
     _libc.munmap(at, length)
@@ -451,7 +451,7 @@ class DirtyLog(Owned):
 
     def take(self) -> list[int]:
         """Return the numbers (guest address // 4096) of all dirty pages, and clear them atomically."""
-        from vnetdp_kernels.guest import take_dirty
+        from vnetdp_kernels.virtq.memory import take_dirty
 
         self.check_maker()
         found = np.zeros(4096, np.int64)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from vnetdp_kernels import spec
-from vnetdp_kernels.atomic import load_u16_acquire
-from vnetdp_kernels.guest import mark_dirty
+from vnetdp_kernels.platform.atomic import load_u16_acquire
+from vnetdp_kernels.virtq.memory import mark_dirty
 
 from .backends.base import Backend
 from .endpoints.base import Endpoint

@@ -268,7 +268,7 @@ class Vrings:
         with self.standing_still():
             for index in range(len(self.rings)):
                 self.stop(index)
-            self._endpoint.rows[:, r.EP_HELD] = 0
+            self._endpoint.rows[:, r.EP_PENDING] = 0
 
     def reset(self) -> None:
         """Stop all rings, and forget where they are; how far they came may still be asked for."""

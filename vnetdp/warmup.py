@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import cache, guest, jit, loops, verbs
+from vnetdp_kernels.loops.drive import drive
+from vnetdp_kernels.loops.serve import serve
+from vnetdp_kernels.platform import cache, jit
+from vnetdp_kernels.virtq.bind import check_rings
+from vnetdp_kernels.virtq.memory import mark_dirty
 
 from . import limits
 from .datapath import NO_LOG
@@ -23,7 +27,7 @@ from .endpoints.loopback import NullEndpoint
 
 Say = Callable[[str], None]
 
-_LOOPS = (loops.serve, loops.drive)
+_LOOPS = (serve, drive)
 _LOCK = "compiling.lock"
 _log = logging.getLogger(__name__)
 
@@ -125,5 +129,5 @@ def _run_all() -> None:
         driver.step()
         device.step()
         driver.check_adopted(memory.end)
-        verbs.check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
-        guest.mark_dirty(NO_LOG, 0, 1)
+        check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
+        mark_dirty(NO_LOG, 0, 1)

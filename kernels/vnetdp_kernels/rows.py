@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from .atomic import Bytes, Words
+    from .platform.atomic import Bytes, Words
 
 # A chain may not be longer than the queue (2.7.4.2), but Linux sends longer indirect tables on small rings.
 MIN_CHAIN_CAP: Final = 1024
@@ -156,7 +156,7 @@ EP_FROM_WIRE: Final = 17  # frames, wire to guest
 EP_LAST_ERRNO: Final = 18
 EP_BYTES_TO_WIRE: Final = 19
 EP_BYTES_FROM_WIRE: Final = 20
-EP_HELD: Final = 21  # bytes of the frame in hand, wire to guest, that found no receive buffer yet; 0 = none
+EP_PENDING: Final = 21  # bytes of the frame in hand, wire to guest, that found no receive buffer yet; 0 = none
 EP_DROP_OFFLOAD: Final = 22  # the frame needs an offload that its receiver did not negotiate
 EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled; not polled any more
 EP_BLOCKED: Final = 24  # 1: an endpoint in Python takes no more frames now, and does not say when it will
@@ -243,7 +243,7 @@ class Wire(NamedTuple):
 
     eps: Words  # int64[pairs, EP_SLOTS]
     fds: Words  # int64[pairs]; -1 = none
-    held: Bytes  # uint8[pairs, FRAME_SLOT]: the frame from the wire that found no receive buffer yet
+    pending: Bytes  # uint8[pairs, FRAME_SLOT]: the frame from the wire that found no receive buffer yet
     in_frames: Bytes  # uint8[pairs, slots * slot_len]: frames from an endpoint in Python
     in_lengths: Words  # int64[pairs, slots]
     out_frames: Bytes  # uint8[pairs, slots * slot_len]: frames for an endpoint in Python
@@ -257,7 +257,7 @@ class Port(NamedTuple):
 
     ep: Words
     fd: int
-    held: Bytes
+    pending: Bytes
     in_frames: Bytes
     in_lengths: Words
     out_frames: Bytes

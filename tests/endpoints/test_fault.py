@@ -21,13 +21,7 @@ from vnetdp.device import NetDevice
 from vnetdp.driver import Driver, memory_for
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
-from vnetdp.endpoints.loopback import (
-    EchoEndpoint,
-    GenerateEndpoint,
-    MacswapEndpoint,
-    NullEndpoint,
-    ReflectEndpoint,
-)
+from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint, ReflectEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.endpoints.tap import TapEndpoint

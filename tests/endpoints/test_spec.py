@@ -12,13 +12,7 @@ from tests.by_hand import frame, no_descriptor_leaks
 from tests.captures import pcap
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint, Faults
-from vnetdp.endpoints.loopback import (
-    EchoEndpoint,
-    GenerateEndpoint,
-    MacswapEndpoint,
-    NullEndpoint,
-    ReflectEndpoint,
-)
+from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint, ReflectEndpoint
 from vnetdp.endpoints.scapy import ScapyEndpoint
 from vnetdp.endpoints.spec import endpoint_opener, parse_endpoint
 from vnetdp.errors import ConfigError, VnetdpError

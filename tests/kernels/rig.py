@@ -12,13 +12,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vnetdp_kernels import driver, loops, net, peer, port, spec, split, split_driver
 from vnetdp_kernels import rows as r
-from vnetdp_kernels.atomic import Bytes, Words
+from vnetdp_kernels import spec
+from vnetdp_kernels.loops.drive import drive
+from vnetdp_kernels.loops.serve import serve
+from vnetdp_kernels.net import device, driver
+from vnetdp_kernels.platform import peer
+from vnetdp_kernels.platform.atomic import Bytes, Words
 from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, Port, Rings, Scratch, Wire
+from vnetdp_kernels.virtq import split_device, split_driver
+from vnetdp_kernels.wire import port
+from vnetdp_kernels.wire.frame import HDR_SCRATCH
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
-COMPILED = hasattr(split.gather, "py_func")  # False with NUMBA_DISABLE_JIT=1
+COMPILED = hasattr(split_device.gather, "py_func")  # False with NUMBA_DISABLE_JIT=1
 
 CANARY = 0xA5
 HOLE = 1 << 16  # bytes of each hole in the window, and of the guards around it
@@ -279,7 +286,7 @@ class Side:
         self.eps[:, r.EP_CHECK] = 1
         self.eps[:, r.EP_FLOW] = flow + 2 * np.arange(pairs)
         self.fds: Words = np.full(pairs, -1, np.int64)
-        self.held: Bytes = np.zeros((pairs, r.FRAME_SLOT), np.uint8)
+        self.pending: Bytes = np.zeros((pairs, r.FRAME_SLOT), np.uint8)
         self.in_frames: Bytes = np.zeros((pairs, slots * r.FRAME_SLOT), np.uint8)
         self.in_lengths: Words = np.zeros((pairs, slots), np.int64)
         self.out_frames: Bytes = np.zeros((pairs, slots * r.FRAME_SLOT), np.uint8)
@@ -292,7 +299,7 @@ class Side:
             iov=np.zeros((cap, r.IOV_SLOTS), np.int64),
             frame_iov=np.zeros((cap, r.IOV_SLOTS), np.int64),
             chains=np.zeros((num, 2), np.int64),
-            hdr=np.zeros(port.HDR_SCRATCH, np.uint8),
+            hdr=np.zeros(HDR_SCRATCH, np.uint8),
             words=np.zeros(port.SCRATCH_WORDS, np.int64),
             pollfds=np.zeros((2, 3 * pairs + 1), np.int64),
             one=peer.tell_words(),
@@ -301,13 +308,13 @@ class Side:
     @property
     def wire(self) -> Wire:
         return Wire(
-            self.eps, self.fds, self.held, self.in_frames, self.in_lengths, self.out_frames, self.out_lengths, self.ledger,
-            self.windows,
+            self.eps, self.fds, self.pending, self.in_frames, self.in_lengths, self.out_frames, self.out_lengths,
+            self.ledger, self.windows,
         )  # fmt: skip
 
     def port(self, pair: int) -> Port:
         return Port(
-            self.eps[pair], int(self.fds[pair]), self.held[pair], self.in_frames[pair], self.in_lengths[pair],
+            self.eps[pair], int(self.fds[pair]), self.pending[pair], self.in_frames[pair], self.in_lengths[pair],
             self.out_frames[pair], self.out_lengths[pair], self.ledger, self.windows,
         )  # fmt: skip
 
@@ -418,17 +425,17 @@ class Rig:
 
     def drain(self, budget: int = 64, pair: int = 0) -> int:
         s = self.device
-        return net.drain_transmitq(self.device_guest, self.vqs[2 * pair + 1], s.port(pair), s.scratch, budget)
+        return device.drain_transmitq(self.device_guest, self.vqs[2 * pair + 1], s.port(pair), s.scratch, budget)
 
     def fill(self, budget: int = 64, pair: int = 0) -> int:
         s = self.device
-        return net.fill_receiveq(self.device_guest, self.vqs[2 * pair], s.port(pair), s.scratch, budget)
+        return device.fill_receiveq(self.device_guest, self.vqs[2 * pair], s.port(pair), s.scratch, budget)
 
     def forward(self, budget: int = 64, to: Rig | None = None) -> int:
         """Move frames from this guest's transmitq to its own receiveq, or to that of another guest."""
         s, other = self.device, to or self
-        return net.forward(
-            self.device_guest, self.vqs[1], other.device_guest, other.vqs[0], s.eps[0], s.held[0], s.scratch, budget
+        return device.forward(
+            self.device_guest, self.vqs[1], other.device_guest, other.vqs[0], s.eps[0], s.pending[0], s.scratch, budget
         )
 
     def send(self, budget: int = 64, pair: int = 0) -> int:
@@ -444,8 +451,8 @@ class Rig:
 
     def serve(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         s = self.device
-        return loops.serve(self.device_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))
+        return serve(self.device_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))
 
     def drive(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         s = self.guest
-        return loops.drive(self.driver_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))
+        return drive(self.driver_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))

@@ -20,15 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.by_hand import scaled, wait_for
-from tests.migration.stepwise import (
-    END,
-    RANK,
-    UNDOING,
-    FaultyMachine,
-    Migration,
-    assert_exact,
-    assert_nothing_wrong,
-)
+from tests.migration.stepwise import END, RANK, UNDOING, FaultyMachine, Migration, assert_exact, assert_nothing_wrong
 from vnetdp.backends.base import VERBS
 from vnetdp.backends.faulty import Fault
 from vnetdp.endpoints.base import Endpoint

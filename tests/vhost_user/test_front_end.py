@@ -40,10 +40,7 @@ from vnetdp.inflight import InflightArea
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp.session import Session
-from vnetdp.vhost_user.message import (
-    MemoryTable,
-    VringState,
-)
+from vnetdp.vhost_user.message import MemoryTable, VringState
 from vnetdp.vrings import Vrings
 from vnetdp.watch import Watch
 from vnetdp_kernels import rows as r

@@ -13,16 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import (
-    NEEDS_RESET,
-    READY,
-    Ring,
-    bring_up,
-    frame,
-    no_descriptor_leaks,
-    wait_equal,
-    wait_for,
-)
+from tests.by_hand import NEEDS_RESET, READY, Ring, bring_up, frame, no_descriptor_leaks, wait_equal, wait_for
 from tests.vhost_user.card import NUM, Card, attached, in_thread
 from tests.vhost_user.rig import MOVABLE, NEED_REPLY, NO_FD, PAIRS, UNTOLD, VERSION_1
 from vnetdp.device import NetDevice

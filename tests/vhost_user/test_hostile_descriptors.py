@@ -29,7 +29,7 @@ from tests.vhost_user.rig import (
     u64,
 )
 from vnetdp.vhost_user.message import ProtocolFeature, Request
-from vnetdp_kernels import interrupt
+from vnetdp_kernels.platform import interrupt
 
 R = Request
 _MANY = (1 << 64) - 2  # as much as an eventfd can hold

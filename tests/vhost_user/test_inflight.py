@@ -31,8 +31,10 @@ from vnetdp.errors import ConfigError, RequestRefused
 from vnetdp.inflight import InflightArea
 from vnetdp.memory import Bytes, GuestMemory
 from vnetdp.vhost_user.message import Inflight, Request
-from vnetdp_kernels import net, rows, spec, split
+from vnetdp_kernels import rows, spec
 from vnetdp_kernels import rows as r
+from vnetdp_kernels.net import device
+from vnetdp_kernels.virtq import split_device
 
 R = Request
 LEN = 1 << 18  # from guest address 0 on, so that the window has no hole
@@ -104,11 +106,11 @@ class BackEndAtWork:
         """Return what `forward` is called with."""
         guest = rows.Guest(self._scene.memory.mem, self._scene.memory.table, NO_LOG)
         rxq, txq = self._datapath.vqs
-        return guest, txq, guest, rxq, self._endpoint.rows[0], self._endpoint.held[0], self._scratch, budget
+        return guest, txq, guest, rxq, self._endpoint.rows[0], self._endpoint.pending[0], self._scratch, budget
 
     def work(self) -> None:
         """Move all there is to move."""
-        while net.forward(*self.arguments(3)):
+        while device.forward(*self.arguments(3)):
             pass
 
     def close(self) -> None:
@@ -116,9 +118,9 @@ class BackEndAtWork:
 
 
 PUBLISHES = (
-    (split, "publish_used"),
-    (net, "_publish_forwarded"),
-    (net, "_write_journal"),
+    (split_device, "publish_used"),
+    (device, "_publish_forwarded"),
+    (device, "_write_journal"),
 )  # what `forward` publishes with
 
 
@@ -191,7 +193,7 @@ def after_a_crash(kind: type[Endpoint], start: int, journalled: bool) -> Iterato
             scene.transmitq.send(head, data)
         first = scene.back_end()
         with plain_publish():
-            states = states_on_the_way(scene.window, net.forward, first.arguments())
+            states = states_on_the_way(scene.window, device.forward, first.arguments())
         first.close()
         assert scene.transmitq.used_idx == (start + 9) & 0xFFFF
         whole = scene.arrived()
@@ -239,7 +241,7 @@ def test_a_second_crash_during_the_recovery_is_survived_too() -> None:
             scene.transmitq.send(head, frame(head))
         first = scene.back_end()
         with plain_publish():
-            states = states_on_the_way(scene.window, net.forward, first.arguments())
+            states = states_on_the_way(scene.window, device.forward, first.arguments())
         first.close()
         for at_the_crash in states:
             scene.window[:] = at_the_crash

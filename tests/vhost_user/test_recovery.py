@@ -19,23 +19,14 @@ from typing import Any
 import pytest
 
 from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
-from tests.vhost_user.rig import (
-    PAIRS,
-    ByHand,
-    Guest,
-    InThread,
-    costs_nothing,
-    ping,
-    serve,
-    u64,
-)
+from tests.vhost_user.rig import PAIRS, ByHand, Guest, InThread, costs_nothing, ping, serve, u64
 from vnetdp import drive as drive_module
 from vnetdp import features as f
 from vnetdp.drive import drive
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.vhost_user.message import Request
 from vnetdp_kernels import rows as r
-from vnetdp_kernels.wait import BATCH
+from vnetdp_kernels.loops.wait import BATCH
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 DEATHS_OF_A_BACK_END = 50 if CAMPAIGN else 2

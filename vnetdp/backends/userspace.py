@@ -13,7 +13,8 @@ from itertools import chain
 import numpy as np
 
 from vnetdp_kernels import rows as r
-from vnetdp_kernels import spec, verbs
+from vnetdp_kernels import spec
+from vnetdp_kernels.virtq.bind import bind
 
 from .. import features as f
 from ..datapath import Datapath
@@ -183,7 +184,7 @@ class UserspaceBackend(Owned):
             raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
         dp.endpoint = endpoint
         bases = np.array([(queue_of(self.pair, index), row[r.VQ_LAST_AVAIL_IDX])])
-        verbs.bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
+        bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         dp = self.datapath
@@ -202,7 +203,7 @@ class UserspaceBackend(Owned):
             return False
         dp.endpoint = endpoint
         rows = np.fromiter(chain.from_iterable(bases), np.int64, 2 * len(bases)).reshape(-1, 2)
-        verbs.bind(memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, rows)
+        bind(memory.mem, dp.vqs, endpoint.rows, dp.dirty_bits, rows)
         return True
 
     @property

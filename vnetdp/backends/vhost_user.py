@@ -25,16 +25,7 @@ from ..vhost_user.conversation import Conversation, never, wait_readable
 from ..vhost_user.dial import NobodyYetError, dial
 from ..vhost_user.hang_up import HangUp
 from ..vhost_user.listener import Listener
-from ..vhost_user.message import (
-    MAX_VRINGS,
-    U64,
-    BackendRequest,
-    Config,
-    Inflight,
-    Payload,
-    ProtocolFeature,
-    Request,
-)
+from ..vhost_user.message import MAX_VRINGS, U64, BackendRequest, Config, Inflight, Payload, ProtocolFeature, Request
 from ..vhost_user.transport import close_fds
 from ..virtqueue import VRINGS, queues_of
 from .vhost_user_pair import VhostUserBackend

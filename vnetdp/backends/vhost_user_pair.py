@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vnetdp_kernels import spec
-from vnetdp_kernels.atomic import load_u16_acquire
+from vnetdp_kernels.platform.atomic import load_u16_acquire
 
 from .. import features as f
 from ..endpoints.base import Endpoint

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import bench
 from vnetdp_kernels import rows as r
+from vnetdp_kernels.loops.alternate import alternate
 from vnetdp_kernels.rows import Control
 
 from ..backends.worker import Worker
@@ -90,7 +90,7 @@ class OneCore:
     def alternate(self, rounds: int) -> tuple[int, int]:
         """Let them take *rounds* turns; return (ns of the device, frames that it moved). Checks its counts."""
         before = sum(queue["packets"] for queue in self.device.counters())
-        ns, frames = bench.alternate(
+        ns, frames = alternate(
             self.device.stepped.rings,
             self.endpoint.wire,
             self.driver.rings,

@@ -44,7 +44,7 @@ class Endpoint(Owned):
     counted (`errors`) and logged once, and stops nothing. A frame is virtio_net_hdr (12 bytes; zeros will do), then
     Ethernet without its FCS, 65600 bytes at most in all. `block_fd` is internal.
 
-    Kernels work on: rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); held uint8[queues, FRAME_SLOT];
+    Kernels work on: rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); pending uint8[queues, FRAME_SLOT];
     in_frames and out_frames uint8[queues, slots × FRAME_SLOT] with in_lengths and out_lengths int64[queues, slots];
     ledger int64[queues, LEDGER_SLOTS] and windows uint8[queues, LEDGER_WINDOW], a row a flow.
     """
@@ -76,14 +76,14 @@ class Endpoint(Owned):
         self.in_lengths: Words = self.block.carve(np.int64, queues, slots)
         self.out_lengths: Words = self.block.carve(np.int64, queues, slots)
         self.windows: Bytes = self.block.carve(np.uint8, queues, r.LEDGER_WINDOW)
-        self.held: Bytes = self.block.carve(np.uint8, queues, r.FRAME_SLOT)
+        self.pending: Bytes = self.block.carve(np.uint8, queues, r.FRAME_SLOT)
         self.in_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
         self.out_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
         self.fds: Words = np.full(queues, -1, np.int64)
         self.wire = Wire(
             self.rows,
             self.fds,
-            self.held,
+            self.pending,
             self.in_frames,
             self.in_lengths,
             self.out_frames,
@@ -114,7 +114,7 @@ class Endpoint(Owned):
         return Port(
             self.rows[queue],
             int(self.fds[queue]),
-            self.held[queue],
+            self.pending[queue],
             self.in_frames[queue],
             self.in_lengths[queue],
             self.out_frames[queue],
@@ -314,7 +314,7 @@ class Endpoint(Owned):
     @property
     def idle(self) -> bool:
         """True if it holds no frame, neither on its way to the wire nor from it."""
-        slots = self.rows[:, (r.EP_OUT_COUNT, r.EP_COUNT, r.EP_HELD)]
+        slots = self.rows[:, (r.EP_OUT_COUNT, r.EP_COUNT, r.EP_PENDING)]
         return not (self._in_hand or slots.any())
 
     @property

@@ -15,8 +15,8 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from vnetdp_kernels import capture as cap
 from vnetdp_kernels import spec
+from vnetdp_kernels.wire import capture as cap
 
 from ..errors import EndpointError
 from ..limits import of_path
@@ -78,7 +78,7 @@ class _Mapped:
         state[cap.END] = min(int(state[cap.END]), os.fstat(self._file.fileno()).st_size)
 
     def more(self, state: Words) -> bool:
-        from vnetdp_kernels import sigbus
+        from vnetdp_kernels.platform import sigbus
 
         size = os.fstat(self._file.fileno()).st_size
         if size <= self.data.size:
@@ -94,7 +94,7 @@ class _Mapped:
 
     def _unmap(self) -> None:
         if self._protected:
-            from vnetdp_kernels import sigbus
+            from vnetdp_kernels.platform import sigbus
 
             sigbus.unprotect(self._protected)
             self._protected = 0

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vnetdp_kernels import answer, port, spec
 from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 from vnetdp_kernels.rows import Frame
+from vnetdp_kernels.wire import answer, port
 
 from ..errors import EndpointError
 from ..memory import Bytes, Words
@@ -304,7 +305,7 @@ class FaultEndpoint(Endpoint):
     @property
     def finished(self) -> bool:
         # Seen in `service`, where no frame is between two places.
-        return self._ended and not self.rows[:, r.EP_HELD].any()
+        return self._ended and not self.rows[:, r.EP_PENDING].any()
 
     def counters(self) -> dict[str, int]:
         """Return the counts of an endpoint, with the drops of *inner*, and `fault_NAME`: how often each fault struck."""

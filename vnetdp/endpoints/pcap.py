@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from vnetdp_kernels import capture as cap
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
+from vnetdp_kernels.wire import capture as cap
 
 from ..errors import EndpointError, reason
 from ..memory import Words
@@ -170,7 +170,7 @@ class PcapEndpoint(Endpoint):
     @property
     def finished(self) -> bool:
         """True once the last frame of the source has gone to the ring; never, without a source."""
-        return self._gone and not self.rows[0, r.EP_HELD]
+        return self._gone and not self.rows[0, r.EP_PENDING]
 
     def close(self) -> None:
         if self._reader is not None:

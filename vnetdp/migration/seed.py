@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 from vnetdp_kernels import spec
-from vnetdp_kernels.atomic import load_u16_acquire
+from vnetdp_kernels.platform.atomic import load_u16_acquire
 
 from .. import limits, vhost_net
 from ..backends.base import Backend

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vnetdp_kernels import verbs
+from vnetdp_kernels.virtq.bind import RING_APART, RING_MOVED, RING_OUTSIDE, check_rings
 
 from ..errors import ConfigError, reason
 from ..memory import Words
@@ -30,7 +30,7 @@ from .stream import Phase, Section, StreamError
 
 _log = logging.getLogger("vnetdp.migration")
 
-_ring_of = attrgetter("enabled", "num", "desc", "avail", "used", "last_avail_idx")  # as `verbs.check_rings` takes it
+_ring_of = attrgetter("enabled", "num", "desc", "avail", "used", "last_avail_idx")  # as `check_rings` takes it
 
 
 class Target:
@@ -50,7 +50,7 @@ class Target:
         self._ram = RamTarget(machine.memory)
         self._has_setup = False
         self._n_early = 0
-        # As `verbs.check_rings` takes them; with the early state's indices until the delta's are here.
+        # As `check_rings` takes them; with the early state's indices until the delta's are here.
         self._rings = self._ring_rows()
         self._seen: list[str] = []  # final sections
         self.handlers: dict[str, Callable[[Section], None]] = {
@@ -226,12 +226,12 @@ class Target:
     def check_indices(self, rings: Words) -> None:
         """Hold each index against final guest memory, as virtio_load does: one that can't be fails the migration."""
         memory = self.machine.memory
-        found, n = verbs.check_rings(memory.mem, memory.table, rings)
-        if found == verbs.RING_OUTSIDE:
+        found, n = check_rings(memory.mem, memory.table, rings)
+        if found == RING_OUTSIDE:
             raise StreamError(f"queue {n}: a ring lies outside guest memory")
-        if found == verbs.RING_APART:
+        if found == RING_APART:
             raise StreamError(f"queue {n}: last_avail_idx and used.idx are further apart than the queue is long")
-        if found == verbs.RING_MOVED:
+        if found == RING_MOVED:
             _log.warning("the guest moved avail.idx by more than a queue's size: the device needs a reset")
             self.device.mark_broken()
 

@@ -10,18 +10,7 @@ from dataclasses import dataclass
 
 from .. import features as f
 from ..errors import LocalProtocolError, RemoteProtocolError
-from .message import (
-    NEED_REPLY,
-    REPLY,
-    RULES,
-    U64,
-    VERSION,
-    Empty,
-    Header,
-    Payload,
-    ProtocolFeature,
-    Request,
-)
+from .message import NEED_REPLY, REPLY, RULES, U64, VERSION, Empty, Header, Payload, ProtocolFeature, Request
 
 
 @dataclass(frozen=True)

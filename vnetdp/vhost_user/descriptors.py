@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vnetdp_kernels import peer
 from vnetdp_kernels import rows as r
-from vnetdp_kernels.atomic import Words
+from vnetdp_kernels.platform import peer
+from vnetdp_kernels.platform.atomic import Words
 
 from ..errors import RequestRefused
 from ..notify import EventFd
