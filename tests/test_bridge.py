@@ -252,5 +252,5 @@ def test_guests_are_left_when_what_joins_them_has_ended(tmp_path: Path) -> None:
                 pass
             assert one.left()
             assert other.left()
-        with pytest.raises(VnetdpError, match="what serves the rings has ended: RuntimeError: a defect"):
+        with pytest.raises(VnetdpError, match="the worker has ended: RuntimeError: a defect"):
             serving.result(PATIENCE)

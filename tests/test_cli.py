@@ -294,7 +294,7 @@ def test_frames_that_a_fault_drops_are_lost(shell: Shell) -> None:
     report = json.loads((shell.folder / "report.json").read_text())
     dropped = report["left"]["fault_drop"]
     assert report["ledger"] == {**dict.fromkeys(_LEDGER, 0), "sent": 2000, "delivered": 2000 - dropped, "lost": dropped}
-    assert f"faults made: left {dropped} drop\n" in done.stdout
+    assert f"injected faults: left {dropped} drop\n" in done.stdout
 
 
 def test_more_is_logged_wherever_that_is_asked_for(shell: Shell) -> None:

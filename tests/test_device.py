@@ -273,7 +273,7 @@ def test_link_and_pairs_show_in_config_space(device: NetDevice) -> None:
         ({"queue_pairs": 0}, "queue pairs"),
         ({"queue_pairs": 1025}, "queue pairs"),
         ({"queue_pairs": 3}, "has 2 queues"),
-        ({"mac": b"\0" * 5}, "6 bytes"),
+        ({"mac": b"\0" * 5}, "5 bytes, not 6"),
         ({"mtu": 67}, "between 68"),
         ({"mtu": 65536}, "between 68"),
         ({"vhost": []}, "0 vhost backends"),
@@ -315,7 +315,7 @@ def test_queues_are_checked_when_they_are_set(device: NetDevice) -> None:
         with pytest.raises(ConfigError, match="aligned"):
             device.set_queue(0, 16, desc, avail, used)
     for addresses in ((1 << 63, 0, 0), (0, 1 << 64, 0), (0, 0, 1 << 52)):
-        with pytest.raises(ConfigError, match="beyond any guest memory"):
+        with pytest.raises(ConfigError, match="is not below"):
             device.set_queue(0, 16, *addresses)
     with pytest.raises(ConfigError, match="no addresses"):
         device.enable_queue(0)

@@ -141,7 +141,7 @@ def test_a_back_end_with_fewer_queue_pairs_is_told_at_once(path: Path) -> None:
         EchoEndpoint() as endpoint,
         GenerateEndpoint(2, count=1) as guest,
         served(endpoint, path),
-        pytest.raises(ConfigError, match="the back end's queue pairs are 1, and 2 are asked for"),
+        pytest.raises(ConfigError, match="the back end has 1 queue pairs, and 2 are asked for: ask for 1"),
     ):
         driven(guest, path, queue_pairs=2, wait_s=600.0)
 

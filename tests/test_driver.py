@@ -166,7 +166,7 @@ def test_it_starts_and_stops_and_starts_again(poll_us: int) -> None:
         for n in range(5):
             driver.start(poll_us=(0, 50, -1)[n % 3])
             driver.start()
-            with pytest.raises(ConfigError, match="stop it before it is stepped"):
+            with pytest.raises(ConfigError, match="call stop before step"):
                 driver.step()
             driver.send(frame(n))
             wait_equal(lambda: endpoint.take(), [frame(n)])

@@ -250,9 +250,7 @@ def test_that_kernels_can_t_be_kept_is_said_before_they_are_compiled(kernels: Co
     kernels.seal()
     nowhere = {"NUMBA_CACHE_DIR": "/proc/nowhere"}
     said, _, _ = kernels.call_by(_HEEDING, _SAID, **nowhere)
-    assert said[0].startswith(
-        "compiled kernels can't be kept, so each run compiles them anew; let NUMBA_CACHE_DIR name"
-    )
+    assert said[0].startswith("compiled kernels can't be kept, so each run compiles them anew; set NUMBA_CACHE_DIR to")
     assert said[1].startswith("compiling a kernel, at each start: ")
     assert said[2].startswith("compiled in ")
     assert len(said) == 3

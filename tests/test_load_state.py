@@ -121,7 +121,7 @@ def test_the_driver_is_told_to_look_at_the_configuration(device: NetDevice) -> N
 
 def test_indices_of_queues_that_the_same_delta_changes(device: NetDevice) -> None:
     device.load_state(STATE)
-    with pytest.raises(ConfigError, match="an index for queue 1, which is not enabled"):
+    with pytest.raises(ConfigError, match="queue 1 has an index and is not enabled"):
         device.load_delta(StateDelta({}, {}, {1: Virtqueue()}, [(0, 9), (1, 9)]))
     assert device.save_state() == STATE
     device.load_delta(StateDelta({}, {}, {2: QUEUE}, [(0, 9), (2, 11)]))

@@ -124,7 +124,7 @@ def test_runs_keep_their_place_in_a_huge_page() -> None:
         ([((1 << 52) - PAGE, 2 * PAGE)], "empty"),
         ([(1, PAGE)], "aligned"),
         ([(0, PAGE + 1)], "aligned"),
-        ([(0, 32 * PAGE)], "ends behind its file"),
+        ([(0, 32 * PAGE)], "extends past the end of its 65536-byte file"),
         ([(0, 2 * PAGE), (PAGE, PAGE)], "overlap"),
         ([(PAGE, PAGE), (0, 3 * PAGE)], "overlap"),
         ([(0, PAGE), (0, PAGE)], "overlap"),
@@ -135,7 +135,9 @@ def test_what_is_no_memory_is_refused(regions: list[tuple[int, int]], says: str)
         GuestMemory([Region(gpa, length, fd) for gpa, length in regions])
 
 
-@pytest.mark.parametrize(("offset", "says"), [(1, "aligned"), (-PAGE, "aligned"), (16 * PAGE, "ends behind")])
+@pytest.mark.parametrize(
+    ("offset", "says"), [(1, "aligned"), (-PAGE, "aligned"), (16 * PAGE, "extends past the end of its 65536-byte file")]
+)
 def test_offsets_into_the_file_are_checked(offset: int, says: str) -> None:
     with no_descriptor_leaks(), memfd(16 * PAGE) as fd, pytest.raises(ConfigError, match=says):
         GuestMemory([Region(0, PAGE, fd, offset)])
@@ -443,7 +445,7 @@ def test_a_block_gives_its_descriptor_up_and_lives_as_long_as_its_arrays() -> No
 
 
 def test_a_block_is_no_longer_than_its_file() -> None:
-    with memfd(PAGE) as fd, pytest.raises(ConfigError, match="ends behind"):
+    with memfd(PAGE) as fd, pytest.raises(ConfigError, match="extends past the end of its 4096-byte file"):
         SharedBlock(PAGE + 1, fd)
     block = SharedBlock(PAGE)
     block.carve(np.uint8, PAGE - 1)

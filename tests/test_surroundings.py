@@ -241,7 +241,10 @@ def test_a_report_whose_folder_is_gone_by_then_names_it_once(tmp_path: Path) -> 
 
 def test_a_current_folder_that_was_deleted_is_named_as_the_reason(tmp_path: Path) -> None:
     script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
-    refused(run(["sh", "-c", script, "sh", *_COMMAND, *_LINK], tmp_path), "the current folder was deleted", "(cd)")
+    refused(
+        run(["sh", "-c", script, "sh", *_COMMAND, *_LINK], tmp_path),
+        "the current folder was deleted: cd to an existing one",
+    )
 
 
 @needs_root

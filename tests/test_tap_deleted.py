@@ -19,7 +19,7 @@ from vnetdp.link import Link
 shell = test_cli.shell
 spaces = test_link_netns.spaces
 
-SAYS = "tap:cut was deleted, and no frame passes it any more: start the command again, for a new one"
+SAYS = "tap:cut was deleted: start the command again, for a new interface"
 
 
 @pytest.mark.parametrize("queues", [1, 2])

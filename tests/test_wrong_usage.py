@@ -18,7 +18,8 @@ shell = test_cli.shell
 
 BRIDGE: list[str | bytes] = ["vhost-user:left", "vhost-user:right"]
 WRONG: dict[str, tuple[list[str | bytes], str]] = {
-    "no command": ([], "COMMAND"),
+    "no command": ([], "a COMMAND is required"),
+    "unknown option, and no command": (["--nosuch"], "unrecognized arguments: --nosuch (try vnetdp --help)"),
     "unknown command": (["teleport"], "teleport"),
     "unknown option": (["demo", "--fast"], "--fast"),
     "missing endpoint": (["link", "null"], "RIGHT"),
@@ -73,7 +74,7 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
         ["link", "null", "null", "--switch-ms", "1", "--switches", "x"],
         "a count is between 1 and",
     ),
-    "switches without their time": (["link", "null", "null", "--switches", "3"], "--switches goes with --switch-ms"),
+    "switches without their time": (["link", "null", "null", "--switches", "3"], "--switches needs --switch-ms N"),
     "bridge of one side": (["link", "vhost-user:s", "null"], "both sides"),
     "bridge, the other way round": (["link", "null", "vhost-user:s"], "vnetdp serve null --socket s"),
     "bridge without a socket": (["link", "vhost-user:s", "vhost-user:"], "'vhost-user:' names no socket"),
@@ -94,9 +95,12 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
         ["link", *BRIDGE, "--json", "./left"],
         "--json ./left and left are one file",
     ),
-    "bridge, options of rings": (["link", *BRIDGE, "--ring", "256"], "--ring means nothing"),
+    "bridge, options of rings": (
+        ["link", *BRIDGE, "--ring", "256"],
+        "--ring means nothing between two guests, which bring their own rings: leave it out",
+    ),
     "bridge, options of hand-overs": (["link", *BRIDGE, "--switch-ms", "5"], "--switch-ms means nothing"),
-    "bridge, queue pairs": (["link", *BRIDGE, "--queue-pairs", "129"], "room for 128"),
+    "bridge, queue pairs": (["link", *BRIDGE, "--queue-pairs", "129"], "vhost-user has 1 to 128"),
     "serve without a socket": (["serve", "null"], "--socket"),
     "serve in no folder": (["serve", "null", "--socket", "no/such/folder/s"], "no/such/folder/s"),
     "serve, a long path": (
@@ -108,7 +112,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
         "cannot listen on a socket with an empty path: name a file",
     ),
     "serve, a folder": (["serve", "null", "--socket", "/tmp"], "/tmp exists and is not a socket"),
-    "serve, a guest": (["serve", "vhost-user:g", "--socket", "s"], "vhost-user:SOCKET stands in link, on both sides"),
+    "serve, a guest": (
+        ["serve", "vhost-user:g", "--socket", "s"],
+        "vhost-user:SOCKET is an endpoint of link, on both sides",
+    ),
     "serve, and a report": (["serve", "null", "--socket", "s", "--json", "s"], "--json s and s are one file"),
     "serve, connecting to a file": (
         ["serve", "null", "--connect", "--socket", "/bin/sh"],
@@ -124,7 +131,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "drive, a file": (["drive", "null", "--socket", "/bin/sh"], "it is a file, not a socket: take another path"),
     "drive, unknown feature": (["drive", "null", "--socket", "s", "--features=-teleport"], "teleport"),
     "drive, listening in no folder": (["drive", "null", "--listen", "--socket", "no/such/s"], "mkdir -p no/such"),
-    "drive, count without generate": (["drive", "null", "--socket", "s", "--count", "5"], "generate"),
+    "drive, count without generate": (
+        ["drive", "null", "--socket", "s", "--count", "5"],
+        "--count needs the endpoint generate, not null",
+    ),
     "drive, ring not a power of two": (["drive", "null", "--socket", "s", "--ring", "100"], "power of two"),
     "report nowhere": (["link", "null", "null", "--json", "no/such/folder/report.json"], "no/such/folder"),
     "report below a file": (["link", "null", "null", "--json", "/bin/sh/r"], "/bin/sh is not a folder"),
@@ -144,7 +154,7 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     ),
     "TAP name not UTF-8": (["link", b"tap:\xff", "null"], "\\udcff"),
     "rate too small": (["link", "generate:rate=0.00000000001", "null"], "rate 1e-11"),
-    "count too large": (["link", f"generate:count={'9' * 400}", "null"], "is not a number"),
+    "count too large": (["link", f"generate:count={'9' * 400}", "null"], "is not a finite number"),
     "Python in another process": (["link", "fault::echo", "null", "--datapath=vhost-process"], "runs in Python"),
     "picture nowhere": (["bench", "ring", "--plot", "no/such/folder/picture.png"], "no/such/folder"),
 }

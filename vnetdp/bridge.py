@@ -76,7 +76,7 @@ class Join(Owned):
 
 
 def warm_up(say: Callable[[str], None]) -> None:
-    """Compile, or load from the cache, what joins two guests."""
+    """Compile, or load from the cache, the kernels that join two guests."""
     compile_once("the kernel that joins two guests", [join.join], lambda: Join().close(), say)
 
 
@@ -91,7 +91,7 @@ def check_sockets(left: str, right: str) -> None:
 
 
 class Bridge(Join):
-    """A back end on each of two sockets; what one's guest sends, the other's receives.
+    """Two back ends, each on a socket of its own: each guest receives the frames that the other sends.
 
     Offloads are not offered: what one guest leaves undone, the other may not be able to do. Nor is RARP: where a guest has
     moved to matters to a switch, and there is none. poll_us as in `Worker`.
@@ -150,7 +150,7 @@ class Bridge(Join):
                 "dropped_short": int(row[r.EP_DROP_SHORT]),
                 "dropped_no_buffer": int(row[r.EP_DROP_NO_BUFFER]),
                 "dropped_offload": int(row[r.EP_DROP_OFFLOAD]),
-                "dropped_no_guest": int(row[r.EP_DROP_ERROR]),  # nobody was there who receives
+                "dropped_no_guest": int(row[r.EP_DROP_ERROR]),  # there was no guest to receive them
             }
             for name, row in zip(names, self._wire, strict=True)
         } | {"served": [server.served for server in self.servers]}

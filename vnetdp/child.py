@@ -1,4 +1,4 @@
-"""What a process that we start does first: it ends with its parent, however that ends, and whatever it does itself then."""
+"""The first steps of a child process: it ends with its parent, however its parent ends."""
 
 from __future__ import annotations
 

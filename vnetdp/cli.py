@@ -1,4 +1,4 @@
-"""The command line: what can be asked for, and what is wrong with how it was asked."""
+"""The command line: its commands and options, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ _log = logging.getLogger(__name__)
 
 _STATUS = """\
 exit status, of every command:
-  0        done; a fallback that lost no frame is in the report and the log, and no failure
-  1        done, and something went wrong, which is said: frames were lost, duplicated, reordered or corrupted, an endpoint
-           or the back end failed, a check failed, or the report can't be written
-  2        not begun: wrong usage or input, or something is missing here
-  128 + N  signal N (130: ^C) ended it before its work was done, or a second signal did at once; link, serve and drive, which
-           work until they are asked to end, are done when the first signal comes, and end with 0 or 1
+  0        done; a fallback that lost no frame is in the report and the log, and is no failure
+  1        done, and an error is reported: frames were lost, duplicated, reordered or corrupted, an endpoint or the back end
+           failed, a check failed, or the report can't be written
+  2        not begun: wrong usage or input, or a part of the machine is missing
+  128 + N  ended by signal N (130: ^C) before the work was done, or at once by a second signal; link, serve and drive work
+           until they are asked to end: a first signal ends them with status 0 or 1
 """
 
 _Command = Callable[..., argparse.ArgumentParser]  # adds a command to the parser, and returns its own
 
-_VERBOSE = "log what happens, not only what goes wrong"
+_VERBOSE = "log each event, not only warnings and errors"
 _FEATURE_LISTS = ("--features", "--protocol-features")
+_FEATURES_SYNTAX = "-mrg_rxbuf,-event_idx: all but these; mrg_rxbuf,version_1: these and the features that they need"
 
 
 def _number(low: int, high: int, what: str) -> Callable[[str], int]:
@@ -69,7 +70,7 @@ def _positive(text: str) -> float:
     except ValueError:
         value = 0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a number above 0, not {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
@@ -77,7 +78,7 @@ def _file(text: str) -> str:
     """Refuse a file that can't be written before any work is done for it."""
     try:
         why = _why_not_written(text)
-    except OSError as e:  # no folder, too long a name, a folder that nobody lets us look into
+    except OSError as e:  # no folder, too long a name, a folder without the right to look into it
         why = limits.of_path(text, e)
     if why:
         raise argparse.ArgumentTypeError(f"cannot write {text}: {why}")
@@ -86,7 +87,7 @@ def _file(text: str) -> str:
 
 def _why_not_written(text: str) -> str | None:
     if text == "-":
-        return "standard output is closed" if sys.stdout is None else None
+        return "standard output is closed: name a file" if sys.stdout is None else None
     path = Path(text)
     if path.is_dir():
         return "it is a folder: name a file"
@@ -102,9 +103,9 @@ def _why_not_written(text: str) -> str | None:
 
 def _picture(text: str) -> str:
     if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("it needs matplotlib: pip install 'vnetdp[plot]'")
+        raise argparse.ArgumentTypeError("a picture needs matplotlib: pip install 'vnetdp[plot]'")
     if Path(text).suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"a picture's name ends in .png, .svg or .pdf; {text!r} does not")
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .pdf")
     return _file(text)
 
 
@@ -123,12 +124,32 @@ class _Parser(argparse.ArgumentParser):
 def _polling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--poll", action="store_true", help="busy-poll, and never sleep")
     command.add_argument("--poll-us", type=_number(0, 10_000_000, "a time in µs"), default=0, metavar="N",
-                         help="busy-poll so long before sleeping")  # fmt: skip
+                         help="busy-poll N µs before sleeping (default: 0)")  # fmt: skip
 
 
 def _worker_timeout(command: argparse.ArgumentParser, then: str) -> None:
-    command.add_argument("--worker-timeout", type=_positive, metavar="S",
-                         help=f"a worker that does not answer for S seconds (default 10) is given up: {then}")  # fmt: skip
+    command.add_argument("--worker-timeout", type=_positive, metavar="N",
+                         help=f"give up a worker that does not answer for N seconds: {then} (default: 10)")  # fmt: skip
+
+
+def _queue_pairs(command: argparse.ArgumentParser, most: int) -> None:
+    command.add_argument("--queue-pairs", type=_number(1, most, "the number of queue pairs"), default=1, metavar="N",
+                         help=f"use N queue pairs, 1 to {most} (default: 1)")  # fmt: skip
+
+
+def _ring_size(command: argparse.ArgumentParser, default: int | None = 256) -> None:
+    command.add_argument("--ring", type=_ring, default=default, metavar="N",
+                         help="make queues of N descriptors, a power of two from 1 to 32768 (default: 256)")  # fmt: skip
+
+
+def _socket(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--socket", required=True, metavar="PATH", help="the Unix socket of vhost-user (required)")
+
+
+def _plot(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--plot", type=_picture, metavar="FILE",
+                         help="draw the results into FILE, .png, .svg or .pdf; needs the plot extra (default: no "
+                              "picture)")  # fmt: skip
 
 
 def _demo(command: _Command) -> None:
@@ -137,56 +158,65 @@ def _demo(command: _Command) -> None:
         commands.demo,
         "Show traffic move from userspace to vhost, through a failure, back, and to another process.",
     )
-    demo.add_argument("--seconds", type=_positive, default=1.0, help="of each phase (default 1)")
+    demo.add_argument("--seconds", type=_positive, default=1.0, metavar="N",
+                      help="run each phase for N seconds (default: 1)")  # fmt: skip
 
 
 def _link(command: _Command) -> None:
     link = command(
         "link",
         commands.link,
-        "Join two endpoints through an emulated device and driver: LEFT is the device's, RIGHT the guest's.",
+        "Join two endpoints through an emulated device and driver.",
         epilog=explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    link.add_argument("left", metavar="LEFT")
-    link.add_argument("right", metavar="RIGHT")
-    link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"), help="(default vhost)")
-    link.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
-    link.add_argument("--ring", type=_ring, metavar="N", help="queue size (default 256)")
-    link.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
+    link.add_argument("left", metavar="LEFT", help="the device's endpoint")
+    link.add_argument("right", metavar="RIGHT", help="the guest's endpoint")
+    link.add_argument("--datapath", choices=("userspace", "vhost", "vhost-process"),
+                      help="give the rings to the device's own loop, a worker thread, or a worker process (default: "
+                           "vhost)")  # fmt: skip
+    _queue_pairs(link, 256)
+    _ring_size(link, None)
+    link.add_argument("--mtu", type=_mtu, metavar="N",
+                      help="offer VIRTIO_NET_F_MTU, with N bytes (default: not offered)")  # fmt: skip
     _polling(link)
-    _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 s")
+    _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 seconds")
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
-                      help="hand the rings to the other owner every N ms")  # fmt: skip
+                      help="hand the rings to the other owner every N ms (default: never)")  # fmt: skip
     link.add_argument("--switches", type=_number(1, 1 << 62, "a count"), metavar="N",
-                      help="stop switching after N hand-overs (with --switch-ms)")  # fmt: skip
-    link.add_argument("--seconds", type=_positive, help="end after so long (default: a signal ends it)")
+                      help="stop switching after N hand-overs; needs --switch-ms (default: no limit)")  # fmt: skip
+    link.add_argument("--seconds", type=_positive, metavar="N",
+                      help="end after N seconds (default: at a signal, or when all frames of finite endpoints are "
+                           "through)")  # fmt: skip
 
 
 def _serve(command: _Command) -> None:
     serve = command(
         "serve",
         commands.serve,
-        "Be a vhost-user back end: QEMU, User Mode Linux and DPDK attach to SOCKET.",
+        "Be a vhost-user back end: QEMU, User Mode Linux and DPDK attach to PATH.",
         epilog=explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    serve.add_argument("endpoint", metavar="ENDPOINT")
-    serve.add_argument("--socket", required=True, metavar="PATH")
-    serve.add_argument("--connect", action="store_true", help="the front end listens: connect, again and again")
-    serve.add_argument("--features", metavar="LIST",
-                       help="offer less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
-                            "only these, and what they need")  # fmt: skip
-    serve.add_argument("--protocol-features", metavar="LIST", default="",
-                       help="offer more or less: -inflight_shmfd,-status,... all but these; mq,config,... only these; "
-                            "+device_state: that, too, which QEMU then needs wherever it migrates")  # fmt: skip
-    serve.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
-    serve.add_argument("--mtu", type=_mtu, metavar="N", help="offer VIRTIO_NET_F_MTU")
+    serve.add_argument("endpoint", metavar="ENDPOINT", help="the device's endpoint")
+    _socket(serve)
     serve.add_argument(
-        "--inband", action="store_true", help="offer notifications as messages: slow; for UML's time travel"
+        "--connect",
+        action="store_true",
+        help="connect to the socket, on which the front end listens, again after each connection",
     )
+    serve.add_argument("--features", metavar="LIST", help=f"offer fewer features: {_FEATURES_SYNTAX} (default: all)")
+    serve.add_argument("--protocol-features", metavar="LIST", default="",
+                       help="offer other protocol features: -inflight_shmfd,-status: all but these; mq,config: only "
+                            "these; +device_state: this one too, which QEMU then needs from each back end that it "
+                            "migrates to (default: all but device_state)")  # fmt: skip
+    _queue_pairs(serve, 128)
+    serve.add_argument("--mtu", type=_mtu, metavar="N",
+                       help="offer VIRTIO_NET_F_MTU, with N bytes (default: not offered)")  # fmt: skip
+    serve.add_argument("--inband", action="store_true",
+                       help="offer notifications as messages, for UML's time travel; they are slow")  # fmt: skip
     _polling(serve)
-    _worker_timeout(serve, "its front end is hung up on, and served anew when it comes back")
+    _worker_timeout(serve, "the front end's connection is closed, and the front end is served anew when it comes back")
 
 
 def _drive(command: _Command) -> None:
@@ -197,81 +227,120 @@ def _drive(command: _Command) -> None:
         epilog=explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    drive.add_argument("endpoint", metavar="ENDPOINT")
-    drive.add_argument("--socket", required=True, metavar="PATH")
-    drive.add_argument("--listen", action="store_true", help="own the socket: the back end connects")
+    drive.add_argument("endpoint", metavar="ENDPOINT", help="the guest's endpoint")
+    _socket(drive)
+    drive.add_argument("--listen", action="store_true", help="listen on the socket, to which the back end connects")
     drive.add_argument(
-        "--count", type=_number(1, 1 << 62, "a count"), metavar="N", help="send N frames a queue, then end"
+        "--count",
+        type=_number(1, 1 << 62, "a count"),
+        metavar="N",
+        help="send N frames a queue pair, then end; needs the endpoint generate (default: no limit)",
     )
-    drive.add_argument("--seconds", type=_positive, help="end after so long")
-    drive.add_argument("--wait", type=_positive, default=30.0, metavar="S",
-                       help="for a back end, at first and whenever its connection is lost (default 30 s)")  # fmt: skip
-    drive.add_argument("--mtu", type=_mtu, default=1500, metavar="N",
-                       help="of what the other side sends (default 1500)")  # fmt: skip
-    drive.add_argument("--features", metavar="LIST",
-                       help="take less: -mrg_rxbuf,-event_idx,... all but these; mrg_rxbuf,version_1,... "
-                            "only these, and what they need")  # fmt: skip
-    drive.add_argument("--queue-pairs", type=_number(1, 128, "the number of queue pairs"), default=1, metavar="N")
-    drive.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
+    drive.add_argument("--seconds", type=_positive, metavar="N",
+                       help="end after N seconds (default: at a signal, or when all frames of a finite endpoint are "
+                            "through)")  # fmt: skip
+    drive.add_argument("--wait", type=_positive, default=30.0, metavar="N",
+                       help="wait up to N seconds for a back end, at first and after each loss of its connection "
+                            "(default: 30)")  # fmt: skip
+    drive.add_argument(
+        "--mtu",
+        type=_mtu,
+        default=1500,
+        metavar="N",
+        help="take frames of an MTU of N bytes, if the back end tells no larger one (default: 1500)",
+    )
+    drive.add_argument(
+        "--features",
+        metavar="LIST",
+        help=f"accept fewer features: {_FEATURES_SYNTAX} (default: all that the back end offers)",
+    )
+    _queue_pairs(drive, 128)
+    _ring_size(drive)
     _polling(drive)
 
 
 def _bench(command: _Command) -> None:
     bench = command("bench", commands.bench, "Measure, and compare with peers in the same run.")
-    bench.add_argument("what", choices=("ring", "link", "peers", "migration"))
+    bench.add_argument("what", choices=("ring", "link", "peers", "migration"), help="the benchmark to run")
     bench.add_argument("--rounds", type=_number(1, 1000, "the number of rounds"), metavar="N",
-                       help="measure each N times (default 5; migration 20)")  # fmt: skip
-    bench.add_argument("--seconds", type=_positive, default=2.0, help="of each measurement (default 2)")
-    bench.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results (needs the plot extra)")
+                       help="make N rounds of each measurement (default: 5; migration 20)")  # fmt: skip
+    bench.add_argument("--seconds", type=_positive, default=2.0, metavar="N",
+                       help="measure for N seconds each time (default: 2)")  # fmt: skip
+    _plot(bench)
 
 
-def _migration(command: _Command) -> None:
+def _migrate(command: _Command) -> None:
     from .migration.names import CHANGES, FAULT_POINTS, POLICIES, TRAFFIC
 
     migrate = command(
         "migrate", migration_commands.migrate, "Migrate a machine under traffic from one process to another."
     )
-    migrate.add_argument("--policy", choices=POLICIES, default="delta", help="how much is done early (default delta)")
-    migrate.add_argument("--queue-pairs", type=_number(1, 256, "the number of queue pairs"), default=1, metavar="N")
-    migrate.add_argument("--ring", type=_ring, default=256, metavar="N", help="queue size (default 256)")
-    migrate.add_argument("--traffic", choices=TRAFFIC, default="both", help="as the guest sees it (default both)")
-    migrate.add_argument("--size", type=_number(64, 9000, "a frame's size"), default=64, metavar="N")
+    migrate.add_argument("--policy", choices=POLICIES, default="delta",
+                         help="do this much early: nothing; as the posted patch, bugs included; or also the patch's "
+                              "future work (default: delta)")  # fmt: skip
+    _queue_pairs(migrate, 256)
+    _ring_size(migrate)
+    migrate.add_argument("--traffic", choices=TRAFFIC, default="both",
+                         help="send frames in these directions, as the guest sees them (default: both)")  # fmt: skip
+    migrate.add_argument("--size", type=_number(64, 9000, "a frame's size"), default=64, metavar="N",
+                         help="send frames of N bytes, 64 to 9000 (default: 64)")  # fmt: skip
     migrate.add_argument("--rate", type=_rate, metavar="N",
-                         help="frames a second, queue and way; 0 = all that pass (default 100,000 in all)")  # fmt: skip
+                         help="send N frames a second in each direction of each queue pair; 0: as many as pass "
+                              "(default: 100000, divided by the number of queue pairs)")  # fmt: skip
     migrate.add_argument("--first-idx", type=_number(0, 65535, "an index"), default=0, metavar="N",
-                         help="where the rings' indices begin (default 0)")  # fmt: skip
+                         help="begin the rings at the index N, 0 to 65535 (default: 0)")  # fmt: skip
     migrate.add_argument("--change", action="append", default=[], choices=CHANGES, metavar="FIELD",
-                         help=f"change it between the early state and the stop: {', '.join(CHANGES)}")  # fmt: skip
-    migrate.add_argument("--churn", choices=CHANGES, metavar="FIELD", help="change it 1,000 times a second")
+                         help="change a field between the early state and the stop; may be repeated; FIELD is one of "
+                              f"{', '.join(CHANGES)} (default: none)")  # fmt: skip
+    migrate.add_argument("--churn", choices=CHANGES, metavar="FIELD",
+                         help="change a field 1,000 times a second until the stop (default: none)")  # fmt: skip
     migrate.add_argument("--fault", action="append", default=[], metavar="FAULT",
-                         help="a verb that fails at the destination: [PHASE.]VERB[:PAIR[,VRING]][:once|always]; phases "
-                              "are early, final and retry; verbs are " + ", ".join(FAULT_POINTS) +
-                              "; source:FAULT is one at the source")  # fmt: skip
+                         help="make a verb fail at the destination: [PHASE.]VERB[:PAIR[,VRING]][:once|always], or, as "
+                              "source:FAULT, at the source; may be repeated; phases are early, final and retry; verbs are "
+                              f"{', '.join(FAULT_POINTS)} (default: none)")  # fmt: skip
     migrate.add_argument("--endpoint", default="generate", metavar="ENDPOINT",
-                         help="of the device: generate (default), echo, tap:NAME")  # fmt: skip
-    migrate.add_argument("--target-endpoint", metavar="ENDPOINT", help="the destination's, such as a second TAP")
-    migrate.add_argument("--source-userspace", action="store_true", help="no vhost at the source")
-    migrate.add_argument("--target-userspace", action="store_true", help="no vhost at the destination")
+                         help="the device's endpoint: generate, echo or tap:NAME (default: generate)")  # fmt: skip
+    migrate.add_argument(
+        "--target-endpoint",
+        metavar="ENDPOINT",
+        help="the endpoint at the destination, such as a second TAP (default: that of --endpoint)",
+    )
+    migrate.add_argument("--source-userspace", action="store_true", help="use no vhost at the source")
+    migrate.add_argument("--target-userspace", action="store_true", help="use no vhost at the destination")
     migrate.add_argument("--repeat", type=_number(1, 1_000_000, "a count"), default=1, metavar="N",
-                         help="back and forth, N migrations")  # fmt: skip
-    migrate.add_argument("--tcp", action="store_true", help="over TCP on loopback, not a Unix socket")
-    migrate.add_argument("--no-check", action="store_true", help="don't compare all of guest memory while nobody runs")
-    migrate.add_argument("--plot", type=_picture, metavar="FILE", help="draw the timeline (needs the plot extra)")
+                         help="make N migrations, back and forth (default: 1)")  # fmt: skip
+    migrate.add_argument("--tcp", action="store_true", help="migrate over TCP on loopback, not over a Unix socket")
+    migrate.add_argument(
+        "--no-check",
+        action="store_true",
+        help="don't compare guest memory of source and destination while the machine is stopped",
+    )
+    _plot(migrate)
+
+
+def _faults(command: _Command) -> None:
+    from .migration.names import POLICIES, TRAFFIC
 
     faults = command(
-        "faults", migration_commands.faults, "Run the fault matrix: each thing that can go wrong in a migration."
+        "faults", migration_commands.faults, "Run the fault matrix: each fault at each point of a migration."
     )
-    faults.add_argument("--policy", choices=POLICIES, default="delta")
+    faults.add_argument("--policy", choices=POLICIES, default="delta",
+                        help="migrate by this policy: see migrate --help (default: delta)")  # fmt: skip
     faults.add_argument(
-        "--only", default="", metavar="ID", help="rows whose id begins with these parts, such as D1 or A6/mac"
+        "--only",
+        default="",
+        metavar="ID",
+        help="run the rows whose id begins with these parts, such as D1 or A6/mac (default: all rows)",
     )
     faults.add_argument("--list", action="store_true", help="show the ids of the rows, and run none")
     faults.add_argument("--queue-pairs", type=_number(1, 64, "the number of queue pairs"), action="append", metavar="N",
-                        help="may be given more than once (default 1 and 4)")  # fmt: skip
-    faults.add_argument("--traffic", choices=TRAFFIC, help="(default: idle, then both)")
+                        help="use N queue pairs, 1 to 64; may be repeated (default: 1, then 4)")  # fmt: skip
     faults.add_argument(
-        "--all", dest="verbose_rows", action="store_true", help="show rows that are as they have to be, too"
+        "--traffic",
+        choices=TRAFFIC,
+        help="send frames in these directions, as the guest sees them (default: idle, then both)",
     )
+    faults.add_argument("--all", dest="verbose_rows", action="store_true", help="show each row, not only failed ones")
 
 
 def _rate(text: str) -> float:
@@ -287,14 +356,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vnetdp {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help=_VERBOSE)
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    verbs = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(
         name: str, run: Callable[[argparse.Namespace, signals.Ending], int], text: str, **kw: Any
     ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, **kw)
         sub.add_argument(
-            "--json", type=_file, metavar="PATH", help="write the report as JSON to PATH; - is standard output"
+            "--json",
+            type=_file,
+            metavar="PATH",
+            help="write the report as JSON to PATH, or to standard output for - (default: no JSON)",
         )
         # As before the command, which it does not undo.
         sub.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=_VERBOSE)
@@ -306,7 +378,8 @@ def _parser() -> argparse.ArgumentParser:
     _serve(command)
     _drive(command)
     _bench(command)
-    _migration(command)
+    _migrate(command)
+    _faults(command)
     command("doctor", commands.doctor, "Say what this machine can run, and what to do about the rest.")
     return parser
 
@@ -323,9 +396,13 @@ def _joined(argv: list[str]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    args, unknown = _parser().parse_known_args(_joined(argv))
+    parser = _parser()
+    parser.set_defaults(parser=parser)  # until a command puts its own in the place
+    args, unknown = parser.parse_known_args(_joined(argv))
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.command is None:  # told here, as argparse would tell it in place of an option that is unknown
+        parser.error("a COMMAND is required")
     return args
 
 

@@ -1,4 +1,4 @@
-"""What each command does. Numba and the rest are imported only by the command that needs them."""
+"""The commands, one function each. Numba and other libraries are imported only by the command that needs them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def counted(count: int, what: str) -> str:
 def compile_kernels(ending: Ending, of_command: Callable[[Callable[[str], None]], object] | None = None) -> None:
     """Have the kernels compiled, so that nothing waits for that later, and a signal ends it.
 
-    What the arguments have wrong is refused before: this takes half a minute. of_command: compiles in place of `warm_up`.
+    Check the arguments first: this takes half a minute. of_command: compiles in place of `warm_up`.
     """
     from .warmup import warm_up
 
@@ -42,7 +42,7 @@ def _check_report(args: argparse.Namespace, *others: Path | str) -> None:
     """Raise ConfigError if the report would overwrite a capture, or a socket."""
     for other in others:
         if args.json not in (None, "-") and is_same_file(Path(args.json), Path(other)):
-            raise ConfigError(f"--json {args.json} and {other} are one file: name another for the report")
+            raise ConfigError(f"--json {args.json} and {other} are one file: name another file for the report")
 
 
 def demo(args: argparse.Namespace, ending: Ending) -> int:
@@ -66,16 +66,18 @@ def _bridge(args: argparse.Namespace, ending: Ending) -> int:
     ):
         if kind != VHOST_USER:
             raise ConfigError(
-                f"{VHOST_USER}:SOCKET stands on both sides of a link; to serve {other} to one guest: vnetdp serve {other} "
-                f"--socket {socket or 'SOCKET'}"
+                f"{VHOST_USER}:SOCKET is needed on both sides of a link; to serve {other} to one guest: "
+                f"vnetdp serve {other} --socket {socket or 'SOCKET'}"
             )
     for text, socket in ((args.left, left), (args.right, right)):
         if not socket:
-            raise ConfigError(f"{text!r} names no socket: {VHOST_USER}:SOCKET, such as {VHOST_USER}:/tmp/net.sock")
+            raise ConfigError(
+                f"{text!r} names no socket: write {VHOST_USER}:SOCKET, such as {VHOST_USER}:/tmp/net.sock"
+            )
     for option in ("datapath", "ring", "mtu", "switch_ms", "switches", "worker_timeout"):
         if getattr(args, option) is not None:
             raise ConfigError(
-                f"--{option.replace('_', '-')} means nothing between two guests, who bring their own rings"
+                f"--{option.replace('_', '-')} means nothing between two guests, which bring their own rings: leave it out"
             )
     poll_us = -1 if args.poll else args.poll_us
     until = time.monotonic() + args.seconds if args.seconds else math.inf
@@ -108,7 +110,7 @@ def link(args: argparse.Namespace, ending: Ending) -> int:
     if VHOST_USER in (text.partition(":")[0] for text in (args.left, args.right)):
         return _bridge(args, ending)
     if args.switches is not None and args.switch_ms is None:
-        raise ConfigError("--switches goes with --switch-ms, which says how often")
+        raise ConfigError("--switches needs --switch-ms N, the time between two hand-overs in ms")
     from .endpoints.spec import endpoint_opener
     from .link import Link, check_datapath
 
@@ -116,7 +118,7 @@ def link(args: argparse.Namespace, ending: Ending) -> int:
     openers = [endpoint_opener(text, args.queue_pairs) for text in (args.left, args.right)]
     if openers[0].tap is not None and openers[0].tap == openers[1].tap:
         raise ConfigError(
-            f"both ends of the link are the interface {openers[0].tap[0]}: name another one for either end"
+            f"both ends of the link are the interface {openers[0].tap[0]}: name another interface for one of them"
         )
     with ExitStack() as stack:
         left, right = (stack.enter_context(opener()) for opener in openers)
@@ -148,12 +150,12 @@ def link(args: argparse.Namespace, ending: Ending) -> int:
 
 
 def _failures(*ends: Endpoint) -> list[str]:
-    """Return what failed at *ends*: each of them has logged it."""
+    """Return the failures of *ends*, which have logged them."""
     return [failure for end in ends for failure in end.failures]
 
 
 def _add_failures(report: dict[str, Any], ends: Sequence[Endpoint]) -> None:
-    """Enter into the report's errors what failed as *ends* were closed: what was written last."""
+    """Add the failures of *ends* at their close, such as of the last writes, to the report's errors."""
     report["errors"] += [failure for failure in _failures(*ends) if failure not in report["errors"]]
 
 
@@ -165,7 +167,7 @@ def _status(report: dict[str, Any]) -> int:
 
 
 def _run_link(link: Link, stop: Asked, args: argparse.Namespace, until: float) -> None:
-    """Wait for a signal, *until* (time.monotonic()), or the end of what the endpoints have to give; switch on the way."""
+    """Wait for a signal, *until* (time.monotonic()), or the last frame of the endpoints; switch on the way."""
     began = now = time.monotonic()
     tick = args.switch_ms / 1000 if args.switch_ms is not None else math.inf
     switch = began + tick
@@ -246,7 +248,7 @@ def drive(args: argparse.Namespace, ending: Ending) -> int:
     if args.count is not None:
         kind, _, options = spec.partition(":")
         if kind != "generate":
-            raise ConfigError("--count goes with the endpoint generate")
+            raise ConfigError(f"--count needs the endpoint generate, not {args.endpoint}")
         spec = f"{kind}:{options + ',' if options else ''}count={args.count}"
     features = None if args.features is None else with_needs(parse(args.features))
     (check_free if args.listen else why_not_there)(args.socket)
@@ -298,7 +300,7 @@ def _print_link(report: dict[str, Any], tell: Callable[[str], None], said: Seque
         if key.startswith("fault_") and report[side][key]
     ]
     if faults:
-        tell("faults made: " + ", ".join(faults))
+        tell("injected faults: " + ", ".join(faults))
     if dropped:
         tell("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
     changes = f"{counted(report['handovers'], 'hand-over')}, {counted(report['fallbacks'], 'fallback')}"

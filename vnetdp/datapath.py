@@ -330,7 +330,7 @@ class Paced(Owned):
         """Raise ConfigError in this very thread, which no one else can hold while it waits."""
         if threading.current_thread() is self._thread and not self._ended:
             raise ConfigError(
-                f"{self._thread.name} can't stop itself: an endpoint's own code may change its device in another thread only"
+                f"{self._thread.name} can't stop itself: change the device in another thread, not in its endpoint's code"
             )
 
     def _halt(self) -> None:

@@ -24,7 +24,7 @@ _HERE = 5  # phases before the migration to another process
 
 
 def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> None:
-    """Run each phase for *seconds*, and *say* what came of it; fill in the report that `vnetdp demo --json` writes."""
+    """Run each phase for *seconds*, and *say* its result; fill in the report that `vnetdp demo --json` writes."""
     faults = Faults()
     phases: list[dict[str, Any]] = report["phases"]
     with ExitStack() as stack:

@@ -87,7 +87,7 @@ class NetDevice(Owned):
         notifiers: Notifiers | None = None,
     ) -> None:
         if vhost is not None and len(vhost) != queue_pairs:
-            raise ConfigError(f"{len(vhost)} vhost backends for {queue_pairs} queue pairs")
+            raise ConfigError(f"{len(vhost)} vhost backends for {queue_pairs} queue pairs: one for each is needed")
         self._registers = Registers(endpoint, queue_pairs, mac, mtu, offered, max_num)
         self.queues = self._registers.queues
         """Size, addresses and state of each queue, for reading: a list of `Virtqueue`."""
@@ -255,7 +255,7 @@ class NetDevice(Owned):
         """
         with self._lock:
             if use and self.owners.vhost is None:
-                raise ConfigError("the device was made without a vhost worker")
+                raise ConfigError("the device was made without a vhost worker: give NetDevice one (vhost=)")
             self.use_vhost = use
             self._update_owner()
 
@@ -374,7 +374,7 @@ class NetDevice(Owned):
         """Take over what changed in another device since `load_state`. ConfigError, and no change, if it cannot be."""
         with self._lock:
             if self._running:
-                raise ConfigError("the device runs: state is loaded into one that does not")
+                raise ConfigError("the device runs: stop it before its state is loaded")
             features, control, queues = self._registers.after(delta)
             if delta.control:
                 self._registers.take_control(control)  # the last that can fail

@@ -1,6 +1,6 @@
-"""The doctor: what this machine can run, found out by trying, and what to do about the rest.
+"""The doctor: which parts of vnetdp this machine can run, found out by trying, and the next step for each other part.
 
-Nothing that it tries stays behind: no interface, no namespace, no file.
+Nothing stays behind: no interface, no namespace, no file.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _MIN_NUMBA = (0, 62)
 _CAP_NET_ADMIN = 12
 _CACHE_ROOM = 16 << 20  # of compiled kernels: more than they take
 _ENOUGH_DESCRIPTORS = 4096  # for 128 queue pairs or more
-_SIGNS = "µ"  # what reports print and ASCII lacks
+_SIGNS = "µ"  # of reports, which ASCII lacks
 _TUN = Path("/dev/net/tun")
 _VHOST_NET = Path("/dev/vhost-net")
 
-# A program to run beside us: what it is for, and Debian's package.
+# A program that vnetdp runs or attaches to, its purpose, and Debian's package.
 _PEERS = (
     ("ip", "makes namespaces and interfaces, for the tests and `vnetdp bench link`", "iproute2"),
     ("iperf3", "sends the TCP of `vnetdp bench link`", "iperf3"),
-    ("dpdk-testpmd", "is measured beside us by `vnetdp bench link`, and a peer in `make interop`", "dpdk-dev"),
+    ("dpdk-testpmd", "is measured beside vnetdp by `vnetdp bench link`, and a peer in `make interop`", "dpdk-dev"),
     ("ethtool", "turns off the offloads of a peer in `vnetdp bench link`", "ethtool"),
-    ("tshark", "reads in the tests what we write", "tshark"),
+    ("tshark", "reads the captures that the tests write", "tshark"),
     ("qemu-system-x86_64", "attaches to `vnetdp serve`; `make interop` fetches one of its own", "qemu-system-x86"),
 )
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried. required: userspace traffic needs it; advice: what to do next, "" if all is well."""
+    """One check. required: userspace traffic needs it; advice: the next step, "" if all is well."""
 
     name: str
     ok: bool
@@ -81,7 +81,7 @@ def run(say: Callable[[str], None] = tell) -> dict[str, Any]:
     say(
         "all that userspace traffic needs is here: try `vnetdp demo`"
         if ok
-        else f"userspace traffic can't run: {', '.join(missing)}"
+        else f"userspace traffic can't run: missing {', '.join(missing)}"
     )
     return {"ok": ok, "checks": [asdict(check) for check in checks]}
 
@@ -125,7 +125,9 @@ def _terminal() -> Check:
     try:
         _SIGNS.encode(stream.encoding)
     except (UnicodeEncodeError, LookupError):
-        detail = f"standard output is {stream.encoding}: a sign that it lacks, such as that of micro, is printed as ?"
+        detail = (
+            f"standard output is {stream.encoding}, which lacks signs of reports, such as that of micro: ? is printed"
+        )
         return Check("terminal", False, False, detail, "LC_ALL=C.UTF-8, or PYTHONIOENCODING=utf-8")
     return Check("terminal", True, False, f"standard output is {stream.encoding}")
 
@@ -141,7 +143,9 @@ def _numba() -> Check:
         return Check("numba", False, True, f"can't be imported: {detail}", advice or fix)
     versions = f"{numba.__version__}, llvmlite {_version('llvmlite')}, NumPy {_version('numpy')}"
     if tuple(int(part) for part in numba.__version__.split(".")[:2]) < _MIN_NUMBA:
-        return Check("numba", False, True, f"{versions}: too old, its cache can't be stamped by us", fix)
+        return Check(
+            "numba", False, True, f"{versions}: vnetdp needs Numba {_MIN_NUMBA[0]}.{_MIN_NUMBA[1]} or newer", fix
+        )
     if numba.config.DISABLE_JIT:
         advice = "unset NUMBA_DISABLE_JIT"
         return Check("numba", True, True, f"{versions}; NUMBA_DISABLE_JIT is set: some hundred times slower", advice)
@@ -162,16 +166,16 @@ def _memfd() -> Check:
         fd = create_memfd("vnetdp-doctor", 4096)
     except (OSError, ConfigError, AttributeError) as e:
         advice = "use Linux 3.17 or newer, and a container that allows memfd_create and fcntl(F_ADD_SEALS)"
-        return Check("memfd", False, True, f"no shared memory that nobody can shrink: {e}", advice)
+        return Check("memfd", False, True, f"no shared memory with a seal against shrinking: {e}", advice)
     sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
     os.close(fd)
     if not sealed:
-        return Check("memfd", False, True, "the seal against shrinking does not stick", "use a kernel that keeps seals")
+        return Check("memfd", False, True, "F_SEAL_SHRINK has no effect", "use a kernel with file seals")
     return Check("memfd", True, True, "shared memory, sealed against shrinking")
 
 
 def _cache() -> Check:
-    """Look where the compiled kernels are kept."""
+    """Check the cache of compiled kernels."""
     try:
         from vnetdp_kernels.loops.drive import drive
         from vnetdp_kernels.loops.serve import serve
@@ -187,31 +191,37 @@ def _cache() -> Check:
         found = jit.found(serve)
         return Check("numba cache", True, True, f"warm, in {found}", cache.passed_over(found))
     if folder is None:
-        return Check("numba cache", False, False, "cold, and there is no folder for it: each run compiles", trouble)
-    cold = f"cold, in {folder.path}: the next command compiles first, for some 30 s of one core"
+        return Check(
+            "numba cache",
+            False,
+            False,
+            "cold, and no folder for it can be written: each run compiles the kernels",
+            trouble,
+        )
+    cold = f"cold, in {folder.path}: the next command compiles the kernels, in some 30 s of one core"
     return Check("numba cache", True, True, cold, trouble or _cache_advice(folder.path))
 
 
 def _cache_advice(folder: Path) -> str:
     there = os.statvfs(folder)
     if there.f_bavail * there.f_frsize < _CACHE_ROOM or (there.f_files and not there.f_favail):
-        return "make room there, or let NUMBA_CACHE_DIR name another folder: what can't be kept is compiled in each run"
+        return "make room there, or set NUMBA_CACHE_DIR to another folder: without room each run compiles the kernels"
     try:
         with open(folder / "compiling.lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return "wait: another process is compiling"
     except OSError as e:
-        return f"start one command first: without locks there ({e.strerror}) processes that start together each compile"
+        return f"start one command first: there are no locks ({e.strerror}), and commands started together each compile"
     return "vnetdp demo"
 
 
 def _cores() -> Check:
     n = len(os.sched_getaffinity(0))
     if n >= 2:
-        return Check("cores", True, False, f"{n} to run on")
+        return Check("cores", True, False, f"{n} usable")
     return Check(
-        "cores", False, False, "1 to run on: device and guest take turns", "give us two or more (taskset, cpuset)"
+        "cores", False, False, "1 usable: device and guest take turns", "allow two cores or more (taskset, cpuset)"
     )
 
 
@@ -233,10 +243,10 @@ def _tun() -> Check:
     except OSError as e:
         return Check("tun", False, False, f"no tap: endpoints: {_TUN}: {e.strerror}", f"sudo chmod 666 {_TUN}")
     if _has_capability(_CAP_NET_ADMIN):
-        return Check("tun", True, False, f"{_TUN} opens, and we may make TAP interfaces")
+        return Check("tun", True, False, f"{_TUN} opens, and TAP interfaces can be made")
     made = "sudo ip tuntap add dev tap0 mode tap user $USER && sudo ip link set tap0 up"
-    advice = f"run as root, or have root make one for you: {made}"
-    return Check("tun", False, False, f"{_TUN} opens, but without CAP_NET_ADMIN only TAPs made for us", advice)
+    advice = f"run as root, or make one as root: {made}"
+    return Check("tun", False, False, f"{_TUN} opens, but without CAP_NET_ADMIN only for TAPs of this user", advice)
 
 
 def _has_capability(number: int) -> bool:
@@ -263,10 +273,12 @@ def _namespaces() -> Check:
         [sys.executable, "-I", "-S", "-c", _TRY_NAMESPACE], capture_output=True, text=True, check=False
     )
     if child.returncode == 0:
-        return Check("network namespaces", True, False, "we may make them, with TAPs in them")
+        return Check("network namespaces", True, False, "can be made, with TAPs in them")
     reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
     advice = "run as root; into a container: --cap-add NET_ADMIN --cap-add SYS_ADMIN"
-    return Check("network namespaces", False, False, f"the tests and benchmarks that need them skip: {reason}", advice)
+    return Check(
+        "network namespaces", False, False, f"tests and benchmarks with namespaces are skipped: {reason}", advice
+    )
 
 
 def _hugepages() -> Check:
@@ -281,11 +293,11 @@ def _hugepages() -> Check:
     if total:
         return Check("hugepages", True, False, f"{free} of {total} free, {size} each")
     advice = "for DPDK at its best: echo 512 | sudo tee /proc/sys/vm/nr_hugepages"
-    return Check("hugepages", False, False, "none reserved; we do without, and start DPDK with --no-huge", advice)
+    return Check("hugepages", False, False, "none reserved: vnetdp needs none, and starts DPDK with --no-huge", advice)
 
 
 def _vhost_net() -> Check:
-    note = "not used by this version: its vhost is a worker of our own"
+    note = "not used by this version: vhost is a worker of vnetdp's own"
     try:
         os.close(os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:

@@ -16,16 +16,16 @@ from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.base import Endpoint, frame_len
 from .endpoints.loopback import GenerateEndpoint, NullEndpoint
-from .errors import ConfigError, GuestError, UnbindError
+from .errors import BackendError, ConfigError, GuestError, UnbindError
 from .owners import Owner
 from .state import VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_NET_S_LINK_UP, Control
 from .watch import Watch
 
 _TICK_S = 0.02
-_ANSWER_S = 1.0  # after which it is said what is waited for
+_ANSWER_S = 1.0  # after which the reason of a wait is said
 _QUIET_S = 0.5  # nothing moved for so long: nothing more will
 _LOSS_S = 3.0  # the same while numbered frames are missing
-_SETTLE_S = 3.0  # for what is on its way when the time is up
+_SETTLE_S = 3.0  # for frames on their way when the time is up
 
 
 def drive(
@@ -46,9 +46,9 @@ def drive(
 ) -> dict[str, Any]:
     """Run *endpoint* as a guest of the back end on *path*, until *stop*, *seconds*, or its last frame came back.
 
-    mtu: of what the other side sends, if it does not say so itself; a receive buffer holds a frame of that size even if
-    buffers can't be merged. at_work: a context for the time in which frames move, given a function that returns the report.
-    wait_s: for a back end, at first and whenever its connection is lost.
+    mtu: the MTU in bytes, if the back end's configuration space has no larger one; a receive buffer holds a frame of that
+    size even if buffers can't be merged. at_work: a context for the time in which frames move, given a function that
+    returns the report. wait_s: seconds to wait for a back end, at first and after each loss of its connection.
 
     Returns the report: tx_packets (guest to back end), rx_packets (back), bad_packets (corrupt, repeated or foreign),
     seconds from the first frame received to the last, mpps (received in these), errors, and with a generator the ledger of
@@ -73,7 +73,7 @@ def drive(
         driver = Driver(device, memory, endpoint, queue_pairs=queue_pairs, num=num, frame_len=frame_len(mtu))
         stack.callback(driver.close)
         if device.last_error is not None and front_end.connected:
-            raise ConfigError(f"{path}: {device.last_error}")
+            raise ConfigError(_not_taken(path, device.last_error))
         run = _Run(front_end, device, driver, wait_s, say)
         stack.enter_context(Watch(front_end, device, run.moved))
         _wait_for_owner(device, path, wait, stop)
@@ -85,7 +85,7 @@ def drive(
 
 
 class _Wait:
-    """A wait for a back end, from now on for *wait_s* seconds at most, which says what it is for."""
+    """A wait for a back end, of at most *wait_s* seconds from now on, which says its reason."""
 
     def __init__(self, front_end: VhostUserFrontEnd, wait_s: float, say: Callable[[str], None]) -> None:
         self._front_end, self._wait_s, self._say = front_end, wait_s, say
@@ -99,7 +99,7 @@ class _Wait:
         return time.monotonic() >= self.until
 
     def look(self) -> None:
-        """Say what keeps the back end away, once it has for a second."""
+        """Say why there is no back end, once that has lasted for a second."""
         trouble, now = self._front_end.trouble, time.monotonic()
         self._silent_since = (self._silent_since or now) if self._front_end.silent else None
         if now - (self._silent_since or self._began) > _ANSWER_S and trouble not in ("", self._said):
@@ -107,13 +107,13 @@ class _Wait:
             self._say(f"{self._front_end.path}: {trouble}; waiting")
 
     def in_vain(self, what: str) -> str:
-        """Return what to say once it is over: *what* was waited for, why it did not come, and what to do."""
+        """Return the error once the wait is over: *what* did not come, why, and the next step."""
         front_end = self._front_end
         way = "--connect " if front_end.listening else ""
         other = "end it, and start another" if front_end.hung else "start one"
         step = f"{other}: vnetdp serve macswap {way}--socket {front_end.path}"
         if front_end.silent:
-            step = "end that front end, or start the back end anew"
+            step = "end that front end, or restart the back end"
         return f"{front_end.path}: {what} within {self._wait_s:g} s: {front_end.trouble}: {step}"
 
 
@@ -125,21 +125,32 @@ def _connect(front_end: VhostUserFrontEnd, wait: _Wait, stop: Callable[[], bool]
         return stop()
 
     while not stop_or_say():
-        if front_end.connect(max(wait.until - time.monotonic(), _TICK_S), stop_or_say):
-            return
+        try:
+            if front_end.connect(max(wait.until - time.monotonic(), _TICK_S), stop_or_say):
+                return
+        except BackendError as e:
+            raise ConfigError(f"{front_end.path}: the back end can't be used: {e}: end it, and start another") from e
         if wait.over:
             raise ConfigError(wait.in_vain("no back end"))
         time.sleep(_TICK_S)
-    raise ConfigError(f"ended before a back end was on {front_end.path}")
+    raise ConfigError(f"{front_end.path}: ended before a back end was connected")
 
 
 def _wait_for_owner(device: NetDevice, path: str, wait: _Wait, stop: Callable[[], bool]) -> None:
     """Wait until a back end has the rings: one that died over them may be followed by another. ConfigError if none is."""
     while device.owner is not Owner.VHOST:
         if stop() or wait.over:
-            error = device.last_error
-            raise ConfigError(error.detail if isinstance(error, UnbindError) else f"{path}: {error}")
+            raise ConfigError(_not_taken(path, device.last_error))
         time.sleep(_TICK_S)
+
+
+def _not_taken(path: str, error: Exception | None) -> str:
+    """Return why no back end has the rings, after *error*, and the next step."""
+    if error is None:
+        return f"{path}: ended before a back end took the rings"
+    if isinstance(error, UnbindError):
+        return error.detail
+    return f"{path}: the back end did not take the rings: {error}: end it, and start another"
 
 
 class _Run:
@@ -169,7 +180,7 @@ class _Run:
         quiet_since = received.looked
         moved = 0
         settled = math.inf
-        waits = False  # for a back end, to go on with what is left to do
+        waits = False  # for a back end, with frames still to move
         while received.looked < settled and not endpoint.gone and self._works():
             time.sleep(clock.LOOK_S)
             packets = self._driver.dvqs[:, r.DVQ_PACKETS].copy()
@@ -190,7 +201,7 @@ class _Run:
         if not self.errors and self._device.owners.withheld and isinstance(error, UnbindError):
             self.errors.append(error.detail)  # the device has said it
         elif not self.errors and waits:
-            self.errors.append(f"{self._front_end.path}: there was no back end at the end")  # since when was said
+            self.errors.append(f"{self._front_end.path}: no back end was connected at the end")  # since when was said
 
     def _works(self) -> bool:
         """Look after the back end, the rings and the ledger; False, and `errors` says why, if there is no going on."""
@@ -203,7 +214,7 @@ class _Run:
         except GuestError as e:
             error = f"{self._front_end.path}: the back end broke {e}"
         if self._device.status & VIRTIO_CONFIG_S_NEEDS_RESET:
-            error = f"{self._front_end.path}: the back end says that a ring broke: start it anew, and drive it again"
+            error = f"{self._front_end.path}: the back end reports a broken ring: restart the back end, then drive"
         error = error or self._follow()
         if error:
             self.errors.append(error)
@@ -222,7 +233,9 @@ class _Run:
             pass  # it is being given the rings
         elif wait is None:
             why = "hangs" if front_end.hung else "is gone: its connection was lost"
-            self._say(f"{front_end.path}: the back end {why}; waiting up to {self._wait_s:g} s for one on that socket")
+            self._say(
+                f"{front_end.path}: the back end {why}; waiting up to {self._wait_s:g} s for the next one on that socket"
+            )
             self._wait = _Wait(front_end, self._wait_s, self._say)
         elif wait.over:
             return wait.in_vain("no back end came back")
@@ -247,7 +260,7 @@ class _Run:
         if generator is not None:
             ledger = generator.ledger_against(generator)
             report["bad_packets"] = ledger.corrupted + int(generator.ledger[:, r.LEDGER_FOREIGN].sum())
-            # Frames are missed only by somebody who gets answers, or has said how many there have to be.
+            # Frames count as lost only if any came back, or their number was given.
             if not self._strange and (ledger.delivered or generator.count >= 0):
                 report["bad_packets"] += ledger.duplicated
                 report["ledger"] = ledger.as_dict()
@@ -255,5 +268,5 @@ class _Run:
 
 
 def _generator(endpoint: Endpoint) -> GenerateEndpoint | None:
-    """Return what makes numbered frames in *endpoint*, be it behind faults."""
+    """Return the generator in *endpoint*, be it behind faults; None if there is none."""
     return endpoint.innermost if isinstance(endpoint.innermost, GenerateEndpoint) else None

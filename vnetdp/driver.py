@@ -272,16 +272,16 @@ class Driver(Owned):
             try:
                 values, addresses, behind = self._place(index, first)
             except ConfigError as e:
-                raise ConfigError(f"queue {index}: its driver has it outside guest memory") from e
+                raise ConfigError(f"queue {index}: the driver's ring at {first:#x} lies outside guest memory") from e
             if first % spec.PAGE_SIZE or row[[*values]].tolist() != [*values.values()]:
-                raise ConfigError(f"queue {index}: its driver cannot have it at {first:#x}, or not so")
+                raise ConfigError(f"queue {index}: driver state does not match a ring at {first:#x}")
             if not kernels.is_sound(self.memory.mem, row, state, is_receiveq(index), seen):
-                raise ConfigError(f"queue {index}: what its driver knows of its descriptors cannot be")
+                raise ConfigError(f"queue {index}: the driver's state of its descriptors contradicts the ring")
             parts.append(addresses)
             taken.append((first, behind))
         taken.sort()
         if any(at < before for (_, before), (at, _) in pairwise([(0, self.start_at), *taken, (end, end)])):
-            raise ConfigError("queues lie one over the other, or over what is no queue's")
+            raise ConfigError(f"queues overlap, or reach outside guest addresses {self.start_at:#x} to {end:#x}")
         return parts
 
     # --- running ---
@@ -314,7 +314,7 @@ class Driver(Owned):
         GuestError if the device broke the specification; ConfigError if the driver has a thread (`start`).
         """
         if self._thread is not None:
-            raise ConfigError("the driver runs in a thread of its own: stop it before it is stepped")
+            raise ConfigError("the driver runs in a thread of its own: call stop before step")
         moved = self.run(budget, 0, 0)[1]
         self.check()
         return moved

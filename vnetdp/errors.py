@@ -37,7 +37,7 @@ class VnetdpError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """Return what to say of *error*: one that nobody raised on purpose is told by its kind, too."""
+    """Return the text of *error*, with its class unless vnetdp raised it on purpose."""
     return str(error) if isinstance(error, VnetdpError) else f"{type(error).__name__}: {error}"
 
 
@@ -50,7 +50,7 @@ def place(error: BaseException) -> str:
 
 
 class ConfigError(VnetdpError):
-    """An argument, or a call at this moment, that cannot be. The text gives the value, the limit and the next step."""
+    """An invalid argument, or a call at a wrong moment. The text gives the value, the limit and the next step."""
 
 
 class MachineError(VnetdpError, OSError):
@@ -105,7 +105,7 @@ class EndpointError(VnetdpError):
 
 
 class ProtocolError(VnetdpError):
-    """A vhost-user message that can't be."""
+    """A vhost-user message that breaks the protocol."""
 
 
 class LocalProtocolError(ProtocolError):

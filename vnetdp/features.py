@@ -193,8 +193,8 @@ def parse(text: str, known: Mapping[str, int] = NAMES, usual: int = (1 << 64) - 
         bits[sign] |= known[name]
     if bits[""] and (bits["+"] or bits["-"]):
         raise ConfigError(
-            f"features {text!r}: either all that is left, or changes: left out with a minus, added with a plus"
+            f"features {text!r}: either names alone, or names with a sign: left out with a minus, added with a plus"
         )
-    if bits["+"] & bits["-"]:
-        raise ConfigError(f"features {text!r}: one is both left out and added")
+    if both := [name for name, bit in known.items() if bit & bits["+"] & bits["-"]]:
+        raise ConfigError(f"features {text!r}: {', '.join(both)} is both left out and added: take one sign")
     return bits[""] or (usual | bits["+"]) & ~bits["-"]

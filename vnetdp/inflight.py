@@ -1,4 +1,4 @@
-"""The inflight area (vhost-user 4e): what a back end leaves behind in shared memory, for the one that comes after it.
+"""The inflight area (vhost-user 4e): the chains in flight, in shared memory, for the back end's successor.
 
 Our back ends take chains in order and finish each batch before the next, so what is in flight after a crash is
 exactly what lies between used.idx and avail.idx: a successor goes on from used.idx. The one thing that used.idx can't tell
@@ -57,12 +57,17 @@ class InflightArea:
 
     @classmethod
     def attach(cls, said: Inflight, fd: int, max_queues: int) -> InflightArea:
-        """Take an area that a front end gives back; RequestRefused if it can't be what it says."""
+        """Take an area that a front end gives back; RequestRefused if it does not fit its description."""
         _check(said.num_queues, said.queue_size, max_queues)
         if said.size < said.num_queues * _queue_len(said.queue_size) or said.offset % spec.PAGE_SIZE:
-            raise RequestRefused(f"an inflight area of {said.size} bytes is too small, or not aligned")
-        if said.offset + said.size > os.fstat(fd).st_size:
-            raise RequestRefused("an inflight area that ends behind its file")
+            least = said.num_queues * _queue_len(said.queue_size)
+            raise RequestRefused(
+                f"inflight area {said.offset:#x}+{said.size:#x}: {least} bytes are needed, at a whole page"
+            )
+        if said.offset + said.size > (there := os.fstat(fd).st_size):
+            raise RequestRefused(
+                f"inflight area {said.offset:#x}+{said.size:#x} extends past the end of its {there}-byte file"
+            )
         return cls(fd, said.offset, said.size, said.num_queues, said.queue_size)
 
     def describe(self) -> Inflight:
@@ -89,7 +94,9 @@ class InflightArea:
         RequestRefused for an area that can't be gone on from.
         """
         if index >= self.num_queues or num > self.queue_size:
-            raise RequestRefused(f"vring {index} of size {num} is not in an inflight area for {self.queue_size}")
+            raise RequestRefused(
+                f"vring {index} of size {num} is not in an inflight area of {self.num_queues} queues of {self.queue_size}"
+            )
         mem = memory.mem
         raw = mem.data
         area = memory.beside_offset + self.area_at(index)
@@ -105,7 +112,9 @@ class InflightArea:
             store_u16(mem, area + spec.INFLIGHT_DESC_NUM, num)
             store_u16_release(mem, area + spec.INFLIGHT_VERSION, _VERSION)
         elif version != _VERSION or desc_num != num:
-            raise RequestRefused(f"vring {index}: inflight area of version {version} for {desc_num} descriptors")
+            raise RequestRefused(
+                f"vring {index}: inflight area of version {version} for {desc_num} descriptors, not {_VERSION} for {num}"
+            )
         journal = self.journal_at(index)
         if journal and not is_receiveq(index) and other_at is not None:
             at = memory.beside_offset + journal
@@ -121,7 +130,7 @@ class InflightArea:
         heads = _in_flight(entries, last_batch_head, (idx - used_idx) & 0xFFFF)
         if heads != _next_heads(mem, avail_at, num, idx, len(heads)):
             raise RequestRefused(
-                f"vring {index}: the back end before had chains in flight that are not the next ones: {heads[:8]}"
+                f"vring {index}: the previous back end's chains in flight are not the next in the avail ring: {heads[:8]}"
             )
         entries.view(_DESC)["inflight"] = 0
         store_u16(mem, area + spec.INFLIGHT_USED_IDX, idx)
@@ -171,6 +180,6 @@ def _next_heads(mem: Bytes, avail_at: int, num: int, idx: int, limit: int) -> li
 
 def _check(num_queues: int, queue_size: int, max_queues: int) -> None:
     if not 0 < num_queues <= max_queues:
-        raise RequestRefused(f"an inflight area for {num_queues} queues; the device has {max_queues}")
+        raise RequestRefused(f"inflight area for {num_queues} queues; the device has {max_queues}")
     if not 0 < queue_size <= spec.VIRTQ_MAX_NUM:
-        raise RequestRefused(f"an inflight area for queues of {queue_size} descriptors")
+        raise RequestRefused(f"inflight area for queues of {queue_size} descriptors, not 1 to {spec.VIRTQ_MAX_NUM}")

@@ -1,4 +1,4 @@
-"""What the machine has run out of or refuses, said in one line: the limit, how much of it is in use, and the next step."""
+"""One line about a limit or a refusal of the machine: the limit, the part of it in use, and the next step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import ConfigError, MachineError
 
 _MIB = 1 << 20
-_TO_LOAD = {"ulimit -v": 512 * _MIB, "ulimit -d": 192 * _MIB}  # what the kernels take with little beside them
+_TO_LOAD = {"ulimit -v": 512 * _MIB, "ulimit -d": 192 * _MIB}  # for the kernels, with little beside them
 _TO_COMPILE = {"ulimit -v": 768 * _MIB, "ulimit -d": 512 * _MIB}
 _LIMITS = {"ulimit -v": (resource.RLIMIT_AS, "VmSize"), "ulimit -d": (resource.RLIMIT_DATA, "VmData")}
 _NO_THREAD = "can't start new thread"
@@ -23,7 +23,7 @@ _NO_EXECUTABLE = "executable memory"  # as llvmlite has it, when Numba is import
 
 
 def fault(error: BaseException) -> str:
-    """Return one line about *error*, which the machine is to blame for; "" if it may be a defect of ours."""
+    """Return one line about *error*, if the machine is its cause; "" if it may be a defect of vnetdp."""
     if isinstance(error, MemoryError):
         return f"out of memory: {_memory()}"
     if isinstance(error, RuntimeError):
@@ -34,8 +34,8 @@ def fault(error: BaseException) -> str:
         return ""
     if _NO_EXECUTABLE in str(error):
         return (
-            "nothing may make executable memory here, which compiled kernels take: allow it (systemd: "
-            "MemoryDenyWriteExecute=no; SELinux: the permission execmem; or what a seccomp filter does to mprotect)"
+            "compiled kernels need executable memory, which this process may not make: allow it (systemd: "
+            "MemoryDenyWriteExecute=no; SELinux: the permission execmem; seccomp: mprotect with PROT_EXEC)"
         )
     if isinstance(error.filename, str | bytes):
         path = os.fsdecode(error.filename)
@@ -46,7 +46,7 @@ def fault(error: BaseException) -> str:
 
 
 def of_path(path: str | Path, error: OSError | ValueError) -> str:
-    """Return why nothing can be done with the file *path*: the error, which part of the path it is about, the next step."""
+    """Return why the file *path* can't be used: the error, the part of the path at fault, and the next step."""
     if not isinstance(error, OSError) or not error.strerror:
         return _first_line(error)  # such as a null byte in its name
     step = _step_for_path(Path(path), error.errno) or _next_step(error)
@@ -62,7 +62,7 @@ def _step_for_path(path: Path, code: int | None) -> str:
             case errno.ENOENT:
                 missing = next((parent for parent in parents if not parent.exists()), None)
                 if missing is None:
-                    return "name a file that is there"
+                    return "name an existing file"
                 return f"there is no folder {missing}: mkdir -p {shlex.quote(str(path.parent))}"
             case errno.ENOTDIR:
                 return next(
@@ -81,16 +81,16 @@ def _step_for_path(path: Path, code: int | None) -> str:
 
 
 def _no_current_folder() -> str:
-    """Return what to do if the folder that this process is in was deleted; "" if it is there."""
+    """Return the next step if the current folder was deleted; "" if it is there."""
     try:
         Path.cwd()
     except FileNotFoundError:
-        return "the current folder was deleted: go to one that is there (cd)"
+        return "the current folder was deleted: cd to an existing one"
     return ""
 
 
 def _who_may(path: Path) -> str:
-    """Return who has the right that was missing, to a folder on the way to *path*, or to *path*."""
+    """Return the owner and mode of the file that denies access: *path*, or a folder on the way to it."""
     parents = list(reversed(path.absolute().parents))
     barred = next((parent for parent in parents if not os.access(parent, os.X_OK)), None)
     there = barred or (path if os.path.lexists(path) else parents[-1])
@@ -102,7 +102,7 @@ def _who_may(path: Path) -> str:
 
 
 def _next_step(error: OSError) -> str:
-    """Return what is known of the limit that *error* ran into, and how to raise it; "" if nothing is."""
+    """Return the limit that *error* ran into, if it is known, and how to raise it; else ""."""
     match error.errno:
         case errno.ENOENT if error.filename is None:
             return _no_current_folder()
@@ -117,13 +117,15 @@ def _next_step(error: OSError) -> str:
         case errno.EFBIG:
             return f"the limit of a file's length is {_size(resource.RLIMIT_FSIZE)}; raise it: ulimit -f unlimited"
         case errno.ENOSPC:
-            return "make room on that file system (df and df -i say what is left)"
+            return "make room on that file system (df and df -i show its free space and inodes)"
         case errno.EDQUOT:
             return "make room, or have the quota raised"
         case errno.EROFS:
-            return "that file system is read-only: name a place that can be written to"
+            return "that file system is read-only: name a path on a writable one"
         case errno.ENOSYS:
-            return "the kernel, or the container's seccomp filter, does not know that system call"
+            return (
+                "the kernel, or a container's seccomp filter, lacks that system call: use a newer kernel, or allow it"
+            )
     return ""
 
 
@@ -181,8 +183,8 @@ def memory_in_use() -> str:
 
 def _memory() -> str:
     return memory_in_use() or (
-        "free some, or take a smaller ring or fewer queue pairs (free -m says what is left; sysctl vm.overcommit_memory "
-        "and vm.max_map_count are limits, too)"
+        "free memory, or take a smaller ring or fewer queue pairs (free -m shows the free memory; sysctl "
+        "vm.overcommit_memory and vm.max_map_count are limits, too)"
     )
 
 
@@ -200,8 +202,8 @@ def tasks() -> str:
     for path in {f"/sys/fs/cgroup{group[0] if group else ''}/pids.max", "/sys/fs/cgroup/pids/pids.max"}:
         most_in_group = _read(path)
         if most_in_group.isdecimal():
-            limits.append(f"this container {most_in_group} (raise its pids limit)")
-    limits.append(f"the system {_read('/proc/sys/kernel/threads-max') or 'an unknown number'}")
+            limits.append(f"this container may have {most_in_group} (raise its pids limit)")
+    limits.append(f"the system may have {_read('/proc/sys/kernel/threads-max') or 'an unknown number'}")
     return "; ".join(limits)
 
 

@@ -131,7 +131,9 @@ class Region:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {spec.PAGE_SIZE} bytes")
         size = os.fstat(self.fd).st_size
         if self.fd_offset + self.length > spec.align_up(size, spec.PAGE_SIZE):  # its last page can be mapped whole
-            raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} ends behind its file of {size} bytes")
+            raise ConfigError(
+                f"memory region {self.gpa:#x}+{self.length:#x} extends past the end of its {size}-byte file"
+            )
 
 
 @dataclass
@@ -370,8 +372,10 @@ class SharedBlock(Owned):
         self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
         """The descriptor, to hand to another process; -1 once the block is closed."""
         try:
-            if os.fstat(self.fd).st_size < offset + length:
-                raise ConfigError(f"a shared block of {length} bytes at {offset} ends behind its file")
+            if (size := os.fstat(self.fd).st_size) < offset + length:
+                raise ConfigError(
+                    f"a shared block of {length} bytes at {offset} extends past the end of its {size}-byte file"
+                )
             page = _page_size(self.fd)
             self._at = offset % page
             mapped = spec.align_up(self._at + self.length, page)
@@ -424,9 +428,13 @@ class DirtyLog(Owned):
         ConfigError, and *fd* stays the caller's, if the file is too short or cannot be mapped.
         """
         if length <= 0 or offset < 0 or offset % spec.PAGE_SIZE:
-            raise ConfigError(f"a log of {length} bytes at offset {offset} cannot be mapped")
-        if offset + length > os.fstat(fd).st_size:
-            raise ConfigError(f"a log of {length} bytes at offset {offset} ends behind its file")
+            raise ConfigError(
+                f"a log of {length} bytes at offset {offset} can't be mapped: 1 byte or more, at whole pages, can"
+            )
+        if offset + length > (size := os.fstat(fd).st_size):
+            raise ConfigError(
+                f"a log of {length} bytes at offset {offset} extends past the end of its {size}-byte file"
+            )
         self = cls.__new__(cls)
         try:
             self._attach(SharedBlock(length, fd, offset, foreign=True), length)

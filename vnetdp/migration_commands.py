@@ -1,4 +1,4 @@
-"""The commands that migrate: `migrate` once or often, `faults` with each thing that can go wrong."""
+"""The commands `migrate`, one migration or several, and `faults`, the fault matrix."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def migrate(args: argparse.Namespace, ending: Ending) -> int:
         draw(result, args.plot)
     missed = args.fault and not any(each.counts.get("hits") for each in results)
     if missed:
-        human(args)(f"no fault struck: {', '.join(args.fault)}")
+        human(args)(f"no verb of --fault was called: {', '.join(args.fault)}")
     may_fall_back = there or args.target_userspace or "link" in (*args.change, args.churn)
     wanted = ("vhost", "userspace") if may_fall_back else ("vhost",)
     well = all(each.outcome in wanted and not each.error for each in results)
@@ -95,9 +95,11 @@ def _check_fault(text: str, pairs: int) -> None:
 
     fault = Fault.parse(text)
     if fault.phase not in ("", "early", "final", "retry"):
-        raise ConfigError(f"fault {text!r}: a phase is early, final or retry")
+        raise ConfigError(f"fault {text!r}: the phase {fault.phase} is not early, final or retry")
     if (fault.pair or 0) >= pairs or (fault.index or 0) > 1:
-        raise ConfigError(f"fault {text!r}: with --queue-pairs {pairs} the last ring is {pairs - 1},1")
+        raise ConfigError(
+            f"fault {text!r}: its ring is none of 0,0 to {pairs - 1},1 (PAIR,VRING) with --queue-pairs {pairs}"
+        )
 
 
 def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> None:
@@ -110,8 +112,10 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
     for name, us in report["spans_us"].items():
         tell(f"  {name:<20} {us:>10,.0f} µs")
     us = report["blackout_us"]
-    without = "no packet moved after the stop" if us is None else f"longest time without a packet: {us:,.0f} µs"
-    tell(f"work at the destination while nobody ran: {report['destination_us']:,.0f} µs; {without}")
+    without = (
+        "no packet moved after the stop" if us is None else f"blackout (longest time without a packet): {us:,.0f} µs"
+    )
+    tell(f"work at the destination while the machine was stopped: {report['destination_us']:,.0f} µs; {without}")
     tell("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
     for text in report["violations"]:
         tell(f"violation: {text}")
@@ -125,7 +129,7 @@ def faults(args: argparse.Namespace, ending: Ending) -> int:
     plan = chosen(args.queue_pairs or (1, 4), traffics, args.only)
     if not plan:
         names = dict.fromkeys(case.id.partition("/")[0] for case in cases(1))
-        raise ConfigError(f"no row of the matrix is {args.only!r}; rows are {', '.join(names)}")
+        raise ConfigError(f"no row of the fault matrix begins with {args.only!r}; rows are {', '.join(names)}")
     if args.list:
         for name, says in {case.id: case.says for _, case in plan}.items():
             tell(f"{name}: {says}")
@@ -161,9 +165,9 @@ def _print_faults(policy: str, rows: list[Row], began: float, tell: Callable[[st
     from .migration.matrix import DEFECTS
 
     wrong = [row for row in rows if not row.ok]
-    tell(f"{counted(len(rows), 'case')}, {len(wrong)} not as they have to be, {time.monotonic() - began:.0f} s")
+    tell(f"{counted(len(rows), 'case')}, {len(wrong)} failed, {time.monotonic() - began:.0f} s")
     if policy == "seed":
         unseen = [name for name in DEFECTS if not any(row.predicted == name for row in wrong)]
         foreseen = sum(bool(row.predicted) for row in wrong)
-        tell(f"of these {foreseen} were predicted, and {len(wrong) - foreseen} were not; "
-             f"predicted and not seen: {', '.join(unseen) or 'none'}")  # fmt: skip
+        tell(f"of the failed cases {foreseen} were predicted, and {len(wrong) - foreseen} were not; "
+             f"predicted but not seen: {', '.join(unseen) or 'none'}")  # fmt: skip

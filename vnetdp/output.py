@@ -1,4 +1,4 @@
-"""What a command says and writes. Whatever becomes of standard output and standard error, the work goes on."""
+"""The text and the files that a command writes. A standard output or error that fails does not end the work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import signals
 from .errors import OutputError
 from .limits import fault, of_path
 
-_lost: list[OSError] = []  # why standard output took something not
+_lost: list[OSError] = []  # the errors of standard output
 
 
 def open_streams() -> None:
@@ -59,7 +59,7 @@ def _kept_back() -> Iterator[None]:
 
 
 def human(args: argparse.Namespace) -> Callable[[str], None]:
-    """Return what prints a report for people: standard output, unless that is asked to hold JSON alone."""
+    """Return the function that prints a report for people: on standard output, unless --json - keeps that for JSON."""
     return say if args.json == "-" else tell
 
 
@@ -83,7 +83,7 @@ def flush() -> None:
 
 
 def _to_nowhere(fd: int) -> None:
-    """Let what is left in a stream's buffer go out when the interpreter ends, which would fail once more."""
+    """Open /dev/null in the place of *fd*: the interpreter flushes the stream's buffer once more at its end."""
     nowhere = _open_nowhere()
     os.dup2(nowhere, fd)
     os.close(nowhere)
@@ -99,7 +99,7 @@ def _open_nowhere() -> int:
 
 @contextmanager
 def whole_file(path: str) -> Iterator[None]:
-    """Write the file *path* in this block. If it can't be: OutputError. No part of it is left, whatever breaks that off."""
+    """Write the file *path* in this block; OutputError, and no part of it is left, if that fails or is broken off."""
 
     def remove() -> None:
         with suppress(OSError):
@@ -129,12 +129,12 @@ def write_json(path: str, report: dict[str, Any]) -> None:
 
 
 def json_writer(args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
-    """Return what writes a report as --json asks for it."""
+    """Return the function that writes a report as --json asks for it."""
     return lambda report: write_json(args.json, report) if args.json else None
 
 
 def is_same_file(path: Path, other: Path) -> bool:
-    """True if what one writes the other would overwrite; /dev/null takes any number."""
+    """True if *path* and *other* are one file; /dev/null counts as many."""
     if not path.exists():
         return path.resolve() == other.resolve()
     return path.is_file() and other.exists() and path.samefile(other)

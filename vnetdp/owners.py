@@ -1,4 +1,4 @@
-"""Owners: the two who can run a device's rings, and the hand-over from one to the other.
+"""Owners: userspace and vhost, which can run a device's rings, and the hand-over from one to the other.
 
 Configured, based and bound are three different things for vhost: `prepare` does all but the binding, at any time
 before it, and whoever then gets the rings is decided by `hand_to`.
@@ -55,7 +55,7 @@ class Owners(Owned):
         fallback: bool = True,
     ) -> None:
         self._check = check
-        self._instead = "falling back on userspace virtio" if fallback else "nobody has the rings until it can"
+        self._instead = "falling back on userspace virtio" if fallback else "the rings have no owner until vhost starts"
         self.userspace = userspace
         self.vhost = vhost
         self._sites = vhost_net.one_a_site(vhost or ())
@@ -155,7 +155,7 @@ class Owners(Owned):
         return True
 
     def _say_once(self, error: BackendError, rings: vhost_net.Rings) -> None:
-        """Log why vhost can't start, or has gone, and who has the rings instead, unless that was the last thing said."""
+        """Log why vhost can't start, or is gone, and the owner in its place, unless the last line was the same."""
         said = f"unable to start vhost: {error}: {self._instead}"
         if error.errno == errno.ESRCH:
             numbers = [n for n, _, _ in vhost_net.enabled_queues(rings)]
@@ -170,7 +170,7 @@ class Owners(Owned):
         _log.error("%s", error.detail)
 
     def _regain(self, rings: vhost_net.Rings) -> bool:
-        """Try again to have vhost let go of every ring; what it used is in the rings."""
+        """Try again to have vhost unbind every ring; the used rings tell where it stopped."""
         try:
             for backend in self.vhost or ():
                 for index in range(VRINGS):
@@ -184,7 +184,7 @@ class Owners(Owned):
         return True
 
     def _start_vhost(self, rings: vhost_net.Rings) -> None:
-        """Configure what is not, and bind; on any exception nothing is left. The worker stays parked if it succeeds."""
+        """Configure the rest, and bind; undo both on any exception. The worker stays parked if it succeeds."""
         prepared = self._configure(rings)
         assert self.vhost is not None
         try:
@@ -221,7 +221,9 @@ class Owners(Owned):
         except BackendError as e:
             self.last_error = e
             self.fallbacks += 1
-            _log.warning("unable to prepare vhost: %s: it is started anew, or userspace goes on", e)
+            _log.warning(
+                "unable to prepare vhost: %s: vhost is started again after the commit, or userspace takes the rings", e
+            )
             return False
         return True
 
@@ -263,7 +265,7 @@ class Owners(Owned):
         self._listening.close()
 
     def abandon(self) -> None:
-        """Forget what was prepared."""
+        """Forget that vhost was prepared."""
         if self.prepared is not None and self.vhost is not None:
             self.notifiers.release()
             self._release()

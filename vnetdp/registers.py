@@ -1,4 +1,4 @@
-"""Registers: what a driver, and the host, set on a device, with the checks of each value (Virtio 1.2, 4.1.4.3 and 5.1).
+"""Registers: a device's values that its driver and its host set, with their checks (Virtio 1.2, 4.1.4.3 and 5.1).
 
 They know neither locks nor owners: `NetDevice` holds its lock around every call, and has the owner of the rings follow.
 """
@@ -33,7 +33,7 @@ class Registers:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the device needs {queue_pairs}")
         if len(mac) != 6:
-            raise ConfigError("a MAC address has 6 bytes")
+            raise ConfigError(f"the MAC address has {len(mac)} bytes, not 6")
         if mtu is not None and (wrong := f.mtu_error(mtu)):
             raise ConfigError(wrong)
         check_num(max_num)
@@ -88,7 +88,7 @@ class Registers:
         control = self.control
         space = control.mac + struct.pack("<HHH", control.net_status, self.queue_pairs, control.mtu)
         if offset < 0 or length < 0 or offset + length > len(space):
-            raise ConfigError(f"config space has {len(space)} bytes, not {offset}+{length}")
+            raise ConfigError(f"configuration space has {len(space)} bytes; {length} at offset {offset} are asked for")
         return space[offset : offset + length]
 
     @property
@@ -123,10 +123,10 @@ class Registers:
     def _check_offloads(self, control: Control, features: int) -> None:
         extra = control.guest_offloads & ~f.guest_offload_mask(features)
         if extra:
-            raise ConfigError(f"receive offloads {extra:#x} were not negotiated")
+            raise ConfigError(f"receive offloads {extra:#x} were not negotiated: leave them out")
 
     def take_control(self, control: Control) -> None:
-        """Have the endpoint know what concerns it, then hold *control*. If it refuses, both are as before."""
+        """Tell the endpoint its part of *control*, then hold *control*. If the endpoint refuses, both are as before."""
         before = self.control
         try:
             self._tell_endpoint(before, control)
@@ -137,7 +137,7 @@ class Registers:
         self.control = control
 
     def _tell_endpoint(self, before: Control, control: Control) -> None:
-        """Tell the endpoint what of *control* concerns it, and is not as *before*."""
+        """Tell the endpoint its part of *control*, where it differs from *before*."""
         if control.mtu != before.mtu and control.mtu:
             self.endpoint.set_mtu(control.mtu)
         if control.curr_queue_pairs != before.curr_queue_pairs:
@@ -156,8 +156,8 @@ class Registers:
         if "features" in delta.registers:
             features = delta.registers["features"]
             if not self._can_be(features):
-                refused = ", ".join(f.names(features & ~self.offered)) or "a feature without what it needs"
-                raise ConfigError(f"the driver uses what this device can't offer: {refused}")
+                refused = ", ".join(f.names(features & ~self.offered)) or "a feature without one that it needs"
+                raise ConfigError(f"the driver uses features that this device can't offer: {refused}")
         if delta.control:
             control = control.changed(delta.control)
             control.validate(self.queue_pairs)
@@ -172,7 +172,7 @@ class Registers:
             queues[index] = queue
         for index, _ in delta.bases:
             if not (0 <= index < len(queues) and queues[index].enabled):
-                raise ConfigError(f"an index for queue {index}, which is not enabled")
+                raise ConfigError(f"queue {index} has an index and is not enabled")
         return features, control, queues
 
     def load_queues(self, queues: list[Virtqueue], bases: Iterable[tuple[int, int]]) -> None:

@@ -43,7 +43,7 @@ _SHORT_S = 1.0  # a session that ends sooner came to nothing too
 def check_queue_pairs(queue_pairs: int) -> None:
     """Raise ConfigError for more queue pairs than a vhost-user device can have."""
     if queues_of(queue_pairs) > MAX_VRINGS:
-        raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has room for {MAX_VRINGS // VRINGS}")
+        raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has 1 to {MAX_VRINGS // VRINGS}")
 
 
 class Server(Owned):
@@ -117,7 +117,7 @@ class Server(Owned):
         if error is None:
             return
         if self._own_worker is None:
-            raise VnetdpError(f"{self.path}: what serves the rings has ended: {reason(error)}")
+            raise VnetdpError(f"{self.path}: the worker has ended: {reason(error)}")
         before, self._own_worker = self._own_worker, self._make_worker()
         self.worker = self._own_worker
         before.close()

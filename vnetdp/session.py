@@ -248,7 +248,7 @@ class Session:
         index = payload.value & 0xFF
         self._vrings.get(index)
         if payload.value & ~(0xFF | NO_FD):
-            raise RemoteProtocolError(f"bits {payload.value:#x} in a vring descriptor message")
+            raise RemoteProtocolError(f"unknown bits {payload.value:#x} in a vring descriptor message")
         if payload.value & NO_FD:
             return index, None
         if not fds:
@@ -405,7 +405,7 @@ class Session:
             if mtu is not None:
                 self._on_net_set_mtu(U64(mtu), [])
         except (RequestRefused, EndpointError) as e:
-            _log.warning("a state that can't be loaded: %s", e)
+            _log.warning("the device state can't be loaded: %s", e)
             return False
         self._mac, self._mtu = mac, mtu
         return True

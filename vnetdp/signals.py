@@ -227,7 +227,7 @@ class Ending:
         return not self._at_work and not self.asked.is_set() and passed_s >= (_UNWIND_S if self.number else _DEAF_S)
 
     def _end(self, number: int) -> None:
-        """End the process; what can be tidied up in 2 s is."""
+        """End the process, after at most 2 s of tidying up."""
         _ends.set()
         tidy = threading.Thread(target=self._tidy, args=(number,), name="tidy", daemon=True)
         with suppress(RuntimeError):  # no thread can be started
@@ -294,7 +294,7 @@ def at_end(remove: Callable[[], None]) -> None:
 
 
 def no_more_at_end(remove: Callable[[], None]) -> None:
-    """Take back what `at_end` was told."""
+    """Take back an `at_end`."""
     with suppress(ValueError):
         _removals.remove(remove)
     if _main_thread_is_over():

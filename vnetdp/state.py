@@ -5,6 +5,7 @@ It is plain data: it can be copied, compared and sent. What comes from outside i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,12 @@ VIRTIO_NET_S_ANNOUNCE = 2
 RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST = (1 << bit for bit in range(6))
 
 CONFIG_SPACE = ("mac", "mtu", "net_status")  # of `Control`, what the driver reads there: it is notified of a change
+
+
+def _wrong_entry(table: Sequence[int], queue_pairs: int) -> str:
+    """Return the first entry of an RSS table that is no queue pair of the device."""
+    at, entry = next((at, entry) for at, entry in enumerate(table) if not 0 <= entry < queue_pairs)
+    return f"RSS table entry {at} is {entry}, not a queue pair (0 to {queue_pairs - 1})"
 
 
 @dataclass(frozen=True)
@@ -80,23 +87,29 @@ class Control:
     def validate(self, queue_pairs: int) -> None:
         """Raise ConfigError unless a driver of a device with *queue_pairs* pairs can have set this."""
         wrong = [
-            len(self.mac) != 6 and "a MAC address has 6 bytes",
+            len(self.mac) != 6 and f"the MAC address has {len(self.mac)} bytes, not 6",
             self.mtu != 0 and mtu_error(self.mtu),
             self.net_status & ~3 and f"net status {self.net_status:#x} has unknown bits",
             not 1 <= self.curr_queue_pairs <= queue_pairs
-            and f"{self.curr_queue_pairs} queue pairs in use: the device has {queue_pairs}",
+            and f"{self.curr_queue_pairs} queue pairs in use: the device has 1 to {queue_pairs}",
             self.rx_mode & ~0x3F and f"rx mode {self.rx_mode:#x} has unknown bits",
-            len(self.mac_table) > MAC_TABLE_ENTRIES and "the MAC table is full with 64 entries",
-            self.mac_table and any(len(mac) != 6 for mac in self.mac_table) and "a MAC address has 6 bytes",
-            not 0 <= self.mac_first_multi <= len(self.mac_table) and "the MAC table's multicast part begins behind it",
+            len(self.mac_table) > MAC_TABLE_ENTRIES
+            and f"the MAC table has {len(self.mac_table)} entries, of at most {MAC_TABLE_ENTRIES}",
+            self.mac_table
+            and any(len(mac) != 6 for mac in self.mac_table)
+            and "an entry of the MAC table has not 6 bytes",
+            not 0 <= self.mac_first_multi <= len(self.mac_table)
+            and f"the multicast part begins at entry {self.mac_first_multi} of a MAC table of {len(self.mac_table)}",
             self.mac_overflow & ~3 and f"MAC overflow {self.mac_overflow:#x} has unknown bits",
-            len(self.vlans) != VLAN_BYTES and f"the VLAN table has {VLAN_BYTES} bytes",
-            len(self.rss_table) > RSS_TABLE_ENTRIES and f"the RSS table has at most {RSS_TABLE_ENTRIES} entries",
+            len(self.vlans) != VLAN_BYTES and f"the VLAN table has {len(self.vlans)} bytes, not {VLAN_BYTES}",
+            len(self.rss_table) > RSS_TABLE_ENTRIES
+            and f"the RSS table has {len(self.rss_table)} entries, of at most {RSS_TABLE_ENTRIES}",
             self.rss_table
             and any(not 0 <= queue < queue_pairs for queue in self.rss_table)
-            and "the RSS table names a queue that is not",
-            not 0 <= self.rss_default_queue < queue_pairs and "the RSS default queue is none of the device's",
-            len(self.rss_key) != RSS_KEY_LEN and f"the RSS key has {RSS_KEY_LEN} bytes",
+            and _wrong_entry(self.rss_table, queue_pairs),
+            not 0 <= self.rss_default_queue < queue_pairs
+            and f"RSS default queue {self.rss_default_queue} is not a queue pair (0 to {queue_pairs - 1})",
+            len(self.rss_key) != RSS_KEY_LEN and f"the RSS key has {len(self.rss_key)} bytes, not {RSS_KEY_LEN}",
         ]
         for text in wrong:
             if text:

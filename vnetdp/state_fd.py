@@ -21,7 +21,7 @@ def save(fd: int, mac: bytes, mtu: int | None) -> bool:
     try:
         return os.pwritev(fd, [state], -1, _no_wait(fd)) == len(state)
     except OSError as e:
-        _log.warning("the state can't be saved: %s", e)
+        _log.warning("the device state can't be saved: %s", e)
         return False
 
 
@@ -30,7 +30,7 @@ def load(fd: int) -> tuple[bytes, int | None]:
     try:
         data = _read(fd)
     except OSError as e:
-        raise RequestRefused(f"it can't be read: {e}") from e
+        raise RequestRefused(f"the device state can't be read: {e}") from e
     finally:
         os.close(fd)
     try:
@@ -58,5 +58,5 @@ def _read(fd: int) -> bytes:
 
 
 def _no_wait(fd: int) -> int:
-    """Return the flags of a read or write that never waits, whatever the peer does to its end. Files never do."""
+    """Return the flags of a read or write that never waits, even if the peer makes its end blocking. Files never wait."""
     return 0 if stat.S_ISREG(os.fstat(fd).st_mode) else os.RWF_NOWAIT

@@ -1,4 +1,4 @@
-"""Trouble: a device's status field, and the queues that broke: what a worker's thread changes beside the driver."""
+"""Trouble: a device's status field and its broken queues, which a worker's thread changes beside the driver."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Trouble(Owned):
             self._config_call.signal()
 
     def load(self, delta: StateDelta) -> None:
-        """Take over what another device has; hold `lock`."""
+        """Take over the state of another device; hold `lock`."""
         if "status" in delta.registers:
             self.status, self.halted = delta.registers["status"], False
         for index in delta.queues:
             self.broken.pop(index, None)
 
     def write_status(self, status: int) -> None:
-        """Take what the driver wrote: only a reset takes NEEDS_RESET back."""
+        """Take the driver's write: only a reset takes NEEDS_RESET back."""
         with self.lock:
             self.status = status | self.status & VIRTIO_CONFIG_S_NEEDS_RESET
 
@@ -68,7 +68,7 @@ class Trouble(Owned):
             return [GuestError(n, status) for n, status in sorted(self.broken.items())]
 
     def needs_reset(self) -> None:
-        """Say so (2.1.2), once."""
+        """Set DEVICE_NEEDS_RESET, and notify the driver (2.1.2), once."""
         with self.lock:
             if not self.status & VIRTIO_CONFIG_S_NEEDS_RESET:
                 self.status |= VIRTIO_CONFIG_S_NEEDS_RESET

@@ -35,7 +35,7 @@ _setup_of = attrgetter("enabled", "num", "desc", "avail", "used")
 
 @dataclass(slots=True)
 class Rings:
-    """What an owner needs to know of a device: its queues (receiveq 2i, transmitq 2i + 1), notifiers and memory.
+    """A device as its owners see it: its queues (receiveq 2i, transmitq 2i + 1), notifiers and memory.
 
     broken: queues that no owner gets, until the driver resets them.
     """
@@ -55,7 +55,7 @@ class Rings:
         return self.queues[n].enabled and n not in self.broken
 
     def setups(self) -> list[object]:
-        """Return of each queue what an owner has to be told, its base aside; None if it may not run."""
+        """Return the setup of each queue for an owner, its base aside; None for a queue that may not run."""
         if self.broken:
             return [_setup_of(queue) if self.may_run(n) else None for n, queue in enumerate(self.queues)]
         return [setup if setup[0] else None for setup in map(_setup_of, self.queues)]
@@ -63,7 +63,7 @@ class Rings:
 
 @dataclass
 class Prepared:
-    """What an owner was told since it was last stopped, so that `configure` can tell it only what is new."""
+    """The setup that an owner was told since its last stop: `configure` tells it only the changes."""
 
     mtu: int | None = None
     features: int | None = None
@@ -119,13 +119,13 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> Backend
         raise
     except BackendError as e:
         if e.errno != errno.ESRCH:  # asked next, one that is gone says so again
-            _log.warning("%s; asking for its base unbinds it too", e)
+            _log.warning("%s; get_vring_base unbinds the ring too", e)
     try:
         queue.last_avail_idx = backend.get_vring_base(index)
     except BackendError as e:
         # That a backend is gone is said once for all its rings, when the next owner gets them.
         gone = e if e.errno == errno.ESRCH else None
-        _log.log(logging.INFO if gone else logging.WARNING, "%s; going on from used.idx", e)
+        _log.log(logging.INFO if gone else logging.WARNING, "%s; the next owner begins at used.idx", e)
         queue.last_avail_idx = used_idx(rings.memory, queue)
         if rings.log is not None:
             # It may have been killed between a write to the used ring and its mark.

@@ -107,10 +107,10 @@ class Virtqueue:
         """Raise ConfigError unless a driver can have set this up."""
         check_num(self.num)
         if not 0 <= self.last_avail_idx <= 0xFFFF:
-            raise ConfigError(f"last_avail_idx {self.last_avail_idx} is not a u16")
+            raise ConfigError(f"last_avail_idx {self.last_avail_idx} is not between 0 and 65535")
         for name in ("desc", "avail", "used"):
             if getattr(self, name) >= ADDRESS_LIMIT:
-                raise ConfigError(f"{name} address {getattr(self, name):#x} is beyond any guest memory")
+                raise ConfigError(f"{name} address {getattr(self, name):#x} is not below {ADDRESS_LIMIT:#x}")
         if self.has_addresses:
             aligns = (spec.VIRTQ_DESC_ALIGN, spec.VIRTQ_AVAIL_ALIGN, spec.VIRTQ_USED_ALIGN)
             for name, align in zip(("desc", "avail", "used"), aligns, strict=True):

@@ -74,9 +74,9 @@ class Visit:
             self._knocked = self._listener.fileno() in ready
             self._alive = now
             if self._knocked:
-                _log.info("another front end waits for the one that is served")
+                _log.info("another front end waits until the present one leaves")
         if not self._knocked or not ready_of({self._listener.fileno(): select.POLLIN}, 0):
-            self._knocked = False  # who knocked may have left again
+            self._knocked = False  # a front end that knocked may have left again
             return None
         if not self.spoke:
             silent = now - self._began >= _FIRST_WORD_S

@@ -92,7 +92,7 @@ class Vrings:
         return self.rings[index]
 
     def backend(self, index: int) -> tuple[WorkerBackend, int]:
-        """Return who serves a ring, and the ring's index there."""
+        """Return the backend of a ring, and the ring's index there."""
         pair, vring = pair_of(index), vring_of(index)
         return self._worker.backends[pair], vring
 
@@ -141,11 +141,11 @@ class Vrings:
         }
 
     def start_kicked(self, index: int) -> None:
-        """Start a ring whose kick is readable. One that can't be where it is said to be waits for what is said next."""
+        """Start a ring whose kick is readable. A ring with a wrong address waits for the front end's next message."""
         try:
             self.start_if_ready(index)
         except (BackendError, RequestRefused) as e:
-            _log.warning("vring %d is kicked, and can't be started: %s", index, e)
+            _log.warning("vring %d was kicked, and can't be started: %s", index, e)
             self.rings[index].has_base = self.has_features = True
 
     @contextmanager
@@ -278,7 +278,7 @@ class Vrings:
             ring.addr, ring.has_kick = None, False
 
     def forget_inflight(self, index: int) -> None:
-        """Forget what the inflight area knows of a ring that is stopped: it has nothing in flight."""
+        """Clear the part of a stopped ring in the inflight area: it has nothing in flight."""
         if self.inflight is not None and self.memory is not None and self.memory.beside_offset >= 0:
             self.inflight.forget(index, self.memory)
 
@@ -307,7 +307,7 @@ class Vrings:
             status = backend.status(vring)
             if ring.bound and status and not ring.broken:
                 ring.broken = True
-                _log.warning("%s; it stands still until it is started anew", GuestError(index, status))
+                _log.warning("%s; the ring is stopped until the front end starts it again", GuestError(index, status))
                 if ring.err is not None:
                     with suppress(OSError):  # it is the peer's, and may be anything
                         ring.err.signal()
@@ -388,7 +388,7 @@ class Vrings:
             before.close()
 
     def set_log(self, log: DirtyLog) -> None:
-        """Have what is written to guest memory marked in *log*, which is ours from now on."""
+        """Mark writes to guest memory in *log*, which is ours from now on."""
         before, self._log_area = self._log_area, log
         with self.standing_still():
             for backend in self._worker.backends:

@@ -60,7 +60,7 @@ class Watch(Owned):
                 self._follow()
 
     def _serve(self, asked: tuple[BackendRequest, Payload] | None) -> None:
-        """Do what the back end asks by itself."""
+        """Carry out a request of the back end."""
         if asked is None:
             return
         request, payload = asked
@@ -70,7 +70,7 @@ class Watch(Owned):
             if request is BackendRequest.VRING_CALL:
                 self._device.calls[payload.index].signal()
             else:
-                _log.warning("%s: vring %d broke", self._front_end.path, payload.index)
+                _log.warning("%s: the back end reports that vring %d broke", self._front_end.path, payload.index)
                 self._device.mark_broken()
 
     def _look_alive(self, count: int) -> None:
@@ -85,7 +85,7 @@ class Watch(Owned):
                 self._device.restart_vhost()
 
     def _take_config(self) -> None:
-        """Have the device say what the configuration of the back end says: MAC address, link and MTU."""
+        """Copy the back end's configuration into the device: MAC address, link and MTU."""
         try:
             config = self._front_end.read_config()
             if config is None:
@@ -95,7 +95,7 @@ class Watch(Owned):
                 changes["net_status"] = config.status & VIRTIO_NET_S_LINK_UP
             self._device.set_control(mac=config.mac, **changes)
         except (BackendError, ConfigError, EndpointError) as e:
-            _log.warning("%s: a configuration that can't be taken over: %s", self._front_end.path, e)
+            _log.warning("%s: the back end's configuration can't be used: %s", self._front_end.path, e)
 
     def _follow(self) -> None:
         """Have userspace go on, if it can, until there is a back end again."""
@@ -115,7 +115,7 @@ class Watch(Owned):
                 return False
         except (BackendError, ConfigError) as e:
             if str(e) != self._refusal:
-                _log.warning("%s: the back end that came back can't be worked with: %s", self._front_end.path, e)
+                _log.warning("%s: the next back end can't be used: %s", self._front_end.path, e)
             self._refusal = str(e)
             return False
         self._device.restart_vhost()

@@ -93,7 +93,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "link.pcap").symlink_to(good)
     missing = tmp_path / "none" / "x.pcap"
     cases: list[tuple[Path | None, Path | None, str]] = [
-        (None, None, "pcap: neither a capture to read nor one to write"),
+        (None, None, "pcap: no capture is named: write pcap:IN[,OUT]"),
         (
             missing,
             None,

@@ -85,7 +85,7 @@ def test_one_that_persists_is_attached_to_and_left(spaces: NetnsPair, caplog: py
     spaces.ip("a", "link set dev vtap down")
     with TapEndpoint("vtap", netns=a):
         assert "UP" not in interface(spaces, "vtap")["flags"], "an interface of the user's is left as it is"
-    assert caplog.messages == [f"tap:vtap is down, and takes no frame until: sudo ip -n {a} link set vtap up"]
+    assert caplog.messages == [f"tap:vtap is down, and passes no frame: sudo ip -n {a} link set vtap up"]
     assert spaces.has_interface("a", "vtap")
 
 
@@ -360,8 +360,12 @@ def test_what_is_there_already_is_said(spaces: NetnsPair) -> None:
             ("lo", 2, "it exists and is no TAP with several queues: take another name"),
             ("vtun", 1, "it exists and is no TAP: take another name"),
             ("single", 2, "it exists and is no TAP with several queues: take another name"),
-            ("single", 1, "another program has it open: end that, or take another name"),
-            ("several", 2, "more than 256 queues, with those that other programs have open"),
+            ("single", 1, "another program has it open: end that program, or take another name"),
+            (
+                "several",
+                2,
+                "more than 256 queues, with those of other programs: take fewer queue pairs, or another name",
+            ),
         ]
         for name, queues, says in cases:
             with pytest.raises(EndpointError) as raised:

@@ -170,8 +170,8 @@ def damaged(data: bytes) -> bytes:
 
 
 WRONG: dict[str, tuple[str, str, Meddle]] = {
-    "magic": ("delta", "lost its place", instead_of(RAM, lambda p: of(RAM, p, magic=0x4D57))),
-    "reserved": ("delta", "lost its place", instead_of(RAM, lambda p: of(RAM, p, zero=1))),
+    "magic": ("delta", "magic 0x4d57 and reserved 0, not 0x4d56 and 0", instead_of(RAM, lambda p: of(RAM, p, magic=0x4D57))),
+    "reserved": ("delta", "magic 0x4d56 and reserved 1, not 0x4d56 and 0", instead_of(RAM, lambda p: of(RAM, p, zero=1))),
     "checksum": ("delta", "ram is damaged", instead_of(RAM, lambda p: damaged(wire_bytes(RAM, p)))),
     "phase": ("delta", "virtio-net-early comes in phase 3", instead_of(EARLY, lambda p: of(EARLY, p, phase=3))),
     "version": ("none", "virtio-net has version 10", instead_of(DEVICE, lambda p: of(DEVICE, p, version=10))),
@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[str, str, Meddle]] = {
     "name": ("none", "a section's name has 200 bytes", instead_of(END, lambda _: section_bytes(b"n" * 200, 3, 1, b""))),
     "no setup": ("none", "ram comes before the setup", instead_of(SETUP, lambda _: b"")),
     "two setups": ("none", "the setup comes twice", instead_of(SETUP, lambda p: 2 * wire_bytes(SETUP, p))),
-    "another setup": ("none", "the source's machine is another", instead_of(SETUP, lambda _: wire_bytes(SETUP, b"{}"))),
+    "another setup": ("none", "the source's machine differs", instead_of(SETUP, lambda _: wire_bytes(SETUP, b"{}"))),
     "no JSON": ("none", "the setup cannot be read", instead_of(SETUP, lambda _: wire_bytes(SETUP, b"\xff" * 9))),
     "no device": ("none", "ends without the device's state", instead_of(DEVICE, lambda _: b"")),
     "no early": ("delta", "a delta comes without an early state", instead_of(EARLY, lambda _: b"")),

@@ -86,7 +86,7 @@ def test_a_driver_that_cannot_be(machines: Machines) -> None:
             one.driver.dvqs[1, r.DVQ_KICKED_IDX] = 1 << 16
 
     sent, received = move(one, other, at)
-    assert received.error == "queue 1: what its driver knows of its descriptors cannot be"
+    assert received.error == "queue 1: the driver's state of its descriptors contradicts the ring"
     assert (sent.outcome, sent.error) == ("source", f"the destination failed: {received.error}")
     assert_untouched(other)
 

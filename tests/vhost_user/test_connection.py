@@ -178,7 +178,7 @@ def test_a_payload_of_another_kind_is_not_sent(request_: Request) -> None:
 
 
 def test_a_request_that_is_a_reply_is_refused() -> None:
-    with pytest.raises(RemoteProtocolError, match="a reply to nothing"):
+    with pytest.raises(RemoteProtocolError, match="a reply without a request"):
         Pair().back.receive(Header(Request.GET_FEATURES, 5, 0), b"", ())
 
 

@@ -127,17 +127,17 @@ def test_what_waiting_heals_is_named() -> None:
             dial("s")
         return str(caught.value)
 
-    assert trouble() == "it is not there"
-    with pytest.raises(NobodyYetError, match="its folder none/at/all is not there"):
+    assert trouble() == "the socket does not exist"
+    with pytest.raises(NobodyYetError, match="its folder none/at/all does not exist"):
         dial("none/at/all/s")
     Path("s").symlink_to("there")
-    assert trouble() == "it is a link to there, which is not there"
+    assert trouble() == "the path is a link to there, which does not exist"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind("there")
-        assert trouble() == "nobody listens on it"
+        assert trouble() == "no program listens on the socket"
         sock.listen(0)
         first = dial("s")
-        assert trouble() == "it is busy: others wait already to be served"
+        assert trouble() == "the program that listens is busy: its backlog is full"
         first.close()
 
 
@@ -161,7 +161,7 @@ def test_a_guest_says_what_it_waits_for_and_goes_on_when_it_comes() -> None:
         ended.set()
         wakes[0].signal()
         thread.join()
-    assert said[0] == "s: it is not there; waiting"
+    assert said[0] == "s: the socket does not exist; waiting"
     assert said[-1] == "driving s: 1 queue pair of 256"
     assert report["rx_packets"] == 10
 
@@ -186,19 +186,19 @@ def test_a_back_end_that_connects_says_what_it_waits_for_and_that_it_serves_once
             wake.signal()
             thread.join()
     assert said == [
-        "s: no front end: it is not there; trying again",
-        "s: no front end: nobody listens on it; trying again",
+        "s: no front end: the socket does not exist; trying again",
+        "s: no front end: no program listens on the socket; trying again",
         "serving echo to s",
-        "s: no front end: nobody listens on it; trying again",
+        "s: no front end: no program listens on the socket; trying again",
     ]
 
 
-_END_ONE = "end that front end, or start the back end anew"
+_END_ONE = "end that front end, or restart the back end"
 NO_BACK_END = {
-    "none": "it is not there: start one: vnetdp serve macswap --socket s",
-    "silent": f"it does not answer: it is busy with another front end, or hangs: {_END_ONE}",
-    "full": f"it is busy: others wait already to be served: {_END_ONE}",
-    "none connects": "no back end has connected to it: start one: vnetdp serve macswap --connect --socket s",
+    "none": "the socket does not exist: start one: vnetdp serve macswap --socket s",
+    "silent": f"the back end does not answer: it serves another front end, or hangs: {_END_ONE}",
+    "full": f"the program that listens is busy: its backlog is full: {_END_ONE}",
+    "none connects": "no back end has connected: start one: vnetdp serve macswap --connect --socket s",
 }
 
 
@@ -227,4 +227,4 @@ def test_a_socket_file_that_vanishes_while_it_is_looked_at_may_come_back(monkeyp
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind("s")
     monkeypatch.setattr(os, "access", vanishing)
-    assert why_not_there("s") == "it is not there"
+    assert why_not_there("s") == "the socket does not exist"

@@ -6,9 +6,11 @@ import math
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,7 @@ from vnetdp.inflight import InflightArea
 from vnetdp.memory import GuestMemory
 from vnetdp.owners import Owner
 from vnetdp.session import Session
-from vnetdp.vhost_user.message import MemoryTable, VringState
+from vnetdp.vhost_user.message import MemoryTable, VringAddr, VringState
 from vnetdp.vrings import Vrings
 from vnetdp.watch import Watch
 from vnetdp_kernels import rows as r
@@ -115,6 +117,42 @@ def test_driving_begins_though_the_first_back_end_dies_over_it(tmp_path: Path, m
     with EchoEndpoint() as endpoint, served(endpoint, tmp_path / "s"), GenerateEndpoint(count=100) as guest:
         report = drive(guest, str(tmp_path / "s"), lambda: False, lambda _: None)
     assert (report["rx_packets"], report["connections"]) == (100, 2)
+
+
+def test_a_back_end_that_falls_silent_over_the_rings_is_one_line_with_its_socket_and_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    take = Session._on_set_mem_table
+
+    def wait(self: Session, payload: MemoryTable, fds: list[int]) -> None:
+        assert go_on.wait(PATIENCE)
+        take(self, payload, fds)
+
+    monkeypatch.setattr(Session, "_on_set_mem_table", wait)
+    monkeypatch.setattr(drive_module, "VhostUserFrontEnd", partial(VhostUserFrontEnd, timeout_s=0.2))
+    why = r"SET_MEM_TABLE: ETIMEDOUT: no answer from the back end for [0-9.]+ s"
+    says = rf"^{tmp_path / 's'}: the back end did not take the rings: {why}: end it, and start another$"
+    with EchoEndpoint() as endpoint, served(endpoint, tmp_path / "s"), GenerateEndpoint(count=100) as guest:
+        try:
+            with pytest.raises(ConfigError, match=says):
+                drive(guest, str(tmp_path / "s"), lambda: False, lambda _: None, wait_s=0.5)
+        finally:
+            go_on.set()
+
+
+def test_a_back_end_whose_answer_is_none_is_one_line_with_its_socket_and_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "_on_get_queue_num", lambda *_: VringAddr(0, 0, 0, 0, 0, 0))
+    says = rf"^{tmp_path / 's'}: the back end can't be used: GET_QUEUE_NUM: EPROTO: .*: end it, and start another$"
+    with (
+        EchoEndpoint() as endpoint,
+        served(endpoint, tmp_path / "s"),
+        NullEndpoint() as guest,
+        pytest.raises(ConfigError, match=says),
+    ):
+        drive(guest, str(tmp_path / "s"), lambda: False, lambda _: None)
 
 
 # --- what can't be ---

@@ -175,7 +175,7 @@ def test_the_state_of_one_back_end_is_loaded_into_another(tmp_path: Path) -> Non
             assert config is not None
             assert config.mac.hex() == "02000000000a"
             for wrong in (b"", state[:-1], b"x" * 1000):
-                with pytest.raises(BackendError, match="says that it failed"):
+                with pytest.raises(BackendError, match="the back end reports that it failed"):
                     front_end.load_device_state(wrong)
             config = front_end.read_config()
             assert config is not None
@@ -218,7 +218,9 @@ def test_a_state_that_is_moved_otherwise(tmp_path: Path, monkeypatch: pytest.Mon
             with pytest.raises(BackendError, match="does not read"):
                 front_end.load_device_state(bytes(1 << 20))
         else:
-            with pytest.raises(BackendError, match="refuses it" if way == "refuses" else "no end of the state"):
+            with pytest.raises(
+                BackendError, match="refuses the request" if way == "refuses" else "no end of the state after"
+            ):
                 front_end.save_device_state()
         wait_for(lambda: "writer" not in [thread.name for thread in threading.enumerate()], "it writes no more")
         for fd in kept:

@@ -398,6 +398,6 @@ def test_chains_in_flight_out_of_order_are_refused_and_stay_flagged(in_flight: d
         scene.transmitq.used_idx = 1
         recover = predecessor(scene, in_flight, 1)
         for _ in range(2):
-            with pytest.raises(RequestRefused, match="in flight that are not the next ones"):
+            with pytest.raises(RequestRefused, match="in flight are not the next in the avail ring"):
                 recover()
         assert flagged(scene) == sorted(in_flight)

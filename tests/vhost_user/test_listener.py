@@ -59,7 +59,7 @@ def test_of_many_who_want_a_path_at_once_one_gets_it(tmp_path: Path, stale: bool
             winners = [one for one in taken if isinstance(one, Listener)]
             assert len(winners) == 1, taken
             assert [one for one in taken if isinstance(one, str)] == [
-                f"another program listens on {path}: end that, or take another path"
+                f"another program listens on {path}: end that program, or take another path"
             ] * (RIVALS - 1)
             assert answers(path, winners[0])
             winners[0].close()

@@ -87,7 +87,7 @@ def test_a_back_end_that_is_lost_is_said_and_waited_for_as_the_first_one_was(pat
             driving = Driving(endpoint, path, wait_s=PATIENCE)
             driving.got(10)
         driving.says(
-            f"{path}: the back end is gone: its connection was lost; waiting up to 60 s for one on that socket"
+            f"{path}: the back end is gone: its connection was lost; waiting up to 60 s for the next one on that socket"
         )
         with back_end(path):
             driving.says(f"driving {path} again, over connection 2")
@@ -104,11 +104,10 @@ def test_driving_ends_with_a_report_and_the_next_step_once_no_back_end_came_back
             driving = Driving(endpoint, path, wait_s=3.0)
             driving.got(10)
         report = driving.finish()
-    error = (
-        f"{path}: no back end came back within 3 s: it is not there: start one: vnetdp serve macswap --socket {path}"
-    )
+    step = f"start one: vnetdp serve macswap --socket {path}"
+    error = f"{path}: no back end came back within 3 s: the socket does not exist: {step}"
     assert report["errors"] == [error]
-    assert driving.said[-2:] == [f"{path}: it is not there; waiting", f"vnetdp: {error}"]
+    assert driving.said[-2:] == [f"{path}: the socket does not exist; waiting", f"vnetdp: {error}"]
     assert report["tx_packets"] >= report["rx_packets"] >= 10
     assert report["ledger"]["lost"] == report["tx_packets"] - report["rx_packets"]
 
@@ -130,7 +129,7 @@ def test_ending_without_a_back_end_is_an_error_though_nothing_is_counted(path: P
             driving.got(10)
         driving.says("the back end is gone")
         driving.stop.set()
-        assert driving.finish()["errors"] == [f"{path}: there was no back end at the end"]
+        assert driving.finish()["errors"] == [f"{path}: no back end was connected at the end"]
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -144,13 +143,13 @@ def test_a_back_end_that_hangs_is_one_line_with_its_socket_and_the_next_step(
         driving.got(10)
         driving.hang(process)
         if not asked:
-            driving.says(f"{path}: the back end hangs; waiting up to 60 s for one on that socket")
-            driving.says(f"{path}: the back end before hangs, and may have the rings still; waiting")
+            driving.says(f"{path}: the back end hangs; waiting up to 60 s for the next one on that socket")
+            driving.says(f"{path}: the previous back end hangs, and may still use the rings; waiting")
         driving.stop.set()
         report = driving.finish()
         process.send_signal(signal.SIGCONT)
     line = (
-        f"{path}: the back end hangs: it has not answered for 10 s; nobody else gets the rings, which it may still use: "
+        f"{path}: the back end hangs: it has not answered for 10 s; its rings are fenced, as it may still use them: "
         "end it, or let it go on"
     )
     assert [record.getMessage() for record in caplog.records] == [line]

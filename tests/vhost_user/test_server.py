@@ -69,7 +69,7 @@ def answers(sock: socket.socket) -> bool:
 def test_more_queue_pairs_than_a_message_can_name(tmp_path: Path) -> None:
     with (
         EchoEndpoint(129) as endpoint,
-        pytest.raises(ConfigError, match="129 queue pairs: vhost-user has room for 128"),
+        pytest.raises(ConfigError, match="129 queue pairs: vhost-user has 1 to 128"),
     ):
         Server(endpoint, str(tmp_path / "socket"), queue_pairs=129)
 

@@ -122,7 +122,8 @@ def _unpack(data: bytes, fds: list[int]) -> Any:
 def _send(sock: socket.socket, message: object) -> None:
     data, fds = _pack(message)
     if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
-        raise BackendError("send", errno.E2BIG, None, f"a message of {len(data)} bytes and {len(fds)} descriptors")
+        why = f"a message of {len(data)} bytes and {len(fds)} descriptors; at most {_MAX_MESSAGE} and {_MAX_FDS} fit"
+        raise BackendError("send", errno.E2BIG, None, why)
     socket.send_fds(sock, [data], fds)
 
 
@@ -133,7 +134,7 @@ def _receive(sock: socket.socket) -> Any:
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         for fd in fds:
             os.close(fd)
-        raise BackendError("receive", errno.EMSGSIZE, None, "a message was cut short")
+        raise BackendError("receive", errno.EMSGSIZE, None, "the worker's message was cut short")
     return _unpack(data, list(fds))
 
 
@@ -165,7 +166,7 @@ class WorkerProcess(Owned):
         self.timeout_s = timeout_s
         self._ending = ending
         self._answered = False  # before that it may be compiling
-        self._end = ""  # what became of the child
+        self._end = ""  # how the child ended
         self.memory: GuestMemory | None = None  # the table that the child has
         self._lock = threading.Lock()
         with ExitStack() as made, ExitStack() as childs:
@@ -211,7 +212,7 @@ class WorkerProcess(Owned):
         return answer
 
     def _how_it_ended(self) -> str:
-        """Return what became of a child that can't be talked to any more, and what its user can do."""
+        """Return how a lost child ended, and the next step."""
         if not self._end and self._sock.fileno() < 0:
             self._end = "was closed"
         elif not self._end:
@@ -247,7 +248,7 @@ class WorkerProcess(Owned):
             self._watch.join()
 
     def _listen(self) -> None:
-        """Pass on what the child tells by itself, until it is gone."""
+        """Pass on the child's own messages, until it is gone."""
         while True:
             try:
                 self._events.settimeout(None if self.timeout_s is None else self.timeout_s / 4)
@@ -269,7 +270,7 @@ class WorkerProcess(Owned):
             return
         self._sock.close()
         if not child.end(self._child):
-            self._end = "did not end when it was asked to, and was killed"
+            self._end = f"did not end within {child.TO_END_S:g} s, and was killed"
             _log.error("the worker process %d %s", self.pid, self._end)
         for backend in self.backends:
             backend.forget()
@@ -350,7 +351,8 @@ class ProcessBackend(Owned):
                 self._let_go(index)
             return
         if endpoint.kind == r.KIND_PYTHON:
-            raise BackendError("set_backend", errno.EOPNOTSUPP, index, f"{endpoint.name} lives in another process")
+            why = f"{endpoint.name} runs in Python, in the process of the device: take a Worker"
+            raise BackendError("set_backend", errno.EOPNOTSUPP, index, why)
         try:
             endpoint.start_polling(self._pair, self)
         except EndpointError as e:
@@ -415,7 +417,7 @@ class ProcessBackend(Owned):
 
 
 class _Child:
-    """What runs in the worker process: a datapath, its thread, and the things it was sent, each kept once."""
+    """The worker process: a datapath, its thread, and the objects that it was sent, each kept once."""
 
     def __init__(self, block_fd: int, pairs: int, poll_us: int, events: socket.socket) -> None:
         self._datapath = Datapath(pairs, block_fd)
@@ -456,7 +458,7 @@ class _Child:
         return answer
 
     def _keep(self, key: tuple[object, ...], thing: Any) -> None:
-        """Keep what kernels use until something else takes its place."""
+        """Keep an object that kernels use until another takes its place."""
         before = self._kept.get(key)
         self._kept[key] = thing
         if before is not None and before is not thing:

@@ -55,7 +55,7 @@ class UserspaceBackend(Owned):
         if (features ^ self.features) & ~f.VHOST_F_LOG_ALL and self._rows[:, r.VQ_BOUND].any():
             raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
         if features & f.VIRTIO_F_RING_PACKED:
-            raise BackendError("set_features", errno.EOPNOTSUPP, None, "packed rings")
+            raise BackendError("set_features", errno.EOPNOTSUPP, None, "packed rings are not supported")
         self.features = features
         if features & f.VHOST_F_LOG_ALL:
             self.datapath.logging.add(self.pair)
@@ -103,7 +103,7 @@ class UserspaceBackend(Owned):
         if row[r.VQ_BOUND]:
             raise BackendError("set_vring_base", errno.EBUSY, index, "the ring is bound")
         if not 0 <= base <= 0xFFFF:
-            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
+            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not between 0 and 65535")
         row[r.VQ_LAST_AVAIL_IDX] = base
         row[r.VQ_AVAIL_IDX] = base
 
@@ -117,11 +117,23 @@ class UserspaceBackend(Owned):
         row = self._row("set_vring_addr", index)
         aligned = not (desc % spec.VIRTQ_DESC_ALIGN or avail % spec.VIRTQ_AVAIL_ALIGN or used % spec.VIRTQ_USED_ALIGN)
         if not aligned:
-            raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
+            raise BackendError(
+                "set_vring_addr",
+                errno.EINVAL,
+                index,
+                f"desc {desc:#x}, avail {avail:#x}, used {used:#x}: not all are aligned to 16, 2 and 4 bytes",
+            )
         if not all(0 <= address < ADDRESS_LIMIT for address in (desc, avail, used)):
-            raise BackendError("set_vring_addr", errno.EFAULT, index, "an address is beyond any guest memory")
+            raise BackendError(
+                "set_vring_addr",
+                errno.EFAULT,
+                index,
+                f"desc {desc:#x}, avail {avail:#x}, used {used:#x}: not all are below {ADDRESS_LIMIT:#x}",
+            )
         if log_used is not None and not 0 <= log_used < ADDRESS_LIMIT:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, f"no log has the address {log_used:#x}")
+            raise BackendError(
+                "set_vring_addr", errno.EFAULT, index, f"log address {log_used:#x} is not below {ADDRESS_LIMIT:#x}"
+            )
         wanted = row.copy()
         wanted[r.VQ_DESC_GPA], wanted[r.VQ_AVAIL_GPA], wanted[r.VQ_USED_GPA] = (
             desc,
@@ -131,7 +143,7 @@ class UserspaceBackend(Owned):
         wanted[r.VQ_LOG_USED] = -1 if log_used is None else log_used
         memory = self.datapath.memory
         if memory is None or not row[r.VQ_NUM]:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, "memory and size come first")
+            raise BackendError("set_vring_addr", errno.EFAULT, index, "set_memory and set_vring_num come first")
         try:
             _translate(memory, wanted)
         except ConfigError as e:
@@ -167,11 +179,18 @@ class UserspaceBackend(Owned):
                     dp.let_go()
             return
         if dp.memory is None or row[r.VQ_NUM] == 0 or row[r.VQ_DESC_GPA] < 0:
-            raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
+            raise BackendError(
+                "set_backend", errno.EFAULT, index, "set_memory, set_vring_num and set_vring_addr come first"
+            )
         if dp.endpoint is not endpoint and dp.bound:
             raise BackendError("set_backend", errno.EBUSY, index, "another endpoint is bound")
         if self.pair >= endpoint.queues:
-            raise BackendError("set_backend", errno.ENOTSOCK, index, f"{endpoint.name} has {endpoint.queues} queues")
+            raise BackendError(
+                "set_backend",
+                errno.ENOTSOCK,
+                index,
+                f"{endpoint.name} has {endpoint.queues} queues: none for queue pair {self.pair}",
+            )
         try:
             mem = dp.memory.mem
             if dp.translated[queue_of(self.pair, index)] is not dp.memory:
@@ -229,7 +248,7 @@ class UserspaceBackend(Owned):
 
     def _row(self, verb: str, index: int) -> Words:
         if not 0 <= index < VRINGS:
-            raise BackendError(verb, errno.ENOBUFS, index, "a vhost device has vrings 0 and 1")
+            raise BackendError(verb, errno.ENOBUFS, index, f"vring {index} is neither 0 nor 1")
         row: Words = self._rows[index]
         return row
 

@@ -126,19 +126,19 @@ class VhostUserFrontEnd(Owned):
         until = time.monotonic() + timeout_s
         self.disconnect()
         if self._has_rings and not self.gone:
-            self.trouble = "the back end before hangs, and may have the rings still"
+            self.trouble = "the previous back end hangs, and may still use the rings"
             return False  # it hangs, and may go on with the rings that another one would get
         self._hang_up()
         self.silent = False
         if self._listener is not None:
-            self.trouble = "no back end has connected to it"
+            self.trouble = "no back end has connected"
         try:
             sock = self._accept(until, stop) if self._listener is not None else dial(self.path)
         except NobodyYetError as e:
             self.trouble = str(e)
             self.silent = isinstance(e.__cause__, OSError) and e.__cause__.errno == errno.EAGAIN  # its backlog is full
             return False
-        self.silent, self.trouble = True, "it does not answer: it is busy with another front end, or hangs"
+        self.silent, self.trouble = True, "the back end does not answer: it serves another front end, or hangs"
         conversation = Conversation(sock, until, stop, self.timeout_s)
         try:
             self._shake_hands(conversation)
@@ -148,7 +148,7 @@ class VhostUserFrontEnd(Owned):
             if not isinstance(e, BackendError) or e.errno not in (errno.ESRCH, errno.ETIMEDOUT):
                 raise
             if e.errno == errno.ESRCH:  # one that is just dying takes a connection, too
-                self.trouble, self.silent = "it closed the connection", False
+                self.trouble, self.silent = "the back end closed the connection", False
             return False
         conversation.established()
         for backend in self.backends:
@@ -181,7 +181,7 @@ class VhostUserFrontEnd(Owned):
         limit = conversation.ask(Request.GET_QUEUE_NUM, U64).value if conn.has(_F.MQ) else 1
         if limit < self.queue_pairs:
             raise ConfigError(
-                f"{self.path}: the back end's queue pairs are {limit}, and {self.queue_pairs} are asked for"
+                f"{self.path}: the back end has {limit} queue pairs, and {self.queue_pairs} are asked for: ask for {limit}"
             )
         self.config = _ask_config(conversation)
         if conn.has(_F.BACKEND_REQ):
@@ -313,7 +313,7 @@ class VhostUserFrontEnd(Owned):
             with GuestMemory(self.memory.regions, foreign=True, beside=area.region()) as memory:
                 return area.recover(n, memory, num, avail, used, other_used)
         except (RequestRefused, ConfigError, OSError) as e:
-            _log.warning("%s: the inflight area of a back end that is gone is of no use: %s", self.path, e)
+            _log.warning("%s: the inflight area of the lost back end can't be used: %s", self.path, e)
             return None
         finally:
             os.close(fd)

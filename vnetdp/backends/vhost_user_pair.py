@@ -76,7 +76,7 @@ class VhostUserBackend(Owned):
 
     def _index(self, verb: str, index: int) -> int:
         if not 0 <= index < VRINGS:
-            raise BackendError(verb, errno.ENOBUFS, index, "a vhost device has vrings 0 and 1")
+            raise BackendError(verb, errno.ENOBUFS, index, f"vring {index} is neither 0 nor 1")
         return queue_of(self._pair, index)
 
     def _not_bound(self, verb: str, index: int) -> int:
@@ -129,14 +129,16 @@ class VhostUserBackend(Owned):
     def set_vring_num(self, index: int, num: int) -> None:
         n = self._not_bound("set_vring_num", index)
         if not 0 < num <= spec.VIRTQ_MAX_NUM or num & (num - 1):
-            raise BackendError("set_vring_num", errno.EINVAL, index, f"{num} is not a power of two up to 32768")
+            raise BackendError(
+                "set_vring_num", errno.EINVAL, index, f"queue size {num} is not a power of two between 1 and 32768"
+            )
         self._fe.send(Request.SET_VRING_NUM, VringState(n, num))
         self._num[index] = num
 
     def set_vring_base(self, index: int, base: int) -> None:
         n = self._not_bound("set_vring_base", index)
         if not 0 <= base <= 0xFFFF:
-            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not a u16")
+            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not between 0 and 65535")
         self._fe.send(Request.SET_VRING_BASE, VringState(n, base))
         self._base[index] = base
 
@@ -146,7 +148,9 @@ class VhostUserBackend(Owned):
             self._unbind(index)
         base = self._base[index]
         if base is None:
-            raise BackendError("get_vring_base", errno.ESRCH, index, "where the back end stopped is not known")
+            raise BackendError(
+                "get_vring_base", errno.ESRCH, index, "the avail index at which the back end stopped is not known"
+            )
         return base
 
     def _unbind(self, index: int) -> None:
@@ -156,7 +160,9 @@ class VhostUserBackend(Owned):
             answer = self._fe.ask(Request.GET_VRING_BASE, VringState, VringState(n, 0))
             if answer.index != n:
                 self._fe.disconnect()  # whether the ring was stopped can't be told
-                raise BackendError("GET_VRING_BASE", errno.EPROTO, index, f"the base of ring {answer.index}")
+                raise BackendError(
+                    "GET_VRING_BASE", errno.EPROTO, index, f"an answer about ring {answer.index}, not {n}"
+                )
         except BackendError as e:
             if not self._fe.gone:
                 raise UnbindError("set_backend", errno.ETIMEDOUT, index, self._keeps(e)) from e
@@ -168,14 +174,12 @@ class VhostUserBackend(Owned):
         self._fe.reset_if_idle()
 
     def _keeps(self, error: BackendError) -> str:
-        """Return what to say of a back end that did not let go of a ring."""
+        """Return the error for a back end that did not stop a ring."""
         # ESRCH: nothing was asked, since the back end did not answer before.
         silent = error.errno in (errno.ETIMEDOUT, errno.ESRCH)
         how = f"hangs: it has not answered for {self._fe.timeout_s:g} s" if silent else f"did not stop a ring: {error}"
-        return (
-            f"{self._fe.path}: the back end {how}; nobody else gets the rings, which it may still use: end it, "
-            "or let it go on"
-        )
+        step = "end it, or let it go on"
+        return f"{self._fe.path}: the back end {how}; its rings are fenced, as it may still use them: {step}"
 
     def _can_be(self, index: int, base: int) -> bool:
         """True if a back end can have stopped at *base*: neither behind what it used, nor ahead of what is available."""
@@ -201,9 +205,14 @@ class VhostUserBackend(Owned):
         n = self._index("set_vring_addr", index)
         memory = self._fe.memory
         if memory is None or not self._num[index]:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, "memory and size come first")
+            raise BackendError("set_vring_addr", errno.EFAULT, index, "set_memory and set_vring_num come first")
         if desc % 16 or avail % 2 or used % 4:
-            raise BackendError("set_vring_addr", errno.EINVAL, index, "an address is not aligned")
+            raise BackendError(
+                "set_vring_addr",
+                errno.EINVAL,
+                index,
+                f"desc {desc:#x}, avail {avail:#x}, used {used:#x}: not all are aligned to 16, 2 and 4 bytes",
+            )
         try:
             desc_uva, used_uva, avail_uva = (_uva(memory, gpa) for gpa in (desc, used, avail))
         except ConfigError as e:
@@ -245,7 +254,9 @@ class VhostUserBackend(Owned):
                 self._unbind(index)
             return
         if not self._num[index] or self._fe.memory is None:
-            raise BackendError("set_backend", errno.EFAULT, index, "memory, size and addresses come first")
+            raise BackendError(
+                "set_backend", errno.EFAULT, index, "set_memory, set_vring_num and set_vring_addr come first"
+            )
         self._bound[index] = True  # from the first of these messages on, whatever becomes of the others
         try:
             self._send_kick(index)

@@ -20,7 +20,7 @@ _FIGURE = re.compile(r"([RT][Xx]-\w+): +(\d+)")
 
 
 class DpdkError(VnetdpError):
-    """testpmd ended, or did not do what it was told."""
+    """testpmd ended, or refused a command."""
 
 
 def why_no_dpdk() -> str | None:
@@ -77,11 +77,11 @@ class Dpdk:
 
     @property
     def log(self) -> str:
-        """What DPDK logged."""
+        """DPDK's log."""
         return self._log.read_text(errors="replace")
 
     def wait(self, seconds: float = 60.0) -> str:
-        """Wait for its prompt, and return what it printed before that."""
+        """Wait for the prompt, and return the output before it."""
         assert self._process.stdout is not None
         until = time.monotonic() + seconds
         while (found := self._said.find(_PROMPT, self._seen)) < 0:
@@ -96,7 +96,7 @@ class Dpdk:
         return text
 
     def ask(self, command: str) -> str:
-        """Give it a command, and return what it answers."""
+        """Send a command, and return its output."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{command}\n".encode())
         answer = self.wait()

@@ -114,7 +114,7 @@ def _choose(names: Sequence[str] | None) -> list[Contender]:
     known = {contender.name: contender for contender in CONTENDERS}
     unknown = [name for name in names or () if name not in known]
     if unknown:
-        raise ConfigError(f"no such contender: {', '.join(unknown)} (there are: {', '.join(known)})")
+        raise ConfigError(f"unknown contender {', '.join(unknown)}; known are {', '.join(known)}")
     return [known[name] for name in names or known]
 
 
@@ -129,7 +129,7 @@ def _measure(contender: Contender, seconds: float) -> tuple[float, Blast, Row]:
             speed = _tcp_gbps(pair, seconds)
             blast = _blast(pair, seconds)
         if not 0 < blast.delivered <= blast.delivered + blast.late <= blast.sent:
-            raise LinkBenchError(f"{contender.name}: the counts can't be: {blast}")
+            raise LinkBenchError(f"{contender.name}: frames delivered are not between 1 and those sent: {blast}")
         return speed, blast, report
 
 
@@ -310,9 +310,9 @@ def _wait_until(
     deadline = time.monotonic() + seconds
     while not condition():
         if process is not None and process.poll() is not None:
-            raise LinkBenchError(f"waited until {what}, but the process ended: status {process.returncode}")
+            raise LinkBenchError(f"waited until {what}: the process ended with status {process.returncode}")
         if time.monotonic() > deadline:
-            raise LinkBenchError(f"waited until {what}, but {seconds:g} s weren't enough")
+            raise LinkBenchError(f"waited until {what}: not within {seconds:g} s")
         time.sleep(0.02)
 
 

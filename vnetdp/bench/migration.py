@@ -1,4 +1,4 @@
-"""What a migration costs: the destination's work while nobody runs, by policy and queue pairs; and what it costs the source.
+"""The cost of a migration: the destination's work while the machine is stopped, by policy and pairs; the source's rate.
 
 Policies take turns, so that what disturbs the machine disturbs them alike; medians are given.
 """
@@ -37,7 +37,7 @@ def run(rounds: int, say: Callable[[str], None], pairs: tuple[int, ...] = PAIRS)
         for n in pairs:
             say(f"{rounds} migrations of {n} queue pairs for each policy ...")
             results += _of(couple, n, rounds)
-    say("the source's packet rate while it is sent ...")
+    say("the packet rate of the source in pre-copy ...")
     results.append(_slowdown(rounds))
     return results
 

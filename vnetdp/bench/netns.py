@@ -184,7 +184,7 @@ def _command(*argv: str, timeout: float = 30.0) -> str:
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
-        raise NetnsError(f"{' '.join(argv)}: no end within {timeout:g} s") from None
+        raise NetnsError(f"{' '.join(argv)}: still running after {timeout:g} s") from None
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or "(no message)"
         raise NetnsError(f"{' '.join(argv)}: exit status {done.returncode}: {said}")

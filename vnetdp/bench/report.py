@@ -1,4 +1,4 @@
-"""What a benchmark says in the end: a table, the machine it ran on, JSON, and a picture if asked for."""
+"""The report of a benchmark: a table, the machine, JSON, and a picture if asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = (("mpps", "Mpps"), ("gbps", "Gbit/s"), ("us", "µs"), ("ns_per_packet",
 
 
 def machine() -> dict[str, Any]:
-    """Return what a reader needs to judge the figures by."""
+    """Return the machine and the versions, by which a reader judges the figures."""
     model = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

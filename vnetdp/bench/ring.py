@@ -1,4 +1,4 @@
-"""`vnetdp bench ring`: what the rings cost, on one core and on two, under either owner."""
+"""`vnetdp bench ring`: the cost of the rings, on one core and on two, under either owner."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def two_cores(size: int, rounds: int, seconds: float, say: _Say) -> list[Row]:
         raise CountError(str(ledger))
     userspace, vhost_rate = (statistics.median(samples[key]) for key in (False, True))
     if not (userspace and vhost_rate):
-        raise CountError(f"a core gave no time to one of the two for {_PATIENCE_S:g} s: end what else runs here")
+        raise CountError(f"the driver or the device got no CPU time for {_PATIENCE_S:g} s: end other programs")
     return [
         {
             "name": f"two cores, both ways, {name}",

@@ -97,7 +97,7 @@ class Endpoint(Owned):
             self.rows[:, r.EP_LIMIT] = -1
         # Whoever polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
         self._python_side = OwnedLock(self)
-        self._in_hand = 0  # calls of somebody else's code that have not returned
+        self._in_hand = 0  # calls of a user's code that have not returned
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
@@ -191,7 +191,7 @@ class Endpoint(Owned):
 
     @contextmanager
     def _guarded(self, queue: int, frames: int) -> Iterator[None]:
-        """Run somebody else's code: whatever it raises, sys.exit() too, costs its *frames*, and not the datapath.
+        """Run a user's code: an exception, sys.exit() too, costs its *frames*, and not the datapath.
 
         ConfigError if that code forked, in the child: it may not go on to the rings.
         """
@@ -248,7 +248,7 @@ class Endpoint(Owned):
             named = isinstance(error, EndpointError) and str(error).startswith(self.name.partition(":")[0] + ":")
             what = str(error) if named else f"{self.name}: {type(error).__name__}: {error}{place(error)}"
             _log.warning("%s%s", what, "" if named and not frames else " (logged once; counted from now on)")
-            _log.debug("%s: where that came from:", self.name, exc_info=error)
+            _log.debug("%s: the error came from here:", self.name, exc_info=error)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         """Return at most *limit* frames for the ring, virtio_net_hdr first, or none. It must not block."""

@@ -55,7 +55,7 @@ class _Input(Protocol):
     data: Bytes
 
     def look(self, state: Words) -> None:
-        """Learn what happened to the file since the last look."""
+        """Update the state after a change of the file's length."""
         ...
 
     def more(self, state: Words) -> bool:
@@ -173,7 +173,9 @@ class CaptureReader:
             return self._read()
         except (OSError, EOFError, zlib.error) as e:  # gzip, damaged; a disk
             self.ended = True
-            strerror = e.strerror if isinstance(e, OSError) and e.strerror else "its compressed data is not whole"
+            strerror = (
+                e.strerror if isinstance(e, OSError) and e.strerror else "its compressed data is cut short or damaged"
+            )
             raise self._damaged(strerror) from e
         except EndpointError:
             self.ended = True
@@ -235,7 +237,7 @@ class CaptureReader:
     # --- what stands in front of the frames ---
 
     def _begin(self) -> bool:
-        """Read what the file begins with; True if it is a pcapng."""
+        """Read the file's header; True if it is a pcapng."""
         none = EndpointError(f"pcap: {self.path} is not a pcap or pcapng capture")
         try:
             self._has(_SECTION_HEADER_LEN)

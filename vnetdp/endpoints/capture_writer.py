@@ -88,7 +88,7 @@ class CaptureWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, as far as the reader takes it. EndpointError, and nothing is kept any more, if that fails."""
+        """Write the bytes that wait, as far as the reader takes them. EndpointError, and none wait then, if that fails."""
         whole = len(self._kept)
         try:
             while self._kept:
@@ -107,13 +107,13 @@ class CaptureWriter:
         self.waiting = 0
 
     def abandon(self) -> None:
-        """Close the file, and forget what is kept."""
+        """Close the file, and forget the bytes that wait."""
         fd, self._fd = self._fd, -1
         self._kept = memoryview(b"")
         os.close(fd)
 
     def close(self) -> None:
-        """Close the file; EndpointError if that, or what was written last, failed."""
+        """Close the file; EndpointError if that, or the last write, failed."""
         if self._fd < 0:
             return
         poll = select.poll()

@@ -190,7 +190,7 @@ class FaultEndpoint(Endpoint):
         return frames
 
     def _send_on(self, queue: int) -> None:
-        """Give the inner endpoint what is due, as far as it takes it."""
+        """Give the inner endpoint the frames that are due, as far as it takes them."""
         way = self._to_wire[queue]
         while (frame := way.due()) is not None:
             if way.strikes("eagain"):
@@ -205,7 +205,7 @@ class FaultEndpoint(Endpoint):
         self.inner.service()
 
     def _give(self, queue: int, frame: bytes) -> bool:
-        """Do with one frame what the loop would do with it; False if the inner endpoint takes none now."""
+        """Send one frame as the loop would; False if the inner endpoint takes none now."""
         inner = self.inner
         self._frame[: len(frame)] = np.frombuffer(frame, np.uint8)
         if inner.answers:

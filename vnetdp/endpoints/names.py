@@ -16,8 +16,9 @@ ENDPOINTS: Final = {
     "generate": (
         "generate[:size=64,rate=1M,count=100]",
         (
-            "numbered frames, checked at the other end; rate: frames a second and queue, 0 (default) = as fast as the ring "
-            "takes them; count: frames a queue, 0 = none (default: no end)"
+            "numbered frames, checked at the other end; size: bytes of a frame (default: 64); rate: frames a second and "
+            "queue pair, 0 is as many as the ring takes (default: 0); count: frames a queue pair, 0 is none "
+            "(default: no end)"
         ),
     ),
     "tap": ("tap:NAME[,netns=NS]", "a TAP interface, made if it is not there"),
@@ -26,11 +27,11 @@ ENDPOINTS: Final = {
     "fault": (
         "fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT",
         (
-            "any other, with faults: P of each frame is a probability from 0 to 1; eio (it is lost) and eagain (it is put "
-            "off) on the way to the wire alone"
+            "another endpoint, with faults: P is a probability from 0 to 1 for each frame (default: 0); eio (the frame is "
+            "lost) and eagain (it is sent 1 ms later) on the way to the wire alone; delay_ms: N ms (default: 0)"
         ),
     ),
-    "vhost-user": ("vhost-user:SOCKET", "in link, on both sides: two guests, copied once from ring to ring"),
+    "vhost-user": ("vhost-user:SOCKET", "in link, on both sides: two guests; each frame is copied once"),
 }
 
 VHOST_USER: Final = "vhost-user"

@@ -24,7 +24,7 @@ def _path(netns: str) -> str:
 
 
 def identity(netns: str | None = None) -> object:
-    """Return what is the same for all names of a network namespace, None being ours, and for no other namespace."""
+    """Return the identity of a network namespace (None: ours), the same for each of its names."""
     path = "/proc/thread-self/ns/net" if netns is None else _path(netns)
     try:
         status = Path(path).stat()
@@ -52,7 +52,7 @@ def run_in(netns: str, function: Callable[[], T]) -> T:
 
 
 def run_inside(fd: int, netns: str, function: Callable[[], T]) -> T:
-    """As `run_in`, in the namespace that *fd* is of, whatever it is called now; *netns* is its name for errors."""
+    """As `run_in`, in the namespace of the descriptor *fd*; *netns* is its name for errors."""
 
     def inside() -> T:
         enter(fd, netns)

@@ -39,7 +39,7 @@ class PcapEndpoint(Endpoint):
         self, source: str | Path | None, sink: str | Path | None = None, queues: int = 1, *, sink_later: bool = False
     ) -> None:
         if source is None and sink is None:
-            raise EndpointError("pcap: neither a capture to read nor one to write: pcap:IN[,OUT]")
+            raise EndpointError("pcap: no capture is named: write pcap:IN[,OUT]")
         self.name = f"pcap:{source or ''}{f',{sink}' if sink else ''}"
         self._source = None if source is None else Path(source)
         self._sink = None if sink is None else Path(sink)

@@ -74,7 +74,9 @@ def _frames(answer: Answer) -> list[bytes]:
     several = [answer] if isinstance(answer, Packet | bytes) else list(answer)
     for one in several:
         if not isinstance(one, Packet | bytes):
-            raise TypeError(f"it returned {type(one).__name__}, not None, a packet, bytes, or a list of these")
+            raise TypeError(
+                f"the function returned {type(one).__name__}, not None, a packet, bytes, or a list of these"
+            )
     return [_frame(one) for one in several]
 
 
@@ -168,7 +170,9 @@ class VnetdpSocket(Owned, SuperSocket):
         until = time.monotonic() + _SEND_TIMEOUT_S
         while not self._port.send(frame):
             if time.monotonic() > until:
-                raise EndpointError("nobody takes the packets sent: is the device running, with its driver?")
+                raise EndpointError(
+                    f"the ring took no packet for {_SEND_TIMEOUT_S:g} s: start the device and its driver"
+                )
             time.sleep(0.001)
         if isinstance(x, Packet):
             x.sent_time = time.time()

@@ -1,4 +1,4 @@
-"""An endpoint as a command line spells it: KIND, or KIND:WHAT. One table says what is known."""
+"""An endpoint as a command line spells it: KIND, or KIND:WHAT. One table has every kind."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _tap(rest: str, queues: int) -> Opener:
 
     name, *options = _parts(rest)
     if not name:
-        raise ConfigError("tap: an interface has to be named: tap:NAME[,netns=NS]")
+        raise ConfigError("tap: no interface is named: write tap:NAME[,netns=NS]")
     found = _options("tap", options, {"netns": str})
     return Opener(partial(TapEndpoint, name, queues, **found), (name, identity(**found)))
 
@@ -94,7 +94,7 @@ def _pcap(rest: str, queues: int) -> Opener:
         raise ConfigError(
             f"pcap: {rest!r} is not pcap:IN[,OUT] (pcap:,OUT only writes; a comma in a file's name is written twice)"
         )
-    # Whoever forgot that a comma separates shall not lose the file that the rest of the name happens to be.
+    # A user who forgot that a comma separates must not lose the file that the rest of the name happens to be.
     if any(sinks) and os.path.lexists(rest):
         raise ConfigError(
             f"pcap: {rest} is a file: pcap:{rest.replace(',', ',,')} names it; to overwrite {sinks[0]}, name that "
@@ -135,7 +135,7 @@ def _scapy(rest: str, queues: int) -> Opener:
 
 
 def _callables(module: ModuleType) -> str:
-    """Return which functions *module* has, and where it is: another one than was meant may have its name."""
+    """Return the names of the functions of *module*, and its file: another module may have the name."""
     own = sorted(
         name
         for name, value in vars(module).items()
@@ -151,7 +151,7 @@ def _fault(rest: str, queues: int) -> Opener:
 
     options, colon, inner_text = rest.partition(":")
     if not colon:
-        raise ConfigError("fault: it has to say around which endpoint: fault:drop=0.1:ENDPOINT")
+        raise ConfigError("fault: no endpoint is named: write fault:drop=0.1:ENDPOINT")
     probability = dict.fromkeys(("drop", "corrupt", "eio", "eagain"), _number)
     faults = _options("fault", _parts(options), {**probability, "delay_ms": _number, "seed": _whole})
     Faults(**faults)
@@ -170,7 +170,7 @@ def _fault(rest: str, queues: int) -> Opener:
 
 def _vhost_user(rest: str, _queues: int) -> NoReturn:
     raise ConfigError(
-        f"{VHOST_USER}:SOCKET stands in link, on both sides; to serve one guest: vnetdp serve ENDPOINT --socket "
+        f"{VHOST_USER}:SOCKET is an endpoint of link, on both sides; to serve one guest: vnetdp serve ENDPOINT --socket "
         f"{rest or 'SOCKET'}"
     )
 
@@ -190,7 +190,7 @@ _KINDS: Final[dict[str, Callable[[str, int], Opener]]] = {
 
 
 def _parts(text: str) -> list[str]:
-    """Return what commas separate; a comma that is meant is written twice, as QEMU has it."""
+    """Return the parts between commas; a comma within a part is written twice, as QEMU has it."""
     return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
 
 
@@ -217,7 +217,7 @@ def _number(text: str) -> float:
         raise ValueError("a number (k, M and G may follow it)")
     number = float(match[1]) * _SUFFIXES[match[2].lower()]
     if math.isinf(number):
-        raise ValueError("a number that anything here can be")
+        raise ValueError("a finite number")
     return number
 
 

@@ -116,7 +116,7 @@ class TapEndpoint(Endpoint):
                 self._devices[0].up()
             elif not _is_up(name):
                 # Its owner decides when it is up. One who forgot that would see frames go lost, and not why.
-                _log.warning("%s is down, and takes no frame until: sudo ip %slink set %s up", self.name, where, name)
+                _log.warning("%s is down, and passes no frame: sudo ip %slink set %s up", self.name, where, name)
         except OSError as e:
             raise EndpointError(f"{self.name}: {_advice(name, self.queues, e)}") from e
 
@@ -217,9 +217,7 @@ class TapEndpoint(Endpoint):
     def gone(self) -> bool:
         """True once the interface was deleted, or its namespace was. The first look that finds that logs it."""
         if not self._failures and self._devices and _broke(self._first()):
-            self._failures.append(
-                f"{self.name} was deleted, and no frame passes it any more: start the command again, for a new one"
-            )
+            self._failures.append(f"{self.name} was deleted: start the command again, for a new interface")
             _log.error("%s", self._failures[0])
         return bool(self._failures)
 
@@ -286,11 +284,11 @@ def _dependable(mask: int) -> int:
 
 
 def _advice(name: str, queues: int, error: OSError) -> str:
-    """Return what went wrong when a TAP was opened, and what to do, in one line."""
+    """Return why a TAP can't be opened, and the next step, in one line."""
     multi_queue = " multi_queue" if queues > 1 else ""
     match error.errno:
         case errno.ENOENT | errno.ENXIO | errno.ENODEV:
-            return "no /dev/net/tun: load it with: sudo modprobe tun (in a container: give it the device)"
+            return "no /dev/net/tun: load it with: sudo modprobe tun (into a container: --device /dev/net/tun)"
         case errno.EACCES:
             return "no right to open /dev/net/tun: run as root or: sudo chmod 666 /dev/net/tun"
         case errno.EPERM:
@@ -298,11 +296,13 @@ def _advice(name: str, queues: int, error: OSError) -> str:
             up = f"sudo ip link set {name} up"
             return f"no right to create or open it: run as root (with CAP_NET_ADMIN) or: {add} && {up}"
         case errno.EBUSY:
-            return "another program has it open: end that, or take another name"
+            return "another program has it open: end that program, or take another name"
         case errno.EINVAL:
             kind = "TAP with several queues" if queues > 1 else "TAP"
             return f"it exists and is no {kind}: take another name"
         case errno.E2BIG:
-            return f"more than {MAX_QUEUES} queues, with those that other programs have open"
+            return (
+                f"more than {MAX_QUEUES} queues, with those of other programs: take fewer queue pairs, or another name"
+            )
         case _:
             return error.strerror or str(error)

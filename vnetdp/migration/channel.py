@@ -65,7 +65,7 @@ class Channel(Owned):
             return
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("it is too slow")
+            raise TimeoutError("it did not read or write in time")
         self.sock.settimeout(left)
 
     def send(self, section: SectionType, payload: bytes = b"") -> int:
@@ -96,7 +96,7 @@ class Channel(Owned):
                 self._limit_wait()
                 n = self.sock.recv_into(data[at:])
                 if n == 0:
-                    raise StreamError("the stream ends in the middle" if at else "the other side is gone")
+                    raise StreamError("the stream ends inside a section" if at else "the other side is gone")
                 at += n
         except OSError as e:
             raise StreamError(f"the other side is gone: {e}") from e

@@ -342,7 +342,7 @@ class HostProcess(Owned):
             return
         self._sock.close()
         if not child.end(self._child):
-            _log.warning("the host of process %d did not end when it was asked to, and was killed", self.pid)
+            _log.warning("the host of process %d did not end within %g s, and was killed", self.pid, child.TO_END_S)
 
     def leave_to_parent(self) -> None:
         """Leave the socket to the parent: the host is to see it if the parent closes it, or dies."""

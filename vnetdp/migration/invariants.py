@@ -1,4 +1,4 @@
-"""What has to hold of a machine whenever its rings have changed hands. Each violation begins with the invariant's name.
+"""The invariants of a machine after each change of owner. Each violation begins with the invariant's name.
 
 I1, I4 and I10 (each frame once, in order) are what the ledger checks, I8 (every page sent again) the comparison of guest
 memory at the stream's end; the rest can be seen on the machine itself.
@@ -50,9 +50,12 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
     if len(endpoint.polled_by) != pollers:
         found.append(f"I6: {len(endpoint.polled_by)} queues of the endpoint are polled, not {pollers}")
     if endpoint.polls_refused:
-        found.append(f"I6: a queue that somebody else polled was to be polled {endpoint.polls_refused} times")
+        found.append(f"I6: polling was started {endpoint.polls_refused} times for a queue that another owner polled")
     if endpoint.polls_started - endpoint.polls_stopped != len(endpoint.polled_by):
-        found.append("I7: polling was started and stopped unequally often")
+        found.append(
+            f"I7: polling was started {endpoint.polls_started} times, stopped {endpoint.polls_stopped} times, "
+            f"and goes on for {len(endpoint.polled_by)} queues"
+        )
     notifiers = machine.notifiers
     expected = owner is Owner.VHOST or (device.owners.prepared is not None and not device.running)
     if not notifiers.balanced or notifiers.with_vhost != expected:

@@ -101,7 +101,7 @@ def check_endpoints(source: str, target: str, pairs: int, say: Callable[[str], N
     taps = [opener.tap for opener in openers]
     if taps[0] is not None and taps[0] == taps[1]:
         raise ConfigError(
-            f"tap:{taps[0][0]}: source and destination need a TAP each, both in one bridge: name the destination's by "
+            f"tap:{taps[0][0]}: source and destination need a TAP each, both in one bridge: name the destination's with "
             "--target-endpoint tap:NAME"
         )
     with ExitStack() as tried:
@@ -112,7 +112,7 @@ def check_endpoints(source: str, target: str, pairs: int, say: Callable[[str], N
     for name in ours:
         if not (Path("/sys/class/net") / name / "master").exists():
             say(
-                f"tap:{name} is in no bridge, and frames don't follow the guest from TAP to TAP without: "
+                f"tap:{name} is in no bridge, so frames won't follow the guest to the other TAP: "
                 f"sudo ip tuntap add dev {name} mode tap{multi_queue} && sudo ip link set {name} master BRIDGE up"
             )
 
@@ -121,9 +121,11 @@ def _opener(text: str, pairs: int) -> Opener:
     """Return what opens the endpoint *text*; ConfigError if a machine that is to migrate can't have it."""
     kind, colon, _ = text.partition(":")
     if kind == "generate" and colon:
-        raise ConfigError("generate has no options here: --size, --rate and --traffic say what is sent")
+        raise ConfigError("generate takes no options in migrate: use --size, --rate and --traffic")
     if kind in _OF_ONE_PROCESS:
-        raise ConfigError(f"{kind}: what it holds stays in its process, and does not migrate: take another endpoint")
+        raise ConfigError(
+            f"{kind}: its frames stay in their process, and do not migrate: take generate, echo or tap:NAME"
+        )
     return endpoint_opener(text, pairs)
 
 
@@ -222,14 +224,14 @@ class Machine(Owned):
         assert self.driver is not None
         rows, ledger = self.guest.rows, self.guest.ledger
         if (rows[:, _CONSTANT] != self._guest_as_made).any() or rows.min() < -1:
-            raise ConfigError("the guest's end of the traffic is not this machine's")
+            raise ConfigError("the guest's end of the traffic does not fit this machine")
         if ledger.min() < 0:
-            raise ConfigError("the guest's ledger counts below 0")
+            raise ConfigError(f"the guest's ledger has a count of {ledger.min()}, below 0")
         self.driver.features = self.device.driver_features  # it did not negotiate them
         parts = self.driver.check_adopted(self.memory.regions[0].length)
         for index, (queue, addresses) in enumerate(zip(self.device.queues, parts, strict=True)):
             if queue.enabled and queue.setup != (self.config.num, *addresses):
-                raise ConfigError(f"queue {index}: the device's ring is not its driver's")
+                raise ConfigError(f"queue {index}: device and driver have different rings")
 
     def _make_driver(self, adopt: bool) -> Driver:
         config = self.config

@@ -1,4 +1,4 @@
-"""What a command line can name, without the weight of what the names stand for."""
+"""The names of policies, traffic, changes and verbs for the command line, without the weight of their modules."""
 
 from __future__ import annotations
 

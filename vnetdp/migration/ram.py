@@ -128,7 +128,7 @@ class RamTarget:
         cursor = Cursor(payload, "a ram section")
         (count,) = cursor.unpack(_COUNT)
         if count > CHUNK_PAGES:
-            raise StreamError(f"a ram section of {count} pages")
+            raise StreamError(f"a ram section of {count} pages; at most {CHUNK_PAGES} are taken")
         numbers = np.frombuffer(cursor.take(8 * count), "<i8")
         data = np.frombuffer(cursor.take(spec.PAGE_SIZE * count), np.uint8).reshape(-1, spec.PAGE_SIZE)
         cursor.end()

@@ -83,7 +83,7 @@ def _read(kind: str, cursor: Cursor) -> Any:
         (value,) = cursor.unpack(_NUMBERS[kind])
         if kind == "bool":
             if value > 1:
-                raise StreamError(f"a flag is {value}")
+                raise StreamError(f"a boolean field is {value}, not 0 or 1")
             return bool(value)
         return value
     if kind == "mac":
@@ -112,7 +112,7 @@ def _checked(build: Callable[[], Any], what: str) -> Any:
 def _queue(values: tuple[int, ...], n_queues: int) -> tuple[int, Virtqueue]:
     index, num, desc, avail, used, last_avail_idx, enabled = values
     if index >= n_queues or enabled > 1:
-        raise StreamError(f"queue {index}: the device has {n_queues}")
+        raise StreamError(f"queue {index}, enabled {enabled}: the device has {n_queues} queues, and enabled is 0 or 1")
     queue = Virtqueue(num, desc, avail, used, bool(enabled), last_avail_idx)
     _checked(queue.validate, f"queue {index}")
     return index, queue
@@ -154,7 +154,7 @@ def decode_early(payload: memoryview) -> DeviceState:
 def _read_count(cursor: Cursor) -> int:
     (n_queues,) = cursor.unpack(_U16)
     if not 0 < n_queues <= 2 * MAX_QUEUE_PAIRS:
-        raise StreamError(f"a device of {n_queues} queues")
+        raise StreamError(f"a device of {n_queues} queues, not 1 to {2 * MAX_QUEUE_PAIRS}")
     return int(n_queues)
 
 
@@ -207,7 +207,7 @@ def decode_delta(payload: memoryview, n_queues: int) -> StateDelta:
     for _ in range(n_fields):
         (number,) = cursor.unpack(_U8)
         if number >= len(FIELDS):
-            raise StreamError(f"the delta changes field {number}, which is not known")
+            raise StreamError(f"the delta changes field {number}; fields are 0 to {len(FIELDS) - 1}")
         field = FIELDS[number]
         value = _read(field.kind, cursor)
         (delta.registers if field.name in _REGISTERS else delta.control)[field.name] = value
@@ -243,7 +243,7 @@ def decode_full(payload: memoryview) -> DeviceState:
     n_queues = _read_count(cursor)
     (slots,) = cursor.unpack(_U16)
     if slots < n_queues:
-        raise StreamError(f"{n_queues} queues in {slots} slots")
+        raise StreamError(f"{n_queues} queues in {slots} slots: at least {n_queues} are needed")
     values = {field.name: _read(field.kind, cursor) for field in FIELDS}
     rings = list(_SLOT.iter_unpack(cursor.take(_SLOT.size * slots)))
     extras = list(_EXTRA.iter_unpack(cursor.take(_EXTRA.size * slots)))

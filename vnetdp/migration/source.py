@@ -151,7 +151,7 @@ class Source:
         """Learn of a destination that has failed before the machine is stopped for it."""
         if self._channel.has_more():
             self._hear(READY)
-            raise StreamError("the destination is ready before the end")
+            raise StreamError("the destination sent ready before the section end")
 
     def _send(self, what: str, *args: Any) -> None:
         self._count[what] += self._channel.send(*args)
@@ -246,7 +246,7 @@ class Source:
         try:
             self.machine.device.set_log(None)
         except Exception as e:  # noqa: BLE001 - whatever it is, the machine runs
-            _log.warning("%s: logging is off with the next start", reason(e))
+            _log.warning("%s: the dirty log stays on until the rings start again", reason(e))
         self.machine.run()
 
 
@@ -257,7 +257,7 @@ def _running(payload: bytes) -> dict[str, Any]:
             return dict(said)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise StreamError("the destination runs, and does not say how")
+    raise StreamError("the destination runs the machine, and its section running can't be read")
 
 
 class Cancelled(VnetdpError):  # noqa: N818 - it is no error

@@ -73,21 +73,21 @@ def decode(read: Callable[[int], memoryview], known: Mapping[str, SectionType]) 
     head = read(_HEADER.size)
     magic, name_len, phase, version, zero, length = _HEADER.unpack(head)
     if magic != _MAGIC or zero:
-        raise StreamError("this is no migration stream, or it lost its place")
+        raise StreamError(f"not a migration stream: magic {magic:#x} and reserved {zero}, not {_MAGIC:#x} and 0")
     if name_len > _NAME_LEN:
-        raise StreamError(f"a section's name has {name_len} bytes")
+        raise StreamError(f"a section's name has {name_len} bytes, of at most {_NAME_LEN}")
     name = bytes(read(name_len))
     section = known.get(name.decode("ascii", "replace"))
     if section is None:
         raise StreamError(f"unknown section {name!r}: both sides need the same policy and version")
     if phase != section.phase:
-        raise StreamError(f"section {section.name} comes in phase {phase}")
+        raise StreamError(f"section {section.name} comes in phase {phase}, not {section.phase}")
     if not section.minimum_version <= version <= section.version:
         raise StreamError(
             f"section {section.name} has version {version}; this side reads {section.minimum_version} to {section.version}"
         )
     if length > section.longest:
-        raise StreamError(f"section {section.name} claims {length} bytes")
+        raise StreamError(f"section {section.name} claims {length} bytes, of at most {section.longest}")
     payload = read(length)
     (crc,) = _CRC.unpack(read(_CRC.size))
     if crc != zlib.crc32(payload, zlib.crc32(name, zlib.crc32(head))):

@@ -230,9 +230,9 @@ def rewrite(text: str, blocks: dict[str, str]) -> str:
 def main() -> None:
     """Rewrite a file's tables."""
     parser = argparse.ArgumentParser(prog="python -m vnetdp.migration.tables", description=__doc__)
-    parser.add_argument("--seed", type=Path, metavar="FILE")
-    parser.add_argument("--delta", type=Path, metavar="FILE")
-    parser.add_argument("file", type=Path, metavar="PAGE")
+    parser.add_argument("--seed", type=Path, metavar="FILE", help="the report of vnetdp faults --policy seed")
+    parser.add_argument("--delta", type=Path, metavar="FILE", help="the report of vnetdp faults --policy delta")
+    parser.add_argument("file", type=Path, metavar="PAGE", help="the document to rewrite, such as docs/migration.md")
     args = parser.parse_args()
     blocks = {name: table() for name, table in BLOCKS.items()}
     if args.seed and args.delta:

@@ -78,7 +78,7 @@ class Target:
             self._at("ready")
             section = self._channel.receive(POLICIES[self._policy])
             if section.type is not COMMIT:
-                raise StreamError(f"section {section.type.name} where the commit has to be")
+                raise StreamError(f"section {section.type.name} in place of the commit")
         except BaseException as e:
             report.error = reason(e)
             _log.warning("migration failed: %s; the source goes on", report.error)
@@ -95,12 +95,12 @@ class Target:
             if not self.device.running:
                 raise
             report.error = reason(e)
-            _log.warning("the machine runs here, and not all went well: %s", report.error)
+            _log.warning("the machine runs here, with an error: %s", report.error)
         self._see_who_serves()
         try:
             self._channel.send(RUNNING, json.dumps(self._summary()).encode())
         except StreamError as e:
-            _log.warning("%s, after it gave the machine up: it runs here", e)
+            _log.warning("the machine runs here, and the source was lost after its commit: %s", e)
         return report
 
     def _see_who_serves(self) -> None:
@@ -122,7 +122,7 @@ class Target:
             self._channel.send(FAILED, text.encode(errors="replace")[: FAILED.longest])
             self._channel.drain()
         except StreamError:
-            _log.debug("the source is gone, too")
+            _log.debug("the source is gone")
 
     def _summary(self) -> dict[str, Any]:
         return {
@@ -165,7 +165,7 @@ class Target:
         except (ValueError, RecursionError) as e:
             raise StreamError(f"the setup cannot be read: {e}") from e
         if theirs != ours:
-            raise StreamError(f"the source's machine is another: {theirs} where this one is {ours}")
+            raise StreamError(f"the source's machine differs: {theirs}, and this one is {ours}")
         self._has_setup = True
         self.machine.faults.phase = "early"
         self.machine.adopt()

@@ -1,4 +1,4 @@
-"""What a back end asks by itself, on the socket that SET_BACKEND_REQ_FD gave it."""
+"""The back end's own requests, on the socket of SET_BACKEND_REQ_FD."""
 
 from __future__ import annotations
 

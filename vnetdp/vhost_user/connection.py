@@ -24,7 +24,7 @@ class Message:
 
 
 class _Connection:
-    """What both ends remember: which features were offered and taken."""
+    """The features that were offered and taken, which both ends remember."""
 
     def __init__(self) -> None:
         self.offered_features = 0
@@ -46,7 +46,7 @@ class BackEndConnection(_Connection):
             raise RemoteProtocolError(f"unknown request {header.request}") from None
         rule = RULES[request]
         if header.flags & REPLY:
-            raise RemoteProtocolError(f"{request.name}: a reply to nothing")
+            raise RemoteProtocolError(f"{request.name}: a reply without a request")
         if rule.gate is not None and not self.has(rule.gate):
             raise RemoteProtocolError(f"{request.name}: {rule.gate.name} was not negotiated")
         low, high = rule.fds

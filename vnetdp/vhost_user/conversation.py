@@ -79,18 +79,22 @@ class Conversation(Owned):
                 data, answered = self.connection.send(request, payload, len(fds))
             except LocalProtocolError as e:
                 raise BackendError(request.name, errno.EOPNOTSUPP, None, str(e)) from e
+            began = time.monotonic()
             try:
                 self._transport.send(data, fds)
                 if not answered:
                     return None, ()
-                until, stop = self._handshake or (time.monotonic() + self._timeout_s, never)
+                until, stop = self._handshake or (began + self._timeout_s, never)
                 if not wait_readable(self._transport, until, stop):
-                    raise TimeoutError("no answer came")
+                    raise TimeoutError
                 got = self._transport.receive()
             except TimeoutError as e:
                 self.hung = True
                 self.leave()
-                raise BackendError(request.name, errno.ETIMEDOUT, None, f"the back end is silent: {e}") from e
+                waited = time.monotonic() - began
+                raise BackendError(
+                    request.name, errno.ETIMEDOUT, None, f"no answer from the back end for {waited:.1f} s"
+                ) from e
             except OSError as e:
                 self.leave()
                 raise BackendError(request.name, errno.ESRCH, None, f"the back end is gone: {e}") from e
@@ -113,14 +117,14 @@ class Conversation(Owned):
         answer, got_fds = self.exchange(request, payload, fds)
         close_fds(got_fds)
         if isinstance(answer, U64) and answer.value:
-            raise BackendError(request.name, errno.EINVAL, None, "the back end refuses it")
+            raise BackendError(request.name, errno.EINVAL, None, "the back end refuses the request")
 
     def ask(self, request: Request, kind: type[P], payload: Payload | None = None) -> P:
         """Send a request and return its answer; BackendError as `exchange`."""
         answer, got_fds = self.exchange(request, payload, ())
         close_fds(got_fds)
         if not isinstance(answer, kind):
-            raise BackendError(request.name, errno.EPROTO, None, "an answer of another kind")
+            raise BackendError(request.name, errno.EPROTO, None, f"the answer is no {kind.__name__}")
         return answer
 
     def fileno(self) -> int:
@@ -160,7 +164,7 @@ class Conversation(Owned):
             return self._gone
 
     def close(self) -> None:
-        """Leave, and look no longer for what becomes of the other."""
+        """Leave, without waiting for the back end to close its end."""
         with self._lock:
             self.leave()
             self._gone = True

@@ -60,7 +60,7 @@ def check_event(fd: int, connection: socket.socket | None = None) -> None:
     if stat.S_ISFIFO(mode):
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if flags & os.O_PATH or flags & os.O_ACCMODE == (os.O_WRONLY if connection is None else os.O_RDONLY):
-            raise RequestRefused(f"a pipe's end that can't be {'read from' if connection is None else 'written to'}")
+            raise RequestRefused(f"the pipe's end can't be {'read from' if connection is None else 'written to'}")
     elif stat.S_ISSOCK(mode) and connection is not None:
         check_socket(fd, connection)
     elif not _is_eventfd(fd):
@@ -104,14 +104,14 @@ def check_socket(fd: int, connection: socket.socket) -> None:
         raise RequestRefused(f"{_kind(fd)} where a socket is due") from e
     try:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-            raise RequestRefused("a socket that is no Unix stream socket")
+            raise RequestRefused("the socket is no Unix stream socket")
         # What is connected to the path that we listen on has its name; the two ends of a socketpair have none.
         if _names(sock) & _names(connection):
-            raise RequestRefused("an end of this connection, or of another to the same path")
+            raise RequestRefused("the descriptor is an end of this connection, or of another to the same path")
         sock.shutdown(socket.SHUT_RD)
         _empty(sock)
     except OSError as e:
-        raise RequestRefused(f"a socket that is not connected: {e.strerror}") from e
+        raise RequestRefused(f"the socket is not connected: {e.strerror}") from e
     finally:
         sock.detach()
 

@@ -45,13 +45,13 @@ def _move(conversation: Conversation, direction: int, ours: int, theirs: int, mo
             ours, fds = fds[0], ()
         close_fds(fds)
         if not isinstance(answer, U64) or answer.value & 0xFF:
-            raise BackendError("SET_DEVICE_STATE_FD", errno.EIO, None, "the back end refuses it")
+            raise BackendError("SET_DEVICE_STATE_FD", errno.EIO, None, "the back end refuses the request")
         os.set_blocking(ours, False)
         moved = move(ours)
     finally:
         os.close(ours)  # which is the end of what is loaded
     if conversation.ask(Request.CHECK_DEVICE_STATE, U64).value:
-        raise BackendError("CHECK_DEVICE_STATE", errno.EIO, None, "the back end says that it failed")
+        raise BackendError("CHECK_DEVICE_STATE", errno.EIO, None, "the back end reports that it failed")
     return moved
 
 
@@ -62,7 +62,7 @@ def _read_all(fd: int, until: float) -> bytes:
         if not part:
             return data
         data += part
-    raise BackendError("SET_DEVICE_STATE_FD", errno.ETIMEDOUT, None, f"no end of the state within {len(data)} bytes")
+    raise BackendError("SET_DEVICE_STATE_FD", errno.ETIMEDOUT, None, f"no end of the state after {len(data)} bytes")
 
 
 def _write_all(fd: int, data: bytes, until: float) -> None:

@@ -1,4 +1,4 @@
-"""Connecting to a Unix socket that somebody else listens on: what waiting heals, and what it does not."""
+"""Connecting to a Unix socket of another program: the errors that waiting heals, and the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAY_COME = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EINTR)
 
 
 class NobodyYetError(VnetdpError):
-    """There is nothing to connect to, or its backlog is full: later there may be. The text says which."""
+    """No program listens on the socket yet, or its backlog is full. The text gives the reason."""
 
 
 def dial(path: str) -> socket.socket:
@@ -33,8 +33,8 @@ def dial(path: str) -> socket.socket:
             why = stream if e.errno == errno.EPROTOTYPE else of_path(path, e)
             raise ConfigError(f"cannot connect to {path}: {why}") from e
         if e.errno == errno.EAGAIN:
-            raise NobodyYetError("it is busy: others wait already to be served") from e
-        raise NobodyYetError(why_not_there(path) or "nobody listens on it") from e
+            raise NobodyYetError("the program that listens is busy: its backlog is full") from e
+        raise NobodyYetError(why_not_there(path) or "no program listens on the socket") from e
     except BaseException:
         sock.close()
         raise
@@ -49,8 +49,8 @@ def why_not_there(path: str) -> str:
         mode = target.stat().st_mode
     except FileNotFoundError:
         if target.is_symlink():
-            return f"it is a link to {target.readlink()}, which is not there"
-        return "it is not there" if target.parent.is_dir() else f"its folder {target.parent} is not there"
+            return f"the path is a link to {target.readlink()}, which does not exist"
+        return "the socket does not exist" if target.parent.is_dir() else f"its folder {target.parent} does not exist"
     except OSError as e:
         raise ConfigError(f"cannot connect to {path}: {of_path(path, e)}") from e
     if not stat.S_ISSOCK(mode):
@@ -58,7 +58,7 @@ def why_not_there(path: str) -> str:
         raise ConfigError(f"cannot connect to {path}: it is {kind}, not a socket: take another path, or remove it")
     if not os.access(path, os.W_OK):
         if not target.exists():
-            return "it is not there"  # any more
+            return "the socket does not exist"  # any more
         raise ConfigError(
             f"cannot connect to {path}: {of_path(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))}"
         )

@@ -127,6 +127,6 @@ def _remove_if_dead(path: Path) -> None:
             pass
         except OSError as e:
             raise ConfigError(
-                f"cannot use {path}, which is there: {of_path(path, e)}; or, if nobody needs it: rm {shlex.quote(str(path))}"
+                f"cannot use {path}, which exists: {of_path(path, e)}; or remove it: rm {shlex.quote(str(path))}"
             ) from e
-    raise ConfigError(f"another program listens on {path}: end that, or take another path")
+    raise ConfigError(f"another program listens on {path}: end that program, or take another path")

@@ -105,7 +105,7 @@ class ProtocolFeature(enum.IntFlag):
 
 
 class Payload(Protocol):
-    """What every payload class is: fixed fields, and a way to bytes and back."""
+    """The base of payloads with fixed fields."""
 
     def encode(self) -> bytes: ...
     @classmethod

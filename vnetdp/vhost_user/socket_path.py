@@ -1,4 +1,4 @@
-"""The path of a Unix socket: what no socket can be called, said before one is made."""
+"""The path of a Unix socket, checked before the socket is made."""
 
 from __future__ import annotations
 

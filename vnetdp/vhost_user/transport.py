@@ -69,7 +69,7 @@ class Transport(Owned):
             header = Header.decode(head)
             data = self._read(header.size, fds) if header.size else b""
             if data is None:
-                raise RemoteProtocolError(f"request {header.request}: the connection ended in its middle")
+                raise RemoteProtocolError(f"request {header.request}: the connection ended inside the message")
         except BaseException:
             close_fds(fds)
             raise
@@ -85,12 +85,12 @@ class Transport(Owned):
             data, ancillary, flags, _ = self.sock.recvmsg(length - len(parts), room, MSG_CMSG_CLOEXEC)
             fds.extend(fds_in(ancillary))
             if flags & socket.MSG_CTRUNC:
-                raise RemoteProtocolError("more descriptors than a message may have")
+                raise RemoteProtocolError(f"more descriptors than the {MAX_FDS} that a message may have")
             if len(fds) > MAX_FDS:  # now, not when the message is whole: a slow one would hold ever more of them
                 raise RemoteProtocolError(f"a message with {len(fds)} descriptors; at most {MAX_FDS} are taken")
             if not data:
                 if parts:
-                    raise RemoteProtocolError("the connection ended in the middle of a message")
+                    raise RemoteProtocolError("the connection ended inside a message")
                 return None
             parts += data
             self._hurry()
@@ -104,7 +104,7 @@ class Transport(Owned):
         self._deadline = self._deadline or time.monotonic() + patience
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("a message takes too long to come")
+            raise TimeoutError("a message did not come whole in time")
         self.sock.settimeout(left)
 
     def send(self, data: bytes, fds: Iterable[int] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What a benchmark times: driver and device in turns, in one thread, with the clock around the device's side only."""
+"""The loop that a benchmark times: driver and device in turns, in one thread, the clock around the device's side only."""
 
 from __future__ import annotations
 

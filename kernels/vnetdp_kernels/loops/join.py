@@ -1,4 +1,4 @@
-"""Two guests on one wire: what either transmits is copied once, from its buffers into the other's receive buffers."""
+"""Two guests on one wire: a frame is copied once, from the sender's buffers into the receiver's."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ BLOCKED_MS = 1  # an endpoint in Python that takes no frames is asked this often
 
 GO_ON = -1  # beside LOOP_*: the loop does not return
 
-# What a pass found, and what poll() reported.
+# The findings of a pass, and of poll().
 BROKEN = 1  # a queue broke
 PYTHON = 2  # an endpoint in Python has work
 SERVED = 4  # there is a queue to serve: busy-polling makes sense
 JOINS_PYTHON = 8  # one of these has an endpoint in Python
 CONTROL = 16  # the control descriptor is readable
 
-# What a pollfd stands for, beside the number of a queue.
+# The role of a pollfd, beside the number of a queue.
 _CONTROL = -1
 _ENDPOINT = -2  # the endpoint of pair 0; -3 that of pair 1, ...
 

@@ -67,12 +67,12 @@ class Folder:
         if self.path == _IN_TREE and status.st_uid == os.geteuid() and status.st_mode & others != others:
             self.path.chmod(stat.S_IMODE(status.st_mode) | others)  # Python made it, and heeded the umask
         if not self._trusts(status):
-            raise PermissionError(f"it belongs to user {status.st_uid}, who could put machine code of their own there")
+            raise PermissionError(f"it belongs to user {status.st_uid}, who could put other machine code there")
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError("no right to write there")
 
     def _trusts(self, status: os.stat_result) -> bool:
-        """Say whether a file or folder is from a user who may have us run code; beside the sources, anybody's is."""
+        """Return whether a file or folder belongs to a trusted user; beside the sources, every user is trusted."""
         owners = {0, os.geteuid(), _PACKAGE.stat().st_uid}
         return self.path == _IN_TREE or status.st_uid in owners
 
@@ -153,18 +153,18 @@ def writable() -> Folder | None:
 
 
 def trouble() -> str:
-    """Say why compiled kernels are not kept, or not where NUMBA_CACHE_DIR has them, and what to do; "" if all is well."""
+    """Return why compiled kernels are not kept, or not in NUMBA_CACHE_DIR, and the next step; "" if they are."""
     writable()
     found = [folder.path for folder in folders()]
     if all(path in failures for path in found):
         why = "; ".join(f"{path}: {failures[path].strerror or failures[path]}" for path in found)
-        fix = "let NUMBA_CACHE_DIR name a folder that you may write into, with 10 MB of room"
+        fix = "set NUMBA_CACHE_DIR to a writable folder with 10 MB of room"
         return f"compiled kernels can't be kept, so each run compiles them anew; {fix} ({why})"
     return passed_over()
 
 
 def passed_over(found: Path | None = None) -> str:
-    """Say that NUMBA_CACHE_DIR can't be used, why, and which folder is in its place; "" if it can, or is not set.
+    """Return why NUMBA_CACHE_DIR can't be used, and the folder in its place; "" if it can, or is not set.
 
     *found*: the folder that compiled kernels are loaded from, if there is one.
     """
@@ -232,7 +232,7 @@ class KernelCache:
                 return
 
     def flush(self) -> None:
-        """Forget what is on disk."""
+        """Remove the index on disk."""
         for folder in folders():
             with suppress(OSError):
                 (folder.path / self._index).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a migration does to all rings of a device at once, while nobody serves them: check their indices, and bind them."""
+"""Checks of the indices of all rings of a device, and their binding, at once, while the rings have no owner."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
 
 @inlined
 def needs_call(mem: Bytes, vq: Words) -> bool:
-    """Decide whether the driver wants to hear of what was published since the last decision (2.7.7)."""
+    """Decide whether the driver wants a notification of the buffers used since the last decision (2.7.7)."""
     # Barrier D: pairs with the fence in enable_calls; used.idx is stored before used_event or flags is loaded.
     fence()
     if not vq[r.VQ_EVENT_IDX]:

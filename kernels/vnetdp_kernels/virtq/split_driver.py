@@ -142,7 +142,7 @@ def publish_available(mem: Bytes, dvq: Words) -> None:
 
 @inlined
 def needs_kick(mem: Bytes, dvq: Words) -> bool:
-    """Decide whether the device wants to hear of what was published since the last decision (2.7.10)."""
+    """Decide whether the device wants a notification of the buffers made available since the last decision (2.7.10)."""
     new = dvq[r.DVQ_PUBLISHED_IDX]
     old = dvq[r.DVQ_KICKED_IDX]
     if new == old:

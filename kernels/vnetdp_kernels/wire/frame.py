@@ -93,7 +93,7 @@ def _tidy(hdr: Bytes, frame_len: int, flags: int) -> None:
 
 @inlined
 def makes_sense(hdr: Bytes, at: int, frame_len: int) -> bool:
-    """Return whether the header at *at* asks for what can be done to a frame of *frame_len* bytes."""
+    """Return whether the offloads that the header at *at* asks for fit a frame of *frame_len* bytes."""
     return load_u16_unaligned(hdr, at + spec.NET_HDR_FLAGS) == 0 or _makes_sense(hdr, at, frame_len)
 
 
