@@ -1,8 +1,9 @@
-"""What a device remembers of a queue: it is checked when it comes from outside, and survives the way there and back."""
+"""A device's record of a queue is checked when it comes from outside; queues are numbered pair by pair."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -52,9 +53,8 @@ def test_other_sizes_are_refused(num: int) -> None:
         st.integers(0, 0xFFFF),
     )
 )
-def test_a_valid_queue_comes_back_as_it_was(queue: Virtqueue) -> None:
+def test_a_queue_that_a_driver_can_have_set_up_is_valid(queue: Virtqueue) -> None:
     queue.validate()
-    assert Virtqueue.restore(json.loads(json.dumps(queue.snapshot()))) == queue
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_a_valid_queue_comes_back_as_it_was(queue: Virtqueue) -> None:
         ({"used": -1}, "without addresses"),
     ],
 )
-def test_one_wrong_field_is_refused(change: dict[str, int], says: str) -> None:
-    good = Virtqueue(16, 0x1000, 0x2000, 0x3000, True, 5).snapshot()
-    Virtqueue.restore(good)
+def test_one_wrong_field_is_refused(change: dict[str, Any], says: str) -> None:
+    good = Virtqueue(16, 0x1000, 0x2000, 0x3000, True, 5)
+    good.validate()
     with pytest.raises(ConfigError, match=says):
-        Virtqueue.restore(good | change)
+        replace(good, **change).validate()
 
 
 def test_a_new_queue_is_not_set_up() -> None:

@@ -6,8 +6,8 @@ A `Virtqueue` is plain data: it can be copied, compared and sent. It is not trus
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from vnetdp_kernels import spec
 
@@ -118,14 +118,3 @@ class Virtqueue:
                     raise ConfigError(f"{name} address {getattr(self, name):#x} is not aligned to {align} bytes")
         elif self.enabled:
             raise ConfigError("a queue without addresses is enabled")
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state as plain values, field by field. @private"""
-        return asdict(self)
-
-    @classmethod
-    def restore(cls, state: dict[str, Any]) -> Virtqueue:
-        """Return a queue from what `snapshot` gave, checked. @private"""
-        queue = cls(**state)
-        queue.validate()
-        return queue

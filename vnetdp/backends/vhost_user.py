@@ -394,10 +394,6 @@ class VhostUserFrontEnd(Owned):
             raise BackendError(Request.SET_DEVICE_STATE_FD.name, errno.EBUSY, None, "a ring is bound")
         return self._talk(Request.SET_DEVICE_STATE_FD)
 
-    def send_rarp(self, mac: bytes) -> None:
-        """Ask the back end to announce *mac* on its wire (VHOST_USER_SEND_RARP). @private"""
-        self.send(Request.SEND_RARP, U64(int.from_bytes(mac.ljust(8, b"\0"), "little")))
-
 
 def _ask_config(conversation: Conversation) -> NetConfig | None:
     if not conversation.has(_F.CONFIG):
