@@ -76,6 +76,18 @@ def test_a_host_that_is_stopped_is_killed_and_so_is_one_that_it_waits_for(monkey
 
 
 @pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGRTMIN + 1, f"signal {signal.SIGRTMIN + 1}")]
+)
+def test_the_signal_that_ended_a_host_is_named(number: int, name: str) -> None:
+    with no_descriptor_leaks(), HostProcess(quiet=True) as one:
+        one.call("drop")
+        os.kill(one.pid, number)
+        for _ in range(2):
+            with pytest.raises(WorkError, match=f"^the host of process {one.pid} was killed by {name}$"):
+                one.call("drop")
+
+
+@pytest.mark.parametrize(
     "command", [("migrate",), ("faults", "--only", "B1", "--traffic", "idle", "--queue-pairs", "1")]
 )
 def test_a_host_that_is_killed_at_work_is_exit_status_1_and_in_the_report(
@@ -92,7 +104,7 @@ def test_a_host_that_is_killed_at_work_is_exit_status_1_and_in_the_report(
     report = tmp_path / "report.json"
     with no_descriptor_leaks():
         assert cli.main([*command, "--json", str(report)]) == 1
-    said = f"the host of process {killed[0]} is gone"
+    said = f"the host of process {killed[0]} was killed by SIGKILL"
     assert said in report.read_text()
     assert said in "".join(capfd.readouterr())
     assert json.loads(report.read_text())

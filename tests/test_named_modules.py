@@ -71,7 +71,7 @@ def test_each_module_that_is_named_is_there() -> None:
         ("$(RUN) -m vnetdp.bench", ["vnetdp.bench"]),
         ("python -c 'from vnetdp.warmup import warm_up; warm_up(print)'", []),
         ("python -c 'from vnetdp.warm import warm_up; warm_up(print)'", ["vnetdp.warm"]),
-        ("f'from vnetdp.child import end, followed; followed({fd})'", ["vnetdp.child.followed"]),
+        ("f'from vnetdp.child import start, followed; followed({fd})'", ["vnetdp.child.followed"]),
         ("from vnetdp import child, childs", ["vnetdp.childs"]),
     ],
 )

@@ -197,7 +197,7 @@ read, write = os.pipe()
 child = fork_to_live_on(read, write)
 os.kill(worker.pid, 0)
 worker.close()
-print(worker._child.returncode)
+print(worker._child.process.returncode)
 os.close(write)
 print(ends(child))
 """

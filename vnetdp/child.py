@@ -1,4 +1,4 @@
-"""The first steps of a child process: it ends with its parent, however its parent ends."""
+"""Child processes: each ends with its parent, however that ends; the parent waits for its answers, or says what ended it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from . import limits
 from .errors import MachineError
+from .notify import readable
 
 TO_END_S: Final = 2.0  # for a process that is asked to end, if it was stopped: it never does
 _SLOW_S: Final = 20.0  # for one that runs, on a machine that is busy
+LOOK_S: Final = 0.1  # between two looks at a process, while its answer is waited for
 
 
 def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
@@ -36,27 +39,78 @@ def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess
         )
 
 
-def end(process: subprocess.Popen[bytes]) -> bool:
-    """Wait until *process* has ended, as it was asked to; kill it if it was stopped, or hangs, and return False."""
-    for patience_s in (TO_END_S, _SLOW_S):
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            if stopped(process.pid):
-                break
-        else:
-            return True
-    process.kill()
-    process.wait()
-    return False
-
-
 def stopped(pid: int) -> bool:
     """Return whether a signal or a debugger has stopped the process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
     except OSError:
         return False  # it has just ended
+
+
+class Child:
+    """A process from `start` that answers over *sock*: the wait for an answer, and what became of the process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
+        self.process = process
+        self._sock = sock
+        self._end = ""  # what became of it
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def stopped(self) -> bool:
+        """True if a signal or a debugger has stopped the process."""
+        return stopped(self.pid)
+
+    def waiting(self, look_s: float = LOOK_S) -> Iterator[float]:
+        """Wait until the process has answered, or is gone; yield the seconds waited so far every *look_s* seconds."""
+        began = time.monotonic()
+        while not readable(self._sock, look_s):
+            yield time.monotonic() - began
+
+    def kill(self, why: str) -> None:
+        """Kill the process; `ended` then says that it *why*, and was killed."""
+        self._end = f"{why}, and was killed"
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> bool:
+        """Close the socket, which asks the process to end, and wait until it has; kill it if it is stopped, or hangs.
+
+        False if it was killed: `ended` then says so.
+        """
+        self._sock.close()
+        for patience_s in (TO_END_S, _SLOW_S):
+            try:
+                self.process.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                if self.stopped:
+                    break
+            else:
+                return True
+        self.kill("did not end when it was asked to")
+        return False
+
+    def ended(self) -> str:
+        """Return what became of a process that can't be talked to any more: the signal or exit status that ended it."""
+        if not self._end and self._sock.fileno() < 0:
+            self._end = "was closed"
+        elif not self._end:
+            try:
+                code = self.process.wait(TO_END_S)
+                self._end = f"ended with exit status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
+            except subprocess.TimeoutExpired:
+                self._end = "closed its connection"
+        return self._end
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def follow(fd: int) -> None:

@@ -214,7 +214,7 @@ def test_a_host_that_is_gone_says_so() -> None:
     with no_descriptor_leaks(), Couple(quiet=True) as couple:
         couple.start(config_of(queue_pairs=1))
         couple.migrate(target=Orders(die_at="setup"))
-        with pytest.raises(VnetdpError, match=f"the host of process {couple.target.pid} is gone"):
+        with pytest.raises(VnetdpError, match=f"the host of process {couple.target.pid} was killed by SIGKILL"):
             couple.migrate()
 
 

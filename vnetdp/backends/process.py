@@ -13,12 +13,9 @@ import logging
 import math
 import os
 import pickle
-import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -33,7 +30,7 @@ from ..datapath import Datapath, Listeners, Paced
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError, MachineError
 from ..memory import DirtyLog, GuestMemory, Region
-from ..notify import EventFd, readable
+from ..notify import EventFd
 from ..owned import Owned
 from ..virtqueue import VRINGS, receiveq
 from .userspace import COUNTERS, UserspaceBackend
@@ -43,7 +40,6 @@ _log = logging.getLogger("vnetdp.worker")
 _MAX_MESSAGE = 1 << 16
 _MAX_FDS = 250  # SCM_MAX_FD is 253
 _TO_START = 12  # times the patience that a child has to answer first: it may be compiling
-_LOOK_S = 0.1  # between two looks whether all is to end, while an answer is waited for
 _BROKEN = "broken"
 _HOLD, _RELEASE = "hold", "release"  # not verbs: the child's thread stays out of the kernels in between
 _PING = "ping"  # nor this: it is answered, and that is all
@@ -166,7 +162,6 @@ class WorkerProcess(Owned):
         self.timeout_s = timeout_s
         self._ending = ending
         self._answered = False  # before that it may be compiling
-        self._end = ""  # how the child ended
         self.memory: GuestMemory | None = None  # the table that the child has
         self._lock = threading.Lock()
         with ExitStack() as made, ExitStack() as childs:
@@ -179,9 +174,10 @@ class WorkerProcess(Owned):
             (self._sock, verbs), (self._events, events) = pairs_of_sockets
             passed = (verbs.fileno(), events.fileno(), self.datapath.block.fd)
             code = f"from {__name__} import main; main({passed}, {pairs}, {poll_us})"
-            self._child = child.start(code, verbs, passed[1:])
-            made.callback(self._child.wait)
-            made.callback(self._child.kill)
+            process = child.start(code, verbs, passed[1:])
+            made.callback(process.wait)
+            made.callback(process.kill)
+            self._child = child.Child(process, self._sock)
             self.backends = [ProcessBackend(self, pair) for pair in range(pairs)]
             self._watch = threading.Thread(target=self._listen, name="vhost-process-events", daemon=True)
             limits.start(self._watch)
@@ -213,32 +209,20 @@ class WorkerProcess(Owned):
 
     def _how_it_ended(self) -> str:
         """Return how a lost child ended, and the next step."""
-        if not self._end and self._sock.fileno() < 0:
-            self._end = "was closed"
-        elif not self._end:
-            try:
-                code = self._child.wait(child.TO_END_S)
-                self._end = f"ended with exit status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
-            except subprocess.TimeoutExpired:
-                self._end = "closed its connection"
-        return f"the worker process {self.pid} {self._end} (restart the program to use vhost again)"
+        return f"the worker process {self.pid} {self._child.ended()} (restart the program to use vhost again)"
 
     def _await_answer(self) -> None:
         """Wait until the child has answered; one that does not in time is killed."""
-        began = time.monotonic()
         patience_s = math.inf if self.timeout_s is None else self.timeout_s
-        until, hurried, starting = began + patience_s, False, not self._answered
-        while not readable(self._sock, min(_LOOK_S, patience_s)):
-            now = time.monotonic()
-            if now >= until and starting and not hurried and not child.stopped(self.pid):
-                until, starting = began + _TO_START * patience_s, False
+        until_s, hurried, starting = patience_s, False, not self._answered
+        for waited_s in self._child.waiting(min(child.LOOK_S, patience_s)):
+            if waited_s >= until_s and starting and not hurried and not self._child.stopped:
+                until_s, starting = _TO_START * patience_s, False
                 _log.warning("the worker process %d has not answered yet: waiting, as it may be compiling", self.pid)
             if not hurried and self._ending():
-                until, hurried = min(until, now + child.TO_END_S), True
-            if now >= until:
-                self._child.kill()
-                self._child.wait()
-                self._end = f"did not answer within {now - began:.1f} s, and was killed"
+                until_s, hurried = min(until_s, waited_s + child.TO_END_S), True
+            if waited_s >= until_s:
+                self._child.kill(f"did not answer within {waited_s:.1f} s")
 
     def check(self) -> None:
         """Ask the child whether it is there; return once it has answered, or every device has its rings back. @private"""
@@ -268,10 +252,8 @@ class WorkerProcess(Owned):
         if self.inherited:
             self.datapath.close()
             return
-        self._sock.close()
-        if not child.end(self._child):
-            self._end = f"did not end within {child.TO_END_S:g} s, and was killed"
-            _log.error("the worker process %d %s", self.pid, self._end)
+        if not self._child.end():
+            _log.error("the worker process %d %s", self.pid, self._child.ended())
         for backend in self.backends:
             backend.forget()
         self._watch.join()
@@ -282,13 +264,6 @@ class WorkerProcess(Owned):
         """Leave both sockets to the parent: the child is to see it if the parent closes them, or dies. @private"""
         self._sock.close()
         self._events.close()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 class ProcessBackend(Owned):

@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from typing import Any
 from .. import child
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, WorkError, reason
-from ..notify import readable
 from ..owned import Owned
 from ..owners import Owner
 from ..state import DeviceState
@@ -41,7 +39,6 @@ _log = logging.getLogger("vnetdp.migration")
 _MAX_MESSAGE = 1 << 17
 _PATIENCE_S = 600.0  # for an answer: a host may be compiling, on a machine that is busy
 _STOPPED_S = 10.0  # for a host that was stopped: it may never go on
-_LOOK_S = 0.1  # between two looks whether it is
 _SWITCH_S = 0.0002  # between two threads that both run Python: 5 ms, the default, would be most of a blackout
 
 
@@ -264,11 +261,10 @@ class HostProcess(Owned):
         with ExitStack() as made, theirs:
             made.callback(self._sock.close)
             code = f"from {__name__} import main; main({theirs.fileno()}, {quiet})"
-            self._child = child.start(code, theirs, ())
+            self._child = child.Child(child.start(code, theirs, ()), self._sock)
             made.pop_all()
         self._lock = threading.Lock()
         self._stopped_s = 0.0
-        self._end = "is gone"
         self.close_on_fork()
 
     @property
@@ -277,7 +273,7 @@ class HostProcess(Owned):
 
     @property
     def alive(self) -> bool:
-        return self._child.poll() is None
+        return self._child.process.poll() is None
 
     def begin(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Callable[..., Any]:
         """Ask for *what*; its last arguments are *fds*, as the host will have them.
@@ -302,7 +298,6 @@ class HostProcess(Owned):
             finally:
                 self._lock.release()
             if not data:
-                self._child.wait()
                 raise self._gone()
             done, result = pickle.loads(data)
             if not done:
@@ -312,26 +307,20 @@ class HostProcess(Owned):
         return answer
 
     def _gone(self) -> WorkError:
-        return WorkError(f"the host of process {self.pid} {self._end}")
+        return WorkError(f"the host of process {self.pid} {self._child.ended()}")
 
     def _await_answer(self, others: tuple[HostProcess, ...]) -> None:
-        until = time.monotonic() + _PATIENCE_S
-        while not readable(self._sock, _LOOK_S):
+        for waited_s in self._child.waiting():
             for host in (self, *others):
                 host._kill_if_stopped()
-            if time.monotonic() > until:
-                self._kill(f"did not answer within {_PATIENCE_S:.0f} s")
+            if waited_s > _PATIENCE_S:
+                self._child.kill(f"did not answer within {_PATIENCE_S:.0f} s")
 
     def _kill_if_stopped(self) -> None:
         """Look whether the host is stopped, and kill it once it was at every look for 10 s."""
-        self._stopped_s = self._stopped_s + _LOOK_S if child.stopped(self.pid) else 0.0
+        self._stopped_s = self._stopped_s + child.LOOK_S if self._child.stopped else 0.0
         if self._stopped_s >= _STOPPED_S:
-            self._kill(f"was stopped for {_STOPPED_S:.0f} s")
-
-    def _kill(self, why: str) -> None:
-        self._end = f"{why}, and was killed"
-        self._child.kill()
-        self._child.wait()
+            self._child.kill(f"was stopped for {_STOPPED_S:.0f} s")
 
     def call(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Any:
         return self.begin(what, *args, fds=fds)()
@@ -340,9 +329,8 @@ class HostProcess(Owned):
         """End the process. A forked child leaves it to its parent."""
         if self.inherited:
             return
-        self._sock.close()
-        if not child.end(self._child):
-            _log.warning("the host of process %d did not end within %g s, and was killed", self.pid, child.TO_END_S)
+        if not self._child.end():
+            _log.warning("%s", self._gone())
 
     def leave_to_parent(self) -> None:
         """Leave the socket to the parent: the host is to see it if the parent closes it, or dies."""
