@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 from tests.by_hand import Ring, frame, wait_equal
 from vnetdp import features as f
 from vnetdp import vhost_net
 from vnetdp.backends.base import Backend
-from vnetdp.backends.faulty import Faults, FaultyBackend, FaultyNotifiers
+from vnetdp.backends.faulty import Faults, FaultyBackend, FaultyNotifiers, point_of
 from vnetdp.backends.userspace import UserspaceBackend
+from vnetdp.backends.verbs import Verb
 from vnetdp.backends.worker import Worker
 from vnetdp.datapath import Datapath
 from vnetdp.endpoints.base import Endpoint
@@ -21,7 +21,6 @@ from vnetdp.owners import Owner, Owners
 from vnetdp.virtqueue import TRANSMITQ, VRINGS, Virtqueue
 from vnetdp_kernels import rows as r
 
-T = TypeVar("T")
 Call = tuple[str, int, int | None]
 
 PAIRS = 3
@@ -62,9 +61,9 @@ class Recorder(FaultyBackend):
         self.at_once = False
         self.parked = 0
 
-    def _do(self, verb: str, index: int | None, call: Callable[[], T]) -> T:
-        self.calls.append((verb, self._pair, index))
-        return super()._do(verb, index, call)
+    def apply(self, verb: Verb) -> int:
+        self.calls.append((point_of(verb), self._pair, verb.index))
+        return super().apply(verb)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         if not self.at_once:

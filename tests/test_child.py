@@ -26,7 +26,7 @@ from vnetdp.migration.run import Couple
 from vnetdp.notify import readable
 
 LOOK = pickle.dumps(("look", ()))
-PING = pickle.dumps((0, "ping", ()))
+PING = pickle.dumps((0, "ping"))
 
 
 def _be_worker(sock: socket.socket) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import pytest
 
 from tests.by_hand import NEEDS_RESET, READY, Traffic, no_descriptor_leaks, scaled, wait_for
-from vnetdp.backends.base import VERBS, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
+from vnetdp.backends.names import VERBS
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
 from vnetdp.device import NetDevice

@@ -20,6 +20,7 @@ from vnetdp import features as f
 from vnetdp import vhost_net
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend
+from vnetdp.backends.verbs import GetVringBase, SetBackend, SetVringAddr, SetVringBase, Verb
 from vnetdp.backends.worker import Worker
 from vnetdp.datapath import Datapath
 from vnetdp.device import NetDevice
@@ -58,27 +59,22 @@ class WatchedBackend(FaultyBackend):
     def _used_idx(self, index: int) -> int:
         return int.from_bytes(self._memory.read(self._used[index] + spec.VIRTQ_RING_IDX, 2), "little")
 
-    def set_vring_base(self, index: int, base: int) -> None:
-        self._based[index] = base
-        super().set_vring_base(index, base)
-
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        self._used[index] = used
-        super().set_vring_addr(index, desc, avail, used, log_used)
-
-    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        if endpoint is not None:
-            # Chains are used in order, so whoever had the ring before left used.idx at the next index to take.
-            assert self._based[index] == self._used_idx(index), "I3"
-            holder = endpoint.polled_by.get(self._pair)
-            assert holder is None or holder is self._datapath, "I6"
-        super().set_backend(index, endpoint)
-
-    def get_vring_base(self, index: int) -> int:
-        base = super().get_vring_base(index)
-        assert base == self._used_idx(index), "I3"
-        self.changes += 1
-        return base
+    def apply(self, verb: Verb) -> int:
+        match verb:
+            case SetVringBase(index, base):
+                self._based[index] = base
+            case SetVringAddr(index):
+                self._used[index] = verb.used
+            case SetBackend(index, Endpoint() as endpoint):
+                # Chains are used in order, so whoever had the ring before left used.idx at the next index to take.
+                assert self._based[index] == self._used_idx(index), "I3"
+                holder = endpoint.polled_by.get(self._pair)
+                assert holder is None or holder is self._datapath, "I6"
+        answer = super().apply(verb)
+        if isinstance(verb, GetVringBase):
+            assert answer == self._used_idx(verb.index), "I3"
+            self.changes += 1
+        return answer
 
 
 @dataclass

@@ -12,8 +12,9 @@ import pytest
 from tests.by_hand import Ring, frame, no_descriptor_leaks
 from vnetdp import features as f
 from vnetdp import vhost_net
-from vnetdp.backends.base import VERBS, Backend
+from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
+from vnetdp.backends.names import VERBS
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath import Datapath
 from vnetdp.endpoints.loopback import NullEndpoint

@@ -270,7 +270,8 @@ def _bench(command: _Command) -> None:
 
 
 def _migrate(command: _Command) -> None:
-    from .migration.names import CHANGES, FAULT_POINTS, POLICIES, TRAFFIC
+    from .backends.names import FAULT_POINTS
+    from .migration.names import CHANGES, POLICIES, TRAFFIC
 
     migrate = command(
         "migrate", migration_commands.migrate, "Migrate a machine under traffic from one process to another."

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.by_hand import scaled, wait_for
-from tests.migration.stepwise import END, RANK, UNDOING, FaultyMachine, Migration, assert_exact, assert_nothing_wrong
-from vnetdp.backends.base import VERBS
+from tests.migration.stepwise import END, RANK, FaultyMachine, Migration, assert_exact, assert_nothing_wrong
 from vnetdp.backends.faulty import Fault
+from vnetdp.backends.names import FAULT_POINTS
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.migration.changes import CHANGES, EVENTS
 from vnetdp.migration.invariants import resources, violations
@@ -37,7 +37,6 @@ from vnetdp_kernels import rows as r
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 RATE = scaled(1000, 100)
 CONTROL = ("mac", "mac_table", "vlans", "rx_mode", "queue_pairs", "mtu", "offloads", "rss", "announce")
-VERBS_AND_POINTS = (*VERBS, "unbind", "grab_ioeventfd", "set_host_notifier", "set_guest_notifiers", UNDOING[2])
 NUMBERS = st.integers(0, 200)
 PHASES = st.sampled_from(("", "early", "final", "retry"))
 CANCEL = "cancel"
@@ -47,7 +46,7 @@ WHERE_TO = st.sampled_from((*Source.POINTS[1:], END, END, CANCEL))
 @st.composite
 def faults(draw: st.DrawFn, phases: st.SearchStrategy[str] | None = None) -> Fault:
     """A verb that fails once or always, at one pair or ring, or at all of them."""
-    verb = draw(st.sampled_from(VERBS_AND_POINTS))
+    verb = draw(st.sampled_from(FAULT_POINTS))
     pair = draw(st.none() | st.integers(0, 2))
     ring = draw(st.none() | st.integers(0, 1)) if "vring" in verb or verb in ("set_backend", "unbind") else None
     phase = draw(phases) if phases is not None else ""

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError
-from ..memory import DirtyLog, GuestMemory
 from ..notifiers import Notifiers
-from ..notify import EventFd
-from .base import VERBS, Backend
-
-# What else can fail: unbinding (which the kernel's never does), and the notifiers.
-POINTS = (*VERBS, "unbind", "grab_ioeventfd", "set_host_notifier", "set_guest_notifiers", "unset_guest_notifiers")
-
-T = TypeVar("T")
+from .base import Backend
+from .names import FAULT_POINTS, UNBIND
+from .verbs import SetBackend, Verb
 
 
 @dataclass
@@ -45,9 +38,9 @@ class Fault:
     def parse(cls, text: str) -> Fault:
         """Return the fault that *text* describes, for one time unless it says always; ConfigError if none."""
         match = re.fullmatch(r"(?:(\w+)\.)?(\w+)(?::(\d+)(?:,(\d+))?)?(?::(once|always))?", text)
-        if not match or match[2] not in POINTS:
+        if not match or match[2] not in FAULT_POINTS:
             raise ConfigError(
-                f"fault {text!r} is not [PHASE.]VERB[:PAIR[,VRING]][:once|always]; verbs are {', '.join(POINTS)}"
+                f"fault {text!r} is not [PHASE.]VERB[:PAIR[,VRING]][:once|always]; verbs are {', '.join(FAULT_POINTS)}"
             )
         return cls(
             match[2],
@@ -101,7 +94,7 @@ class FaultyNotifiers(Notifiers):
         super().set_guest_notifiers(assign)
 
 
-class FaultyBackend:
+class FaultyBackend(Backend):
     """A `Backend` of queue pair *pair* whose verbs fail as *faults* say, before they reach *inner*."""
 
     def __init__(self, inner: Backend, pair: int, faults: Faults) -> None:
@@ -109,53 +102,9 @@ class FaultyBackend:
         self._pair = pair
         self._faults = faults
 
-    def _do(self, verb: str, index: int | None, call: Callable[[], T]) -> T:
-        self._faults.strike(verb, self._pair, index)
-        return call()
-
-    def set_mtu(self, mtu: int) -> None:
-        self._do("set_mtu", None, lambda: self.inner.set_mtu(mtu))
-
-    def set_features(self, features: int) -> None:
-        self._do("set_features", None, lambda: self.inner.set_features(features))
-
-    def set_memory(self, memory: GuestMemory) -> None:
-        self._do("set_memory", None, lambda: self.inner.set_memory(memory))
-
-    def set_log(self, log: DirtyLog | None) -> None:
-        self._do("set_log", None, lambda: self.inner.set_log(log))
-
-    def set_vring_num(self, index: int, num: int) -> None:
-        self._do("set_vring_num", index, lambda: self.inner.set_vring_num(index, num))
-
-    def set_vring_base(self, index: int, base: int) -> None:
-        self._do("set_vring_base", index, lambda: self.inner.set_vring_base(index, base))
-
-    def get_vring_base(self, index: int) -> int:
-        return self._do("get_vring_base", index, lambda: self.inner.get_vring_base(index))
-
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        self._do("set_vring_addr", index, lambda: self.inner.set_vring_addr(index, desc, avail, used, log_used))
-
-    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
-        self._do("set_vring_kick", index, lambda: self.inner.set_vring_kick(index, kick))
-
-    def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        self._do("set_vring_call", index, lambda: self.inner.set_vring_call(index, call))
-
-    def set_vring_enable(self, index: int, enabled: bool) -> None:
-        self.inner.set_vring_enable(index, enabled)
-
-    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
-        self.inner.set_vring_inflight(index, area, journal)
-
-    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        verb = "unbind" if endpoint is None else "set_backend"
-        self._do(verb, index, lambda: self.inner.set_backend(index, endpoint))
-
-    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
-        """No: each verb may fail by its name. @private"""
-        return False
+    def apply(self, verb: Verb) -> int:
+        self._faults.strike(point_of(verb), self._pair, verb.index)
+        return self.inner.apply(verb)
 
     @property
     def site(self) -> object:
@@ -175,3 +124,8 @@ class FaultyBackend:
 
     def counters(self, index: int) -> dict[str, int]:
         return self.inner.counters(index)
+
+
+def point_of(verb: Verb) -> str:
+    """Return the name under which faults know a verb."""
+    return UNBIND if isinstance(verb, SetBackend) and verb.endpoint is None else verb.name

@@ -16,8 +16,9 @@ import pickle
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ from ..memory import DirtyLog, GuestMemory, Region
 from ..notify import EventFd
 from ..owned import Owned
 from ..virtqueue import VRINGS, receiveq
+from .base import Backend
 from .userspace import COUNTERS, UserspaceBackend
+from .verbs import GetVringBase, SetBackend, SetLog, SetMemory, SetVringCall, SetVringKick, Verb, refusal
 
 _log = logging.getLogger("vnetdp.worker")
 
@@ -41,8 +44,9 @@ _MAX_MESSAGE = 1 << 16
 _MAX_FDS = 250  # SCM_MAX_FD is 253
 _TO_START = 12  # times the patience that a child has to answer first: it may be compiling
 _BROKEN = "broken"
-_HOLD, _RELEASE = "hold", "release"  # not verbs: the child's thread stays out of the kernels in between
-_PING = "ping"  # nor this: it is answered, and that is all
+# Requests that are no verbs. Between the first two the child's thread stays out of the kernels; a ping is only answered.
+_HOLD, _RELEASE, _PING = "hold", "release", "ping"
+_SAME_MEMORY = "same memory"  # set_memory with the table that the child has
 
 
 class _RemoteEndpoint(Endpoint):
@@ -189,23 +193,24 @@ class WorkerProcess(Owned):
         """The id of the worker process."""
         return self._child.pid
 
-    def call(self, pair: int, verb: str, *args: object) -> Any:
-        """Have the child apply one verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
+    def call(self, pair: int, request: Verb | str) -> int:
+        """Have the child run a verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
         self.check_maker()
         with self._lock:
             try:
-                _send(self._sock, (pair, verb, args))
+                _send(self._sock, (pair, request))
                 self._await_answer()
                 ok, answer = _receive(self._sock)
                 self._answered = True
             except (OSError, EOFError, ValueError) as e:  # ValueError: `close` has closed the socket
-                raise BackendError(verb, errno.ESRCH, None, self._how_it_ended()) from e
+                name = request if isinstance(request, str) else request.name
+                raise BackendError(name, errno.ESRCH, None, self._how_it_ended()) from e
             except KeyboardInterrupt:
                 self._sock.close()  # an answer is on its way, which no other verb may take for its own
                 raise
         if not ok:
             raise BackendError(*answer)
-        return answer
+        return int(answer)
 
     def _how_it_ended(self) -> str:
         """Return how a lost child ended, and the next step."""
@@ -266,7 +271,7 @@ class WorkerProcess(Owned):
         self._events.close()
 
 
-class ProcessBackend(Owned):
+class ProcessBackend(Backend, Owned):
     """One vhost device of a worker process (see `Backend`)."""
 
     def __init__(self, worker: WorkerProcess, pair: int) -> None:
@@ -275,70 +280,41 @@ class ProcessBackend(Owned):
         self._rows = worker.datapath.vqs[receiveq(pair) :][:VRINGS]
         self._bound: dict[int, Endpoint] = {}
 
-    def set_mtu(self, mtu: int) -> None:
-        self._worker.call(self._pair, "set_mtu", mtu)
-
-    def set_features(self, features: int) -> None:
-        self._worker.call(self._pair, "set_features", features)
-
-    def set_memory(self, memory: GuestMemory) -> None:
-        if memory.closed:
-            raise BackendError("set_memory", errno.EFAULT, None, "the guest memory is closed")
-        # A table that the child has already stays mapped there: mapping it anew would fault in every page again.
-        worker = self._worker
-        worker.call(self._pair, "set_memory", None if memory is worker.memory else memory)
-        worker.memory = memory
-
-    def set_log(self, log: DirtyLog | None) -> None:
-        self._worker.call(self._pair, "set_log", log)
-
-    def set_vring_num(self, index: int, num: int) -> None:
-        self._worker.call(self._pair, "set_vring_num", index, num)
-
-    def set_vring_base(self, index: int, base: int) -> None:
-        self._worker.call(self._pair, "set_vring_base", index, base)
-
-    def get_vring_base(self, index: int) -> int:
-        base = int(self._worker.call(self._pair, "get_vring_base", index))
-        self._let_go(index)
-        return base
-
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        self._worker.call(self._pair, "set_vring_addr", index, desc, avail, used, log_used)
-
-    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
-        self._worker.call(self._pair, "set_vring_kick", index, kick)
-
-    def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        self._worker.call(self._pair, "set_vring_call", index, call)
-
-    def set_vring_enable(self, index: int, enabled: bool) -> None:
-        self._worker.call(self._pair, "set_vring_enable", index, enabled)
-
-    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
-        self._worker.call(self._pair, "set_vring_inflight", index, area, journal)
-
-    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        if endpoint is None:
-            try:
-                self._worker.call(self._pair, "set_backend", index, None)
-            finally:
+    def apply(self, verb: Verb) -> int:
+        match verb:
+            case SetMemory(memory):
+                verb.check()
+                # A table that the child has already stays mapped there: mapping it anew would fault in every page again.
+                answer = self._worker.call(self._pair, _SAME_MEMORY if memory is self._worker.memory else verb)
+                self._worker.memory = memory
+            case SetBackend(index, None):
+                try:
+                    answer = self._worker.call(self._pair, verb)
+                finally:
+                    self._let_go(index)
+            case SetBackend(index, Endpoint() as endpoint):
+                answer = self._bind(verb, endpoint)
+                self._bound[index] = endpoint
+            case GetVringBase(index):
+                answer = self._worker.call(self._pair, verb)
                 self._let_go(index)
-            return
+            case _:
+                answer = self._worker.call(self._pair, verb)
+        return answer
+
+    def _bind(self, verb: SetBackend, endpoint: Endpoint) -> int:
         if endpoint.kind == r.KIND_PYTHON:
-            why = f"{endpoint.name} runs in Python, in the process of the device: take a Worker"
-            raise BackendError("set_backend", errno.EOPNOTSUPP, index, why)
+            raise refusal(verb, errno.EOPNOTSUPP, f"{endpoint.name} runs in Python, in the process of the device: take a Worker")
         try:
             endpoint.start_polling(self._pair, self)
         except EndpointError as e:
-            raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
+            raise refusal(verb, errno.EBUSY, str(e)) from e
         try:
-            self._worker.call(self._pair, "set_backend", index, endpoint)
+            return self._worker.call(self._pair, verb)
         except BackendError:
             if endpoint not in self._bound.values():
                 endpoint.stop_polling(self._pair, self)
             raise
-        self._bound[index] = endpoint
 
     def _let_go(self, index: int) -> None:
         endpoint = self._bound.pop(index, None)
@@ -354,10 +330,6 @@ class ProcessBackend(Owned):
         """Let go of everything, once the child has ended."""
         for index in range(VRINGS):
             self._let_go(index)
-
-    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
-        """No: what crosses to another process costs the same either way."""
-        return False
 
     @property
     def site(self) -> object:
@@ -409,27 +381,26 @@ class _Child:
         with suppress(ConnectionError):
             self._events.send(_BROKEN.encode())
 
-    def apply(self, pair: int, verb: str, args: tuple[Any, ...]) -> object:
-        if verb == _PING:
-            return None
-        if verb == _HOLD:
+    def apply(self, pair: int, request: Verb | str) -> int:
+        if request == _PING:
+            return 0
+        if request == _HOLD:
             self._holds.append(ExitStack())
             self._holds[-1].enter_context(self._paced.paused())
-            return None
-        if verb == _RELEASE:
+            return 0
+        if request == _RELEASE:
             self._holds.pop().close()
-            return None
-        backend = self._backends[pair]
+            return 0
+        verb = SetMemory(self._kept[(SetMemory,)]) if isinstance(request, str) else request
         with self._paced.paused():
-            if verb == "set_backend" and args[1] is not None:
-                args = (args[0], self._same_endpoint(args[1]))
-            if verb == "set_memory" and args[0] is None:
-                args = (self._kept[("set_memory",)],)
-            answer = getattr(backend, verb)(*args)
-            if verb in ("set_memory", "set_log"):
-                self._keep((verb,), args[0])
-            elif verb in ("set_vring_kick", "set_vring_call"):
-                self._keep((verb, pair, args[0]), args[1])
+            if isinstance(verb, SetBackend) and verb.endpoint is not None:
+                verb = replace(verb, endpoint=self._same_endpoint(verb.endpoint))
+            answer = self._backends[pair].apply(verb)
+            match verb:
+                case SetMemory(thing) | SetLog(thing):
+                    self._keep((type(verb),), thing)
+                case SetVringKick(index, thing) | SetVringCall(index, thing):
+                    self._keep((type(verb), pair, index), thing)
         return answer
 
     def _keep(self, key: tuple[object, ...], thing: Any) -> None:
@@ -462,11 +433,11 @@ def main(passed: tuple[int, int, int], pairs: int, poll_us: int) -> None:
         sys.exit(f"vnetdp: the worker process: {e}")
     while True:
         try:
-            pair, verb, args = _receive(sock)
+            pair, request = _receive(sock)
         except (EOFError, ConnectionError):  # the latter if an answer was left unread
             os._exit(0)  # the thread is in a kernel, and everything else is shared memory
         try:
-            answer: tuple[bool, object] = (True, served.apply(pair, verb, args))
+            answer: tuple[bool, object] = (True, served.apply(pair, request))
         except BackendError as e:
             answer = (False, (e.verb, e.errno, e.index, str(e)))
         with suppress(ConnectionError):  # the parent is gone, and so are we

@@ -6,9 +6,9 @@ It is what QEMU's own virtio-net is when the device's loop runs it, and the insi
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,11 +19,28 @@ from vnetdp_kernels.virtq.bind import bind
 from .. import features as f
 from ..datapath import Datapath
 from ..endpoints.base import Endpoint
-from ..errors import BackendError, ConfigError, EndpointError
-from ..memory import ADDRESS_LIMIT, DirtyLog, GuestMemory, Words
-from ..notify import EventFd
+from ..errors import ConfigError, EndpointError
+from ..memory import GuestMemory, Words
 from ..owned import Owned
-from ..virtqueue import TRANSMITQ, VRINGS, check_num, pair_of, queue_of, receiveq, ring_len
+from ..virtqueue import TRANSMITQ, VRINGS, pair_of, queue_of, receiveq, ring_len
+from .base import Backend
+from .verbs import (
+    GetVringBase,
+    SetBackend,
+    SetFeatures,
+    SetLog,
+    SetMemory,
+    SetMtu,
+    SetVringAddr,
+    SetVringBase,
+    SetVringCall,
+    SetVringEnable,
+    SetVringInflight,
+    SetVringKick,
+    SetVringNum,
+    Verb,
+    refusal,
+)
 
 COUNTERS = {
     "packets": r.VQ_PACKETS,
@@ -34,7 +51,7 @@ COUNTERS = {
 }
 
 
-class UserspaceBackend(Owned):
+class UserspaceBackend(Backend, Owned):
     """A `Backend` for queue pair *pair* of a `Datapath`. Its caller steps the datapath, which must not run during a verb.
 
     Guest memory and dirty log are those of the whole datapath.
@@ -46,16 +63,34 @@ class UserspaceBackend(Owned):
         self.features = 0
         self._rows: Words = datapath.vqs[receiveq(pair) :][:VRINGS]
 
-    def set_mtu(self, mtu: int) -> None:
-        if wrong := f.mtu_error(mtu):
-            raise BackendError("set_mtu", errno.EINVAL, None, wrong)
-        self._rows[:, r.VQ_MAX_FRAME] = mtu + spec.ETH_HLEN
+    def apply(self, verb: Verb) -> int:
+        verb.check(self)
+        return self._RUN[type(verb)](self, verb) or 0
 
-    def set_features(self, features: int) -> None:
-        if (features ^ self.features) & ~f.VHOST_F_LOG_ALL and self._rows[:, r.VQ_BOUND].any():
-            raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
+    # --- what the rules of verbs ask (`State`) ---
+
+    @property
+    def memory(self) -> GuestMemory | None:
+        return self.datapath.memory
+
+    def is_bound(self, index: int) -> bool:
+        return bool(self._rows[index, r.VQ_BOUND])
+
+    def num(self, index: int) -> int:
+        return int(self._rows[index, r.VQ_NUM])
+
+    def has_addresses(self, index: int) -> bool:
+        return bool(self._rows[index, r.VQ_DESC_GPA] >= 0)
+
+    # --- the verbs ---
+
+    def _set_mtu(self, verb: SetMtu) -> None:
+        self._rows[:, r.VQ_MAX_FRAME] = verb.mtu + spec.ETH_HLEN
+
+    def _set_features(self, verb: SetFeatures) -> None:
+        features = verb.features
         if features & f.VIRTIO_F_RING_PACKED:
-            raise BackendError("set_features", errno.EOPNOTSUPP, None, "packed rings are not supported")
+            raise refusal(verb, errno.EOPNOTSUPP, "packed rings are not supported")
         self.features = features
         if features & f.VHOST_F_LOG_ALL:
             self.datapath.logging.add(self.pair)
@@ -71,139 +106,110 @@ class UserspaceBackend(Owned):
                 row[r.VQ_MAX_FRAME] = 0
             row[r.VQ_OFFLOADS] = f.host_offload_mask(features) if index == TRANSMITQ else to_guest
 
-    def set_memory(self, memory: GuestMemory) -> None:
-        if memory.closed:
-            raise BackendError("set_memory", errno.EFAULT, None, "the guest memory is closed")
+    def _set_memory(self, verb: SetMemory) -> None:
         dp = self.datapath
         wanted = dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0]  # a copy: nothing changes before all can
         try:
             for row in wanted:
-                _translate(memory, row)
+                _translate(verb.memory, row)
         except ConfigError as e:
-            raise BackendError("set_memory", errno.EFAULT, None, str(e)) from e
+            raise refusal(verb, errno.EFAULT, str(e)) from e
         dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0] = wanted
-        dp.memory = memory
+        dp.memory = verb.memory
 
-    def set_log(self, log: DirtyLog | None) -> None:
-        self.datapath.log = log
+    def _set_log(self, verb: SetLog) -> None:
+        self.datapath.log = verb.log
 
-    def set_vring_num(self, index: int, num: int) -> None:
-        row = self._row("set_vring_num", index)
-        if row[r.VQ_BOUND]:
-            raise BackendError("set_vring_num", errno.EBUSY, index, "the ring is bound")
-        try:
-            check_num(num)
-        except ConfigError as e:
-            raise BackendError("set_vring_num", errno.EINVAL, index, str(e)) from e
-        row[r.VQ_NUM] = num
-        self.datapath.translated[queue_of(self.pair, index)] = None  # the ring's parts have another length
+    def _set_vring_num(self, verb: SetVringNum) -> None:
+        self._rows[verb.index, r.VQ_NUM] = verb.num
+        self.datapath.translated[queue_of(self.pair, verb.index)] = None  # the ring's parts have another length
 
-    def set_vring_base(self, index: int, base: int) -> None:
-        row = self._row("set_vring_base", index)
-        if row[r.VQ_BOUND]:
-            raise BackendError("set_vring_base", errno.EBUSY, index, "the ring is bound")
-        if not 0 <= base <= 0xFFFF:
-            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not between 0 and 65535")
-        row[r.VQ_LAST_AVAIL_IDX] = base
-        row[r.VQ_AVAIL_IDX] = base
+    def _set_vring_base(self, verb: SetVringBase) -> None:
+        row = self._rows[verb.index]
+        row[r.VQ_LAST_AVAIL_IDX] = verb.base
+        row[r.VQ_AVAIL_IDX] = verb.base
 
-    def get_vring_base(self, index: int) -> int:
-        row = self._row("get_vring_base", index)
-        if row[r.VQ_BOUND]:
-            self.set_backend(index, None)
-        return int(row[r.VQ_LAST_AVAIL_IDX])
+    def _get_vring_base(self, verb: GetVringBase) -> int:
+        self._unbind(verb.index)
+        return int(self._rows[verb.index, r.VQ_LAST_AVAIL_IDX])
 
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        row = self._row("set_vring_addr", index)
-        aligned = not (desc % spec.VIRTQ_DESC_ALIGN or avail % spec.VIRTQ_AVAIL_ALIGN or used % spec.VIRTQ_USED_ALIGN)
-        if not aligned:
-            raise BackendError(
-                "set_vring_addr",
-                errno.EINVAL,
-                index,
-                f"desc {desc:#x}, avail {avail:#x}, used {used:#x}: not all are aligned to 16, 2 and 4 bytes",
-            )
-        if not all(0 <= address < ADDRESS_LIMIT for address in (desc, avail, used)):
-            raise BackendError(
-                "set_vring_addr",
-                errno.EFAULT,
-                index,
-                f"desc {desc:#x}, avail {avail:#x}, used {used:#x}: not all are below {ADDRESS_LIMIT:#x}",
-            )
-        if log_used is not None and not 0 <= log_used < ADDRESS_LIMIT:
-            raise BackendError(
-                "set_vring_addr", errno.EFAULT, index, f"log address {log_used:#x} is not below {ADDRESS_LIMIT:#x}"
-            )
-        wanted = row.copy()
-        wanted[r.VQ_DESC_GPA], wanted[r.VQ_AVAIL_GPA], wanted[r.VQ_USED_GPA] = (
-            desc,
-            avail,
-            used,
-        )
-        wanted[r.VQ_LOG_USED] = -1 if log_used is None else log_used
+    def _set_vring_addr(self, verb: SetVringAddr) -> None:
+        wanted = self._rows[verb.index].copy()
+        wanted[r.VQ_DESC_GPA], wanted[r.VQ_AVAIL_GPA], wanted[r.VQ_USED_GPA] = verb.desc, verb.avail, verb.used
+        wanted[r.VQ_LOG_USED] = -1 if verb.log_used is None else verb.log_used
         memory = self.datapath.memory
-        if memory is None or not row[r.VQ_NUM]:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, "set_memory and set_vring_num come first")
+        assert memory is not None
         try:
             _translate(memory, wanted)
         except ConfigError as e:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
-        row[:] = wanted
-        self.datapath.translated[queue_of(self.pair, index)] = memory
+            raise refusal(verb, errno.EFAULT, str(e)) from e
+        self._rows[verb.index] = wanted
+        self.datapath.translated[queue_of(self.pair, verb.index)] = memory
 
-    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
-        self._row("set_vring_kick", index)
-        self.datapath.notify[queue_of(self.pair, index), 0] = kick.fd if kick else -1
+    def _set_vring_kick(self, verb: SetVringKick) -> None:
+        self.datapath.notify[queue_of(self.pair, verb.index), 0] = verb.kick.fd if verb.kick else -1
 
-    def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        self._row("set_vring_call", index)
-        self.datapath.notify[queue_of(self.pair, index), 1] = call.notify if call else -1
+    def _set_vring_call(self, verb: SetVringCall) -> None:
+        self.datapath.notify[queue_of(self.pair, verb.index), 1] = verb.call.notify if verb.call else -1
 
-    def set_vring_enable(self, index: int, enabled: bool) -> None:
-        self._row("set_vring_enable", index)[r.VQ_ENABLED] = int(enabled)
+    def _set_vring_enable(self, verb: SetVringEnable) -> None:
+        self._rows[verb.index, r.VQ_ENABLED] = int(verb.enabled)
 
-    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
-        row = self._row("set_vring_inflight", index)
-        row[r.VQ_INFLIGHT], row[r.VQ_JOURNAL] = area, journal
+    def _set_vring_inflight(self, verb: SetVringInflight) -> None:
+        row = self._rows[verb.index]
+        row[r.VQ_INFLIGHT], row[r.VQ_JOURNAL] = verb.area, verb.journal
 
-    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        row = self._row("set_backend", index)
-        dp = self.datapath
-        other = self._rows[1 - index]
-        if endpoint is None:
-            if row[r.VQ_BOUND]:
-                row[r.VQ_BOUND] = 0
-                if not other[r.VQ_BOUND]:
-                    dp.endpoint.stop_polling(self.pair, dp)
-                if not dp.vqs[:, r.VQ_BOUND].any():
-                    dp.let_go()
-            return
-        if dp.memory is None or row[r.VQ_NUM] == 0 or row[r.VQ_DESC_GPA] < 0:
-            raise BackendError(
-                "set_backend", errno.EFAULT, index, "set_memory, set_vring_num and set_vring_addr come first"
-            )
+    def _set_backend(self, verb: SetBackend) -> None:
+        if verb.endpoint is None:
+            self._unbind(verb.index)
+        else:
+            self._bind(verb, verb.endpoint)
+
+    def _unbind(self, index: int) -> None:
+        row, dp = self._rows[index], self.datapath
+        if row[r.VQ_BOUND]:
+            row[r.VQ_BOUND] = 0
+            if not self._rows[1 - index, r.VQ_BOUND]:
+                dp.endpoint.stop_polling(self.pair, dp)
+            if not dp.vqs[:, r.VQ_BOUND].any():
+                dp.let_go()
+
+    def _bind(self, verb: SetBackend, endpoint: Endpoint) -> None:
+        row, dp = self._rows[verb.index], self.datapath
         if dp.endpoint is not endpoint and dp.bound:
-            raise BackendError("set_backend", errno.EBUSY, index, "another endpoint is bound")
+            raise refusal(verb, errno.EBUSY, "another endpoint is bound")
         if self.pair >= endpoint.queues:
-            raise BackendError(
-                "set_backend",
-                errno.ENOTSOCK,
-                index,
-                f"{endpoint.name} has {endpoint.queues} queues: none for queue pair {self.pair}",
-            )
+            raise refusal(verb, errno.ENOTSOCK, f"{endpoint.name} has {endpoint.queues} queues: none for queue pair {self.pair}")
+        n, memory = queue_of(self.pair, verb.index), dp.memory
+        assert memory is not None
         try:
-            mem = dp.memory.mem
-            if dp.translated[queue_of(self.pair, index)] is not dp.memory:
-                _translate(dp.memory, row)
-                dp.translated[queue_of(self.pair, index)] = dp.memory
+            mem = memory.mem
+            if dp.translated[n] is not memory:
+                _translate(memory, row)
+                dp.translated[n] = memory
             endpoint.start_polling(self.pair, dp)
         except ConfigError as e:
-            raise BackendError("set_backend", errno.EFAULT, index, str(e)) from e
+            raise refusal(verb, errno.EFAULT, str(e)) from e
         except EndpointError as e:
-            raise BackendError("set_backend", errno.EBUSY, index, str(e)) from e
+            raise refusal(verb, errno.EBUSY, str(e)) from e
         dp.endpoint = endpoint
-        bases = np.array([(queue_of(self.pair, index), row[r.VQ_LAST_AVAIL_IDX])])
-        bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, bases)
+        bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array([(n, row[r.VQ_LAST_AVAIL_IDX])]))
+
+    _RUN: ClassVar[dict[type, Callable[..., int | None]]] = {
+        SetMtu: _set_mtu,
+        SetFeatures: _set_features,
+        SetMemory: _set_memory,
+        SetLog: _set_log,
+        SetVringNum: _set_vring_num,
+        SetVringBase: _set_vring_base,
+        GetVringBase: _get_vring_base,
+        SetVringAddr: _set_vring_addr,
+        SetVringKick: _set_vring_kick,
+        SetVringCall: _set_vring_call,
+        SetVringEnable: _set_vring_enable,
+        SetVringInflight: _set_vring_inflight,
+        SetBackend: _set_backend,
+    }
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         dp = self.datapath
@@ -229,13 +235,6 @@ class UserspaceBackend(Owned):
     def site(self) -> object:
         return self.datapath
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        yield
-
-    def park(self, parked: bool) -> None:
-        """Nothing runs but in the caller's thread. @private"""
-
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
         """Call neither: `Datapath.run` tells its caller. @private"""
         return lambda: None
@@ -245,12 +244,6 @@ class UserspaceBackend(Owned):
 
     def counters(self, index: int) -> dict[str, int]:
         return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}
-
-    def _row(self, verb: str, index: int) -> Words:
-        if not 0 <= index < VRINGS:
-            raise BackendError(verb, errno.ENOBUFS, index, f"vring {index} is neither 0 nor 1")
-        row: Words = self._rows[index]
-        return row
 
 
 def _translate(memory: GuestMemory, row: Words) -> None:

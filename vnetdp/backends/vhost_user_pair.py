@@ -7,17 +7,15 @@ bound, and not before. Unbinding is GET_VRING_BASE, the one message after which 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 from vnetdp_kernels import spec
 from vnetdp_kernels.platform.atomic import load_u16_acquire
 
 from .. import features as f
-from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError, UnbindError
-from ..memory import DirtyLog, GuestMemory
+from ..memory import GuestMemory
 from ..notify import EventFd
 from ..owned import Owned
 from ..state import (
@@ -41,6 +39,25 @@ from ..vhost_user.message import (
     VringState,
 )
 from ..virtqueue import VRINGS, queue_of
+from .base import Backend
+from .verbs import (
+    GetVringBase,
+    RingVerb,
+    SetBackend,
+    SetFeatures,
+    SetLog,
+    SetMemory,
+    SetMtu,
+    SetVringAddr,
+    SetVringBase,
+    SetVringCall,
+    SetVringEnable,
+    SetVringInflight,
+    SetVringKick,
+    SetVringNum,
+    Verb,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from .vhost_user import VhostUserFrontEnd
@@ -49,7 +66,7 @@ _F = ProtocolFeature
 _FEATURES_OK = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
 
 
-class VhostUserBackend(Owned):
+class VhostUserBackend(Backend, Owned):
     """One queue pair of a remote back end (see `Backend`)."""
 
     def __init__(self, front_end: VhostUserFrontEnd, pair: int) -> None:
@@ -62,7 +79,7 @@ class VhostUserBackend(Owned):
         self._used: list[int | None] = [None] * VRINGS
         self._kick: list[EventFd | None] = [None] * VRINGS
         self._call: list[EventFd | None] = [None] * VRINGS
-        self._features: int | None = None
+        self.features = 0
 
     @property
     def bound(self) -> bool:
@@ -74,37 +91,46 @@ class VhostUserBackend(Owned):
         self._base = [None if bound else base for base, bound in zip(self._base, self._bound, strict=True)]
         self._bound = [False] * VRINGS
 
-    def _index(self, verb: str, index: int) -> int:
-        if not 0 <= index < VRINGS:
-            raise BackendError(verb, errno.ENOBUFS, index, f"vring {index} is neither 0 nor 1")
-        return queue_of(self._pair, index)
+    def apply(self, verb: Verb) -> int:
+        verb.check(self)
+        return self._RUN[type(verb)](self, verb) or 0
 
-    def _not_bound(self, verb: str, index: int) -> int:
-        n = self._index(verb, index)
-        if self._bound[index]:
-            raise BackendError(verb, errno.EBUSY, index, "the ring is bound")
-        return n
+    # --- what the rules of verbs ask (`State`) ---
 
-    def set_mtu(self, mtu: int) -> None:
-        if wrong := f.mtu_error(mtu):
-            raise BackendError("set_mtu", errno.EINVAL, None, wrong)
+    @property
+    def memory(self) -> GuestMemory | None:
+        return self._fe.memory
+
+    def is_bound(self, index: int) -> bool:
+        return self._bound[index]
+
+    def num(self, index: int) -> int:
+        return self._num[index]
+
+    def has_addresses(self, index: int) -> bool:
+        return self._used[index] is not None
+
+    # --- the verbs ---
+
+    def _queue(self, verb: RingVerb) -> int:
+        return queue_of(self._pair, verb.index)
+
+    def _set_mtu(self, verb: SetMtu) -> None:
         if self._fe.has(_F.MTU) and self._pair == 0:
-            self._fe.send(Request.NET_SET_MTU, U64(mtu))
+            self._fe.send(Request.NET_SET_MTU, U64(verb.mtu))
 
-    def set_features(self, features: int) -> None:
-        if self.bound and (features ^ (self._features or 0)) & ~f.VHOST_F_LOG_ALL:
-            raise BackendError("set_features", errno.EBUSY, None, "a ring is bound")
+    def _set_features(self, verb: SetFeatures) -> None:
+        features = verb.features
         if features & ~self._fe.features:
             missing = ", ".join(f.names(features & ~self._fe.features))
-            raise BackendError("set_features", errno.EOPNOTSUPP, None, f"the back end lacks {missing}")
-        self._features = features
+            raise refusal(verb, errno.EOPNOTSUPP, f"the back end lacks {missing}")
+        self.features = features
         if self._pair == 0:
             self._fe.send(Request.SET_FEATURES, U64(features | self._fe.features & f.VHOST_USER_F_PROTOCOL_FEATURES))
             self._fe.set_status(_FEATURES_OK | self._fe.status)
 
-    def set_memory(self, memory: GuestMemory) -> None:
-        if memory.closed:
-            raise BackendError("set_memory", errno.EFAULT, None, "the guest memory is closed")
+    def _set_memory(self, verb: SetMemory) -> None:
+        memory = verb.memory
         if memory is self._fe.memory:
             return
         n = len(memory.regions)
@@ -113,7 +139,7 @@ class VhostUserBackend(Owned):
             if self._fe.has(_F.CONFIGURE_MEM_SLOTS):
                 slots = self._fe.ask(Request.GET_MAX_MEM_SLOTS, U64).value
             if n > slots:
-                raise BackendError("set_memory", errno.E2BIG, None, f"{n} regions; the back end takes {slots}")
+                raise refusal(verb, errno.E2BIG, f"{n} regions; the back end takes {slots}")
         regions = [MemoryRegion(r.gpa, r.length, _uva(memory, r.gpa), r.fd_offset) for r in memory.regions]
         fds = [r.fd for r in memory.regions]
         self._fe.memory = None  # until the back end has all of it
@@ -122,39 +148,102 @@ class VhostUserBackend(Owned):
             self._fe.send(Request.ADD_MEM_REG, SingleRegion(region), [fd])
         self._fe.memory = memory
 
-    def set_log(self, log: DirtyLog | None) -> None:
-        if log is not None and self._pair == 0:
-            self._fe.send(Request.SET_LOG_BASE, Log(log.length, 0), [log.fd])
+    def _set_log(self, verb: SetLog) -> None:
+        if verb.log is not None and self._pair == 0:
+            self._fe.send(Request.SET_LOG_BASE, Log(verb.log.length, 0), [verb.log.fd])
 
-    def set_vring_num(self, index: int, num: int) -> None:
-        n = self._not_bound("set_vring_num", index)
-        if not 0 < num <= spec.VIRTQ_MAX_NUM or num & (num - 1):
-            raise BackendError(
-                "set_vring_num", errno.EINVAL, index, f"queue size {num} is not a power of two between 1 and 32768"
-            )
-        self._fe.send(Request.SET_VRING_NUM, VringState(n, num))
-        self._num[index] = num
+    def _set_vring_num(self, verb: SetVringNum) -> None:
+        self._fe.send(Request.SET_VRING_NUM, VringState(self._queue(verb), verb.num))
+        self._num[verb.index] = verb.num
 
-    def set_vring_base(self, index: int, base: int) -> None:
-        n = self._not_bound("set_vring_base", index)
-        if not 0 <= base <= 0xFFFF:
-            raise BackendError("set_vring_base", errno.EINVAL, index, f"base {base} is not between 0 and 65535")
-        self._fe.send(Request.SET_VRING_BASE, VringState(n, base))
-        self._base[index] = base
+    def _set_vring_base(self, verb: SetVringBase) -> None:
+        self._fe.send(Request.SET_VRING_BASE, VringState(self._queue(verb), verb.base))
+        self._base[verb.index] = verb.base
 
-    def get_vring_base(self, index: int) -> int:
-        self._index("get_vring_base", index)
-        if self._bound[index]:
-            self._unbind(index)
-        base = self._base[index]
+    def _get_vring_base(self, verb: GetVringBase) -> int:
+        self._unbind(verb.index)
+        base = self._base[verb.index]
         if base is None:
-            raise BackendError(
-                "get_vring_base", errno.ESRCH, index, "the avail index at which the back end stopped is not known"
-            )
+            raise refusal(verb, errno.ESRCH, "the avail index at which the back end stopped is not known")
         return base
 
+    def _set_vring_addr(self, verb: SetVringAddr) -> None:
+        memory = self._fe.memory
+        assert memory is not None
+        try:
+            desc, used, avail = (_uva(memory, gpa) for gpa in (verb.desc, verb.used, verb.avail))
+        except ConfigError as e:
+            raise refusal(verb, errno.EFAULT, str(e)) from e
+        self._avail[verb.index], self._used[verb.index] = verb.avail, verb.used
+        flags = 0 if verb.log_used is None else VHOST_VRING_F_LOG
+        self._fe.send(
+            Request.SET_VRING_ADDR, VringAddr(self._queue(verb), flags, desc, used, avail, verb.log_used or 0)
+        )
+
+    def _set_vring_kick(self, verb: SetVringKick) -> None:
+        self._kick[verb.index] = verb.kick
+        if self._bound[verb.index]:
+            self._send_event(Request.SET_VRING_KICK, verb, verb.kick)
+
+    def _set_vring_call(self, verb: SetVringCall) -> None:
+        self._call[verb.index] = verb.call
+        calls_by_message = self._fe.has(_F.INBAND_NOTIFICATIONS)
+        self._send_event(Request.SET_VRING_CALL, verb, None if calls_by_message else verb.call)
+
+    def _send_event(self, request: Request, verb: RingVerb, event: EventFd | None) -> None:
+        n = self._queue(verb)
+        self._fe.send(request, U64(n if event else n | NO_FD), [event.fd] if event else [])
+
+    def _set_vring_enable(self, verb: SetVringEnable) -> None:
+        if self._fe.features & f.VHOST_USER_F_PROTOCOL_FEATURES:
+            self._fe.send(Request.SET_VRING_ENABLE, VringState(self._queue(verb), int(verb.enabled)))
+
+    def _set_vring_inflight(self, verb: SetVringInflight) -> None:
+        """Nothing: the back end has the area itself."""
+
+    def _set_backend(self, verb: SetBackend) -> None:
+        if verb.endpoint is None:
+            self._unbind(verb.index)
+        else:
+            self._bind(verb)
+
+    def _bind(self, verb: SetBackend) -> None:
+        kick, call = self._kick[verb.index], self._call[verb.index]
+        self._bound[verb.index] = True  # from the first of these messages on, whatever becomes of the others
+        try:
+            self._send_event(Request.SET_VRING_KICK, verb, kick)
+            self._set_vring_enable(SetVringEnable(verb.index, True))
+            self._fe.set_status(_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK)
+        except BackendError:
+            self._unbind(verb.index)
+            raise
+        if kick is not None:
+            kick.signal()  # not every back end looks at a ring by itself when it starts
+        if call is not None:
+            call.signal()  # whoever had the ring before may have left a decision open
+
+    _RUN: ClassVar[dict[type, Callable[..., int | None]]] = {
+        SetMtu: _set_mtu,
+        SetFeatures: _set_features,
+        SetMemory: _set_memory,
+        SetLog: _set_log,
+        SetVringNum: _set_vring_num,
+        SetVringBase: _set_vring_base,
+        GetVringBase: _get_vring_base,
+        SetVringAddr: _set_vring_addr,
+        SetVringKick: _set_vring_kick,
+        SetVringCall: _set_vring_call,
+        SetVringEnable: _set_vring_enable,
+        SetVringInflight: _set_vring_inflight,
+        SetBackend: _set_backend,
+    }
+
+    # --- letting go of a ring ---
+
     def _unbind(self, index: int) -> None:
-        """Stop a bound ring, and learn where. UnbindError if the back end hangs: the ring stays bound."""
+        """Stop a ring if it is bound, and learn where. UnbindError if the back end hangs: the ring stays bound."""
+        if not self._bound[index]:
+            return
         n = queue_of(self._pair, index)
         try:
             answer = self._fe.ask(Request.GET_VRING_BASE, VringState, VringState(n, 0))
@@ -165,7 +254,7 @@ class VhostUserBackend(Owned):
                 )
         except BackendError as e:
             if not self._fe.gone:
-                raise UnbindError("set_backend", errno.ETIMEDOUT, index, self._keeps(e)) from e
+                raise UnbindError(SetBackend.name, errno.ETIMEDOUT, index, self._keeps(e)) from e
             self._bound[index] = False
             self._base[index] = self._recover(index, n)
             return
@@ -201,91 +290,9 @@ class VhostUserBackend(Owned):
             return None
         return self._fe.recover(n, self._num[index], avail, used, self._used[1 - index])
 
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        n = self._index("set_vring_addr", index)
-        memory = self._fe.memory
-        if memory is None or not self._num[index]:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, "set_memory and set_vring_num come first")
-        if desc % 16 or avail % 2 or used % 4:
-            raise BackendError(
-                "set_vring_addr",
-                errno.EINVAL,
-                index,
-                f"desc {desc:#x}, avail {avail:#x}, used {used:#x}: not all are aligned to 16, 2 and 4 bytes",
-            )
-        try:
-            desc_uva, used_uva, avail_uva = (_uva(memory, gpa) for gpa in (desc, used, avail))
-        except ConfigError as e:
-            raise BackendError("set_vring_addr", errno.EFAULT, index, str(e)) from e
-        self._avail[index], self._used[index] = avail, used
-        flags = 0 if log_used is None else VHOST_VRING_F_LOG
-        self._fe.send(Request.SET_VRING_ADDR, VringAddr(n, flags, desc_uva, used_uva, avail_uva, log_used or 0))
-
-    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
-        self._index("set_vring_kick", index)
-        self._kick[index] = kick
-        if self._bound[index]:
-            self._send_kick(index)
-
-    def _send_kick(self, index: int) -> None:
-        kick = self._kick[index]
-        n = queue_of(self._pair, index)
-        self._fe.send(Request.SET_VRING_KICK, U64(n if kick else n | NO_FD), [kick.fd] if kick else [])
-
-    def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        n = self._index("set_vring_call", index)
-        self._call[index] = call
-        if self._fe.has(_F.INBAND_NOTIFICATIONS):
-            call = None  # it calls by message
-        self._fe.send(Request.SET_VRING_CALL, U64(n if call else n | NO_FD), [call.fd] if call else [])
-
-    def set_vring_enable(self, index: int, enabled: bool) -> None:
-        n = self._index("set_vring_enable", index)
-        if self._fe.features & f.VHOST_USER_F_PROTOCOL_FEATURES:
-            self._fe.send(Request.SET_VRING_ENABLE, VringState(n, int(enabled)))
-
-    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
-        """Nothing: the back end has the area itself."""
-
-    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        self._index("set_backend", index)
-        if endpoint is None:
-            if self._bound[index]:
-                self._unbind(index)
-            return
-        if not self._num[index] or self._fe.memory is None:
-            raise BackendError(
-                "set_backend", errno.EFAULT, index, "set_memory, set_vring_num and set_vring_addr come first"
-            )
-        self._bound[index] = True  # from the first of these messages on, whatever becomes of the others
-        try:
-            self._send_kick(index)
-            self.set_vring_enable(index, True)
-            self._fe.set_status(_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK)
-        except BackendError:
-            self._unbind(index)
-            raise
-        kick = self._kick[index]
-        if kick is not None:
-            kick.signal()  # not every back end looks at a ring by itself when it starts
-        call = self._call[index]
-        if call is not None:
-            call.signal()  # whoever had the ring before may have left a decision open
-
-    def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
-        """No: the protocol has no such message."""
-        return False
-
     @property
     def site(self) -> object:
         return self._fe
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        yield
-
-    def park(self, parked: bool) -> None:
-        """A back end elsewhere does nothing with rings that are not enabled."""
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
         """Call *on_gone* once the back end has closed the connection, or died; a `Watch` hears of a ring that broke."""

@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, ExitStack
 from .. import limits
 from ..datapath import Datapath, Paced
 from ..endpoints.base import Endpoint
-from ..errors import BackendError, reason
-from ..memory import DirtyLog, GuestMemory
-from ..notify import EventFd
+from ..errors import reason
 from ..owned import Owned
+from ..virtqueue import VRINGS
+from .base import Backend
 from .userspace import UserspaceBackend
+from .verbs import SetBackend, Verb, refusal
 
 
 class Worker(Owned):
@@ -82,68 +83,20 @@ class Worker(Owned):
             backend.unbind()
 
 
-class WorkerBackend(Owned):
+class WorkerBackend(Backend, Owned):
     """One vhost device of a datapath that a thread runs (see `Backend`)."""
 
     def __init__(self, paced: Paced, datapath: Datapath, pair: int) -> None:
         self._paced = paced
         self._inner = UserspaceBackend(datapath, pair)
 
-    def set_mtu(self, mtu: int) -> None:
+    def apply(self, verb: Verb) -> int:
         with self._paced.paused():
-            self._inner.set_mtu(mtu)
-
-    def set_features(self, features: int) -> None:
-        with self._paced.paused():
-            self._inner.set_features(features)
-
-    def set_memory(self, memory: GuestMemory) -> None:
-        with self._paced.paused():
-            self._inner.set_memory(memory)
-
-    def set_log(self, log: DirtyLog | None) -> None:
-        with self._paced.paused():
-            self._inner.set_log(log)
-
-    def set_vring_num(self, index: int, num: int) -> None:
-        with self._paced.paused():
-            self._inner.set_vring_num(index, num)
-
-    def set_vring_base(self, index: int, base: int) -> None:
-        with self._paced.paused():
-            self._inner.set_vring_base(index, base)
-
-    def get_vring_base(self, index: int) -> int:
-        with self._paced.paused():
-            return self._inner.get_vring_base(index)
-
-    def set_vring_addr(self, index: int, desc: int, avail: int, used: int, log_used: int | None = None) -> None:
-        with self._paced.paused():
-            self._inner.set_vring_addr(index, desc, avail, used, log_used)
-
-    def set_vring_kick(self, index: int, kick: EventFd | None) -> None:
-        with self._paced.paused():
-            self._inner.set_vring_kick(index, kick)
-
-    def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        with self._paced.paused():
-            self._inner.set_vring_call(index, call)
-
-    def set_vring_enable(self, index: int, enabled: bool) -> None:
-        with self._paced.paused():
-            self._inner.set_vring_enable(index, enabled)
-
-    def set_vring_inflight(self, index: int, area: int, journal: int) -> None:
-        with self._paced.paused():
-            self._inner.set_vring_inflight(index, area, journal)
-
-    def set_backend(self, index: int, endpoint: Endpoint | None) -> None:
-        with self._paced.paused():
-            if endpoint is not None and self._paced.ended:
+            if self._paced.ended and isinstance(verb, SetBackend) and verb.endpoint is not None:
                 error = self._paced.error
                 why = "was closed" if error is None else f"has ended: {reason(error)}"
-                raise BackendError("set_backend", errno.ESRCH, index, f"the worker's thread {why}")
-            self._inner.set_backend(index, endpoint)
+                raise refusal(verb, errno.ESRCH, f"the worker's thread {why}")
+            return self._inner.apply(verb)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
         with self._paced.paused():
@@ -170,5 +123,5 @@ class WorkerBackend(Owned):
 
     def unbind(self) -> None:
         """Let go of the endpoint, once the thread has ended."""
-        for index in range(2):
+        for index in range(VRINGS):
             self._inner.set_backend(index, None)

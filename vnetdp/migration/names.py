@@ -21,21 +21,3 @@ CHANGES: Final = (
     "ring_setup",
     "features",
 )
-FAULT_POINTS: Final = (
-    "set_mtu",
-    "set_features",
-    "set_memory",
-    "set_log",
-    "set_vring_num",
-    "set_vring_base",
-    "set_vring_addr",
-    "set_vring_kick",
-    "set_vring_call",
-    "set_backend",
-    "get_vring_base",
-    "unbind",
-    "grab_ioeventfd",
-    "set_host_notifier",
-    "set_guest_notifiers",
-    "unset_guest_notifiers",
-)
