@@ -304,7 +304,9 @@ class ProcessBackend(Backend, Owned):
 
     def _bind(self, verb: SetBackend, endpoint: Endpoint) -> int:
         if endpoint.kind == r.KIND_PYTHON:
-            raise refusal(verb, errno.EOPNOTSUPP, f"{endpoint.name} runs in Python, in the process of the device: take a Worker")
+            raise refusal(
+                verb, errno.EOPNOTSUPP, f"{endpoint.name} runs in Python, in the process of the device: take a Worker"
+            )
         try:
             endpoint.start_polling(self._pair, self)
         except EndpointError as e:

@@ -179,7 +179,9 @@ class UserspaceBackend(Backend, Owned):
         if dp.endpoint is not endpoint and dp.bound:
             raise refusal(verb, errno.EBUSY, "another endpoint is bound")
         if self.pair >= endpoint.queues:
-            raise refusal(verb, errno.ENOTSOCK, f"{endpoint.name} has {endpoint.queues} queues: none for queue pair {self.pair}")
+            raise refusal(
+                verb, errno.ENOTSOCK, f"{endpoint.name} has {endpoint.queues} queues: none for queue pair {self.pair}"
+            )
         n, memory = queue_of(self.pair, verb.index), dp.memory
         assert memory is not None
         try:
