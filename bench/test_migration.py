@@ -8,10 +8,10 @@ import time
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from vnetdp.lab.couple import socket_pair
+from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import POLICIES, Channel
-from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
-from vnetdp.migration.run import socket_pair
 from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target

@@ -20,9 +20,9 @@ from vnetdp import child, cli
 from vnetdp.backends import process
 from vnetdp.datapath import Datapath
 from vnetdp.errors import WorkError
-from vnetdp.migration import host
-from vnetdp.migration.host import HostProcess, Orders
-from vnetdp.migration.run import Couple
+from vnetdp.lab import host
+from vnetdp.lab.couple import Couple
+from vnetdp.lab.host import HostProcess, Orders
 from vnetdp.notify import readable
 
 LOOK = pickle.dumps(("look", ()))

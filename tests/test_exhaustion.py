@@ -27,9 +27,9 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.endpoints.scapy import SocketEndpoint, VnetdpSocket
 from vnetdp.errors import ConfigError, EndpointError
+from vnetdp.lab.host import HostProcess
 from vnetdp.link import Link
 from vnetdp.memory import GuestMemory
-from vnetdp.migration.host import HostProcess
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.notifiers import Notifiers
 from vnetdp.server import Server

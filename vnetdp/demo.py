@@ -16,8 +16,8 @@ from .device import NetDevice
 from .driver import Driver, memory_for
 from .endpoints.loopback import GenerateEndpoint, Ledger, drained
 from .errors import VnetdpError, WorkError
+from .lab.couple import Couple, Result
 from .migration.machine import MachineConfig
-from .migration.run import Couple, Result
 
 _FRAME_LEN = 64
 _HERE = 5  # phases before the migration to another process

@@ -13,17 +13,17 @@ from .output import human, say
 from .signals import Ending
 
 if TYPE_CHECKING:
+    from .lab.couple import Result
+    from .lab.matrix import Row
     from .migration.machine import MachineConfig
-    from .migration.matrix import Row
-    from .migration.run import Result
 
 _PROGRESS_S = 10.0  # between two lines that say how far long work is
 
 
 def migrate(args: argparse.Namespace, ending: Ending) -> int:
-    from .migration.host import Orders
+    from .lab.couple import Couple
+    from .lab.host import Orders
     from .migration.machine import MachineConfig, check_endpoints
-    from .migration.run import Couple
 
     config = MachineConfig(
         queue_pairs=args.queue_pairs,
@@ -71,7 +71,7 @@ def migrate(args: argparse.Namespace, ending: Ending) -> int:
             couple.settle(result)
     report = ending.finish()
     if args.plot:
-        from .migration.plot import draw
+        from .lab.plot import draw
 
         draw(result, args.plot)
     missed = args.fault and not any(each.counts.get("hits") for each in results)
@@ -122,7 +122,7 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
 
 
 def faults(args: argparse.Namespace, ending: Ending) -> int:
-    from .migration.matrix import cases, chosen, run_all
+    from .lab.matrix import cases, chosen, run_all
 
     tell = human(args)
     traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
@@ -162,7 +162,7 @@ def faults(args: argparse.Namespace, ending: Ending) -> int:
 
 
 def _print_faults(policy: str, rows: list[Row], began: float, tell: Callable[[str], None]) -> None:
-    from .migration.matrix import DEFECTS
+    from .lab.matrix import DEFECTS
 
     wrong = [row for row in rows if not row.ok]
     tell(f"{counted(len(rows), 'case')}, {len(wrong)} failed, {time.monotonic() - began:.0f} s")

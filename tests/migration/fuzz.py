@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from tests.by_hand import PATIENCE
 from tests.migration.rig import SMALL, Tape, migrate, record, section_bytes
+from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import COMMIT, POLICIES, VHOST
-from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine, make_wire
 from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.stream import MAX_PAYLOAD

@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Callable
 
 from tests.by_hand import wait_for
+from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import Channel
-from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine, MachineConfig
+from vnetdp.migration.report import Report
 from vnetdp.migration.seed import SeedTarget
-from vnetdp.migration.source import Report, Source
+from vnetdp.migration.source import Source
 from vnetdp.migration.stream import MAX_PAYLOAD, SectionType, StreamError, encode, from_bytes
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner

@@ -28,8 +28,8 @@ from tests.by_hand import no_descriptor_leaks
 from tests.migration.fuzz import CUT_OFF, RUNS, Bed, fuzzed, scribbled
 from tests.migration.rig import Tape, section_bytes, wire_bytes
 from vnetdp.errors import VnetdpError
+from vnetdp.lab.invariants import resources
 from vnetdp.migration.channel import COMMIT, POLICIES
-from vnetdp.migration.invariants import resources
 from vnetdp.migration.stream import MAX_PAYLOAD
 from vnetdp.migration.target import Target
 from vnetdp.notify import readable

@@ -15,11 +15,11 @@ from tests.by_hand import wait_for
 from tests.migration.rig import Tape
 from vnetdp.backends.faulty import Fault
 from vnetdp.errors import BackendError, EndpointError
+from vnetdp.lab.changes import LEFT, leaving
+from vnetdp.lab.host import HostProcess
+from vnetdp.lab.invariants import differences, violations
 from vnetdp.memory import DirtyLog, Words
 from vnetdp.migration import machine as machine_module
-from vnetdp.migration.changes import LEFT, leaving
-from vnetdp.migration.host import HostProcess
-from vnetdp.migration.invariants import differences, violations
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.migration.ram import RamSource
 from vnetdp.migration.snapshot import FIELDS

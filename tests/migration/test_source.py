@@ -15,11 +15,12 @@ import pytest
 from tests.by_hand import many_descriptors
 from tests.migration.rig import assert_runs, failing, move, wire_bytes
 from vnetdp.errors import VnetdpError
+from vnetdp.lab.couple import _answer
 from vnetdp.migration import channel
 from vnetdp.migration.channel import END, FAILED, POLICIES, Channel
 from vnetdp.migration.machine import Machine
-from vnetdp.migration.run import _answer
-from vnetdp.migration.source import Report, Source
+from vnetdp.migration.report import Report
+from vnetdp.migration.source import Source
 from vnetdp.owners import Owner
 
 BEFORE_THE_COMMIT = Source.POINTS[: Source.POINTS.index("committed")]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.migration.rig import SMALL, Meddle, Tape, migrate, record, section_bytes, wire_bytes
 from vnetdp.endpoints.base import Endpoint
+from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import CHECK, COMMIT, DELTA, DEVICE, EARLY, END, INDICES, POLICIES, RAM, SETUP, VHOST
-from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine, make_wire
 from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.stream import Cursor, Phase, Section, SectionType, StreamError, decode, from_bytes

@@ -7,8 +7,8 @@ import struct
 import pytest
 
 from tests.migration.rig import SMALL, Tape, assert_runs, failing, move, record, section_bytes
+from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import COMMIT, EARLY, FAILED, POLICIES
-from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine
 from vnetdp.migration.source import MAX_EARLY
 from vnetdp.migration.target import Target

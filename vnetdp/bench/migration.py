@@ -14,10 +14,10 @@ from typing import Any
 from vnetdp_kernels import rows as r
 
 from ..errors import WorkError
+from ..lab.couple import Couple, Result
+from ..lab.host import Orders
 from ..memory import DirtyLog
-from ..migration.host import Orders
 from ..migration.machine import Machine, MachineConfig, make_wire
-from ..migration.run import Couple, Result
 
 PAIRS = (1, 4, 16, 64, 128)
 _WAYS = (

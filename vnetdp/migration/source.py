@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,8 +34,8 @@ from .channel import (
 )
 from .machine import Machine
 from .ram import RamSource
+from .report import Report
 from .snapshot import delta_between, encode_delta, encode_early, encode_full
-from .spans import Spans
 from .stream import Section, SectionType, StreamError
 
 _log = logging.getLogger("vnetdp.migration")
@@ -45,19 +44,6 @@ MAX_ROUNDS = 6
 MAX_EARLY = 4  # early states sent: a guest that changes its configuration for ever delays nothing
 _FEW_PAGES = 64
 _SHRINKS = 0.8  # a round that leaves more of the one before is the last
-
-
-@dataclass
-class Report:
-    """How a migration went, as one side saw it. outcome: `vhost` or `userspace` runs at the destination, or `source`."""
-
-    outcome: str = "source"
-    error: str = ""
-    spans: Spans = field(default_factory=Spans)
-    bytes: dict[str, int] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    violations: list[str] = field(default_factory=list)
-    target: dict[str, Any] = field(default_factory=dict)
 
 
 class Source:

@@ -24,8 +24,9 @@ from ..state import VIRTIO_CONFIG_S_DRIVER_OK
 from .channel import COMMIT, END, FAILED, POLICIES, READY, RUNNING, Channel
 from .machine import Machine
 from .ram import RamTarget
+from .report import Report
 from .snapshot import decode_delta, decode_early, decode_full
-from .source import MAX_EARLY, Report
+from .source import MAX_EARLY
 from .stream import Phase, Section, StreamError
 
 _log = logging.getLogger("vnetdp.migration")

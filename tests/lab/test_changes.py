@@ -13,7 +13,7 @@ import pytest
 
 from tests.by_hand import scaled, wait_for
 from vnetdp.backends.worker import Worker
-from vnetdp.migration.changes import CHANGES
+from vnetdp.lab.changes import CHANGES
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp_kernels import rows as r
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ..errors import VnetdpError, WorkError
+from ..migration.machine import MachineConfig
+from ..migration.names import POLICIES
+from ..migration.source import Source
+from ..migration.target import Target
 from ..virtqueue import RECEIVEQ, TRANSMITQ
 from .changes import CHANGES
+from .couple import Couple, Result
 from .host import Orders
 from .invariants import differences
-from .machine import MachineConfig
-from .names import POLICIES
-from .run import Couple, Result
-from .source import Source
 from .taps import TapNamespace, why_no_taps
-from .target import Target
 
 VHOST, USERSPACE, SOURCE, GONE = "vhost", "userspace", "source", "lost"
 RATE = 2000.0  # frames a second, queue and direction: enough to notice, and nobody waits for it

@@ -21,18 +21,19 @@ from typing import Any
 from .. import child
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, WorkError, reason
+from ..migration.channel import DELTA, DEVICE, INDICES, Channel
+from ..migration.machine import Machine, MachineConfig
+from ..migration.report import Report
+from ..migration.seed import SeedTarget
+from ..migration.source import Cancelled, Source
+from ..migration.stream import SectionType
+from ..migration.target import Target
 from ..owned import Owned
 from ..owners import Owner
 from ..state import DeviceState
 from ..warmup import warm_up
 from .changes import CHANGES, EVENTS, Before, change_back, churning, leaving
-from .channel import DELTA, DEVICE, INDICES, Channel
 from .invariants import resources, violations
-from .machine import Machine, MachineConfig
-from .seed import SeedTarget
-from .source import Cancelled, Report, Source
-from .stream import SectionType
-from .target import Target
 
 _log = logging.getLogger("vnetdp.migration")
 

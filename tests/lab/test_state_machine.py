@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.by_hand import scaled, wait_for
-from tests.migration.stepwise import END, RANK, FaultyMachine, Migration, assert_exact, assert_nothing_wrong
+from tests.lab.stepwise import END, RANK, FaultyMachine, Migration, assert_exact, assert_nothing_wrong
 from vnetdp.backends.faulty import Fault
 from vnetdp.backends.names import FAULT_POINTS
 from vnetdp.endpoints.base import Endpoint
-from vnetdp.migration.changes import CHANGES, EVENTS
-from vnetdp.migration.invariants import resources, violations
+from vnetdp.lab.changes import CHANGES, EVENTS
+from vnetdp.lab.invariants import resources, violations
 from vnetdp.migration.machine import MachineConfig, make_wire
 from vnetdp.migration.snapshot import decode_early, delta_between, encode_early
 from vnetdp.migration.source import Source

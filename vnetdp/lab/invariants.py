@@ -12,11 +12,11 @@ from pathlib import Path
 from vnetdp_kernels import rows as r
 
 from .. import vhost_net
+from ..migration.machine import Machine
+from ..migration.snapshot import FIELDS, value_of
 from ..owners import Owner
 from ..state import DeviceState
 from ..virtqueue import pair_of
-from .machine import Machine
-from .snapshot import FIELDS, value_of
 
 
 def violations(machine: Machine, final: bool = True) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 from tests.shell import Shell
 from tests.test_cli import shell
 from vnetdp.backends.names import FAULT_POINTS
-from vnetdp.migration.matrix import cases
+from vnetdp.lab.matrix import cases
 
 __all__ = ["shell"]  # the fixture
 

@@ -12,11 +12,12 @@ from vnetdp import vhost_net
 from vnetdp.backends.faulty import Fault, Faults
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.errors import BackendError
+from vnetdp.lab.invariants import violations
 from vnetdp.memory import Words
 from vnetdp.migration.channel import Channel
-from vnetdp.migration.invariants import violations
 from vnetdp.migration.machine import Machine, MachineConfig
-from vnetdp.migration.source import Cancelled, Report, Source
+from vnetdp.migration.report import Report
+from vnetdp.migration.source import Cancelled, Source
 from vnetdp.migration.stream import Section, SectionType
 from vnetdp.migration.target import Target
 from vnetdp.owners import Owner

@@ -16,10 +16,10 @@ from contextlib import suppress
 import pytest
 
 from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
-from vnetdp.migration.host import Orders
+from vnetdp.lab.couple import Couple, socket_pair
+from vnetdp.lab.host import Orders
 from vnetdp.migration.machine import MachineConfig
-from vnetdp.migration.run import Couple, socket_pair
-from vnetdp.migration.source import Report
+from vnetdp.migration.report import Report
 from vnetdp.migration.stream import Phase
 from vnetdp_kernels import rows as r
 

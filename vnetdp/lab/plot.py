@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..output import whole_file
-from .run import Result
+from .couple import Result
 
 _BEFORE_MS, _AFTER_MS = 4.0, 6.0
 _BINS = 160

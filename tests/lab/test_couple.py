@@ -15,12 +15,12 @@ import pytest
 
 from tests.by_hand import no_descriptor_leaks, wait_for
 from vnetdp.errors import VnetdpError
+from vnetdp.lab.changes import CHANGES
+from vnetdp.lab.couple import Couple, Result, _answer, _errors, blackout_us
+from vnetdp.lab.host import HostProcess, Orders
+from vnetdp.lab.invariants import differences
 from vnetdp.memory import Words
-from vnetdp.migration.changes import CHANGES
-from vnetdp.migration.host import HostProcess, Orders
-from vnetdp.migration.invariants import differences
 from vnetdp.migration.machine import MachineConfig
-from vnetdp.migration.run import Couple, Result, _answer, _errors, blackout_us
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
 from vnetdp_kernels import rows as r

@@ -18,10 +18,10 @@ from scapy.utils import rdpcap
 from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.migration.rig import migrate
 from vnetdp.announce import ROUNDS_S, rarp
-from vnetdp.migration.host import Host, Orders
+from vnetdp.lab.host import Host, Orders
+from vnetdp.lab.matrix import DEFECTS, RATE, Case, Matrix, Row, can_run, cases, chosen, run_all
+from vnetdp.lab.taps import why_no_taps
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
-from vnetdp.migration.matrix import DEFECTS, RATE, Case, Matrix, Row, can_run, cases, chosen, run_all
-from vnetdp.migration.taps import why_no_taps
 from vnetdp.notify import EventFd
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"

@@ -22,9 +22,9 @@ from .. import vhost_net
 from ..errors import VnetdpError
 from ..limits import start
 from ..memory import Words
+from ..migration.machine import Machine
 from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES, Control
 from ..virtqueue import is_receiveq, pair_of, ring_len, vring_of
-from .machine import Machine
 
 _WAIT_S = 10.0
 LEFT = 3  # frames a queue that a stop leaves, or that go past on order

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from vnetdp.migration import channel, tables
-from vnetdp.migration.matrix import DEFECTS, cases
+from vnetdp.lab import tables
+from vnetdp.lab.matrix import DEFECTS, cases
+from vnetdp.migration import channel
 from vnetdp.migration.snapshot import FIELDS
 from vnetdp.migration.stream import SectionType
 
-PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
+PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
 
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documentation is in the checkout only")
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documentation is 
 @pytest.mark.parametrize("name", tables.BLOCKS)
 def test_a_table_is_what_the_code_prints(name: str) -> None:
     assert tables.block_of(PAGE.read_text(), name).rstrip("\n") == tables.BLOCKS[name](), (
-        "run `python -m vnetdp.migration.tables docs/migration.md`"
+        "run `python -m vnetdp.lab.tables docs/migration.md`"
     )
 
 

@@ -1,6 +1,6 @@
 """The tables of docs/migration.md, printed from the code: what is sent, as what, and what can go wrong.
 
-`python -m vnetdp.migration.tables docs/migration.md` rewrites them, each between its two marks; with --seed and --delta,
+`python -m vnetdp.lab.tables docs/migration.md` rewrites them, each between its two marks; with --seed and --delta,
 two reports of `vnetdp faults --json`, also the one that sets the patch beside what stands in its place.
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from . import channel
+from ..migration import channel
+from ..migration.snapshot import FIELDS
+from ..migration.source import Source
+from ..migration.stream import Phase, SectionType
+from ..migration.target import Target
 from .changes import CHANGES, EVENTS
 from .matrix import Case, cases
-from .snapshot import FIELDS
-from .source import Source
-from .stream import Phase, SectionType
-from .target import Target
 
 _LISTED = 8  # values of one line of the matrix; more are not named
 _PAIRS = (1, 4)
@@ -229,7 +229,7 @@ def rewrite(text: str, blocks: dict[str, str]) -> str:
 
 def main() -> None:
     """Rewrite a file's tables."""
-    parser = argparse.ArgumentParser(prog="python -m vnetdp.migration.tables", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vnetdp.lab.tables", description=__doc__)
     parser.add_argument("--seed", type=Path, metavar="FILE", help="the report of vnetdp faults --policy seed")
     parser.add_argument("--delta", type=Path, metavar="FILE", help="the report of vnetdp faults --policy delta")
     parser.add_argument("file", type=Path, metavar="PAGE", help="the document to rewrite, such as docs/migration.md")

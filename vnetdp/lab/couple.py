@@ -19,13 +19,13 @@ from ..endpoints.base import Endpoint
 from ..endpoints.loopback import Ledger
 from ..errors import VnetdpError, WorkError
 from ..memory import Words
+from ..migration.channel import POLICIES
+from ..migration.machine import MachineConfig, make_wire
+from ..migration.report import Report
 from ..owned import Owned
 from ..state import DeviceState
-from .channel import POLICIES
 from .host import HostProcess, Orders
 from .invariants import differences
-from .machine import MachineConfig, make_wire
-from .source import Report
 
 _SAMPLE_S = 0.0001
 _LOOK_ON_S = 0.02
