@@ -12,6 +12,7 @@ from vnetdp import vhost_net
 from vnetdp.backends.faulty import Fault, Faults
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.errors import BackendError
+from vnetdp.lab.host import enter_phase
 from vnetdp.lab.invariants import violations
 from vnetdp.memory import Words
 from vnetdp.migration.channel import Channel
@@ -161,6 +162,7 @@ class Migration:
             self._turn.notify_all()
 
     def _at_target(self, point: str) -> None:
+        enter_phase(self.target.struck, point, self.policy)
         if point == self._cancel_at:
             self.target_cancelled = True
             raise Cancelled(f"cancelled at {point}")

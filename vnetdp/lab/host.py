@@ -21,13 +21,15 @@ from typing import Any
 from .. import child
 from ..backends.faulty import Fault, Faults
 from ..errors import VnetdpError, WorkError, reason
+from ..memory import DirtyLog, Words
 from ..migration.channel import DELTA, DEVICE, INDICES, Channel
 from ..migration.machine import Machine, MachineConfig
+from ..migration.ram import RamSource
 from ..migration.report import Report
 from ..migration.seed import SeedTarget
 from ..migration.source import Cancelled, Source
 from ..migration.stream import SectionType
-from ..migration.target import Target
+from ..migration.target import STARTING, Target
 from ..owned import Owned
 from ..owners import Owner
 from ..state import DeviceState
@@ -69,6 +71,22 @@ class Orders:
     forget_log: bool = False
 
 
+_PHASES = {"setup": "early", "loading": "final", STARTING: "retry"}
+
+
+def enter_phase(faults: Faults, point: str, policy: str) -> None:
+    """Have the faults of a phase strike from *point* of a destination on."""
+    if point in _PHASES and (point != STARTING or policy != "none"):  # which has started nothing before
+        faults.phase = _PHASES[point]
+
+
+class _Forgetful(Source):
+    """A source whose device has no dirty log, as it seems: the comparison of guest memory has to find that out."""
+
+    def _changed(self, ram: RamSource, log: DirtyLog) -> Words:
+        return ram.changed(None)
+
+
 class _Damaged(Channel):
     """A channel of a source whose final state lacks its last byte (`state`), or is of another version (`version`)."""
 
@@ -101,6 +119,7 @@ class _Points:
 
     def __call__(self, point: str) -> None:
         orders = self._orders
+        enter_phase(self._machine.faults, point, orders.policy)
         if orders.die_at == point:
             os.kill(os.getpid(), signal.SIGKILL)
         if orders.cancel_at == point:
@@ -170,8 +189,8 @@ class Host:
         sock = socket.socket(fileno=fd)
         with _Damaged(sock, orders.damage) if orders.damage else Channel(sock) as channel:
             points = _Points(self._one, orders, channel)
-            source = Source(self._one, channel, orders.policy, points, orders.check)
-            source.forget_log = orders.forget_log
+            kind = _Forgetful if orders.forget_log else Source
+            source = kind(self._one, channel, orders.policy, points, orders.check)
             try:
                 report = _uninterrupted(source.run)
             finally:

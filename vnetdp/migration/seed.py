@@ -21,7 +21,7 @@ from ..owners import Owner
 from ..virtqueue import TRANSMITQ, VRINGS, queue_of, transmitq
 from .snapshot import decode_delta, decode_full
 from .stream import Section
-from .target import Target, _log
+from .target import STARTING, Target, _log
 
 
 class SeedTarget(Target):
@@ -141,7 +141,7 @@ class SeedTarget(Target):
             device.set_running(True)
             self.start_guest()
             return
-        self.machine.faults.phase = "retry"
+        self._at(STARTING)
         name = "retry" if self._failed else "set_running" if owners.vhost is None else "start_vhost"
         with self.report.spans.span(name), vhost_net.standing_still(owners.userspace):
             device.set_running(True)

@@ -69,7 +69,6 @@ class Source:
         self._policy = policy
         self._at = at
         self._check = check
-        self.forget_log = False  # what a back end without a dirty log is like: tests have to find it out
         self._early: DeviceState | None = None
         self._n_early = 0
         self._n_changed = 0  # fields and queues of the delta
@@ -168,7 +167,8 @@ class Source:
             self._send("ram", RAM, payload)
 
     def _changed(self, ram: RamSource, log: DirtyLog) -> Words:
-        return ram.changed(None if self.forget_log else log)
+        """Return the pages to send again: those in *log*, and the guest's own that differ."""
+        return ram.changed(log)
 
     def _send_early(self) -> None:
         """Send the early state, or send it again if it has changed; so often, and then no more."""

@@ -31,11 +31,16 @@ from .stream import Phase, Section, StreamError
 
 _log = logging.getLogger("vnetdp.migration")
 
+STARTING = "starting"  # a prepared vhost was bound, or could not be; then the device runs, and vhost is tried anew
+
 _ring_of = attrgetter("enabled", "num", "desc", "avail", "used", "last_avail_idx")  # as `check_rings` takes it
 
 
 class Target:
-    """Loads *machine*, which is stopped and fresh, from *channel*. at: as the source's, for the points of this side."""
+    """Loads *machine*, which is stopped and fresh, from *channel*.
+
+    at: told each point that is reached (POINTS), in which it may raise to cancel; after the commit also STARTING.
+    """
 
     POINTS = ("setup", "early", "prepared", "ram", "loading", "loaded", "ready", "bound")
 
@@ -152,7 +157,6 @@ class Target:
         if handler is None:
             raise StreamError(f"section {kind.name} comes out of place")
         if kind.phase is Phase.FINAL and len(self._seen) == 1:
-            self.machine.faults.phase = "final"
             self._at("loading")
         handler(section)
 
@@ -168,7 +172,6 @@ class Target:
         if theirs != ours:
             raise StreamError(f"the source's machine differs: {theirs}, and this one is {ours}")
         self._has_setup = True
-        self.machine.faults.phase = "early"
         self.machine.adopt()
         self._at("setup")
 
@@ -274,7 +277,7 @@ class Target:
                 bound = device.bind_prepared()
             if device.owners.unwound_ns is not None:
                 spans.spans.append(("unwind", *device.owners.unwound_ns))
-        self.machine.faults.phase = "final" if not prepared and self._policy == "none" else "retry"
+        self._at(STARTING)
         if device.owners.fallbacks and not bound:
             name = "retry"
         else:
