@@ -258,7 +258,7 @@ def test_a_userspace_datapath_that_dies_means_needs_reset(monkeypatch: pytest.Mo
     traffic = Traffic(PAIRS, rate=scaled(1000, 100))
     with Link(traffic.device, traffic.guest, queue_pairs=PAIRS, num=64) as link:
         traffic.wait_for_more(20)
-        datapath = link.device.owners.userspace[0].site._target  # type: ignore[attr-defined]
+        datapath = link.device.userspace.backends[0].site._target  # type: ignore[attr-defined]
         monkeypatch.setattr(datapath, "run", _fails)
         datapath.bell.signal()
         wait_for(lambda: bool(link.device.status & NEEDS_RESET), "the device needs a reset")

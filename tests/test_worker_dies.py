@@ -16,7 +16,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
-from vnetdp import Driver, NetDevice, vhost_net
+from vnetdp import Driver, NetDevice
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
@@ -150,7 +150,7 @@ def _idle(bed: Bed, end: Callable[[Bed], None]) -> None:
     wait_equal(lambda: bed.device.owner, Owner.USERSPACE)
     for endpoint in (bed.wire, bed.source):
         endpoint.rows[:, r.EP_LIMIT] = -1
-    with bed.guest.paused(), vhost_net.standing_still(bed.device.owners.backends or ()):
+    with bed.guest.paused(), bed.device.paused():
         pass  # both look anew at what may be sent
 
 
@@ -472,7 +472,7 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
         NetDevice(memory, wire, vhost=worker.backends) as device,
         Driver(device, memory) as guest,
     ):
-        running = worker if use_vhost else device._userspace.worker
+        running = worker if use_vhost else device.userspace.worker
         assert running is not None
         ctl = running.datapath.ctl
 

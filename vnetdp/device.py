@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from vnetdp_kernels import rows as r
@@ -19,26 +18,16 @@ from vnetdp_kernels import rows as r
 from . import features as f
 from . import vhost_net
 from .backends.base import Backend
-from .datapath import Datapath
 from .endpoints.base import Endpoint
 from .errors import BackendError, ConfigError, GuestError, UnbindError
-from .memory import DirtyLog, GuestMemory, Words
+from .memory import DirtyLog, GuestMemory
 from .notifiers import Notifiers
 from .notify import EventFd
 from .own_datapath import OwnDatapath
 from .owned import Owned, OwnedLock
 from .owners import Owner, Owners
 from .registers import Registers
-from .state import (
-    CONFIG_SPACE,
-    DEFAULT_MAC,
-    VIRTIO_CONFIG_S_DRIVER_OK,
-    VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_NET_S_LINK_UP,
-    Control,
-    DeviceState,
-    StateDelta,
-)
+from .state import CONFIG_SPACE, DEFAULT_MAC, VIRTIO_NET_S_LINK_UP, Control, DeviceState, StateDelta
 from .trouble import Trouble
 from .virtqueue import Virtqueue
 
@@ -98,6 +87,8 @@ class NetDevice(Owned):
         self.fallback = fallback
         self.log: DirtyLog | None = None
         """The dirty log that `set_log` set; None while writes to guest memory are not logged."""
+        self.vhost = vhost
+        """The backends that the device was given, one for each queue pair; None: userspace alone."""
         self.use_vhost = vhost is not None
         """True while vhost is the owner to choose (`set_use_vhost`), whether or not it has the rings."""
         self.last_error: Exception | None = None
@@ -106,19 +97,19 @@ class NetDevice(Owned):
             self.notifiers = notifiers or Notifiers(queue_pairs)
             made.callback(self.notifiers.close)
             self.config_call = made.enter_context(EventFd())
-            self._userspace = OwnDatapath(queue_pairs, threaded, poll_us)
+            self.userspace = OwnDatapath(queue_pairs, threaded, poll_us)
             made.pop_all()
         self.kicks = self.notifiers.kicks
         """An `EventFd` for each queue, by which the driver notifies the device."""
         self.calls = self.notifiers.calls
         """An `EventFd` for each queue, by which the device notifies the driver."""
-        self._lock = OwnedLock(self, lambda: self.owners.check_outside())
+        self._lock = OwnedLock(self, lambda: self._owners.check_outside())
         self._trouble = Trouble(self.config_call)
         self._running = running
-        self.owners = Owners(self._userspace.backends, vhost, self.notifiers, self.check_rings, fallback)
+        self._owners = Owners(self.userspace.backends, vhost, self.notifiers, self.check_rings, fallback)
         with ExitStack() as made:
             made.callback(self.close)
-            self.owners.listen(self.take_from)
+            self._owners.listen(self.take_from)
             made.pop_all()
 
     # --- registers, as a driver uses them ---
@@ -149,9 +140,7 @@ class NetDevice(Owned):
         ConfigError after FEATURES_OK: the device has to be reset first.
         """
         with self._lock:
-            if self.status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK):
-                raise ConfigError("features can't change after FEATURES_OK: reset the device first")
-            self._registers.features = features
+            self._registers.accept(features, self.status)
 
     def set_status(self, status: int) -> None:
         """Write the device status field (Virtio 1.2, 2.1): 0 resets the device, DRIVER_OK gives the rings an owner.
@@ -163,12 +152,8 @@ class NetDevice(Owned):
             if status == 0:
                 self._reset()
                 return
-            # A legacy driver goes to DRIVER_OK without FEATURES_OK; nothing runs with features that were not agreed on.
-            agreed = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
-            if status & agreed and not self.status & agreed:
-                registers = self._registers
-                if not (registers.acceptable and self._told(registers.take_offloads)):
-                    status &= ~agreed
+            status, error = self._registers.agree(status, self.status)
+            self.last_error = error or self.last_error
             self._trouble.write_status(status)
             self._update_owner()
 
@@ -186,13 +171,11 @@ class NetDevice(Owned):
         ConfigError if the device lacks that queue, or the queue has no addresses.
         """
         with self._lock:
-            queue = self._registers.queue(index)
-            if not queue.has_addresses:
-                raise ConfigError(f"queue {index} has no addresses: set_queue comes first")
+            queue = self._registers.complete_queue(index)
             if queue.enabled:
                 return
             try:
-                self.owners.start_queue(self.rings(), index)
+                self._owners.start_queue(self.rings(), index)
             except BackendError as e:
                 # Not enabled as yet: the backend does not know its index, and would give back one of another time.
                 self._hand_to(Owner.NOBODY)
@@ -204,7 +187,7 @@ class NetDevice(Owned):
         with self._lock:
             self._registers.queue(index)
             try:
-                self.owners.stop_queue(self.rings(), index)
+                self._owners.stop_queue(self.rings(), index)
             except UnbindError as e:
                 self._restart_after(e)
             with self._trouble.lock:
@@ -229,9 +212,7 @@ class NetDevice(Owned):
         ConfigError or EndpointError, and no change, if a value cannot be or the endpoint refuses it.
         """
         with self._lock:
-            before, wanted = self.control, replace(self.control, **changes)
-            self._registers.check_control(wanted, self.driver_features)
-            self._registers.take_control(wanted)
+            before, wanted = self.control, self._registers.set_control(changes)
             if any(getattr(wanted, name) != getattr(before, name) for name in CONFIG_SPACE):
                 self._trouble.notify_config()
             if wanted.link_up != before.link_up:
@@ -254,7 +235,7 @@ class NetDevice(Owned):
         ConfigError if the device was made without `vhost`. If vhost fails, see `fallback`, `last_error` and `owner`.
         """
         with self._lock:
-            if use and self.owners.vhost is None:
+            if use and self.vhost is None:
                 raise ConfigError("the device was made without a vhost worker: give NetDevice one (vhost=)")
             self.use_vhost = use
             self._update_owner()
@@ -281,12 +262,12 @@ class NetDevice(Owned):
         with self._lock:
             before, self.log = self.log, log
             try:
-                self.owners.set_log(self.rings())
+                self._owners.set_log(self.rings())
             except BackendError as e:
                 if log is not None:
                     self.log = before
                     try:
-                        self.owners.set_log(self.rings())
+                        self._owners.set_log(self.rings())
                     except BackendError as again:
                         self._restart_after(again)
                     raise
@@ -297,29 +278,42 @@ class NetDevice(Owned):
     @property
     def owner(self) -> Owner:
         """The present owner of the rings."""
-        return self.owners.owner
+        return self._owners.owner
 
     @property
     def handovers(self) -> int:
         """The number of changes of owner, those to and from nobody included."""
-        return self.owners.handovers
+        return self._owners.handovers
 
     @property
     def handovers_ns(self) -> deque[int]:
         """The durations of the last 10,000 hand-overs, in ns."""
-        return self.owners.handovers_ns
+        return self._owners.handovers_ns
 
     @property
     def fallbacks(self) -> int:
         """The number of times that vhost could not be started."""
-        return self.owners.fallbacks
+        return self._owners.fallbacks
+
+    @property
+    def owner_error(self) -> Exception | None:
+        """The last failure of an owner of the rings; None if there was none."""
+        return self._owners.last_error
+
+    @property
+    def fenced(self) -> bool:
+        """True while nobody gets the rings, as vhost hangs and may go on with them."""
+        return self._owners.withheld
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Pause the owner of the rings for the length of a `with` block: no ring moves. Nothing to do without an owner."""
+        return vhost_net.standing_still(self._owners.backends or ())
 
     def rings(self) -> vhost_net.Rings:
         """Return what an owner of the rings has to know. @private"""
         features = self.driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
-        mtu = self.control.mtu if self.driver_features & f.VIRTIO_NET_F_MTU else None
-        return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features, mtu,
-                               self._trouble.broken)  # fmt: skip
+        return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features,
+                               self._registers.negotiated_mtu, self._trouble.broken)  # fmt: skip
 
     @property
     def ready(self) -> bool:
@@ -337,20 +331,20 @@ class NetDevice(Owned):
         if not (self.ready and self._running):
             self._hand_to(Owner.NOBODY)
             if self._running:
-                self.owners.abandon()  # prepared for a machine that was about to run, and can't have an owner now
+                self._owners.abandon()  # prepared for a machine that was about to run, and can't have an owner now
         elif (
             (not self.use_vhost or (not self._hand_to(Owner.VHOST) and self.fallback))
             and not self._hand_to(Owner.USERSPACE)
-            and not self.owners.withheld
+            and not self._owners.withheld
         ):
             self._trouble.halt()
 
     def _hand_to(self, owner: Owner) -> bool:
         if owner is self.owner:
             return True  # before all that an owner has to know is gathered
-        done = self.owners.hand_to(owner, self.rings())
+        done = self._owners.hand_to(owner, self.rings())
         if not done:
-            self.last_error = self.owners.last_error
+            self.last_error = self._owners.last_error
         return done
 
     # --- migration: what a destination does before its machine runs, and a source after its machine has stopped ---
@@ -365,10 +359,7 @@ class NetDevice(Owned):
 
         ConfigError, and no change, if this device cannot have that state.
         """
-        with self._lock:
-            if len(state.queues) != len(self.queues):
-                raise ConfigError(f"a state of {len(state.queues)} queues; the device has {len(self.queues)}")
-            self.load_delta(StateDelta.of(state))
+        self.load_delta(self._registers.all_of(state))
 
     def load_delta(self, delta: StateDelta) -> None:
         """Take over what changed in another device since `load_state`. ConfigError, and no change, if it cannot be."""
@@ -385,19 +376,26 @@ class NetDevice(Owned):
             if delta.registers or not delta.control.keys().isdisjoint(CONFIG_SPACE):
                 self._trouble.notify_config()  # what is pending over there is not sent: one with the status makes up for it
 
-    def prepare_vhost(self) -> bool:
+    def prepare_vhost(self, *, unready: bool = False) -> bool:
         """Configure vhost, all but binding the rings, before the device runs. False if that failed or can't be now.
 
         `set_running` then binds the rings; until then nobody touches them. A second call, after a change of the state,
         tells vhost only the difference.
+
+        *unready*: internal; True prepares it even while DRIVER_OK is clear or the link down.
         """
         with self._lock:
             if self._running or not self.use_vhost:
                 return False
-            if not self.ready:
-                self.owners.abandon()
+            if not (self.ready or unready):
+                self._owners.abandon()
                 return False
-            return self.owners.prepare(self.rings())
+            return self._owners.prepare(self.rings())
+
+    @property
+    def vhost_prepared(self) -> bool:
+        """True while vhost is prepared, and neither bound nor abandoned."""
+        return self._owners.prepared is not None
 
     def bind_prepared(self) -> bool:
         """Bind the rings to a prepared vhost. False if it was not prepared or failed; indices are exact then.
@@ -405,7 +403,17 @@ class NetDevice(Owned):
         `set_running` comes next, and tries vhost anew if this failed.
         """
         with self._lock:
-            return self.ready and self.owners.prepared is not None and self._hand_to(Owner.VHOST)
+            return self.ready and self.vhost_prepared and self._hand_to(Owner.VHOST)
+
+    @property
+    def unwound_ns(self) -> tuple[int, int] | None:
+        """The begin and end of undoing the last binding that failed, in ns of CLOCK_MONOTONIC; None if none failed."""
+        return self._owners.unwound_ns
+
+    def assume_bound(self) -> None:
+        """Make a prepared vhost the owner without binding the rings: the caller bound them, or ought to have. @private"""
+        with self._lock:
+            self._owners.take_as_bound()
 
     def mark_broken(self) -> None:
         """Set NEEDS_RESET, and run no ring until the driver resets the device (Virtio 1.2, 2.1.2)."""
@@ -416,7 +424,7 @@ class NetDevice(Owned):
     def abandon_vhost(self) -> None:
         """Undo `prepare_vhost`."""
         with self._lock:
-            self.owners.abandon()
+            self._owners.abandon()
 
     def _restart_after(self, error: BackendError) -> None:
         """The owner failed at a verb in passing: take the rings from it, and start anew."""
@@ -427,26 +435,20 @@ class NetDevice(Owned):
 
     def _reset(self) -> None:
         self._hand_to(Owner.NOBODY)
-        self.owners.abandon()
+        self._owners.abandon()
         with self._trouble.lock:
             self._trouble.reset()
             self._registers.reset_queues()
         self.endpoint.rows[:, r.EP_PENDING] = 0
-        for event in (*self.kicks, *self.calls):
-            event.clear()
-        self._told(self._registers.reset)
-
-    def _told(self, tell: Callable[[], None]) -> bool:
-        error = self._registers.told(tell)
-        self.last_error = error or self.last_error
-        return error is None
+        self.notifiers.clear()
+        self.last_error = self._registers.reset() or self.last_error
 
     # --- trouble ---
 
     def check_rings(self) -> None:
         """Look for queues that broke, and set NEEDS_RESET (2.1.2); an owner whose ring broke calls this. @private"""
         with self._trouble.lock:
-            error = self._trouble.look(self.owners.backends or (), self.queues)
+            error = self._trouble.look(self._owners.backends or (), self.queues)
             if error is not None:
                 self.last_error = error
                 self._trouble.needs_reset()
@@ -459,42 +461,32 @@ class NetDevice(Owned):
     # --- running it by hand ---
 
     @property
-    def stepped(self) -> Datapath:
-        """The userspace datapath of a device without a thread. @private"""
-        return self._userspace.stepped
-
-    @property
-    def userspace_rows(self) -> Words:
-        """The queue rows of the userspace datapath: int64[2 * queue_pairs, VQ_SLOTS]. @private"""
-        return self._userspace.rows
-
-    @property
     def native_id(self) -> int:
         """The kernel's id of the userspace datapath's thread, for its affinity. ConfigError with `threaded=False`."""
-        return self._userspace.native_id
+        return self.userspace.native_id
 
     def step(self, budget: int = 64) -> int:
         """Move at most *budget* frames between rings and endpoint, in this thread, and return how many. Never waits.
 
         ConfigError if the device has a thread.
         """
-        reason, moved = self.stepped.run(budget, 0, 0)
+        reason, moved = self.userspace.stepped.run(budget, 0, 0)
         if reason == r.LOOP_BROKEN:
             self.check_rings()
         return moved
 
     def counters(self) -> list[dict[str, int]]:
         """Return `packets`, `bytes`, `dropped`, `calls` and `kicks` of each queue, summed over both owners."""
-        return self.owners.counters()
+        return self._owners.counters()
 
     def close(self) -> None:
         """Take the rings from their owner, and give up the threads and descriptors that the device made."""
-        self.owners.close()
+        self._owners.close()
         if not self.inherited:  # a forked child leaves the rings to its parent
             with self._lock:
                 self._running = False  # nor does a worker that ends now bring the rings back
                 self._hand_to(Owner.NOBODY)
-                self.owners.abandon()
-        self._userspace.close()
+                self._owners.abandon()
+        self.userspace.close()
         self.notifiers.close()
         self.config_call.close()

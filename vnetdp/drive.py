@@ -197,8 +197,8 @@ class _Run:
             if (endpoint.finished or settled < math.inf) and looked - quiet_since > (_LOSS_S if missing else _QUIET_S):
                 break
         self._device.set_running(False)
-        error = self._device.owners.last_error
-        if not self.errors and self._device.owners.withheld and isinstance(error, UnbindError):
+        error = self._device.owner_error
+        if not self.errors and self._device.fenced and isinstance(error, UnbindError):
             self.errors.append(error.detail)  # the device has said it
         elif not self.errors and waits:
             self.errors.append(f"{self._front_end.path}: no back end was connected at the end")  # since when was said

@@ -118,7 +118,7 @@ class Link(Owned):
             "seconds": max(each.seconds for each in self._clocks.values()),
             "handovers": self.device.handovers,
             "fallbacks": self.device.fallbacks,
-            "fallback": str(self.device.owners.last_error) if self.device.fallbacks else None,
+            "fallback": str(self.device.owner_error) if self.device.fallbacks else None,
             "status": self.device.status,
             "errors": errors,
             "left": self._counters("left"),

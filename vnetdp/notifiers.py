@@ -22,7 +22,8 @@ class Notifiers(Owned):
     """Kicks and calls of *queue_pairs* pairs, queue by queue: receiveq 2i, transmitq 2i + 1.
 
     grabs: pairs whose ioeventfd is grabbed; host: queues with a host notifier; guest: times guest notifiers are assigned.
-    All three are 0 while vhost has nothing. The three methods in the middle may raise BackendError.
+    All three are 0 while vhost has nothing. `grab_ioeventfd`, `set_host_notifier` and `set_guest_notifiers` may raise
+    BackendError.
     """
 
     def __init__(self, queue_pairs: int) -> None:
@@ -63,6 +64,11 @@ class Notifiers(Owned):
             self._unset_host_notifier()
         for _ in range(self.queue_pairs):
             self._release_ioeventfd()
+
+    def clear(self) -> None:
+        """Forget every kick and call that nobody has come to."""
+        for event in (*self.kicks, *self.calls):
+            event.clear()
 
     def grab_ioeventfd(self, pair: int) -> None:
         """Have the device's own loop let go of the kicks of *pair*."""

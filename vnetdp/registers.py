@@ -10,14 +10,25 @@ import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from . import features as f
 from .endpoints.base import Endpoint
 from .errors import ConfigError, EndpointError
-from .state import MAX_QUEUE_PAIRS, VIRTIO_NET_S_LINK_UP, Control, StateDelta
+from .state import (
+    MAX_QUEUE_PAIRS,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_NET_S_LINK_UP,
+    Control,
+    DeviceState,
+    StateDelta,
+)
 from .virtqueue import Virtqueue, check_num, queues_of
 
 _log = logging.getLogger("vnetdp.device")
+
+_AGREED = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
 
 
 class Registers:
@@ -63,6 +74,13 @@ class Registers:
             raise ConfigError(f"queue {index}: the device has queues 0 to {len(self.queues) - 1}")
         return self.queues[index]
 
+    def complete_queue(self, index: int) -> Virtqueue:
+        """Return a queue that has its addresses; ConfigError if it has none."""
+        queue = self.queue(index)
+        if not queue.has_addresses:
+            raise ConfigError(f"queue {index} has no addresses: set_queue comes first")
+        return queue
+
     def set_queue(self, index: int, wanted: Virtqueue) -> None:
         if self.queue(index).enabled:
             raise ConfigError(f"queue {index} is enabled: reset it before it is set up again")
@@ -77,12 +95,12 @@ class Registers:
     def reset_queues(self) -> None:
         self.queues[:] = [self._unset() for _ in self.queues]
 
-    def reset(self) -> None:
-        """Forget all that the driver set but the queues, even if the endpoint then refuses what it is told."""
+    def reset(self) -> EndpointError | None:
+        """Forget all that the driver set but the queues; return the error of an endpoint that refuses what it is told."""
         self.features = 0
         before = self.control
         self.control = replace(self._initial, mtu=before.mtu, net_status=before.net_status & VIRTIO_NET_S_LINK_UP)
-        self._tell_endpoint(before, self.control)
+        return self._told(lambda: self._tell_endpoint(before, self.control))
 
     def read_config(self, offset: int, length: int) -> bytes:
         control = self.control
@@ -91,15 +109,29 @@ class Registers:
             raise ConfigError(f"configuration space has {len(space)} bytes; {length} at offset {offset} are asked for")
         return space[offset : offset + length]
 
-    @property
-    def acceptable(self) -> bool:
-        """True if the features that the driver chose can be agreed on."""
-        return self._can_be(self.features)
+    def accept(self, features: int, status: int) -> None:
+        """Set the features that the driver chose; ConfigError if *status* has them agreed on."""
+        if status & _AGREED:
+            raise ConfigError("features can't change after FEATURES_OK: reset the device first")
+        self.features = features
+
+    def agree(self, status: int, before: int) -> tuple[int, EndpointError | None]:
+        """Return *status*, written over *before*, without bits that are not agreed on; and the endpoint's error.
+
+        With FEATURES_OK the endpoint learns which offloads the driver's features let it send.
+        """
+        # A legacy driver goes to DRIVER_OK without FEATURES_OK; nothing runs with features that were not agreed on.
+        if not status & _AGREED or before & _AGREED:
+            return status, None
+        if not self._can_be(self.features):
+            return status & ~_AGREED, None
+        error = self._told(self._take_offloads)
+        return (status & ~_AGREED if error else status), error
 
     def _can_be(self, features: int) -> bool:
         return not (features & ~self.offered or f.missing_dependency(features))
 
-    def told(self, tell: Callable[[], None]) -> EndpointError | None:
+    def _told(self, tell: Callable[[], None]) -> EndpointError | None:
         """Tell the endpoint something; return its error, logged and counted there: no register write fails for that."""
         try:
             tell()
@@ -109,16 +141,23 @@ class Registers:
             return e
         return None
 
-    def take_offloads(self) -> None:
-        """Have the endpoint send what the driver's features let it receive."""
+    def _take_offloads(self) -> None:
         offloads = f.guest_offload_mask(self.features)
         self.endpoint.set_offloads(offloads)
         self.control = replace(self.control, guest_offloads=offloads)
 
-    def check_control(self, control: Control, features: int) -> None:
-        """Raise ConfigError for what no driver that negotiated *features* could have set."""
+    @property
+    def negotiated_mtu(self) -> int | None:
+        """The MTU, if the driver accepted VIRTIO_NET_F_MTU."""
+        return self.control.mtu if self.features & f.VIRTIO_NET_F_MTU else None
+
+    def set_control(self, changes: dict[str, Any]) -> Control:
+        """Change fields of `control`, and return it. ConfigError or EndpointError, and no change, if that cannot be."""
+        control = replace(self.control, **changes)
         control.validate(self.queue_pairs)
-        self._check_offloads(control, features)
+        self._check_offloads(control, self.features)
+        self.take_control(control)
+        return control
 
     def _check_offloads(self, control: Control, features: int) -> None:
         extra = control.guest_offloads & ~f.guest_offload_mask(features)
@@ -145,6 +184,12 @@ class Registers:
                 self.endpoint.set_queue_active(pair, pair < control.curr_queue_pairs)
         if control.guest_offloads != before.guest_offloads:
             self.endpoint.set_offloads(control.guest_offloads)
+
+    def all_of(self, state: DeviceState) -> StateDelta:
+        """Return all of another device's *state* as a difference; ConfigError if it has another number of queues."""
+        if len(state.queues) != len(self.queues):
+            raise ConfigError(f"a state of {len(state.queues)} queues; the device has {len(self.queues)}")
+        return StateDelta.of(state)
 
     def after(self, delta: StateDelta) -> tuple[int, Control, list[Virtqueue]]:
         """Return features, control and queues as *delta* has them, and change nothing. ConfigError if they can't be.

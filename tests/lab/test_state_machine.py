@@ -308,7 +308,7 @@ class MovingGuest(RuleBasedStateMachine):
         if moving.cancelled or moving.target_cancelled or unlogged:
             assert (report.outcome, received.outcome) == ("source", "source"), report.error
             assert target.device.owner is Owner.NOBODY
-            assert target.device.owners.prepared is None
+            assert not target.device.vhost_prepared
             assert violations(target, final=False) == []
             self.tried()
             target.close()

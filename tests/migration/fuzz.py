@@ -97,7 +97,7 @@ class Bed:
         assert report.outcome == "source"
         assert report.error
         assert device.owner is Owner.NOBODY
-        assert device.owners.prepared is None
+        assert not device.vhost_prepared
         device.load_state(self._fresh)
         return report.error
 

@@ -150,7 +150,7 @@ def unbind_a_pair(machine: Machine) -> None:
 
 def leave_a_ring_bound(machine: Machine) -> None:
     machine.stop()
-    machine.device.userspace_rows[1, r.VQ_BOUND] = 1
+    machine.device.userspace.rows[1, r.VQ_BOUND] = 1
 
 
 def poll_without_queues(machine: Machine) -> None:

@@ -28,7 +28,7 @@ BEFORE_THE_COMMIT = [
 def assert_untouched(machine: Machine) -> None:
     notifiers = machine.notifiers
     assert machine.device.owner is Owner.NOBODY
-    assert machine.device.owners.prepared is None
+    assert not machine.device.vhost_prepared
     assert (notifiers.grabs, notifiers.host, notifiers.guest) == (0, 0, 0)
     assert violations(machine, final=False) == []
 

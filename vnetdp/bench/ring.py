@@ -91,7 +91,7 @@ class OneCore:
         """Let them take *rounds* turns; return (ns of the device, frames that it moved). Checks its counts."""
         before = sum(queue["packets"] for queue in self.device.counters())
         ns, frames = alternate(
-            self.device.stepped.rings,
+            self.device.userspace.stepped.rings,
             self.endpoint.wire,
             self.driver.rings,
             self.guest.wire,

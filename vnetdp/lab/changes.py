@@ -134,7 +134,7 @@ def _frames(machine: Machine, _n: int) -> None:
 def _log_elsewhere(machine: Machine, _n: int) -> None:
     """Have vhost log its used rings under an address that is not theirs (log_guest_addr)."""
     for n, queue in enumerate(machine.device.queues):
-        backend = (machine.device.owners.backends or ())[pair_of(n)]
+        backend = (machine.device.vhost or ())[pair_of(n)]
         backend.set_vring_addr(vring_of(n), queue.desc, queue.avail, queue.used, queue.desc)
 
 
@@ -261,7 +261,7 @@ def leaving(machine: Machine, what: str) -> Iterator[None]:
         yield
         return
     rows = machine.guest.rows
-    with vhost_net.standing_still(machine.device.owners.backends or ()):
+    with machine.device.paused():
         _more(machine, rows)
         if what == "kick":
             machine.allow(False)

@@ -32,7 +32,7 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
             if (queue.last_avail_idx - used) & 0xFFFF > queue.num:
                 found.append(f"I2: queue {n} goes on at {queue.last_avail_idx}, and used.idx is {used}")
     bound = {
-        Owner.USERSPACE: device.userspace_rows[:, r.VQ_BOUND] != 0,
+        Owner.USERSPACE: device.userspace.rows[:, r.VQ_BOUND] != 0,
         Owner.VHOST: machine.worker.datapath.vqs[:, r.VQ_BOUND] != 0 if machine.worker else None,
     }
     for who, rows in bound.items():
@@ -57,7 +57,7 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
             f"and goes on for {len(endpoint.polled_by)} queues"
         )
     notifiers = machine.notifiers
-    expected = owner is Owner.VHOST or (device.owners.prepared is not None and not device.running)
+    expected = owner is Owner.VHOST or (device.vhost_prepared and not device.running)
     if not notifiers.balanced or notifiers.with_vhost != expected:
         counts = (notifiers.grabs, notifiers.host, notifiers.guest)
         found.append(f"I7: notifiers (grabs, host, guest) {counts} while {owner.value} has the rings")

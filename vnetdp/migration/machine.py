@@ -19,7 +19,6 @@ from pathlib import Path
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
-from .. import vhost_net
 from ..announce import Announcer
 from ..backends.base import Backend
 from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
@@ -305,8 +304,7 @@ class Machine(Owned):
         Whoever makes them stands still meanwhile: a frame that was begun under the limit before would be made, and
         counted, after all were seen to have arrived.
         """
-        standing_still = vhost_net.standing_still(self.device.owners.backends or ())
-        with standing_still, self.driver.paused() if self.driver is not None else nullcontext():
+        with self.device.paused(), self.driver.paused() if self.driver is not None else nullcontext():
             for end, limit in ((self.wire, self.config.to_guest), (self.guest, self.config.to_wire)):
                 if isinstance(end, GenerateEndpoint):
                     end.rows[:, r.EP_LIMIT] = limit if traffic else end.rows[:, r.EP_SEQ]

@@ -30,24 +30,20 @@ class SeedTarget(Target):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vhost_started = False
+        self._vhost = self.device.vhost or ()
         self._failed = False  # so that the start at the end is a retry
         self._poll_off: set[int] = set()  # pairs that nobody receives for any more (D1, D2)
         self._kicks_swallowed: set[int] = set()  # queues
         self.handlers["virtio-delta"] = self._load_indices
         self.handlers["virtio-net-vhost"] = self._quickstart
 
-    @property
-    def _vhost(self) -> Any:
-        return self.device.owners.vhost
-
     def prepare_early(self) -> None:
         """virtio_net_vhost_early_start: no look at DRIVER_OK or the link (E8), none at a start before this one (B13)."""
-        owners = self.device.owners
-        if owners.vhost is None:
+        if not self._vhost:
             return
-        if owners.prepared is not None:
-            owners.notifiers.assign()  # a second time: nobody will give these back
-        self.vhost_started = owners.prepare(self.device.rings())
+        if self.device.vhost_prepared:
+            self.device.notifiers.assign()  # a second time: nobody will give these back
+        self.vhost_started = self.device.prepare_vhost(unready=True)
         self._failed = not self.vhost_started
 
     def _load_indices(self, section: Section) -> None:
@@ -59,7 +55,7 @@ class SeedTarget(Target):
         if self.vhost_started:
             with self.report.spans.span("unwind"):
                 vhost_net.stop(self._vhost, self.device.rings())
-                self.device.owners.abandon()
+                self.device.abandon_vhost()
             self.vhost_started = False
         with self.report.spans.span("load_full"):
             self.device.load_state(decode_full(section.payload))
@@ -71,18 +67,18 @@ class SeedTarget(Target):
         if not self.vhost_started:
             return
         self.check_guest()
-        spans, owners = self.report.spans, self.device.owners
+        spans, device = self.report.spans, self.device
         try:
             with vhost_net.standing_still(self._vhost):
                 with spans.span("set_bases"):
                     self._set_all_vring_bases()
                 with spans.span("bind_backends"):
                     self._start_all_backends()
-            owners.take_as_bound()
+            device.assume_bound()
         except BackendError as e:
             _log.warning("unable to start vhost net: %s: falling back on userspace virtio", e)
             with spans.span("unwind"):
-                owners.abandon()  # its handlers run while vhost_started is still set, and leave the kicks alone (D6)
+                device.abandon_vhost()  # its handlers run while vhost_started is still set, and leave the kicks alone (D6)
                 kicks = enumerate(self.device.kicks)
                 self._kicks_swallowed = {n for n, kick in kicks if kick.clear() or self._is_kicked(n)}
             self.vhost_started = False
@@ -135,15 +131,15 @@ class SeedTarget(Target):
 
     def resume(self) -> None:
         """virtio_net_set_status at vm_start: nothing to do if vhost counts as started, bound or not (E4); else a start."""
-        device, owners = self.device, self.device.owners
+        device = self.device
         if self.vhost_started:
-            owners.take_as_bound()
+            device.assume_bound()
             device.set_running(True)
             self.start_guest()
             return
         self._at(STARTING)
-        name = "retry" if self._failed else "set_running" if owners.vhost is None else "start_vhost"
-        with self.report.spans.span(name), vhost_net.standing_still(owners.userspace):
+        name = "retry" if self._failed else "start_vhost" if self._vhost else "set_running"
+        with self.report.spans.span(name), vhost_net.standing_still(device.userspace.backends):
             device.set_running(True)
             if device.owner is Owner.USERSPACE:
                 self._leave_what_is_lost()
@@ -152,7 +148,7 @@ class SeedTarget(Target):
     def _leave_what_is_lost(self) -> None:
         """Take from userspace what it would not get: the receiveqs without polling, and transmitqs nobody kicked."""
         late = []
-        for pair, backend in enumerate(self.device.owners.userspace):
+        for pair, backend in enumerate(self.device.userspace.backends):
             if pair in self._poll_off:
                 backend.set_backend(0, None)
             if transmitq(pair) in self._kicks_swallowed:
@@ -189,7 +185,7 @@ class LateKicks:
                     return
                 poll.unregister(fd)
                 if self._device.owner is Owner.USERSPACE:
-                    self._device.owners.userspace[by_fd.pop(fd)].set_backend(TRANSMITQ, self._device.endpoint)
+                    self._device.userspace.backends[by_fd.pop(fd)].set_backend(TRANSMITQ, self._device.endpoint)
 
     def close(self) -> None:
         self._end.signal()

@@ -191,7 +191,7 @@ class Target:
             self.device.load_state(decode_early(section.payload))
             self._rings = self._ring_rows()
         self._at("early")
-        if self.device.owners.vhost is not None:
+        if self.device.vhost is not None:
             with self.report.spans.span("early_vhost_start"):
                 self.prepare_early()
         self._at("prepared")
@@ -219,7 +219,7 @@ class Target:
                     self._rings[n, -1] = base
             self.check_indices(self._rings)
         with self.report.spans.span("configure"):
-            known = self.device.owners.prepared is not None
+            known = self.device.vhost_prepared
             if (known and delta.concerns_vhost) or not self.device.ready:
                 self.device.prepare_vhost()
 
@@ -270,18 +270,18 @@ class Target:
     def resume(self) -> None:
         """Bind and run. If binding fails, vhost is started anew, once; if that fails too, userspace has the rings."""
         device, spans = self.device, self.report.spans
-        prepared = device.owners.prepared is not None
+        prepared = device.vhost_prepared
         bound = False
         if prepared:
             with spans.span("bind_backends"):
                 bound = device.bind_prepared()
-            if device.owners.unwound_ns is not None:
-                spans.spans.append(("unwind", *device.owners.unwound_ns))
+            if device.unwound_ns is not None:
+                spans.spans.append(("unwind", *device.unwound_ns))
         self._at(STARTING)
-        if device.owners.fallbacks and not bound:
+        if device.fallbacks and not bound:
             name = "retry"
         else:
-            name = "start_vhost" if self._policy == "none" and device.owners.vhost is not None else "set_running"
+            name = "start_vhost" if self._policy == "none" and device.vhost is not None else "set_running"
         with spans.span(name):
             device.set_running(True)
         self.start_guest()
