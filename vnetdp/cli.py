@@ -271,7 +271,8 @@ def _bench(command: _Command) -> None:
 
 def _migrate(command: _Command) -> None:
     from .backends.names import FAULT_POINTS
-    from .migration.names import CHANGES, POLICIES, TRAFFIC
+    from .lab.names import CHANGES
+    from .migration.names import POLICIES, TRAFFIC
 
     migrate = command(
         "migrate", migration_commands.migrate, "Migrate a machine under traffic from one process to another."
