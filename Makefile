@@ -46,7 +46,7 @@ check: $(STAMP)
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-cache
-	$(RUN) -m tests.shape
+	$(RUN) -m tests.project.shape
 
 # One question a file in bench/; then the comparisons with peers.
 bench: $(STAMP)
@@ -56,7 +56,7 @@ bench: $(STAMP)
 
 # The API reference, from the docstrings of the public names: docs/reference/vnetdp.html. A warning is an error.
 docs: $(STAMP)
-	$(RUN) -W error -m tests.reference docs/reference
+	$(RUN) -W error -m tests.project.reference docs/reference
 
 # The kernels as plain Python: the other half of every function that has two bodies.
 test-nojit: $(STAMP)
@@ -71,7 +71,7 @@ test-boundscheck: $(STAMP)
 OLDEST_TESTS ?= tests/endpoints tests/kernels/wire/test_reflect.py tests/kernels/wire/test_hostile_capture.py
 test-oldest: $(STAMP)
 	@set -eu; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
-	$(RUN) -m tests.oldest | tee "$$dir/oldest" | paste -sd ' ' >&2; \
+	$(RUN) -m tests.project.oldest | tee "$$dir/oldest" | paste -sd ' ' >&2; \
 	$(RUN) -m venv "$$dir/venv"; \
 	"$$dir/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$$dir/oldest" --editable '.[test]'; \
 	export NUMBA_CACHE_DIR="$$dir/cache"; \
@@ -88,7 +88,7 @@ coverage: $(STAMP)
 	$(RUN) -m coverage report --include='vnetdp/*' --omit='vnetdp/bench/*' --fail-under=90
 
 # What is published, in an environment of its own, away from the checkout: does the wheel hold all that it needs?
-WHEEL_TESTS ?= tests/kernels tests/test_package.py tests/test_cli.py
+WHEEL_TESTS ?= tests/kernels tests/project/test_package.py tests/cli/test_cli.py
 wheel-test: $(STAMP)
 	@set -eu; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir "$$dir" .; \

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.scapy import ScapyEndpoint
+from vnetdp.guest.driver import Driver, memory_for
 
 FRAMES = [n.to_bytes(6, "big") * 2 + b"\x88\xb5" + bytes(50) for n in range(64)]
 WIRES: dict[str, Callable[[], Endpoint]] = {

@@ -6,8 +6,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from vnetdp.migration import snapshot
-from vnetdp.state import DeviceState, StateDelta
-from vnetdp.virtqueue import Virtqueue
+from vnetdp.virtio.queue import Virtqueue
+from vnetdp.virtio.state import DeviceState, StateDelta
 
 KINDS = {
     "early": (snapshot.encode_early, snapshot.decode_early),

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from tests.by_hand import Traffic
+from tests.support.by_hand import Traffic
 from vnetdp.backends.worker import Worker
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from vnetdp.device.device import NetDevice
+from vnetdp.guest.driver import Driver, memory_for
 
 CHANGES = 500
 BETWEEN = 100  # packets, at least, of each queue before each change

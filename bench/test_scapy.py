@@ -10,10 +10,10 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
-from tests.by_hand import wait_for
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from tests.support.by_hand import wait_for
+from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.scapy import ScapyEndpoint
+from vnetdp.guest.driver import Driver, memory_for
 
 PACKETS = 200
 _HEAD = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02") / IP(src="10.0.0.1", dst="10.0.0.2")

@@ -17,7 +17,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from vnetdp.bench.netns import ADDRESSES, NetnsPair, why_no_netns
-from vnetdp.link import DATAPATHS
+from vnetdp.programs.link import DATAPATHS
 
 TAP = "start0"
 MOST_MIB = 250

@@ -9,7 +9,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import zygote
+from tests.support import zygote
 from vnetdp.warmup import warm_up
 
 # Tests that are run by nohup, or in the background of a script, have these ignored, and so would all that they start.
@@ -32,7 +32,7 @@ def compiled() -> None:
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the processes that vnetdp starts here be forked."""
-    monkeypatch.setattr("vnetdp.child.start", zygote.start)
+    monkeypatch.setattr("vnetdp.system.child.start", zygote.start)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,17 +13,17 @@ TYPE_CHECKING = False  # as typing has it, which takes longer to import than all
 
 # Public name: the module that defines it, or the module itself. The order is that of docs/api.md and of the reference.
 _HOME = {
-    "NetDevice": "device",
-    "Owner": "owners",
-    "Driver": "driver",
+    "NetDevice": "device.device",
+    "Owner": "device.owners",
+    "Driver": "guest.driver",
     "warm_up": "warmup",
-    "memory_for": "driver",
-    "GuestMemory": "memory",
-    "Region": "memory",
-    "DirtyLog": "memory",
-    "SharedBlock": "memory",
-    "driver_block": "driver",
-    "EventFd": "notify",
+    "memory_for": "guest.driver",
+    "GuestMemory": "shared.memory",
+    "Region": "shared.memory",
+    "DirtyLog": "shared.memory",
+    "SharedBlock": "shared.memory",
+    "driver_block": "guest.driver",
+    "EventFd": "shared.notify",
     "Endpoint": "endpoints.base",
     "parse_endpoint": "endpoints.spec",
     "NullEndpoint": "endpoints.loopback",
@@ -43,21 +43,21 @@ _HOME = {
     "Worker": "backends.worker",
     "WorkerProcess": "backends.process",
     "Backend": "backends.base",
-    "Datapath": "datapath",
+    "Datapath": "datapath.datapath",
     "UserspaceBackend": "backends.userspace",
     "Fault": "backends.faulty",
     "Faults": "backends.faulty",
     "FaultyBackend": "backends.faulty",
-    "VhostUserFrontEnd": "backends.vhost_user",
-    "NetConfig": "backends.vhost_user",
-    "Watch": "watch",
-    "Server": "server",
+    "VhostUserFrontEnd": "vhost_user.front_end.front_end",
+    "NetConfig": "vhost_user.front_end.front_end",
+    "Watch": "vhost_user.front_end.watch",
+    "Server": "vhost_user.back_end.server",
     "ProtocolFeature": "vhost_user.message",
-    "features": "features",
-    "Virtqueue": "virtqueue",
-    "Control": "state",
-    "DeviceState": "state",
-    "StateDelta": "state",
+    "features": "virtio.features",
+    "Virtqueue": "virtio.queue",
+    "Control": "virtio.state",
+    "DeviceState": "virtio.state",
+    "StateDelta": "virtio.state",
     "VnetdpError": "errors",
     "ConfigError": "errors",
     "MachineError": "errors",
@@ -70,21 +70,16 @@ _HOME = {
 if TYPE_CHECKING:
     from typing import Any
 
-    from . import features as features
     from .backends.base import Backend as Backend
     from .backends.faulty import Fault as Fault
     from .backends.faulty import Faults as Faults
     from .backends.faulty import FaultyBackend as FaultyBackend
     from .backends.process import WorkerProcess as WorkerProcess
     from .backends.userspace import UserspaceBackend as UserspaceBackend
-    from .backends.vhost_user import NetConfig as NetConfig
-    from .backends.vhost_user import VhostUserFrontEnd as VhostUserFrontEnd
     from .backends.worker import Worker as Worker
-    from .datapath import Datapath as Datapath
-    from .device import NetDevice as NetDevice
-    from .driver import Driver as Driver
-    from .driver import driver_block as driver_block
-    from .driver import memory_for as memory_for
+    from .datapath.datapath import Datapath as Datapath
+    from .device.device import NetDevice as NetDevice
+    from .device.owners import Owner as Owner
     from .endpoints.base import Endpoint as Endpoint
     from .endpoints.fault import FaultEndpoint as FaultEndpoint
     from .endpoints.loopback import EchoEndpoint as EchoEndpoint
@@ -108,20 +103,25 @@ if TYPE_CHECKING:
     from .errors import MachineError as MachineError
     from .errors import UnbindError as UnbindError
     from .errors import VnetdpError as VnetdpError
-    from .memory import DirtyLog as DirtyLog
-    from .memory import GuestMemory as GuestMemory
-    from .memory import Region as Region
-    from .memory import SharedBlock as SharedBlock
-    from .notify import EventFd as EventFd
-    from .owners import Owner as Owner
-    from .server import Server as Server
-    from .state import Control as Control
-    from .state import DeviceState as DeviceState
-    from .state import StateDelta as StateDelta
+    from .guest.driver import Driver as Driver
+    from .guest.driver import driver_block as driver_block
+    from .guest.driver import memory_for as memory_for
+    from .shared.memory import DirtyLog as DirtyLog
+    from .shared.memory import GuestMemory as GuestMemory
+    from .shared.memory import Region as Region
+    from .shared.memory import SharedBlock as SharedBlock
+    from .shared.notify import EventFd as EventFd
+    from .vhost_user.back_end.server import Server as Server
+    from .vhost_user.front_end.front_end import NetConfig as NetConfig
+    from .vhost_user.front_end.front_end import VhostUserFrontEnd as VhostUserFrontEnd
+    from .vhost_user.front_end.watch import Watch as Watch
     from .vhost_user.message import ProtocolFeature as ProtocolFeature
-    from .virtqueue import Virtqueue as Virtqueue
+    from .virtio import features as features
+    from .virtio.queue import Virtqueue as Virtqueue
+    from .virtio.state import Control as Control
+    from .virtio.state import DeviceState as DeviceState
+    from .virtio.state import StateDelta as StateDelta
     from .warmup import warm_up as warm_up
-    from .watch import Watch as Watch
 else:  # not for type checkers: to them `__getattr__` would make every name a good one, and `__all__` is no list of strings
     __all__ = [*_HOME, "__version__"]
 
@@ -138,3 +138,18 @@ else:  # not for type checkers: to them `__getattr__` would make every name a go
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *_HOME})
+
+    class _Former:
+        """Asked by the import system for a module of ours that is not there: it may have moved."""
+
+        @staticmethod
+        def find_spec(name: str, *_: object) -> Any:
+            if not name.startswith(f"{__name__}."):
+                return None
+            from . import moved
+
+            return moved.find_spec(name)
+
+    import sys
+
+    sys.meta_path.append(_Former)

@@ -9,7 +9,7 @@ def main() -> int:
     """Run the command line; ^C ends the process without a word until a command handles signals (`signals.handled`)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from .cli import main as run
+    from .cli.parser import main as run
 
     return run()
 

@@ -19,11 +19,11 @@ from vnetdp_kernels.platform import cache, jit
 from vnetdp_kernels.virtq.bind import check_rings
 from vnetdp_kernels.virtq.memory import mark_dirty
 
-from . import limits
-from .datapath import NO_LOG
-from .device import NetDevice
-from .driver import Driver, memory_for
+from .datapath.datapath import NO_LOG
+from .device.device import NetDevice
 from .endpoints.loopback import NullEndpoint
+from .guest.driver import Driver, memory_for
+from .system import limits
 
 Say = Callable[[str], None]
 

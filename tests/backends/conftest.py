@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.backends.places import KINDS, Place, Spare
-from tests.by_hand import no_descriptor_leaks
+from tests.support.by_hand import no_descriptor_leaks
 
 
 @pytest.fixture(scope="package")

@@ -10,19 +10,19 @@ from typing import Protocol
 
 import pytest
 
-from tests.by_hand import Ring, wait_for
-from vnetdp import features as f
+from tests.support.by_hand import Ring, wait_for
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.backends.worker import Worker
-from vnetdp.datapath import Datapath
+from vnetdp.datapath.datapath import Datapath
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
-from vnetdp.memory import GuestMemory
-from vnetdp.notify import EventFd
-from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ
+from vnetdp.shared.memory import GuestMemory
+from vnetdp.shared.notify import EventFd
+from vnetdp.virtio import features as f
+from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import rows as r
 
 LOW_GPA = 1 << 30

@@ -7,11 +7,11 @@ import errno
 import pytest
 
 from tests.backends.places import FEATURES, LOW_GPA, REGION_LEN, Place, Spare, refused
-from tests.by_hand import frame
-from vnetdp import features as f
+from tests.support.by_hand import frame
 from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
-from vnetdp.notify import EventFd
-from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, VRINGS
+from vnetdp.shared.notify import EventFd
+from vnetdp.virtio import features as f
+from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, VRINGS
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 
 from tests.backends.places import FEATURES, HIGH_GPA, LOW_GPA, Place, Stepped, refused
-from tests.by_hand import NEXT, WRITE, Ring, frame
-from vnetdp import features as f
+from tests.support.by_hand import NEXT, WRITE, Ring, frame
 from vnetdp.backends.base import Backend
-from vnetdp.memory import DirtyLog, GuestMemory, Region, page_of
-from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, VRINGS
+from vnetdp.shared.memory import DirtyLog, GuestMemory, Region, page_of
+from vnetdp.virtio import features as f
+from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, VRINGS
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 

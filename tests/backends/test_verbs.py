@@ -24,12 +24,12 @@ from vnetdp.backends.verbs import (
     SetVringNum,
     Verb,
 )
-from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.backends.vhost_user_pair import VhostUserBackend
-from vnetdp.datapath import Datapath
+from vnetdp.datapath.datapath import Datapath
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import BackendError
-from vnetdp.virtqueue import RECEIVEQ, TRANSMITQ, VRINGS
+from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
+from vnetdp.vhost_user.front_end.pair import VhostUserBackend
+from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, VRINGS
 
 KINDS: list[type[Verb]] = [
     kind

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from tests.by_hand import wait_for
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from tests.support.by_hand import wait_for
+from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.base import Endpoint
+from vnetdp.guest.driver import Driver, memory_for
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import frame, wait_for
 from tests.endpoints.joined import guest_of, receive_all, send_all
+from tests.support.by_hand import frame, wait_for
 from vnetdp.endpoints.base import PYTHON_SLOTS
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint

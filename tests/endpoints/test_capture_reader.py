@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import frame, no_descriptor_leaks
-from tests.capture_cases import CASES, COOKED, MORE_CASES, A, B, C
-from tests.captures import (
+from tests.support.by_hand import frame, no_descriptor_leaks
+from tests.support.capture_cases import CASES, COOKED, MORE_CASES, A, B, C
+from tests.support.captures import (
     PACKED,
     block,
     enhanced,

@@ -14,11 +14,10 @@ from scapy.layers.inet import ICMP, IP
 from scapy.layers.l2 import ARP, Ether
 from scapy.utils import wrpcap
 
-from tests.by_hand import no_descriptor_leaks, scaled, wait_for
 from tests.endpoints.joined import guest_of, receive_all, send_all
+from tests.support.by_hand import no_descriptor_leaks, scaled, wait_for
 from vnetdp.bench.netns import NetnsPair
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint, ReflectEndpoint
@@ -26,6 +25,7 @@ from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.endpoints.tap import TapEndpoint
 from vnetdp.errors import EndpointError
+from vnetdp.guest.driver import Driver, memory_for
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 

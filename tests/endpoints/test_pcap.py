@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import frame, no_descriptor_leaks, wait_for
-from tests.captures import PACKED, pcap, pcapng, taken, tshark, written
 from tests.endpoints.joined import guest_of, receive_all, send_all
+from tests.support.by_hand import frame, no_descriptor_leaks, wait_for
+from tests.support.captures import PACKED, pcap, pcapng, taken, tshark, written
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.errors import EndpointError
 from vnetdp_kernels import rows as r

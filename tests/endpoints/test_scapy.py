@@ -17,13 +17,13 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 from scapy.sendrecv import AsyncSniffer, sendp, sniff
 
-from tests.by_hand import PATIENCE, frame, many_descriptors, no_descriptor_leaks, wait_for
 from tests.endpoints.joined import guest_of, receive_all, send_all
-from vnetdp.driver import Driver
+from tests.support.by_hand import PATIENCE, frame, many_descriptors, no_descriptor_leaks, wait_for
 from vnetdp.endpoints import scapy as endpoint_module
 from vnetdp.endpoints.loopback import NullEndpoint, ReflectEndpoint
 from vnetdp.endpoints.scapy import ScapyEndpoint, SocketEndpoint, VnetdpSocket
 from vnetdp.errors import ConfigError, EndpointError
+from vnetdp.guest.driver import Driver
 
 MAC = "02:00:00:00:00:01"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import frame, no_descriptor_leaks
-from tests.captures import pcap
+from tests.support.by_hand import frame, no_descriptor_leaks
+from tests.support.captures import pcap
 from vnetdp.endpoints.base import Endpoint
-from vnetdp.endpoints.fault import FaultEndpoint, Faults
+from vnetdp.endpoints.fault import FaultEndpoint, FrameFaults
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint, ReflectEndpoint
 from vnetdp.endpoints.scapy import ScapyEndpoint
 from vnetdp.endpoints.spec import endpoint_opener, parse_endpoint
@@ -54,9 +54,9 @@ def test_numbers_take_suffixes(text: str, size: int, interval_ns: int, limit: in
 def test_fault_wraps_any_other() -> None:
     with parse_endpoint("fault:drop=0.1,delay_ms=5,seed=9:fault:eio=1:generate:size=99", 2) as outer:
         assert isinstance(outer, FaultEndpoint)
-        assert outer.faults == Faults(drop=0.1, delay_ms=5, seed=9)
+        assert outer.faults == FrameFaults(drop=0.1, delay_ms=5, seed=9)
         assert isinstance(outer.inner, FaultEndpoint)
-        assert outer.inner.faults == Faults(eio=1)
+        assert outer.inner.faults == FrameFaults(eio=1)
         assert isinstance(outer.inner.inner, GenerateEndpoint)
         assert outer.queues == outer.inner.inner.queues == 2
         assert outer.name == "fault:fault:generate"

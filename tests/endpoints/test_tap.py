@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import pytun
 
-from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.endpoints.joined import guest_of
 from tests.kernels.net.test_hostile_net import put
 from tests.kernels.rig import Rig, pattern
+from tests.support.by_hand import no_descriptor_leaks, wait_for
 from vnetdp.bench.netns import NetnsPair
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.netns import run_in

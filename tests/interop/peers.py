@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from vnetdp.drive import drive
 from vnetdp.endpoints.base import Endpoint
-from vnetdp.features import parse
+from vnetdp.programs.drive import drive
+from vnetdp.virtio.features import parse
 
 ALL: Final = (1 << 64) - 1
 # Lengths around everything that cuts frames: buffers of 2048 bytes with and without headers, cache lines, MTUs.

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import wait_for
-from tests.test_docs import README, ROOT, blocks, only
+from tests.project.test_docs import README, ROOT, blocks, only
+from tests.support.by_hand import wait_for
 
 from .guests import images
 from .guests.machine import REPOSITORY, end, why_no_guest

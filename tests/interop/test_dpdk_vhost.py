@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from tests.interop.peers import SIZES, Command, driven, exchanged, read_pcap, write_pcap
-from vnetdp import features as f
 from vnetdp.bench.dpdk import Dpdk, cpu_list
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
+from vnetdp.virtio import features as f
 
 pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("dpdk")]
 

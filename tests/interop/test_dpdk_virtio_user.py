@@ -19,8 +19,8 @@ import pytest
 
 from tests.interop.conftest import Serve
 from tests.interop.peers import SIZES, exchanged, read_pcap, write_pcap
-from vnetdp import features as f
 from vnetdp.bench.dpdk import Dpdk, cpu_list
+from vnetdp.virtio import features as f
 
 pytestmark = pytest.mark.interop
 

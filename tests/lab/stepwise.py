@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import PATIENCE, wait_for
-from vnetdp import vhost_net
+from tests.support.by_hand import PATIENCE, wait_for
 from vnetdp.backends.faulty import Fault, Faults
+from vnetdp.device import vhost_net
+from vnetdp.device.owners import Owner
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.errors import BackendError
 from vnetdp.lab.host import enter_phase
 from vnetdp.lab.invariants import violations
-from vnetdp.memory import Words
 from vnetdp.migration.channel import Channel
 from vnetdp.migration.machine import Machine, MachineConfig
 from vnetdp.migration.report import Report
 from vnetdp.migration.source import Cancelled, Source
 from vnetdp.migration.stream import Section, SectionType
 from vnetdp.migration.target import Target
-from vnetdp.owners import Owner
-from vnetdp.state import DeviceState
+from vnetdp.shared.memory import Words
+from vnetdp.virtio.state import DeviceState
 from vnetdp_kernels import rows as r
 
 END = "end"

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.by_hand import scaled, wait_for
+from tests.support.by_hand import scaled, wait_for
 from vnetdp.backends.worker import Worker
 from vnetdp.lab.changes import CHANGES
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.shell import Shell
-from tests.test_cli import shell
+from tests.cli.test_cli import shell
+from tests.support.shell import Shell
 from vnetdp.backends.names import FAULT_POINTS
 from vnetdp.lab.matrix import cases
 

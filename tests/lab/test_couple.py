@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.by_hand import no_descriptor_leaks, wait_for
+from tests.support.by_hand import no_descriptor_leaks, wait_for
 from vnetdp.errors import VnetdpError
 from vnetdp.lab.changes import CHANGES
 from vnetdp.lab.couple import Couple, Result, _answer, _errors, blackout_us
 from vnetdp.lab.host import HostProcess, Orders
 from vnetdp.lab.invariants import differences
-from vnetdp.memory import Words
 from vnetdp.migration.machine import MachineConfig
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
+from vnetdp.shared.memory import Words
 from vnetdp_kernels import rows as r
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
+from tests.support.by_hand import PATIENCE, no_descriptor_leaks, wait_for
 from vnetdp.lab.couple import Couple, socket_pair
 from vnetdp.lab.host import Orders
 from vnetdp.migration.machine import MachineConfig

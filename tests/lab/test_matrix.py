@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from scapy.utils import rdpcap
 
-from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.migration.rig import migrate
-from vnetdp.announce import ROUNDS_S, rarp
+from tests.support.by_hand import no_descriptor_leaks, wait_for
+from vnetdp.endpoints.announce import ROUNDS_S, rarp
 from vnetdp.lab.host import Host, Orders
 from vnetdp.lab.matrix import DEFECTS, RATE, Case, Matrix, Row, can_run, cases, chosen, run_all
 from vnetdp.lab.taps import why_no_taps
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
-from vnetdp.notify import EventFd
+from vnetdp.shared.notify import EventFd
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 EVERY = 25

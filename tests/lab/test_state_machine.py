@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.by_hand import scaled, wait_for
 from tests.lab.stepwise import END, RANK, FaultyMachine, Migration, assert_exact, assert_nothing_wrong
+from tests.support.by_hand import scaled, wait_for
 from vnetdp.backends.faulty import Fault
 from vnetdp.backends.names import FAULT_POINTS
+from vnetdp.device.owners import Owner
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.lab.changes import CHANGES, EVENTS
 from vnetdp.lab.invariants import resources, violations
@@ -30,7 +31,6 @@ from vnetdp.migration.machine import MachineConfig, make_wire
 from vnetdp.migration.snapshot import decode_early, delta_between, encode_early
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
-from vnetdp.owners import Owner
 from vnetdp.warmup import warm_up
 from vnetdp_kernels import rows as r
 

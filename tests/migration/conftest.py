@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks
 from tests.migration.rig import SMALL
+from tests.support.by_hand import no_descriptor_leaks
 from vnetdp.migration.machine import Machine, make_wire
 
 

@@ -16,16 +16,16 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from tests.by_hand import PATIENCE
 from tests.migration.rig import SMALL, Tape, migrate, record, section_bytes
+from tests.support.by_hand import PATIENCE
+from vnetdp.device.owners import Owner
 from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import COMMIT, POLICIES, VHOST
 from vnetdp.migration.machine import Machine, make_wire
 from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.stream import MAX_PAYLOAD
 from vnetdp.migration.target import Target
-from vnetdp.owners import Owner
-from vnetdp.virtqueue import ring_len
+from vnetdp.virtio.queue import ring_len
 from vnetdp_kernels import spec
 
 CUT_OFF = "the stream is cut off"  # what a stream without a fault ends with: nobody commits

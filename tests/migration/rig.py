@@ -8,7 +8,8 @@ import threading
 import zlib
 from collections.abc import Callable
 
-from tests.by_hand import wait_for
+from tests.support.by_hand import wait_for
+from vnetdp.device.owners import Owner
 from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import Channel
 from vnetdp.migration.machine import Machine, MachineConfig
@@ -17,7 +18,6 @@ from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.source import Source
 from vnetdp.migration.stream import MAX_PAYLOAD, SectionType, StreamError, encode, from_bytes
 from vnetdp.migration.target import Target
-from vnetdp.owners import Owner
 from vnetdp_kernels import rows as r
 
 MAGIC = 0x4D56

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.by_hand import frame
 from tests.migration.rig import SMALL
-from vnetdp import features as f
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from tests.support.by_hand import frame
+from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import ConfigError
+from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.migration.machine import Machine
+from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 

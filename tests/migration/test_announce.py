@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.by_hand import PATIENCE, wait_for
 from tests.migration.rig import failing, move
-from vnetdp import announce
-from vnetdp.announce import ROUNDS_S, rarp
+from tests.support.by_hand import PATIENCE, wait_for
+from vnetdp.endpoints import announce
+from vnetdp.endpoints.announce import ROUNDS_S, rarp
 from vnetdp.migration.channel import COMMIT, Channel
 from vnetdp.migration.machine import Machine
 from vnetdp.migration.source import Cancelled, Source

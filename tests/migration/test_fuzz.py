@@ -24,15 +24,15 @@ from contextlib import suppress
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks
 from tests.migration.fuzz import CUT_OFF, RUNS, Bed, fuzzed, scribbled
 from tests.migration.rig import Tape, section_bytes, wire_bytes
+from tests.support.by_hand import no_descriptor_leaks
 from vnetdp.errors import VnetdpError
 from vnetdp.lab.invariants import resources
 from vnetdp.migration.channel import COMMIT, POLICIES
 from vnetdp.migration.stream import MAX_PAYLOAD
 from vnetdp.migration.target import Target
-from vnetdp.notify import readable
+from vnetdp.system.poll import readable
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 INPUTS = 200_000 if CAMPAIGN else 1_200

@@ -11,21 +11,21 @@ from dataclasses import replace
 
 import pytest
 
-from tests.by_hand import wait_for
 from tests.migration.rig import Tape
+from tests.support.by_hand import wait_for
 from vnetdp.backends.faulty import Fault
+from vnetdp.device.owners import Owner
 from vnetdp.errors import BackendError, EndpointError
 from vnetdp.lab.changes import LEFT, leaving
 from vnetdp.lab.host import HostProcess
 from vnetdp.lab.invariants import differences, violations
-from vnetdp.memory import DirtyLog, Words
 from vnetdp.migration import machine as machine_module
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.migration.ram import RamSource
 from vnetdp.migration.snapshot import FIELDS
 from vnetdp.migration.source import MAX_EARLY, MAX_ROUNDS, Source
-from vnetdp.owners import Owner
-from vnetdp.state import Control
+from vnetdp.shared.memory import DirtyLog, Words
+from vnetdp.virtio.state import Control
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 

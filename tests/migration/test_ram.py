@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.by_hand import scaled
+from tests.support.by_hand import scaled
 from vnetdp.errors import ConfigError
-from vnetdp.memory import DirtyLog, GuestMemory, Words
 from vnetdp.migration.ram import CHUNK_PAGES, RamSource, RamTarget, pages_of
 from vnetdp.migration.stream import MAX_PAYLOAD, StreamError
+from vnetdp.shared.memory import DirtyLog, GuestMemory, Words
 from vnetdp_kernels import spec
 
 PAGES = 512

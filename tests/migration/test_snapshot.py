@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vnetdp.device import NetDevice
+from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import VnetdpError
-from vnetdp.memory import GuestMemory
 from vnetdp.migration.snapshot import (
     FIELDS,
     QEMU_SLOTS,
@@ -27,8 +26,9 @@ from vnetdp.migration.snapshot import (
     value_of,
 )
 from vnetdp.migration.stream import StreamError
-from vnetdp.state import Control, DeviceState, StateDelta
-from vnetdp.virtqueue import Virtqueue
+from vnetdp.shared.memory import GuestMemory
+from vnetdp.virtio.queue import Virtqueue
+from vnetdp.virtio.state import Control, DeviceState, StateDelta
 
 REGISTERS = ("status", "features")
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import many_descriptors
 from tests.migration.rig import assert_runs, failing, move, wire_bytes
+from tests.support.by_hand import many_descriptors
+from vnetdp.device.owners import Owner
 from vnetdp.errors import VnetdpError
 from vnetdp.lab.couple import _answer
 from vnetdp.migration import channel
@@ -21,7 +22,6 @@ from vnetdp.migration.channel import END, FAILED, POLICIES, Channel
 from vnetdp.migration.machine import Machine
 from vnetdp.migration.report import Report
 from vnetdp.migration.source import Source
-from vnetdp.owners import Owner
 
 BEFORE_THE_COMMIT = Source.POINTS[: Source.POINTS.index("committed")]
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.by_hand import no_descriptor_leaks, wait_for
 from tests.migration.rig import SMALL, Meddle, Tape, migrate, record, section_bytes, wire_bytes
+from tests.support.by_hand import no_descriptor_leaks, wait_for
+from vnetdp.device.owners import Owner
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import CHECK, COMMIT, DELTA, DEVICE, EARLY, END, INDICES, POLICIES, RAM, SETUP, VHOST
@@ -17,7 +18,6 @@ from vnetdp.migration.machine import Machine, make_wire
 from vnetdp.migration.seed import SeedTarget
 from vnetdp.migration.stream import Cursor, Phase, Section, SectionType, StreamError, decode, from_bytes
 from vnetdp.migration.target import Target
-from vnetdp.owners import Owner
 
 ALL = {name: section for sections in POLICIES.values() for name, section in sections.items()}
 HEADER = 12

@@ -7,13 +7,13 @@ import struct
 import pytest
 
 from tests.migration.rig import SMALL, Tape, assert_runs, failing, move, record, section_bytes
+from vnetdp.device.owners import Owner
 from vnetdp.lab.invariants import violations
 from vnetdp.migration.channel import COMMIT, EARLY, FAILED, POLICIES
 from vnetdp.migration.machine import Machine
 from vnetdp.migration.source import MAX_EARLY
 from vnetdp.migration.target import Target
-from vnetdp.owners import Owner
-from vnetdp.virtqueue import ring_len
+from vnetdp.virtio.queue import ring_len
 from vnetdp_kernels import rows as r
 
 Machines = tuple[Machine, Machine]

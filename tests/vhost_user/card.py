@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks, scaled, wait_for
-from tests.vhost_user.rig import InThread, stand_still
-from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from tests.support.by_hand import PATIENCE, no_descriptor_leaks, scaled, wait_for
+from tests.support.vhost_user import InThread, stand_still
+from vnetdp.device.device import NetDevice
+from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
-from vnetdp.memory import GuestMemory
-from vnetdp.owners import Owner
-from vnetdp.vhost_user import conversation
+from vnetdp.guest.driver import Driver, memory_for
+from vnetdp.shared.memory import GuestMemory
+from vnetdp.vhost_user.front_end import conversation
+from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
 from vnetdp_kernels import rows as r
 
 NUM = 256

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks
-from tests.vhost_user.rig import BackEnd, InProcess, InThread, ping
+from tests.support.by_hand import no_descriptor_leaks
+from tests.support.vhost_user import BackEnd, InProcess, InThread, ping
 
 
 class _Revived:

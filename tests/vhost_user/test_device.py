@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
-from tests.test_drive_serve import served
-from tests.vhost_user.rig import FEATURES, UNTOLD, BackEnd, ByHand, Guest, InThread, state, u64
-from vnetdp import features as f
+from tests.programs.test_drive_serve import served
+from tests.support.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.vhost_user import FEATURES, UNTOLD, BackEnd, ByHand, Guest, InThread, state, u64
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.vhost_user.message import ProtocolFeature, Request
+from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
-from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.drive import drive
+from tests.support.by_hand import PATIENCE, no_descriptor_leaks, wait_for
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.errors import ConfigError
-from vnetdp.notify import EventFd
-from vnetdp.server import Server
+from vnetdp.programs.drive import drive
+from vnetdp.shared.notify import EventFd
+from vnetdp.vhost_user.back_end.server import Server
 from vnetdp.vhost_user.dial import NobodyYetError, dial, why_not_there
+from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import (
+from tests.programs.test_drive_serve import served
+from tests.support.by_hand import (
     CAMPAIGN,
     NEEDS_RESET,
     PATIENCE,
@@ -27,24 +28,23 @@ from tests.by_hand import (
     wait_equal,
     wait_for,
 )
-from tests.test_drive_serve import served
+from tests.support.vhost_user import PAIRS, VERSION_1, serve
 from tests.vhost_user.card import NUM, Card, attached, hang, in_thread
-from tests.vhost_user.rig import PAIRS, VERSION_1, serve
 from tests.vhost_user.test_recovery import supervised
-from vnetdp import drive as drive_module
-from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.device import NetDevice
-from vnetdp.drive import drive
-from vnetdp.driver import Driver
+from vnetdp.device.device import NetDevice
+from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
 from vnetdp.errors import ConfigError, RequestRefused, UnbindError
-from vnetdp.inflight import InflightArea
-from vnetdp.memory import GuestMemory
-from vnetdp.owners import Owner
-from vnetdp.session import Session
+from vnetdp.guest.driver import Driver
+from vnetdp.programs import drive as drive_module
+from vnetdp.programs.drive import drive
+from vnetdp.shared.memory import GuestMemory
+from vnetdp.vhost_user.back_end.session import Session
+from vnetdp.vhost_user.back_end.vrings import Vrings
+from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
+from vnetdp.vhost_user.front_end.watch import Watch
+from vnetdp.vhost_user.inflight import InflightArea
 from vnetdp.vhost_user.message import MemoryTable, VringAddr, VringState
-from vnetdp.vrings import Vrings
-from vnetdp.watch import Watch
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import NEEDS_RESET, READY, Ring, bring_up, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.by_hand import NEEDS_RESET, READY, Ring, bring_up, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.vhost_user import MOVABLE, NEED_REPLY, NO_FD, PAIRS, UNTOLD, VERSION_1
 from tests.vhost_user.card import NUM, Card, attached, in_thread
-from tests.vhost_user.rig import MOVABLE, NEED_REPLY, NO_FD, PAIRS, UNTOLD, VERSION_1
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from vnetdp.device.device import NetDevice
+from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import BackendError, RemoteProtocolError
-from vnetdp.memory import GuestMemory, Region
-from vnetdp.owners import Owner
-from vnetdp.session import Session
-from vnetdp.vhost_user.backend_requests import BackendRequests
+from vnetdp.guest.driver import Driver, memory_for
+from vnetdp.shared.memory import GuestMemory, Region
+from vnetdp.vhost_user.back_end.session import Session
 from vnetdp.vhost_user.connection import Message
+from vnetdp.vhost_user.front_end.backend_requests import BackendRequests
+from vnetdp.vhost_user.front_end.watch import Watch
 from vnetdp.vhost_user.message import (
     U64,
     VERSION,
@@ -36,7 +37,6 @@ from vnetdp.vhost_user.message import (
     Request,
     VringState,
 )
-from vnetdp.watch import Watch
 from vnetdp_kernels import spec
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks, wait_for
-from tests.vhost_user.rig import (
+from tests.support.by_hand import no_descriptor_leaks, wait_for
+from tests.support.vhost_user import (
     MOVABLE,
     SPOKEN,
     UNTOLD,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import wait_for
-from tests.vhost_user.rig import (
+from tests.support.by_hand import wait_for
+from tests.support.vhost_user import (
     FEATURES,
     GPA,
     LOG_ALL,

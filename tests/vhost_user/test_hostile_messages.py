@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks
-from tests.vhost_user.rig import (
+from tests.support.by_hand import no_descriptor_leaks
+from tests.support.vhost_user import (
     FEATURES,
     MOVABLE,
     NEED_REPLY,
@@ -32,7 +32,7 @@ from tests.vhost_user.rig import (
     table,
     u64,
 )
-from vnetdp import server
+from vnetdp.vhost_user.back_end import server
 from vnetdp.vhost_user.message import ProtocolFeature, Request
 
 R = Request

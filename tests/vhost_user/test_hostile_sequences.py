@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import COMPILED, Ring, no_descriptor_leaks
-from tests.vhost_user.rig import (
+from tests.support.by_hand import COMPILED, Ring, no_descriptor_leaks
+from tests.support.vhost_user import (
     ALL,
     FEATURES,
     GPA,

@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.by_hand import Ring, frame, no_descriptor_leaks
-from tests.vhost_user.rig import NUM, ByHand, Guest, InThread, inflight
-from vnetdp import features as f
+from tests.support.by_hand import Ring, frame, no_descriptor_leaks
+from tests.support.vhost_user import NUM, ByHand, Guest, InThread, inflight
 from vnetdp.backends.userspace import UserspaceBackend
-from vnetdp.datapath import NO_LOG, Datapath, scratch_for
+from vnetdp.datapath.datapath import NO_LOG, Datapath, scratch_for
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, MacswapEndpoint, ReflectEndpoint
 from vnetdp.errors import ConfigError, RequestRefused
-from vnetdp.inflight import InflightArea
-from vnetdp.memory import Bytes, GuestMemory
+from vnetdp.shared.memory import Bytes, GuestMemory
+from vnetdp.vhost_user.inflight import InflightArea
 from vnetdp.vhost_user.message import Inflight, Request
+from vnetdp.virtio import features as f
 from vnetdp_kernels import rows, spec
 from vnetdp_kernels import rows as r
 from vnetdp_kernels.net import device

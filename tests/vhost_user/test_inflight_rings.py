@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import READY, Ring, frame, no_descriptor_leaks, wait_equal, wait_for
-from tests.vhost_user.rig import GPA, NUM, SPOKEN, UNTOLD, ByHand, Guest, InThread, inflight, state, u64
-from vnetdp.bridge import Bridge
-from vnetdp.notify import EventFd
+from tests.support.by_hand import READY, Ring, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.vhost_user import GPA, NUM, SPOKEN, UNTOLD, ByHand, Guest, InThread, inflight, state, u64
+from vnetdp.programs.bridge import Bridge
+from vnetdp.shared.notify import EventFd
 from vnetdp.vhost_user.message import Inflight, ProtocolFeature, Request
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec

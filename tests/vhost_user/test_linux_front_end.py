@@ -7,8 +7,8 @@ import socket
 import struct
 from pathlib import Path
 
-from tests.by_hand import frame, wait_for
-from tests.vhost_user.rig import FEATURES, NUM, UNTOLD, BackEnd, ByHand, Guest, InThread, costs_nothing, state, u64
+from tests.support.by_hand import frame, wait_for
+from tests.support.vhost_user import FEATURES, NUM, UNTOLD, BackEnd, ByHand, Guest, InThread, costs_nothing, state, u64
 from vnetdp.vhost_user.message import ProtocolFeature, Request
 
 R = Request

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks
+from tests.support.by_hand import no_descriptor_leaks
 from vnetdp.errors import ConfigError
-from vnetdp.notify import readable
+from vnetdp.system.poll import readable
 from vnetdp.vhost_user.listener import Listener
 
 RIVALS = 8

@@ -13,18 +13,19 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
-from tests.test_drive_serve import served
+from tests.programs.test_drive_serve import served
+from tests.support.by_hand import PATIENCE, no_descriptor_leaks, wait_for
+from tests.support.vhost_user import serve
 from tests.vhost_user.card import hang
-from tests.vhost_user.rig import serve
-from vnetdp import commands, watch
-from vnetdp import drive as drive_module
-from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.drive import drive
-from vnetdp.driver import Driver
+from vnetdp.cli import commands
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint
+from vnetdp.guest.driver import Driver
+from vnetdp.programs import drive as drive_module
+from vnetdp.programs.drive import drive
+from vnetdp.vhost_user.front_end import watch
+from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
 from vnetdp_kernels import rows as r
 
 

@@ -23,7 +23,7 @@ from vnetdp.vhost_user.message import (
     U64,
     BackendRequest,
     Config,
-    DeviceState,
+    DeviceStateTransfer,
     Empty,
     Header,
     Inflight,
@@ -59,7 +59,7 @@ int main(void)
     SIZE("header", struct header); SIZE("VringState", struct vhost_vring_state);
     SIZE("VringAddr", struct vhost_vring_addr); SIZE("MemoryRegion", struct region);
     SIZE("SingleRegion", struct single); SIZE("Log", struct log); SIZE("Inflight", struct inflight);
-    SIZE("config", struct config); SIZE("DeviceState", struct device_state); SIZE("U64", uint64_t);
+    SIZE("config", struct config); SIZE("DeviceStateTransfer", struct device_state); SIZE("U64", uint64_t);
     AT(vhost_vring_addr, index); AT(vhost_vring_addr, flags); AT(vhost_vring_addr, desc_user_addr);
     AT(vhost_vring_addr, used_user_addr); AT(vhost_vring_addr, avail_user_addr); AT(vhost_vring_addr, log_guest_addr);
     AT(inflight, size); AT(inflight, offset); AT(inflight, num_queues); AT(inflight, queue_size);
@@ -79,7 +79,7 @@ _SAMPLES: list[Payload] = [
     SingleRegion(_REGION),
     Log(0x11, 0x22),
     Inflight(0x11, 0x22, 0x33, 0x44),
-    DeviceState(1, 0),
+    DeviceStateTransfer(1, 0),
     Config(1, 2, 3, b"\x04\x05"),
     MemoryTable((_REGION, MemoryRegion(5, 6, 7, 8))),
 ]
@@ -127,7 +127,7 @@ def test_fields_lie_where_a_compiler_puts_them(c: dict[str, int]) -> None:
     config = Config(1, 2, 3, b"\x04\x05")
     assert (at(config, "config.size", "=I"), at(config, "config.flags", "=I")) == (2, 3)
     assert config.encode()[c["config.data"] :] == b"\x04\x05"
-    assert at(DeviceState(1, 7), "device_state.phase", "=I") == 7
+    assert at(DeviceStateTransfer(1, 7), "device_state.phase", "=I") == 7
     assert at(Log(1, 7), "log.offset", "=Q") == 7
 
 
@@ -172,7 +172,7 @@ PAYLOADS: dict[type[Any], st.SearchStrategy[Any]] = {
     MemoryTable: st.builds(MemoryTable, st.lists(_regions, max_size=MAX_FDS).map(tuple)),
     Log: st.builds(Log, _u64, _u64),
     Inflight: st.builds(Inflight, _u64, _u64, _u16, _u16),
-    DeviceState: st.builds(DeviceState, _u32, _u32),
+    DeviceStateTransfer: st.builds(DeviceStateTransfer, _u32, _u32),
     Config: st.builds(Config, _u32, _u32, _u32, st.binary(max_size=MAX_CONFIG)),
 }
 

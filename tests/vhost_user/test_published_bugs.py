@@ -9,13 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_for
-from tests.vhost_user import test_hostile_descriptors as descriptors
-from tests.vhost_user import test_hostile_memory as memory
-from tests.vhost_user import test_hostile_messages as messages
-from tests.vhost_user import test_recovery as recovery
-from tests.vhost_user import test_transport as transport
-from tests.vhost_user.rig import (
+from tests.support.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_for
+from tests.support.vhost_user import (
     EVENT_IDX,
     FEATURES,
     GPA,
@@ -35,12 +30,17 @@ from tests.vhost_user.rig import (
     table,
     u64,
 )
-from vnetdp.backends.vhost_user import VhostUserFrontEnd
-from vnetdp.device import NetDevice
-from vnetdp.driver import Driver, memory_for
+from tests.vhost_user import test_hostile_descriptors as descriptors
+from tests.vhost_user import test_hostile_memory as memory
+from tests.vhost_user import test_hostile_messages as messages
+from tests.vhost_user import test_recovery as recovery
+from tests.vhost_user import test_transport as transport
+from vnetdp.device.device import NetDevice
+from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import EchoEndpoint
-from vnetdp.memory import GuestMemory
-from vnetdp.owners import Owner
+from vnetdp.guest.driver import Driver, memory_for
+from vnetdp.shared.memory import GuestMemory
+from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
 from vnetdp.vhost_user.message import Request
 
 R = Request

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import PATIENCE, no_descriptor_leaks, wait_for
-from tests.vhost_user.rig import PAIRS, ByHand, Guest, InThread, costs_nothing, ping, serve, u64
-from vnetdp import drive as drive_module
-from vnetdp import features as f
-from vnetdp.drive import drive
+from tests.support.by_hand import PATIENCE, no_descriptor_leaks, wait_for
+from tests.support.vhost_user import PAIRS, ByHand, Guest, InThread, costs_nothing, ping, serve, u64
 from vnetdp.endpoints.loopback import GenerateEndpoint
+from vnetdp.programs import drive as drive_module
+from vnetdp.programs.drive import drive
 from vnetdp.vhost_user.message import Request
+from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels.loops.wait import BATCH
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.by_hand import DRIVER_OK, READY
-from tests.vhost_user.rig import (
+from tests.support.by_hand import DRIVER_OK, READY
+from tests.support.vhost_user import (
     FEATURES,
     GPA,
     LOG_ALL,

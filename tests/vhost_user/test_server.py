@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from tests.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
-from tests.vhost_user.rig import MOVABLE, SPOKEN, UNTOLD, ByHand, Guest, InProcess, InThread, open_files, ping
-from vnetdp import server as server_module
-from vnetdp import visit as visit_module
-from vnetdp.cli import main
+from tests.support.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.vhost_user import MOVABLE, SPOKEN, UNTOLD, ByHand, Guest, InProcess, InThread, open_files, ping
+from vnetdp.cli.parser import main
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import ConfigError
-from vnetdp.notify import EventFd
-from vnetdp.server import Server
-from vnetdp.session import Session
+from vnetdp.shared.notify import EventFd
+from vnetdp.vhost_user.back_end import server as server_module
+from vnetdp.vhost_user.back_end import visit as visit_module
+from vnetdp.vhost_user.back_end.server import Server
+from vnetdp.vhost_user.back_end.session import Session
 from vnetdp.vhost_user.message import ProtocolFeature, Request, VringState
 
 EVERY = MOVABLE | ProtocolFeature.INBAND_NOTIFICATIONS

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.by_hand import no_descriptor_leaks
-from tests.vhost_user.rig import descriptors, spare
+from tests.support.by_hand import no_descriptor_leaks
+from tests.support.vhost_user import descriptors, spare
 from vnetdp.errors import ProtocolError, RemoteProtocolError
 from vnetdp.vhost_user.connection import BackEndConnection
 from vnetdp.vhost_user.message import MAX_PAYLOAD, Header, Request

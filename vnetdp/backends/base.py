@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from ..endpoints.base import Endpoint
-from ..memory import DirtyLog, GuestMemory
-from ..notify import EventFd
+from ..shared.memory import DirtyLog, GuestMemory
+from ..shared.notify import EventFd
 from . import verbs
 from .verbs import Verb
 
@@ -97,7 +97,7 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def site(self) -> object:
+    def worker(self) -> object:
         """The worker that this backend runs on. Pausing a worker pauses every backend that shares it."""
 
     def hold(self) -> AbstractContextManager[None]:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from ..datapath.notifiers import Notifiers
 from ..errors import BackendError, ConfigError
-from ..notifiers import Notifiers
 from .base import Backend
 from .names import FAULT_POINTS, UNBIND
 from .verbs import SetBackend, Verb
@@ -107,8 +107,8 @@ class FaultyBackend(Backend):
         return self.inner.apply(verb)
 
     @property
-    def site(self) -> object:
-        return self.inner.site
+    def worker(self) -> object:
+        return self.inner.worker
 
     def hold(self) -> AbstractContextManager[None]:
         return self.inner.hold()

@@ -26,14 +26,15 @@ import numpy as np
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
-from .. import child, limits
-from ..datapath import Datapath, Listeners, Paced
+from ..datapath.datapath import Datapath
+from ..datapath.loop_thread import Listeners, LoopThread
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError, MachineError
-from ..memory import DirtyLog, GuestMemory, Region
-from ..notify import EventFd
-from ..owned import Owned
-from ..virtqueue import VRINGS, receiveq
+from ..shared.memory import DirtyLog, GuestMemory, Region
+from ..shared.notify import EventFd
+from ..system import child, limits
+from ..system.owned import Owned
+from ..virtio.queue import VRINGS, receiveq
 from .base import Backend
 from .userspace import COUNTERS, UserspaceBackend
 from .verbs import GetVringBase, SetBackend, SetLog, SetMemory, SetVringCall, SetVringKick, Verb, refusal
@@ -334,7 +335,7 @@ class ProcessBackend(Backend, Owned):
             self._let_go(index)
 
     @property
-    def site(self) -> object:
+    def worker(self) -> object:
         return self._worker
 
     @contextmanager
@@ -371,7 +372,7 @@ class _Child:
     def __init__(self, block_fd: int, pairs: int, poll_us: int, events: socket.socket) -> None:
         self._datapath = Datapath(pairs, block_fd)
         self._events = events
-        self._paced = Paced(self._datapath, "vhost-process", poll_us)
+        self._paced = LoopThread(self._datapath, "vhost-process", poll_us)
         self._paced.listeners.add(self._broken, lambda: os._exit(1))
         self._paced.start()
         self._backends = [UserspaceBackend(self._datapath, pair) for pair in range(pairs)]

@@ -16,13 +16,13 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.virtq.bind import bind
 
-from .. import features as f
-from ..datapath import Datapath
+from ..datapath.datapath import Datapath
 from ..endpoints.base import Endpoint
 from ..errors import ConfigError, EndpointError
-from ..memory import GuestMemory, Words
-from ..owned import Owned
-from ..virtqueue import TRANSMITQ, VRINGS, pair_of, queue_of, receiveq, ring_len
+from ..shared.memory import GuestMemory, Words
+from ..system.owned import Owned
+from ..virtio import features as f
+from ..virtio.queue import TRANSMITQ, VRINGS, pair_of, queue_of, receiveq, ring_len
 from .base import Backend
 from .verbs import (
     GetVringBase,
@@ -234,7 +234,7 @@ class UserspaceBackend(Backend, Owned):
         return True
 
     @property
-    def site(self) -> object:
+    def worker(self) -> object:
         return self.datapath
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:

@@ -12,12 +12,12 @@ from typing import ClassVar, Protocol, TypeAlias
 
 from vnetdp_kernels import spec
 
-from .. import features as f
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError
-from ..memory import ADDRESS_LIMIT, DirtyLog, GuestMemory
-from ..notify import EventFd
-from ..virtqueue import VRINGS, check_num
+from ..shared.memory import ADDRESS_LIMIT, DirtyLog, GuestMemory
+from ..shared.notify import EventFd
+from ..virtio import features as f
+from ..virtio.queue import VRINGS, check_num
 
 
 class State(Protocol):

@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 
-from .. import limits
-from ..datapath import Datapath, Paced
+from ..datapath.datapath import Datapath
+from ..datapath.loop_thread import LoopThread
 from ..endpoints.base import Endpoint
 from ..errors import reason
-from ..owned import Owned
-from ..virtqueue import VRINGS
+from ..system import limits
+from ..system.owned import Owned
+from ..virtio.queue import VRINGS
 from .base import Backend
 from .userspace import UserspaceBackend
 from .verbs import SetBackend, Verb, refusal
@@ -44,7 +45,7 @@ class Worker(Owned):
         with ExitStack() as made:
             self.datapath = Datapath(pairs)
             made.callback(self.datapath.close)
-            self.paced = Paced(self.datapath, name, poll_us, timeout_s, self.datapath.abandon)
+            self.paced = LoopThread(self.datapath, name, poll_us, timeout_s, self.datapath.abandon)
             made.callback(self.paced.close)
             self.paced.start()
             made.callback(self._closing.set)
@@ -86,7 +87,7 @@ class Worker(Owned):
 class WorkerBackend(Backend, Owned):
     """One vhost device of a datapath that a thread runs (see `Backend`)."""
 
-    def __init__(self, paced: Paced, datapath: Datapath, pair: int) -> None:
+    def __init__(self, paced: LoopThread, datapath: Datapath, pair: int) -> None:
         self._paced = paced
         self._inner = UserspaceBackend(datapath, pair)
 
@@ -103,7 +104,7 @@ class WorkerBackend(Backend, Owned):
             return not self._paced.ended and self._inner.bind_rings(bases, endpoint)
 
     @property
-    def site(self) -> object:
+    def worker(self) -> object:
         return self._paced
 
     def hold(self) -> AbstractContextManager[None]:

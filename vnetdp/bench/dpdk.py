@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from ..errors import VnetdpError
-from ..notify import readable
+from ..system.poll import readable
 
 PROGRAM = "dpdk-testpmd"
 _PROMPT = "testpmd> "

@@ -16,8 +16,8 @@ from vnetdp_kernels import rows as r
 from ..errors import WorkError
 from ..lab.couple import Couple, Result
 from ..lab.host import Orders
-from ..memory import DirtyLog
 from ..migration.machine import Machine, MachineConfig, make_wire
+from ..shared.memory import DirtyLog
 
 PAIRS = (1, 4, 16, 64, 128)
 _WAYS = (

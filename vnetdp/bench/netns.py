@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from vnetdp import signals
 from vnetdp.errors import VnetdpError
-from vnetdp.owned import Owned
+from vnetdp.system import signals
+from vnetdp.system.owned import Owned
 
 ADDRESSES = {"a": "10.203.0.1", "b": "10.203.0.2"}
 PREFIX_LEN = 24

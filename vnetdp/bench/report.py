@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..output import tell, whole_file
+from ..system.output import tell, whole_file
 
 Row = dict[str, Any]
 _UNITS = (("mpps", "Mpps"), ("gbps", "Gbit/s"), ("us", "µs"), ("ns_per_packet", "ns/packet"))

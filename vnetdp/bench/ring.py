@@ -17,13 +17,13 @@ from vnetdp_kernels.loops.alternate import alternate
 from vnetdp_kernels.rows import Control
 
 from ..backends.worker import Worker
-from ..datapath import scratch_for
-from ..device import NetDevice
-from ..driver import Driver, memory_for
+from ..datapath.datapath import scratch_for
+from ..device.device import NetDevice
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import EchoEndpoint, GenerateEndpoint, NullEndpoint, drained
 from ..errors import VnetdpError
-from ..memory import DirtyLog
+from ..guest.driver import Driver, memory_for
+from ..shared.memory import DirtyLog
 from ..warmup import warm_up
 from .report import Row
 

@@ -21,8 +21,8 @@ from vnetdp_kernels import spec
 from vnetdp_kernels.rows import Port, Wire
 
 from ..errors import EndpointError, place
-from ..memory import Bytes, SharedBlock, Words
-from ..owned import Owned, OwnedLock
+from ..shared.memory import Bytes, SharedBlock, Words
+from ..system.owned import Owned, OwnedLock
 
 _log = logging.getLogger("vnetdp.endpoints")
 

@@ -19,8 +19,8 @@ from vnetdp_kernels import spec
 from vnetdp_kernels.wire import capture as cap
 
 from ..errors import EndpointError
-from ..limits import of_path
-from ..memory import Bytes, Words
+from ..shared.memory import Bytes, Words
+from ..system.limits import of_path
 
 _PIECE: Final = 1 << 16  # bytes that are unzipped at once
 _TURNS: Final = 1024  # how often one `read` goes on without having found a frame

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import EndpointError
-from ..limits import of_path
+from ..system.limits import of_path
 
 _SNAPLEN: Final = 262144  # tcpdump's
 _ETHERNET: Final = 1

@@ -1,6 +1,6 @@
 """FaultEndpoint: another endpoint, behind a wire that loses, damages, delays and refuses frames as told.
 
-What is to go wrong (`Faults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue has
+What is to go wrong (`FrameFaults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue has
 a random sequence of its own, so the n-th frame meets the same fate however frames are batched.
 """
 
@@ -26,7 +26,7 @@ from vnetdp_kernels.rows import Frame
 from vnetdp_kernels.wire import answer, port
 
 from ..errors import EndpointError
-from ..memory import Bytes, Words
+from ..shared.memory import Bytes, Words
 from .base import Endpoint
 
 _LINE = 4096  # frames that a queue holds back each way; those beyond stay where they are
@@ -41,7 +41,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
-class Faults:
+class FrameFaults:
     """What is to go wrong: probabilities for each frame each way; eio and eagain only on the way to the wire.
 
     drop: it vanishes. corrupt: one bit of it is flipped. eio: sending fails, the frame is lost, and an error
@@ -67,7 +67,7 @@ class Faults:
 class _Way:
     """One way of one queue: the frames held back, oldest first, with the time each is due."""
 
-    def __init__(self, faults: Faults, queue: int, way: str, struck: Counter[str]) -> None:
+    def __init__(self, faults: FrameFaults, queue: int, way: str, struck: Counter[str]) -> None:
         self.waiting: deque[tuple[int, bytes]] = deque()
         self._faults = faults
         self._struck = struck
@@ -130,7 +130,7 @@ class FaultEndpoint(Endpoint):
         eagain: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.faults = Faults(drop, corrupt, eio, eagain, delay_ms, seed)
+        self.faults = FrameFaults(drop, corrupt, eio, eagain, delay_ms, seed)
         with ExitStack() as made:
             super().__init__(inner.queues)
             made.callback(super().close)

@@ -11,8 +11,8 @@ import numpy as np
 from vnetdp_kernels import spec
 
 from ..errors import ConfigError
-from ..notify import EventFd
-from ..owned import OwnedLock
+from ..shared.notify import EventFd
+from ..system.owned import OwnedLock
 from .base import Endpoint
 
 _NO_HEADER = bytes(spec.NET_HDR_LEN)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import EndpointError
-from ..limits import of_path
+from ..system.limits import of_path
 
 T = TypeVar("T")
 

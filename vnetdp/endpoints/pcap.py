@@ -12,9 +12,9 @@ from vnetdp_kernels import spec
 from vnetdp_kernels.wire import capture as cap
 
 from ..errors import EndpointError, reason
-from ..memory import Words
-from ..notify import EventFd
-from ..output import is_same_file
+from ..shared.memory import Words
+from ..shared.notify import EventFd
+from ..system.output import is_same_file
 from .base import PYTHON_SLOTS, Endpoint
 from .capture_reader import CaptureReader, foreign, frame_at
 from .capture_writer import CaptureWriter

@@ -23,8 +23,8 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
 from ..errors import EndpointError
-from ..notify import EventFd
-from ..owned import Owned
+from ..shared.notify import EventFd
+from ..system.owned import Owned
 from .mailbox import MailboxEndpoint
 
 Answer = Packet | bytes | Iterable[Packet | bytes] | None
@@ -87,7 +87,7 @@ def _frame(packet: Packet | bytes) -> bytes:
 
 
 class Port(Protocol):
-    """Where frames are sent and received by hand: `vnetdp.driver.Driver`, or a `SocketEndpoint`."""
+    """Where frames are sent and received by hand: `vnetdp.guest.driver.Driver`, or a `SocketEndpoint`."""
 
     def send(self, frame: bytes) -> bool: ...
     def receive(self) -> list[bytes]: ...

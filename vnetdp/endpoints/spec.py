@@ -147,14 +147,14 @@ def _callables(module: ModuleType) -> str:
 
 
 def _fault(rest: str, queues: int) -> Opener:
-    from .fault import FaultEndpoint, Faults
+    from .fault import FaultEndpoint, FrameFaults
 
     options, colon, inner_text = rest.partition(":")
     if not colon:
         raise ConfigError("fault: no endpoint is named: write fault:drop=0.1:ENDPOINT")
     probability = dict.fromkeys(("drop", "corrupt", "eio", "eagain"), _number)
     faults = _options("fault", _parts(options), {**probability, "delay_ms": _number, "seed": _whole})
-    Faults(**faults)
+    FrameFaults(**faults)
     open_inner = endpoint_opener(inner_text, queues)
 
     def make() -> Endpoint:

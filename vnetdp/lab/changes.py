@@ -17,14 +17,14 @@ import numpy as np
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
-from .. import features as f
-from .. import vhost_net
+from ..device import vhost_net
 from ..errors import VnetdpError
-from ..limits import start
-from ..memory import Words
 from ..migration.machine import Machine
-from ..state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES, Control
-from ..virtqueue import is_receiveq, pair_of, ring_len, vring_of
+from ..shared.memory import Words
+from ..system.limits import start
+from ..virtio import features as f
+from ..virtio.queue import is_receiveq, pair_of, ring_len, vring_of
+from ..virtio.state import VIRTIO_NET_S_ANNOUNCE, VLAN_BYTES, Control
 
 _WAIT_S = 10.0
 LEFT = 3  # frames a queue that a stop leaves, or that go past on order

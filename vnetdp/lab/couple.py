@@ -14,16 +14,16 @@ import numpy as np
 
 from vnetdp_kernels import rows as r
 
-from .. import limits
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import Ledger
 from ..errors import VnetdpError, WorkError
-from ..memory import Words
 from ..migration.channel import POLICIES
 from ..migration.machine import MachineConfig, make_wire
 from ..migration.report import Report
-from ..owned import Owned
-from ..state import DeviceState
+from ..shared.memory import Words
+from ..system import limits
+from ..system.owned import Owned
+from ..virtio.state import DeviceState
 from .host import HostProcess, Orders
 from .invariants import differences
 
@@ -51,17 +51,17 @@ DESTINATION_WORK = (
 )
 
 
-class Watch:
+class Sampler:
     """Looks at the far end of the traffic some thousand times a second: frames each way, and when."""
 
     def __init__(self, wire: Endpoint) -> None:
         self._rows = wire.rows
         self._samples: list[tuple[int, int, int]] = []
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._sample, name="sampler", daemon=True)
         limits.start(self._thread)
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._end.is_set():
             self._look()
             time.sleep(_SAMPLE_S)
@@ -92,7 +92,7 @@ def blackout_us(samples: Words, stopped: int) -> float | None:
 
 @dataclass
 class Result:
-    """What became of a migration. spans: (side, name, began, ended) in ns of CLOCK_MONOTONIC; samples as `Watch.stop`."""
+    """What became of a migration. spans: (side, name, began, ended) in ns of CLOCK_MONOTONIC; samples as `Sampler.stop`."""
 
     policy: str
     outcome: str
@@ -217,7 +217,7 @@ class Couple(Owned):
             self._make(self.target, config)
         except VnetdpError as e:
             raise WorkError(str(e)) from e  # the machine ran already
-        watch = Watch(self.wire)
+        sampler = Sampler(self.wire)
         try:
             ours, theirs = socket_pair(tcp)
             with ours, theirs:
@@ -229,7 +229,7 @@ class Couple(Owned):
             received = _answer(self.target, receive, self.source, receives=True)
             self._wait_for_first_frames()
         finally:
-            samples = watch.stop()
+            samples = sampler.stop()
         outcome = sent.outcome
         if outcome in ("lost", "source") and received.outcome in ("vhost", "userspace"):
             outcome = received.outcome  # the destination runs, though the source could not be told

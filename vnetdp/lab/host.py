@@ -18,10 +18,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import child
 from ..backends.faulty import Fault, Faults
+from ..device.owners import Owner
 from ..errors import VnetdpError, WorkError, reason
-from ..memory import DirtyLog, Words
 from ..migration.channel import DELTA, DEVICE, INDICES, Channel
 from ..migration.machine import Machine, MachineConfig
 from ..migration.ram import RamSource
@@ -30,9 +29,10 @@ from ..migration.seed import SeedTarget
 from ..migration.source import Cancelled, Source
 from ..migration.stream import SectionType
 from ..migration.target import STARTING, Target
-from ..owned import Owned
-from ..owners import Owner
-from ..state import DeviceState
+from ..shared.memory import DirtyLog, Words
+from ..system import child
+from ..system.owned import Owned
+from ..virtio.state import DeviceState
 from ..warmup import warm_up
 from .changes import CHANGES, EVENTS, Before, change_back, churning, leaving
 from .invariants import resources, violations

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from vnetdp_kernels import rows as r
 
-from .. import vhost_net
+from ..device import vhost_net
+from ..device.owners import Owner
 from ..migration.machine import Machine
 from ..migration.snapshot import FIELDS, value_of
-from ..owners import Owner
-from ..state import DeviceState
-from ..virtqueue import pair_of
+from ..virtio.queue import pair_of
+from ..virtio.state import DeviceState
 
 
 def violations(machine: Machine, final: bool = True) -> list[str]:

@@ -17,7 +17,7 @@ from ..migration.machine import MachineConfig
 from ..migration.names import POLICIES
 from ..migration.source import Source
 from ..migration.target import Target
-from ..virtqueue import RECEIVEQ, TRANSMITQ
+from ..virtio.queue import RECEIVEQ, TRANSMITQ
 from .changes import CHANGES
 from .couple import Couple, Result
 from .host import Orders

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import ConfigError
-from ..output import whole_file
+from ..system.output import whole_file
 from .couple import Result
 
 _BEFORE_MS, _AFTER_MS = 4.0, 6.0

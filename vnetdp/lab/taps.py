@@ -9,11 +9,11 @@ import socket
 import subprocess
 import time
 
-from .. import signals
-from ..announce import rarp
+from ..endpoints.announce import rarp
 from ..endpoints.netns import run_in
 from ..errors import VnetdpError
-from ..owned import Owned
+from ..system import signals
+from ..system.owned import Owned
 
 _ETH_P_RARP = 0x8035
 _HEARD_S = 30.0  # it takes no time, unless the machine is busy with something else

@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ..notify import readable
-from ..owned import Owned
+from ..system.owned import Owned
+from ..system.poll import readable
 from .stream import Phase, Section, SectionType, StreamError, decode, encode
 
 _DRAIN_S = 5.0

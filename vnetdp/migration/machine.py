@@ -19,20 +19,20 @@ from pathlib import Path
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
-from ..announce import Announcer
 from ..backends.base import Backend
 from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
 from ..backends.process import WorkerProcess
 from ..backends.worker import Worker
-from ..device import NetDevice
-from ..driver import Driver, driver_block, memory_for
+from ..device.device import NetDevice
+from ..endpoints.announce import Announcer
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import EchoEndpoint, GenerateEndpoint, Ledger
 from ..endpoints.netns import identity
 from ..endpoints.spec import Opener, endpoint_opener, parse_endpoint
 from ..errors import ConfigError
-from ..memory import GuestMemory, Region, SharedBlock
-from ..owned import Owned
+from ..guest.driver import Driver, driver_block, memory_for
+from ..shared.memory import GuestMemory, Region, SharedBlock
+from ..system.owned import Owned
 from .ram import RamSource, pages_of
 
 _DRAIN_S = 30.0  # for all frames that were made: they are few

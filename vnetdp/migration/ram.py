@@ -18,7 +18,7 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
 from ..errors import ConfigError
-from ..memory import Bytes, DirtyLog, GuestMemory, Words
+from ..shared.memory import Bytes, DirtyLog, GuestMemory, Words
 from .stream import Cursor, StreamError
 
 CHUNK_PAGES = 128  # of one section

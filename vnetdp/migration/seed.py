@@ -13,12 +13,13 @@ from typing import Any
 from vnetdp_kernels import spec
 from vnetdp_kernels.platform.atomic import load_u16_acquire
 
-from .. import limits, vhost_net
 from ..backends.base import Backend
+from ..device import vhost_net
+from ..device.owners import Owner
 from ..errors import BackendError
-from ..notify import EventFd
-from ..owners import Owner
-from ..virtqueue import TRANSMITQ, VRINGS, queue_of, transmitq
+from ..shared.notify import EventFd
+from ..system import limits
+from ..virtio.queue import TRANSMITQ, VRINGS, queue_of, transmitq
 from .snapshot import decode_delta, decode_full
 from .stream import Section
 from .target import STARTING, Target, _log

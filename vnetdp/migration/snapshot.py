@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import ConfigError
-from ..state import MAX_QUEUE_PAIRS, Control, DeviceState, StateDelta
-from ..virtqueue import VRINGS, Virtqueue
+from ..virtio.queue import VRINGS, Virtqueue
+from ..virtio.state import MAX_QUEUE_PAIRS, Control, DeviceState, StateDelta
 from .stream import Cursor, StreamError
 
 _U8 = struct.Struct("<B")

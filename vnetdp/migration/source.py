@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import VnetdpError, reason
-from ..memory import DirtyLog, Words
-from ..state import DeviceState
+from ..shared.memory import DirtyLog, Words
+from ..virtio.state import DeviceState
 from .channel import (
     ANSWERS,
     CHECK,

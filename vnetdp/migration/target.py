@@ -17,10 +17,10 @@ import numpy as np
 
 from vnetdp_kernels.virtq.bind import RING_APART, RING_MOVED, RING_OUTSIDE, check_rings
 
+from ..device.owners import Owner
 from ..errors import ConfigError, reason
-from ..memory import Words
-from ..owners import Owner
-from ..state import VIRTIO_CONFIG_S_DRIVER_OK
+from ..shared.memory import Words
+from ..virtio.state import VIRTIO_CONFIG_S_DRIVER_OK
 from .channel import COMMIT, END, FAILED, POLICIES, READY, RUNNING, Channel
 from .machine import Machine
 from .ram import RamTarget

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import features as f
 from ..errors import LocalProtocolError, RemoteProtocolError
+from ..virtio import features as f
 from .message import NEED_REPLY, REPLY, RULES, U64, VERSION, Empty, Header, Payload, ProtocolFeature, Request
 
 

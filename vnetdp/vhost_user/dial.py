@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from ..errors import ConfigError, VnetdpError
-from ..limits import of_path
+from ..system.limits import of_path
 from .socket_path import check_path
 
 _MAY_COME = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EINTR)

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .. import signals
 from ..errors import ConfigError
-from ..limits import of_path
-from ..owned import Owned
+from ..system import signals
+from ..system.limits import of_path
+from ..system.owned import Owned
 from .socket_path import check_path
 
 _LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a millisecond

@@ -241,7 +241,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class DeviceState(_Fixed):
+class DeviceStateTransfer(_Fixed):
     direction: int
     phase: int
     _layout = struct.Struct("=II")
@@ -291,7 +291,7 @@ RULES: Final[dict[Request, Rule]] = {
     Request.REM_MEM_REG: Rule(SingleRegion, (0, 1), gate=_F.CONFIGURE_MEM_SLOTS),
     Request.SET_STATUS: Rule(U64, gate=_F.STATUS),
     Request.GET_STATUS: Rule(Empty, reply=U64, gate=_F.STATUS),
-    Request.SET_DEVICE_STATE_FD: Rule(DeviceState, (1, 1), reply=U64, gate=_F.DEVICE_STATE),
+    Request.SET_DEVICE_STATE_FD: Rule(DeviceStateTransfer, (1, 1), reply=U64, gate=_F.DEVICE_STATE),
     Request.CHECK_DEVICE_STATE: Rule(Empty, reply=U64, gate=_F.DEVICE_STATE),
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from ..errors import RemoteProtocolError
-from ..owned import Owned
+from ..system.owned import Owned
 from .message import HEADER, MAX_FDS, Header
 
 MSG_CMSG_CLOEXEC = 0x40000000

@@ -183,7 +183,9 @@ class KernelCache:
     def __init__(self, function: Callable[..., Any]) -> None:
         checked = "b" if config.BOUNDSCHECK else ""  # NUMBA_BOUNDSCHECK is no part of Numba's key
         code = function.__code__
-        name = f"{function.__module__.removeprefix(f'{_PACKAGE.name}.')}.{function.__qualname__}"
+        name = function.__module__.removeprefix(f"{_PACKAGE.name}.")
+        if name.rpartition(".")[2] != function.__qualname__:  # the kernel that a module is named for is not named twice
+            name = f"{name}.{function.__qualname__}"
         python = f"py{sys.version_info[0]}{sys.version_info[1]}{getattr(sys, 'abiflags', '')}"
         self._base = f"{name}-{code.co_firstlineno}{checked}.{python}"
         self._index = f"{self._base}.nbi"

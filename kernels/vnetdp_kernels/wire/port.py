@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from .. import rows as r
 from .. import spec
-from ..platform.atomic import (
-    Bytes,
-    Words,
-    address,
-    copy,
-    store_u16_unaligned,
-    store_u64_unaligned,
-)
+from ..platform.atomic import Bytes, Words, address, copy, store_u16_unaligned, store_u64_unaligned
 from ..platform.io import EAGAIN, clock_ns, read, writev
 from ..platform.jit import inlined
 from ..rows import Frame, Port, Wire

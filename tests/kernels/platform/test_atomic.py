@@ -16,8 +16,8 @@ import numba
 import numpy as np
 import pytest
 
-from tests.by_hand import PATIENCE, wait_for
 from tests.kernels.rig import CANARY, COMPILED, scaled
+from tests.support.by_hand import PATIENCE, wait_for
 from vnetdp_kernels.platform import atomic
 from vnetdp_kernels.platform.atomic import (
     Bytes,

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.by_hand import scaled
 from tests.kernels.rig import Rig
+from tests.support.by_hand import scaled
 from vnetdp_kernels import rows as r
 from vnetdp_kernels.platform import peer
 from vnetdp_kernels.platform.atomic import Words

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.capture_cases import CASES
 from tests.kernels.rig import scaled
+from tests.support.capture_cases import CASES
 from vnetdp.endpoints.capture_reader import CaptureReader
 from vnetdp.errors import EndpointError
 from vnetdp_kernels.wire import capture as cap

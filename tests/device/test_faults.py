@@ -1,0 +1,306 @@
+"""Any verb of vhost fails, at any queue, once or always: the rings have a live owner, and no packet is lost."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from tests.support.by_hand import NEEDS_RESET, READY, Traffic, no_descriptor_leaks, scaled, wait_for
+from vnetdp.backends.base import Backend
+from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
+from vnetdp.backends.names import VERBS
+from vnetdp.backends.process import WorkerProcess
+from vnetdp.backends.worker import Worker
+from vnetdp.device.device import NetDevice
+from vnetdp.device.owners import Owner
+from vnetdp.endpoints.loopback import NullEndpoint
+from vnetdp.errors import BackendError, ConfigError
+from vnetdp.guest.driver import Driver, memory_for
+from vnetdp.programs.link import Link
+from vnetdp.shared.memory import DirtyLog
+
+PAIRS = 2
+RATE = scaled(20_000, 300)
+PER_DEVICE = ("set_mtu", "set_features", "set_memory", "set_log")
+AT_START = tuple(verb for verb in VERBS if verb != "get_vring_base")
+TIMES = {"once": 1, "always": -1}
+
+# Verbs of a whole device strike at a pair; those of a ring at a pair and a ring.
+POINTS = [
+    (verb, pair, vring)
+    for verb, pair in itertools.product(VERBS, range(PAIRS))
+    for vring in ([None] if verb in PER_DEVICE else [0, 1])
+]
+START_POINTS = [point for point in POINTS if point[0] in AT_START]
+
+
+@dataclass
+class Faulty:
+    """A device under traffic whose vhost fails as `faults` says."""
+
+    traffic: Traffic
+    device: NetDevice
+    faults: Faults
+
+    def strike(self, verb: str, pair: int, vring: int | None, times: str) -> Fault:
+        fault = Fault(verb, pair, vring, TIMES[times])
+        self.faults.append(fault)
+        return fault
+
+    def owned_by(self, owner: Owner) -> bool:
+        return self.device.owner is owner
+
+    def check(self, owner: Owner) -> None:
+        """*owner* has all rings, polls each queue once, and moves packets on each pair, each way."""
+        assert self.device.owner is owner, self.device.last_error
+        endpoint = self.traffic.device
+        assert endpoint.polls_started - endpoint.polls_stopped == len(endpoint.polled_by) == PAIRS
+        assert self.device.status == READY
+        self.traffic.wait_for_more(3)
+
+
+@contextmanager
+def faulty(vhost_first: bool, worker_type: type[Worker | WorkerProcess] = Worker) -> Iterator[Faulty]:
+    """Run traffic; at the end it settles, every frame is accounted for, and every descriptor is closed."""
+    with no_descriptor_leaks():
+        traffic = Traffic(PAIRS, rate=RATE)
+        worker = worker_type(PAIRS)
+        faults = Faults()
+        inner: Sequence[Backend] = worker.backends
+        backends = [FaultyBackend(backend, pair, faults) for pair, backend in enumerate(inner)]
+        memory = memory_for(PAIRS, 64)
+        with NetDevice(memory, traffic.device, queue_pairs=PAIRS, vhost=backends, mtu=1500) as device:
+            device.set_use_vhost(vhost_first)
+            with Driver(device, memory, traffic.guest, queue_pairs=PAIRS, num=64) as driver:
+                driver.start()
+                setup = Faulty(traffic, device, faults)
+                setup.check(Owner.VHOST if vhost_first else Owner.USERSPACE)
+                yield setup
+                traffic.settle()
+                driver.check()
+                assert device.ring_errors() == []
+        worker.close()
+        memory.close()
+        traffic.check()
+        assert traffic.device.polls_started == traffic.device.polls_stopped
+        assert not traffic.device.polled_by
+        traffic.close()
+
+
+def test_a_device_that_may_not_fall_back_says_that_nobody_has_the_rings(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(1)
+    vhost = [FaultyBackend(worker.backends[0], 0, Faults([Fault("set_backend")]))]
+    with (
+        memory_for() as memory,
+        NullEndpoint() as wire,
+        NetDevice(memory, wire, vhost=vhost, fallback=False) as device,
+        Driver(device, memory),
+    ):
+        assert device.owner is Owner.NOBODY
+    worker.close()
+    assert "the rings have no owner until vhost starts" in caplog.text
+    assert "falling back" not in caplog.text
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(("verb", "pair", "vring"), START_POINTS)
+def test_a_verb_that_fails_at_the_start_means_userspace(verb: str, pair: int, vring: int | None, times: str) -> None:
+    with faulty(vhost_first=False) as setup:
+        device = setup.device
+        fault = setup.strike(verb, pair, vring, times)
+        device.set_use_vhost(True)
+        setup.check(Owner.USERSPACE)
+        assert (device.fallbacks, fault.hits) == (1, 1)
+        assert isinstance(device.last_error, BackendError)
+        assert (device.last_error.verb, device.last_error.errno) == (verb, errno.EIO)
+        # The next status set tries again.
+        device.set_status(device.status)
+        if times == "once":
+            setup.check(Owner.VHOST)
+            assert (device.fallbacks, fault.hits) == (1, 1)
+        else:
+            setup.check(Owner.USERSPACE)
+            assert (device.fallbacks, fault.hits) == (2, 2)
+            # The fault goes away, and so does its effect.
+            setup.faults.clear()
+            device.set_status(device.status)
+            setup.check(Owner.VHOST)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(
+    ("verb", "pair", "vring"), [("set_vring_base", 1, 0), ("set_backend", 1, 1), ("set_memory", 1, None)]
+)
+def test_the_same_with_a_worker_process(verb: str, pair: int, vring: int | None, times: str) -> None:
+    with faulty(vhost_first=False, worker_type=WorkerProcess) as setup:
+        setup.strike(verb, pair, vring, times)
+        setup.device.set_use_vhost(True)
+        setup.check(Owner.USERSPACE)
+        setup.device.set_status(setup.device.status)
+        setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+        setup.device.set_use_vhost(False)
+        setup.check(Owner.USERSPACE)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(("pair", "vring"), [(p, v) for p in range(PAIRS) for v in range(2)])
+def test_the_index_is_right_even_if_vhost_does_not_tell_it(pair: int, vring: int, times: str) -> None:
+    with faulty(vhost_first=True) as setup:
+        fault = setup.strike("get_vring_base", pair, vring, times)
+        for hits in range(1, scaled(20, 4)):
+            setup.device.set_use_vhost(False)
+            setup.check(Owner.USERSPACE)
+            assert fault.hits == (hits if times == "always" else 1)
+            setup.device.set_use_vhost(True)
+            setup.check(Owner.VHOST)
+
+
+def test_everything_fails_at_once_and_the_indices_are_right() -> None:
+    with faulty(vhost_first=True) as setup:
+        setup.faults.append(Fault("get_vring_base", times=-1))
+        setup.faults.append(Fault("set_backend", 1, 1, times=-1))
+        for _ in range(scaled(20, 4)):
+            # Three rings are bound and let go again, without a word about their index.
+            setup.device.set_link(False)
+            setup.device.set_link(True)
+            setup.device.set_status(setup.device.status)
+            setup.check(Owner.USERSPACE)
+        assert setup.device.fallbacks == setup.faults[1].hits == 2 * scaled(20, 4)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("pair", range(PAIRS))
+@pytest.mark.parametrize("verb", ["set_log", "set_features", "set_vring_addr"])
+@pytest.mark.parametrize("on", [True, False])
+def test_logging_that_cannot_start_stays_off_and_stops_in_any_case(on: bool, verb: str, pair: int, times: str) -> None:
+    with faulty(vhost_first=True) as setup:
+        device = setup.device
+        log = DirtyLog(device.memory.end)
+        if not on:
+            device.set_log(log)
+        fault = setup.strike(verb, pair, None, times)
+        if on:
+            with pytest.raises(BackendError, match=verb):
+                device.set_log(log)
+            assert device.log is None
+            setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+            setup.faults.clear()
+            device.set_log(log)
+        else:
+            device.set_log(None)
+            assert fault.hits == (1 if times == "once" else 2)
+            setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+            setup.faults.clear()
+        device.set_status(device.status)
+        setup.check(Owner.VHOST)
+        # Whoever owns the rings does, or does not, write the log that was asked for.
+        log.take()
+        setup.traffic.wait_for_more(200)
+        pages = log.take()
+        assert bool(pages) == on
+        device.set_log(None)
+        log.close()
+
+
+@pytest.mark.parametrize("verb", ["set_vring_num", "set_vring_addr", "set_vring_kick", "set_vring_call", "set_backend"])
+def test_many_failures_leak_nothing(verb: str) -> None:
+    with faulty(vhost_first=False) as setup:
+        with no_descriptor_leaks():
+            for n in range(scaled(30, 4)):
+                setup.strike(verb, n % PAIRS, n // PAIRS % 2, "once")
+                setup.device.set_use_vhost(True)
+                assert setup.owned_by(Owner.USERSPACE)
+                setup.device.set_status(setup.device.status)
+                assert setup.owned_by(Owner.VHOST)
+                setup.device.set_use_vhost(False)
+        setup.check(Owner.USERSPACE)
+
+
+@pytest.mark.parametrize("datapath", ["vhost", "vhost-process"])
+def test_a_worker_that_dies_under_traffic_leaves_the_rings_to_userspace(
+    datapath: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_descriptor_leaks():
+        traffic = Traffic(PAIRS, rate=scaled(1000, 100))
+        with Link(traffic.device, traffic.guest, datapath, queue_pairs=PAIRS, num=64) as link:
+            traffic.wait_for_more(20)
+            assert link.report()["owner"] == "vhost"
+            worker = link.worker
+            if isinstance(worker, WorkerProcess):
+                with worker.backends[0].hold():  # it has no frame in hand: what became of that one nobody would know
+                    os.kill(worker.pid, signal.SIGKILL)
+            elif worker is not None:
+                monkeypatch.setattr(worker.datapath, "run", _fails)
+                worker.datapath.bell.signal()
+            wait_for(lambda: link.device.owner is Owner.USERSPACE, "userspace has the rings")
+            traffic.wait_for_more(20)
+            assert link.device.fallbacks == 1
+            assert isinstance(link.device.last_error, BackendError)
+            assert link.device.last_error.errno == errno.ESRCH
+            # It stays gone, whoever asks for it.
+            link.device.set_use_vhost(True)
+            assert link.device.owner is Owner.USERSPACE
+            traffic.wait_for_more(20)
+            traffic.settle()
+        traffic.check()
+        assert traffic.device.polls_started == traffic.device.polls_stopped
+        traffic.close()
+
+
+def test_a_userspace_datapath_that_dies_means_needs_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Traffic(PAIRS, rate=scaled(1000, 100))
+    with Link(traffic.device, traffic.guest, queue_pairs=PAIRS, num=64) as link:
+        traffic.wait_for_more(20)
+        datapath = link.device.userspace.backends[0].worker._target  # type: ignore[attr-defined]
+        monkeypatch.setattr(datapath, "run", _fails)
+        datapath.bell.signal()
+        wait_for(lambda: bool(link.device.status & NEEDS_RESET), "the device needs a reset")
+        assert link.device.owner is Owner.NOBODY
+        assert not traffic.device.polled_by
+    traffic.close()
+
+
+def _fails(*_args: int) -> tuple[int, int]:
+    raise RuntimeError("a defect")
+
+
+# --- how faults are written ---
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("set_mtu", Fault("set_mtu")),
+        ("set_backend:1", Fault("set_backend", 1)),
+        ("set_backend:1,0", Fault("set_backend", 1, 0)),
+        ("set_vring_num:0,1:once", Fault("set_vring_num", 0, 1, 1)),
+        ("get_vring_base:always", Fault("get_vring_base", times=-1)),
+        ("get_vring_base:12,1:always", Fault("get_vring_base", 12, 1, -1)),
+    ],
+)
+def test_faults_are_read(text: str, fault: Fault) -> None:
+    assert Fault.parse(text) == fault
+
+
+@pytest.mark.parametrize(
+    "text", ["", "set", "set_mtu:", "set_mtu:x", "set_mtu:1,", "set_mtu:twice", "set_mtu:1:1", "SET_MTU"]
+)
+def test_what_is_no_fault_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="set_mtu, set_features"):
+        Fault.parse(text)
+
+
+def test_a_fault_strikes_where_and_as_often_as_it_says() -> None:
+    fault = Fault("set_backend", 1, 0, times=2)
+    assert not fault.strikes("set_mtu", 1, None)
+    assert not fault.strikes("set_backend", 0, 0)
+    assert not fault.strikes("set_backend", 1, 1)
+    assert [fault.strikes("set_backend", 1, 0) for _ in range(4)] == [True, True, False, False]
+    assert fault.hits == 2

@@ -1,0 +1,30 @@
+"""The API reference, built from the docstrings of the public names: `python -m tests.project.reference FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import vnetdp
+
+
+def build(folder: Path) -> None:
+    """Write the reference into *folder*. ImportError without pdoc, which the extra `docs` brings.
+
+    A member without a docstring is left out, and so is one whose docstring has @private.
+    """
+    import pdoc
+
+    for name in vars(vnetdp)["__all__"]:
+        getattr(vnetdp, name)  # pdoc looks for names that are loaded
+    pdoc.render.configure(
+        docformat="markdown",
+        include_undocumented=False,
+        show_source=False,
+        footer_text=f"vnetdp {vnetdp.__version__}",
+    )
+    pdoc.pdoc("vnetdp", vnetdp.features.__name__, output_directory=folder)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

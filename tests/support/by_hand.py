@@ -1,0 +1,282 @@
+"""What the tests share: rings by hand in guest memory, traffic in numbered frames, and ways to wait and to count.
+
+Rings are read and written here with `struct`, never with the accessors under test.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numba import config
+
+from vnetdp.device.device import NetDevice
+from vnetdp.endpoints.loopback import GenerateEndpoint
+from vnetdp.guest.driver import Driver
+from vnetdp.shared.memory import GuestMemory
+from vnetdp.virtio.queue import ring_len
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
+from vnetdp_kernels.net import driver as kernels
+from vnetdp_kernels.virtq import split_driver
+
+COMPILED = not config.DISABLE_JIT
+CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"  # `make campaign`: everything at length
+PATIENCE = 60.0  # seconds until a wait is given up: far more than anything here takes
+
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 0x40
+READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+
+NEXT = spec.VIRTQ_DESC_F_NEXT
+WRITE = spec.VIRTQ_DESC_F_WRITE
+INDIRECT = spec.VIRTQ_DESC_F_INDIRECT
+
+_BUFFER_LEN = 2048
+
+
+def scaled(compiled: int, plain: int) -> int:
+    """Return how much to do: plain Python runs the kernels some hundred times slower."""
+    return compiled if COMPILED else plain
+
+
+def wait_for(done: Callable[[], bool], what: str) -> None:
+    """Return once *done* says so. It is looked at, not slept for: how long it takes is no part of any test."""
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"never happened: {what}")
+        time.sleep(0.0002)
+
+
+def wait_equal(read: Callable[[], object], expected: object) -> None:
+    """Return once what *read* gives equals *expected*."""
+    last: list[object] = [None]
+
+    def equal() -> bool:
+        last[0] = read()
+        return last[0] == expected
+
+    try:
+        wait_for(equal, "")
+    except AssertionError:
+        raise AssertionError(f"expected {expected!r}, and it stayed {last[0]!r}") from None
+
+
+@contextmanager
+def no_descriptor_leaks() -> Iterator[None]:
+    """Check that the block leaves as many descriptors open as it found."""
+    before = _descriptors()
+    yield
+    after = _descriptors()
+    left = {fd: name for fd, name in after.items() if before.get(fd) != name}
+    assert len(after) == len(before), f"descriptors left open, or closed once too often: {left}"
+
+
+@contextmanager
+def many_descriptors() -> Iterator[None]:
+    """Allow this process as many descriptors as it may have for the length of the block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _descriptors() -> dict[str, str]:
+    names = {}
+    for entry in os.scandir("/proc/self/fd"):
+        try:
+            names[entry.name] = str(Path(entry.path).readlink())
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return names
+
+
+def frame(n: int, length: int = 60) -> bytes:
+    """Return an Ethernet frame that tells its number, and each byte from those around it."""
+    return bytes((37 * n + i + (i >> 8)) & 0xFF for i in range(length))
+
+
+class Field:
+    """A u16 of a ring: *skip* bytes into its part, and *entry* bytes more for each entry of the ring."""
+
+    def __init__(self, part: str, skip: int, entry: int) -> None:
+        self.part, self.skip, self.entry = part, skip, entry
+
+    def _gpa(self, ring: Ring) -> int:
+        return int(getattr(ring, self.part)) + self.skip + self.entry * ring.num
+
+    def __get__(self, ring: Ring, owner: type[Ring]) -> int:
+        return int.from_bytes(ring.memory.read(self._gpa(ring), 2), "little")
+
+    def __set__(self, ring: Ring, value: int) -> None:
+        ring.memory.write(self._gpa(ring), struct.pack("<H", value & 0xFFFF))
+
+
+class Ring:
+    """A split ring from guest address *at* on, parts and buffers on pages of their own; indices are at *start*."""
+
+    avail_flags = Field("avail", 0, 0)
+    avail_idx = Field("avail", 2, 0)
+    used_event = Field("avail", 4, 2)
+    used_flags = Field("used", 0, 0)
+    used_idx = Field("used", 2, 0)
+    avail_event = Field("used", 4, 8)
+
+    def __init__(self, memory: GuestMemory, at: int, num: int = 16, start: int = 0) -> None:
+        self.memory, self.num = memory, num
+        self.desc, self.avail, self.used, self._buffers = at, *self._behind(at, num)
+        self.end = self._buffers + num * spec.PAGE_SIZE
+        self.avail_idx = self.used_idx = start
+        self._seen = start
+
+    @staticmethod
+    def _behind(at: int, num: int) -> Iterator[int]:
+        for length in ring_len(num):
+            at += spec.align_up(length, spec.PAGE_SIZE)
+            yield at
+
+    def buffer(self, i: int) -> int:
+        """Return the guest address of buffer *i*: a page."""
+        return self._buffers + i * spec.PAGE_SIZE
+
+    def put_desc(self, i: int, gpa: int, length: int, flags: int = 0, following: int = 0) -> None:
+        self.memory.write(self.desc + 16 * i, struct.pack("<QIHH", gpa % (1 << 64), length, flags, following))
+
+    def offer(self, *heads: int) -> None:
+        """Make the chains at *heads* available."""
+        idx = self.avail_idx
+        for k, head in enumerate(heads):
+            self.memory.write(self.avail + 4 + 2 * ((idx + k) % self.num), struct.pack("<H", head))
+        self.avail_idx = idx + len(heads)
+
+    def send(self, head: int, data: bytes) -> None:
+        """Make a virtio_net_hdr of zeros and *data* available, in the one descriptor *head*."""
+        self.memory.write(self.buffer(head), bytes(spec.NET_HDR_LEN) + data)
+        self.put_desc(head, self.buffer(head), spec.NET_HDR_LEN + len(data))
+        self.offer(head)
+
+    def post(self, *heads: int) -> None:
+        """Make a receive buffer available in each of the descriptors *heads*."""
+        for head in heads:
+            self.put_desc(head, self.buffer(head), _BUFFER_LEN, WRITE)
+        self.offer(*heads)
+
+    def taken(self) -> list[tuple[int, int]]:
+        """Return the used elements (id, len) published since this was last asked."""
+        idx = self.used_idx
+        found = []
+        for k in range(self._seen, self._seen + ((idx - self._seen) & 0xFFFF)):
+            head, length = struct.unpack("<II", self.memory.read(self.used + 4 + 8 * (k % self.num), 8))
+            found.append((head, length))
+        self._seen = idx
+        return found
+
+    def taken_from(self, idx: int) -> None:
+        """Have `taken` begin at *idx*."""
+        self._seen = idx
+
+    def content(self) -> bytes:
+        """Return every byte of the ring and of its buffers."""
+        return self.memory.read(self.desc, self.end - self.desc)
+
+
+def bring_up(device: NetDevice, features: int, num: int = 16, at: int = 0x10000) -> list[Ring]:
+    """Do what a driver does until just before DRIVER_OK; return the rings of all queues, empty, from *at* on."""
+    device.set_status(0)
+    device.set_status(ACKNOWLEDGE)
+    device.set_status(ACKNOWLEDGE | DRIVER)
+    device.set_driver_features(features)
+    device.set_status(READY & ~DRIVER_OK)
+    rings: list[Ring] = []
+    for index in range(2 * device.queue_pairs):
+        ring = Ring(device.memory, at, num)
+        device.set_queue(index, num, ring.desc, ring.avail, ring.used)
+        device.enable_queue(index)
+        rings.append(ring)
+        at = ring.end
+    return rings
+
+
+def rebase(driver: Driver, start: int, queues: Sequence[int] | None = None) -> None:
+    """Lay a driver's rings (or some) out anew with every index at *start*. Nobody may own them meanwhile."""
+    mem = driver.memory.mem
+    for index in range(2 * driver.queue_pairs) if queues is None else queues:
+        row, state = driver.dvqs[index], driver.states[index]
+        num = int(row[r.DVQ_NUM])
+        for slot, length in zip((r.DVQ_DESC, r.DVQ_AVAIL, r.DVQ_USED), ring_len(num), strict=True):
+            mem[int(row[slot]) : int(row[slot]) + length] = 0
+        split_driver.reset_driver(row, state)
+        for slot in (r.DVQ_AVAIL_IDX, r.DVQ_PUBLISHED_IDX, r.DVQ_KICKED_IDX, r.DVQ_LAST_USED_IDX):
+            row[slot] = start
+        row[r.DVQ_USED_IDX] = start
+        at = int(row[r.DVQ_USED]) + spec.VIRTQ_RING_IDX
+        mem[at : at + 2] = np.frombuffer(struct.pack("<H", start), np.uint8)
+        if index % 2 == 0:
+            kernels.post_receive(mem, row, state)
+        split_driver.publish_available(mem, row)
+
+
+class Traffic:
+    """Numbered frames both ways between the device's endpoint and the guest's, and the ledger of each direction."""
+
+    def __init__(self, pairs: int = 1, size: int = 64, rate: float = 0.0, count: int = -1) -> None:
+        self.device = GenerateEndpoint(pairs, size, rate, count)
+        self.guest = GenerateEndpoint(pairs, size, rate, count)
+
+    def arrived(self, pair: int | None = None) -> tuple[int, int]:
+        """Return the frames that arrived at the device's end, and at the guest's: of one pair, or of all."""
+        pairs = slice(None) if pair is None else slice(pair, pair + 1)
+        ends = (self.device, self.guest)
+        to_device, to_guest = (int(end.ledger[pairs, r.LEDGER_DELIVERED].sum()) for end in ends)
+        return to_device, to_guest
+
+    def wait_for_more(self, frames: int = 1) -> None:
+        """Wait until *frames* more have arrived on each pair, each way."""
+        for pair in range(self.device.queues):
+            self.wait_for_pair(pair, frames)
+
+    def wait_for_pair(self, pair: int, frames: int = 1, to_device: bool = True) -> None:
+        """As `wait_for_more`, for one pair; to_device=False: only those to the guest."""
+        before = self.arrived(pair)
+
+        def more() -> bool:
+            now = self.arrived(pair)
+            return (now[0] >= before[0] + frames or not to_device) and now[1] >= before[1] + frames
+
+        wait_for(more, f"{frames} frames on pair {pair}")
+
+    def allow(self, count: int) -> None:
+        """Have each queue of either end make so many frames in all, and no more."""
+        for end in (self.device, self.guest):
+            end.rows[:, r.EP_LIMIT] = count
+
+    def wait_until_finished(self) -> None:
+        """Wait until all frames that are allowed have been made, and have arrived."""
+        wait_for(lambda: self.device.finished and self.guest.finished, "every frame is sent")
+        wait_for(lambda: self.arrived() == (self.guest.sent, self.device.sent), "every frame arrived")
+
+    def settle(self) -> None:
+        """Make no more frames, and wait until those that were made have arrived."""
+        self.guest.stop()
+        self.device.stop()
+        wait_for(lambda: self.arrived() == (self.guest.sent, self.device.sent), "every frame arrived")
+
+    def check(self) -> None:
+        """Every frame arrived once, whole and in order."""
+        to_device, to_guest = self.device.ledger_against(self.guest), self.guest.ledger_against(self.device)
+        assert to_device.clean, to_device
+        assert to_guest.clean, to_guest
+        assert not self.device.ledger[:, r.LEDGER_FOREIGN].any()
+        assert not self.guest.ledger[:, r.LEDGER_FOREIGN].any()
+
+    def close(self) -> None:
+        self.device.close()
+        self.guest.close()

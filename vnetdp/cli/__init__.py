@@ -1,0 +1,3 @@
+"""The command line: arguments in, a report out. `main` runs it."""
+
+from .parser import main as main

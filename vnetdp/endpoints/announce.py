@@ -1,0 +1,63 @@
+"""Announcing a guest that has moved: switches learn its new port from a frame that it seems to have sent (RFC 903)."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from vnetdp_kernels import spec
+
+from ..system import limits
+from ..system.owned import Owned
+
+# When to announce, in s after the machine runs: QEMU's 50 ms first, 100 ms more each time, five rounds.
+ROUNDS_S: Final = (0.0, 0.05, 0.2, 0.45, 0.8)
+_BROADCAST = b"\xff" * 6
+_RARP = 0x8035
+_REVERSE_REQUEST = 3
+
+
+def rarp(mac: bytes) -> bytes:
+    """Return the Ethernet frame (no FCS) that tells everybody where *mac* is."""
+    body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, _REVERSE_REQUEST) + mac + bytes(4) + mac + bytes(4)
+    return (_BROADCAST + mac + struct.pack("!H", _RARP) + body).ljust(spec.ETH_ZLEN, b"\0")
+
+
+class Announcer(Owned):
+    """Announces *mac* through *send*, from a thread, at each of ROUNDS_S; `close` ends it early. sent: how often so far.
+
+    While it is held (`hold`) nothing is sent, and what falls into that time is not made up for.
+    """
+
+    def __init__(self, send: Callable[[bytes], None], mac: Callable[[], bytes]) -> None:
+        self.sent = 0
+        self._send = send
+        self._mac = mac
+        self._held = False
+        self._turn = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._announce, name="announce", daemon=True)
+        limits.start(self._thread)
+
+    def _announce(self) -> None:
+        began = time.monotonic()
+        for at in ROUNDS_S:
+            if self._end.wait(max(0.0, began + at - time.monotonic())):
+                return
+            with self._turn:
+                if not self._held:
+                    self._send(rarp(self._mac()))
+                    self.sent += 1
+
+    def hold(self, held: bool) -> None:
+        """Send nothing from now on, or go on; what is being sent is sent when this returns."""
+        with self._turn:
+            self._held = held
+
+    def close(self) -> None:
+        if not self.inherited:
+            self._end.set()
+            self._thread.join()
