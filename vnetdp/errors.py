@@ -113,7 +113,7 @@ class LocalProtocolError(ProtocolError):
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what it may not send: the connection ends."""
+    """The peer broke the protocol: the connection ends."""
 
 
 class RequestRefused(ProtocolError):  # noqa: N818 - it is an answer, not a fault of ours

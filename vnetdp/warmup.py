@@ -60,7 +60,7 @@ def _warm(loops: Sequence[Callable[..., Any]]) -> bool:
 
 @contextmanager
 def _one_at_a_time(say: Say | None = None) -> Iterator[None]:
-    """Have processes that start together compile once: the others wait, and then load what the first one made.
+    """Have processes that start together compile once: the first compiles, the others wait and load its files.
 
     The lock only saves work: where it can't be had, each compiles.
     """

@@ -95,11 +95,11 @@ DVQ_BATCH_LEN: Final = 28
 DVQ_CALLS: Final = 29  # used buffer notifications seen
 DVQ_SLOTS: Final = 32
 
-# What the driver remembers of a descriptor: int64[num, DESC_STATE_SLOTS].
+# The driver's private state of a descriptor: int64[num, DESC_STATE_SLOTS].
 DS_NEXT: Final = 0  # next free descriptor, or next of the chain
 DS_N_DESC: Final = 1  # descriptors the chain headed here takes from the table; 0 = not a head in flight
 DS_LEN_IN: Final = 2  # writable bytes of the chain
-DS_TOKEN: Final = 3  # what the caller wants back
+DS_TOKEN: Final = 3  # the caller's number, returned with the chain
 DESC_STATE_SLOTS: Final = 4
 
 # Rows of tables and scratch arrays.
@@ -112,7 +112,7 @@ IOV_LEN: Final = 1
 IOV_GPA: Final = 2
 IOV_SLOTS: Final = 3
 
-# Status codes: what a kernel returns in place of a count. Each breaks the queue, except E_TOO_BIG and E_BLOCKED.
+# Status codes, which a kernel returns in place of a count. Each breaks the queue, except E_TOO_BIG and E_BLOCKED.
 E_ADDRESS: Final = -1  # a range is not wholly inside guest memory
 E_HEAD: Final = -2  # avail.ring holds a head >= num
 E_NEXT: Final = -3  # desc.next is outside its table
@@ -127,7 +127,7 @@ E_INDIRECT_NEXT: Final = -11  # INDIRECT together with NEXT
 E_AVAIL_IDX: Final = -12  # avail.idx ran ahead by more than num, or backwards
 E_DIRECTION: Final = -13  # a receive chain without a writable byte, a transmit chain without a readable one
 E_USED_ID: Final = -14  # driver: the device used a chain that is not in flight
-E_USED_IDX: Final = -15  # driver: used.idx ran ahead of what is in flight
+E_USED_IDX: Final = -15  # driver: used.idx ran ahead of the chains in flight
 E_USED_LEN: Final = -16  # driver: the device claims more bytes than the chain can hold
 E_NUM_BUFFERS: Final = -17  # driver: num_buffers is zero or more than the device has used
 E_TOO_BIG: Final = -18  # the frame fits in no chain the driver could offer: drop it
@@ -193,10 +193,10 @@ LEDGER_SEQ_AT: Final = 22
 LEDGER_PATTERN_AT: Final = 30
 LEDGER_MIN_LEN: Final = 30
 
-# What tells of a queue: int64[queues, 2], its kick and its call, a descriptor each; -1 = none.
-NOTIFY_PEER: Final = 1 << 32  # added to a call's that a peer shares: it may be blocking, whatever it was when it came
+# The notifiers of a queue: int64[queues, 2], its kick and its call, a descriptor each; -1 = none.
+NOTIFY_PEER: Final = 1 << 32  # added to the descriptor of a call that a peer shares: the peer can make it blocking
 
-# The control words a loop looks at: int64[CTL_SLOTS], shared with whoever steers it.
+# The control words a loop looks at: int64[CTL_SLOTS], shared with the code that steers it.
 CTL_DOORBELL: Final = 0  # not 0: leave the loop
 CTL_PASSES: Final = 1
 CTL_SLEEPS: Final = 2
@@ -277,14 +277,14 @@ class Frame(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Arrays that a loop writes and nobody reads after it. Never shared between threads."""
+    """Arrays that a loop writes, and that are not read after it. Never shared between threads."""
 
     iov: Words  # int64[2 * cap, IOV_SLOTS]: the buffers of chains
     frame_iov: Words  # int64[cap, IOV_SLOTS]: the pieces of a frame
     chains: Words  # int64[n, 2]: head and bytes of each chain that a frame takes
     hdr: Bytes  # uint8[HDR_SCRATCH]: a virtio_net_hdr
     words: Words  # int64[SCRATCH_WORDS]: struct iovecs, and a clock's answer
-    pollfds: Words  # int64[2, n]: struct pollfds, and what each stands for
+    pollfds: Words  # int64[2, n]: struct pollfds, and the code of each (`wait`)
     one: Words  # as `peer.tell_words`
 
 

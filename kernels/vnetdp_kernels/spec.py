@@ -50,7 +50,7 @@ VIRTIO_NET_HDR_GSO_TCPV6: Final = 4
 VIRTIO_NET_HDR_GSO_UDP_L4: Final = 5
 VIRTIO_NET_HDR_GSO_ECN: Final = 0x80
 
-# What a driver accepts in the header of a frame it receives (VIRTIO_NET_F_GUEST_*).
+# Offloads that a driver accepts in the header of a frame it receives (VIRTIO_NET_F_GUEST_*).
 OFFLOAD_CSUM: Final = 1
 OFFLOAD_TSO4: Final = 2
 OFFLOAD_TSO6: Final = 4

@@ -73,7 +73,7 @@ class Backend(ABC):
         self.apply(verbs.SetVringKick(index, kick))
 
     def set_vring_call(self, index: int, call: EventFd | None) -> None:
-        """Set the eventfd of calls to the driver, which the caller keeps open; without one nobody is called."""
+        """Set the eventfd of calls to the driver, which the caller keeps open; None calls no driver."""
         self.apply(verbs.SetVringCall(index, call))
 
     def set_vring_enable(self, index: int, enabled: bool) -> None:

@@ -68,7 +68,7 @@ class Faults(list[Fault]):
     """The present phase, which its user sets; a fault with another phase does not strike."""
 
     def strike(self, verb: str, pair: int, index: int | None) -> None:
-        """Raise BackendError if one of them says so. @private"""
+        """Raise BackendError if a fault strikes this verb of this queue pair and ring. @private"""
         for fault in self:
             if (not fault.phase or fault.phase == self.phase) and fault.strikes(verb, pair, index):
                 raise BackendError(verb, fault.code, index, "injected fault")

@@ -99,7 +99,7 @@ def _pack(message: object) -> tuple[bytes, list[int]]:
 
 
 def _unpack(data: bytes, fds: list[int]) -> Any:
-    """Return a message; what arrived in it owns its descriptors."""
+    """Return a message; the objects that arrived in it own their descriptors."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> object:
@@ -218,7 +218,7 @@ class WorkerProcess(Owned):
         return f"the worker process {self.pid} {self._child.ended()} (restart the program to use vhost again)"
 
     def _await_answer(self) -> None:
-        """Wait until the child has answered; one that does not in time is killed."""
+        """Wait until the child has answered; a child that does not answer in time is killed."""
         patience_s = math.inf if self.timeout_s is None else self.timeout_s
         until_s, hurried, starting = patience_s, False, not self._answered
         for waited_s in self._child.waiting(min(child.LOOK_S, patience_s)):
@@ -267,7 +267,7 @@ class WorkerProcess(Owned):
         self.datapath.close()
 
     def leave_to_parent(self) -> None:
-        """Leave both sockets to the parent: the child is to see it if the parent closes them, or dies. @private"""
+        """Leave both sockets to the parent: the worker process has to see when the parent closes them. @private"""
         self._sock.close()
         self._events.close()
 

@@ -1,6 +1,6 @@
 """UserspaceBackend: the vhost verbs, applied to a Datapath in the caller's thread.
 
-It is what QEMU's own virtio-net is when the device's loop runs it, and the inside of every vhost worker.
+This backend is QEMU's own virtio-net, run by the device's loop, and the inside of every vhost worker.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class UserspaceBackend(Backend, Owned):
         verb.check(self)
         return self._RUN[type(verb)](self, verb) or 0
 
-    # --- what the rules of verbs ask (`State`) ---
+    # --- `State`, which the rules of verbs look at ---
 
     @property
     def memory(self) -> GuestMemory | None:

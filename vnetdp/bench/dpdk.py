@@ -36,7 +36,7 @@ def cpu_list() -> str:
 class Dpdk:
     """A testpmd with the virtual devices *vdevs* as its ports, in interactive mode: it forwards when told to start.
 
-    scratch: a folder for what it leaves behind. cpus: the cores of each forwarding thread, as --lcores spells them; a
+    scratch: a folder for its log. cpus: the cores of each forwarding thread, as --lcores spells them; a
     thread takes the streams that its turn gives it. args: testpmd's own arguments, eal: those of DPDK.
     """
 
@@ -59,7 +59,7 @@ class Dpdk:
             *(f"--vdev={vdev}" for vdev in vdevs),
             *("--", "--interactive", f"--nb-cores={len(cpus)}", "--total-num-mbufs=8192"),
             *("--no-lsc-interrupt", "--no-flush-rx"),  # flushing would throw a capture away
-            *("--mask-event", "all"),  # what another thread prints may fall into the middle of a prompt
+            *("--mask-event", "all"),  # another thread's output may fall into the middle of a prompt
             *args,
         ]
         self._said = ""  # all that it printed

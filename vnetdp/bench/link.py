@@ -1,7 +1,7 @@
 """`vnetdp link` beside its peers: TCP throughput and small frames per second between two network namespaces.
 
 Every contender joins the same two namespaces, alone and freshly started, in every round; every second round
-goes through them backwards, so that a machine that slows down meanwhile favours nobody. To read the figures:
+goes through them backwards, so that a machine that slows down meanwhile favours none. To read the figures:
 
 * `kernel bridge` is veth, which passes 64 KiB segments on without cutting or copying them: the upper bound
   for TCP, and no equal. It runs on the sender's core, and so slows the sender down instead of losing frames.
@@ -43,7 +43,7 @@ Row = dict[str, object]
 
 _INTERFACE = "link0"  # on both sides
 _WIRE = "wire"  # the namespace between them, where the contenders run
-_WIRE_ENDS = {"a": "left", "b": "right"}  # what an interface in it is called, by the side that it leads to
+_WIRE_ENDS = {"a": "left", "b": "right"}  # the names of interfaces in it, by the side that each leads to
 _FCS_LEN = 4  # bytes that a wire adds to every frame
 _IPERF_PORT = 5201
 
@@ -77,11 +77,11 @@ def run(
 
     * "link tcp": `gbps`, 10^9 bits of payload received a second; `size`, the MTU. iperf3 takes whole seconds.
     * "link small frames": `mpps`, 10^6 frames delivered a second; `ns_per_packet`; `sent_mpps`, what was
-      offered; `size`, bytes with the frame check sequence; `report`, what `vnetdp link` said of itself in the
+      offered; `size`, bytes with the frame check sequence; `report`, the report of `vnetdp link` in the
       last round.
 
     `ratio` is to `vnetdp vhost`, None without it. A contender that can't run here has one row, "link", with
-    `skipped`, the reason. One that starts and then fails ends the run: LinkBenchError or NetnsError.
+    `skipped`, the reason. A contender that starts and then fails ends the run: LinkBenchError or NetnsError.
     """
     rows: list[Row] = []
     able: list[Contender] = []
@@ -272,7 +272,7 @@ def _vnetdp(datapath: str, pair: NetnsPair, scratch: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _relay(pair: NetnsPair, argv: Sequence[str], scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that joins the two sides, stopped at the end; an error's notes say what it printed."""
+    """A process that joins the two sides, stopped at the end; an error's notes have its output."""
     with open(scratch / "log", "wb") as output:
         relay = pair.popen(_WIRE, argv, output)
     try:

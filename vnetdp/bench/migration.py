@@ -1,6 +1,6 @@
 """The cost of a migration: the destination's work while the machine is stopped, by policy and pairs; the source's rate.
 
-Policies take turns, so that what disturbs the machine disturbs them alike; medians are given.
+Policies take turns, so that a disturbance of the machine meets them alike; medians are given.
 """
 
 from __future__ import annotations

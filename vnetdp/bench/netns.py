@@ -101,11 +101,11 @@ class NetnsPair(Owned):
         return process.wait()
 
     def ip(self, side: str, arguments: str) -> str:
-        """``ip -n NAMESPACE ARGUMENTS``, which are split at spaces; what it printed."""
+        """Run ``ip -n NAMESPACE ARGUMENTS``, which are split at spaces; return its output."""
         return _command("ip", "-n", self.names[side], *arguments.split())
 
     def add_tap(self, side: str, interface: str, multi_queue: bool = False) -> None:
-        """Make a TAP that outlives whoever opens it.
+        """Make a persistent TAP: it outlives the programs that open it.
 
         An opener must ask for IFF_MULTI_QUEUE exactly if *multi_queue*; IFF_VNET_HDR is as the opener likes.
         """
@@ -162,7 +162,7 @@ class NetnsPair(Owned):
 def why_no_netns() -> str | None:
     """Why namespaces with TAPs can't be used here, in words for a skipped test; None if they can.
 
-    Found out by making a pair with one TAP in it: what the kernel, a container or a missing privilege refuses
+    Found out by making a pair with one TAP in it: a refusal by the kernel, a container or a missing privilege
     shows at once.
     """
     if shutil.which("ip") is None:

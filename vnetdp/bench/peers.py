@@ -1,10 +1,10 @@
 """`vnetdp bench peers`: DPDK's own driver on our back end and on DPDK's, in turns in one run.
 
 The driver is testpmd's virtio_user, the back ends are `vnetdp serve macswap --poll` and testpmd's net_vhost. All three
-send back whatever they receive with the addresses exchanged, so the packets that testpmd puts in circulation once go
+send back every packet with the addresses exchanged, so the packets that testpmd puts in circulation once go
 round for ever. They are fewer than a ring holds, so that none is ever dropped for want of room: a back end may give a
 packet back on one ring before it says on the other that it has taken it. The driver has one core and the back end the
-other; what is counted is packets that came back to the driver.
+other; the figures count packets that came back to the driver.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from ..warmup import warm_up
 from .report import Row
 
 SIZES = (64, 1500)
-# What a device's side does with a frame: drop it (rings only), make and check it (copied once), echo it (both queues).
+# Endpoints of the device's side: drop frames (rings only), make and check them (copied once), echo them (both queues).
 ENDPOINTS: dict[str, Callable[[int], Endpoint]] = {
     "null": lambda _: NullEndpoint(),
     "generate": lambda size: GenerateEndpoint(size=size),
@@ -47,7 +47,7 @@ class CountError(VnetdpError):
 def run(rounds: int = 5, seconds: float = 1.0, say: _Say = lambda _: None) -> list[Row]:
     """Run all measurements, *rounds* times in turn, medians; *seconds* for each of those on two cores.
 
-    One whose packet counts do not add up has a row with `failed`, what is wrong with them; the others stand.
+    A measurement whose packet counts do not add up has a row with `failed`, the reason; the others stand.
     """
     warm_up(say)
     measurements: dict[str, Callable[[], list[Row]]] = {
@@ -88,7 +88,7 @@ class OneCore:
             self._stack = stack.pop_all()
 
     def alternate(self, rounds: int) -> tuple[int, int]:
-        """Let them take *rounds* turns; return (ns of the device, frames that it moved). Checks its counts."""
+        """Let device and driver take *rounds* turns; return (ns of the device, frames that it moved), checked."""
         before = sum(queue["packets"] for queue in self.device.counters())
         ns, frames = alternate(
             self.device.userspace.stepped.rings,
@@ -103,7 +103,7 @@ class OneCore:
         e, g = self.endpoint, self.guest
         queues = self.device.counters()
         moved = sum(queue["packets"] for queue in queues) - before
-        # What echoes goes through both queues, and counts as one frame.
+        # An echoed frame goes through both queues, and counts as one frame.
         if frames == 0 or moved != frames * (2 if isinstance(e, EchoEndpoint) else 1):
             raise CountError(f"{e.name}: the loop moved {frames} frames, the queues counted {moved}")
         for end, other in ((g, e), (e, g)):

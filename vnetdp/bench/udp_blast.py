@@ -6,8 +6,8 @@ INTERFACE has that name on both sides, is up and has its address. Prints one JSO
 `Blast`.
 
 A frame is 60 bytes, which is 64 on a wire with its frame check sequence: the smallest Ethernet frame. The
-link is overloaded on purpose: what it can't take is lost before it (a TAP's queue holds 1000 frames), so
-`delivered` is what the link carries. The sender keeps one core busy.
+link is overloaded on purpose: excess frames are lost before it (a TAP's queue holds 1000 frames), so
+`delivered` is the link's throughput. The sender keeps one core busy.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ _SO_ATTACH_FILTER = 26
 
 @dataclasses.dataclass(frozen=True)
 class Blast:
-    """Frames *sent* in *seconds*, frames *delivered* in that time, and those that came *late*, after it."""
+    """Frames *sent* in *seconds*, frames *delivered* in that time, and frames that came *late*, after it."""
 
     sent: int
     delivered: int
@@ -91,7 +91,7 @@ def blast(namespace_a: str, namespace_b: str, interface: str, seconds: float) ->
 
 
 def _sink() -> socket.socket:
-    """A socket that nobody reads. With it the stack drops the frames; without, it answers each: "port unreachable"."""
+    """A socket that is never read. With it the stack drops the frames; without, it answers each: "port unreachable"."""
     sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     sink.bind((ADDRESSES["b"], PORT))
@@ -111,7 +111,7 @@ def _counter(interface: str) -> socket.socket:
     """
     # No protocol yet: it mustn't see anything before its filter is there.
     counter = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    # Nobody reads it, and a full socket costs least. What it drops is counted too.
+    # It is never read, and a full socket costs least. Frames that it drops are counted too.
     counter.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     program = b"".join(
         struct.pack("=HBBI", *instruction)
@@ -132,7 +132,7 @@ def _counter(interface: str) -> socket.socket:
 
 
 def _take_count(counter: socket.socket) -> int:
-    """Frames seen since the last call; those that didn't fit into the socket's buffer are among them."""
+    """Frames seen since the last call, including frames that didn't fit into the socket's buffer."""
     return int(struct.unpack("II", counter.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))[0])
 
 
@@ -151,7 +151,7 @@ def _send(sender: socket.socket, frame: bytes, seconds: float) -> tuple[int, flo
         taken = libc.sendmmsg(fd, batch, _BATCH, 0)
         if taken > 0:
             sent += taken
-        elif ctypes.get_errno() != errno.ENOBUFS:  # a full queue before the link is what we're here for
+        elif ctypes.get_errno() != errno.ENOBUFS:  # a full queue before the link is meant to be
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "sendmmsg")
         now = time.perf_counter()
     return sent, now - begin

@@ -1,6 +1,6 @@
 """Datapath: a straight line between an endpoint and the rings of one device, shared by every local backend.
 
-It owns the device's queue rows and the scratch that kernels need; what serves the rings when is its owner's affair.
+A datapath owns the device's queue rows and the scratch that kernels need; the worker or device that has it runs it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NO_TABLE: Words = np.zeros((0, r.REGION_SLOTS), np.int64)
 
 
 def scratch_for(pairs: int, max_num: int = spec.VIRTQ_MAX_NUM) -> Scratch:
-    """Return the arrays that a loop over *pairs* queue pairs of up to *max_num* descriptors needs and nobody keeps."""
+    """Return the scratch arrays of a loop over *pairs* queue pairs of up to *max_num* descriptors."""
     cap = max(max_num, r.MIN_CHAIN_CAP)
     return Scratch(
         iov=np.zeros((2 * cap, r.IOV_SLOTS), np.int64),
@@ -130,7 +130,7 @@ class Datapath(Owned):
     def abandon(self) -> bool:
         """Have the thread that runs the datapath enter no kernel ever again; False, and nothing done, if it is in one now.
 
-        It may be in an endpoint's Python code, for as long as that takes; the rings can be taken from it all the same.
+        The thread may be in an endpoint's Python code for any time; the rings can be taken from it all the same.
         @private
         """
         self._abandoned = True

@@ -27,7 +27,7 @@ _STUCK_S = 0.5  # no kernel takes that long to look at the doorbell, unless a sy
 
 
 class Runnable(Protocol):
-    """What `LoopThread` runs: a datapath, or a driver."""
+    """The object that a `LoopThread` runs: a datapath or a driver."""
 
     ctl: Words
     bell: EventFd
@@ -69,7 +69,7 @@ class Listeners:
             on_broken()
 
     def tell_gone(self) -> None:
-        """Tell every listener: one that fails costs the others nothing."""
+        """Call the on_gone of every listener; a listener that raises does not keep the others from theirs."""
         for _, on_gone in tuple(self._all):
             try:
                 on_gone()
@@ -78,7 +78,7 @@ class Listeners:
 
 
 class _Pause:
-    """What `LoopThread.paused` returns: a hundred verbs in one hand-over enter it, so it is made once."""
+    """The context of `LoopThread.paused`, made once: a hundred verbs in one hand-over enter it."""
 
     def __init__(self, halt: Callable[[], None], go_on: Callable[[], None]) -> None:
         self._halt = halt
@@ -92,9 +92,9 @@ class _Pause:
 
 
 class LoopThread(Owned):
-    """A thread that runs a datapath (or a driver) from `start` on, and stands still while somebody changes it.
+    """A thread that runs a datapath (or a driver) from `start` on, and can be paused while its rings are changed.
 
-    Register `close` before `start`: ^C can come between any two steps, and what the thread runs outlives the thread.
+    Register `close` before `start`: ^C can come between any two steps, and the datapath or driver outlives the thread.
 
     `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
     ends. Nests, also across calls. `listeners` are told in the thread: each time a queue broke, when they may not pause
@@ -122,7 +122,7 @@ class LoopThread(Owned):
         # Queues, not events: to wake a thread by one costs a tenth.
         self._parked: SimpleQueue[int] = SimpleQueue()
         self._resume: SimpleQueue[int] = SimpleQueue()
-        self._turn = 0  # goes through both: what a pause that was broken off left there is of no other
+        self._turn = 0  # goes through both queues: an entry that a broken-off pause left there matches no other pause
         self._stopping = False
         self._begun = threading.Lock()  # taken by the thread as it begins, or by `close`, so that it never does
         self._ended = False
@@ -156,7 +156,7 @@ class LoopThread(Owned):
                             self._to_signal.pop().signal()
                 else:
                     bell.clear()
-        except BaseException as e:  # noqa: BLE001 - SystemExit too: whatever it is, nobody serves the rings any more
+        except BaseException as e:  # noqa: BLE001 - SystemExit too: after any exception the rings are served no more
             if self._ended or self.inherited:
                 return  # the child of a user's function that forked ends with this thread, its only one
             _log.exception("%s ended", self._thread.name)
@@ -190,7 +190,7 @@ class LoopThread(Owned):
         return self._pause
 
     def check_outside(self) -> None:
-        """Raise ConfigError in this very thread, which no one else can hold while it waits."""
+        """Raise ConfigError if this very thread is the caller: it would wait for itself to pause."""
         if threading.current_thread() is self._thread and not self._ended:
             raise ConfigError(
                 f"{self._thread.name} can't stop itself: change the device in another thread, not in its endpoint's code"
@@ -263,7 +263,7 @@ class LoopThread(Owned):
                 self._ended = self._never = True
             with self.paused():
                 if self._depth > 1 and not self._ended:
-                    self._resume.put(self._turn)  # it is parked, and whoever parked it may be gone
+                    self._resume.put(self._turn)  # it is parked, and the thread that parked it may be gone
             if not (self._hung or self._never):
                 self._thread.join()
         except BaseException:  # ^C
@@ -271,7 +271,7 @@ class LoopThread(Owned):
             raise
 
     def _leave(self) -> None:
-        """Have the thread end all the same, or enter no kernel any more: what it runs may be closed next."""
+        """Have the thread end all the same, or enter no kernel any more: its datapath or driver may be closed next."""
         if self._ended:
             return
         self._stopping = True

@@ -1,4 +1,4 @@
-"""Notifiers: the eventfds of a device's queues, and who listens to them.
+"""Notifiers: the eventfds of a device's queues, and their listeners: the device's own loop, vhost or the guest.
 
 While vhost runs the rings the device's own loop has let go of each kick (a host notifier, as an ioeventfd that was
 grabbed), and calls go straight to the guest (guest notifiers, as an irqfd). Each is taken once and given back once.
@@ -22,7 +22,7 @@ class Notifiers(Owned):
     """Kicks and calls of *queue_pairs* pairs, queue by queue: receiveq 2i, transmitq 2i + 1.
 
     grabs: pairs whose ioeventfd is grabbed; host: queues with a host notifier; guest: times guest notifiers are assigned.
-    All three are 0 while vhost has nothing. `grab_ioeventfd`, `set_host_notifier` and `set_guest_notifiers` may raise
+    All three are 0 while vhost has none. `grab_ioeventfd`, `set_host_notifier` and `set_guest_notifiers` may raise
     BackendError.
     """
 
@@ -42,7 +42,7 @@ class Notifiers(Owned):
         self._on_close.append(call)
 
     def assign(self) -> None:
-        """Give every notifier to vhost; on BackendError what was given is back."""
+        """Give every notifier to vhost; on BackendError all are taken back."""
         with ExitStack() as undo:
             for pair in range(self.queue_pairs):
                 self.grab_ioeventfd(pair)
@@ -54,7 +54,7 @@ class Notifiers(Owned):
             undo.pop_all()
 
     def release(self) -> None:
-        """Take every notifier back. What can't be given back is reported, and the rest is taken."""
+        """Take every notifier back. If guest notifiers can't be taken back, log that, and take the rest."""
         try:
             self.set_guest_notifiers(False)
         except BackendError as e:
@@ -66,7 +66,7 @@ class Notifiers(Owned):
             self._release_ioeventfd()
 
     def clear(self) -> None:
-        """Forget every kick and call that nobody has come to."""
+        """Clear the kicks and calls that are pending."""
         for event in (*self.kicks, *self.calls):
             event.clear()
 

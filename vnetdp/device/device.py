@@ -1,4 +1,4 @@
-"""NetDevice: an emulated virtio-net device, as its driver sees it, and who runs its rings (Virtio 1.2, 2 and 5.1).
+"""NetDevice: an emulated virtio-net device, as its driver sees it, and its rings' owners (Virtio 1.2, 2 and 5.1).
 
 The device has a userspace datapath always, and a vhost worker if it was given one. Whenever the driver is ready, the
 link up and the device running, the worker gets the rings; any failure of any verb gives them to userspace, and the next
@@ -47,7 +47,7 @@ class NetDevice(Owned):
     - `threaded`: True runs the userspace datapath in a thread of the device; False moves frames in `step` alone.
     - `poll_us`: microseconds for which that thread busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
     - `max_num`: descriptors of the largest queue that a driver may set up, a power of two up to 32768.
-    - `fallback`: True gives the rings to userspace while vhost cannot have them; False gives them to nobody.
+    - `fallback`: True gives the rings to userspace while vhost cannot have them; False leaves them without an owner.
     - `running`: False makes a device whose machine does not run yet, such as a migration's destination (`set_running`).
     - `notifiers`: internal.
 
@@ -202,7 +202,7 @@ class NetDevice(Owned):
         return self._registers.read_config(offset, length)
 
     def set_link(self, up: bool) -> None:
-        """Set the link state. While the link is down nobody owns the rings."""
+        """Set the link state. While the link is down the rings have no owner."""
         with self._lock:
             self.set_control(net_status=self.control.net_status & ~VIRTIO_NET_S_LINK_UP | VIRTIO_NET_S_LINK_UP * up)
 
@@ -219,7 +219,7 @@ class NetDevice(Owned):
                 self._update_owner()
 
     def set_running(self, running: bool) -> None:
-        """Resume the device, or stop it, as a virtual machine does. While it is stopped nobody owns the rings."""
+        """Resume the device, or stop it, as a virtual machine does. While it is stopped the rings have no owner."""
         with self._lock:
             self._running = running
             self._update_owner()
@@ -282,7 +282,7 @@ class NetDevice(Owned):
 
     @property
     def handovers(self) -> int:
-        """The number of changes of owner, those to and from nobody included."""
+        """The number of changes of owner, including a change to or from no owner."""
         return self._owners.handovers
 
     @property
@@ -302,7 +302,7 @@ class NetDevice(Owned):
 
     @property
     def fenced(self) -> bool:
-        """True while nobody gets the rings, as vhost hangs and may go on with them."""
+        """True while the rings are fenced: vhost hangs and may still run them, so no owner gets them."""
         return self._owners.fenced
 
     def paused(self) -> AbstractContextManager[None]:
@@ -310,7 +310,7 @@ class NetDevice(Owned):
         return vhost_net.standing_still(self._owners.backends or ())
 
     def rings(self) -> vhost_net.Rings:
-        """Return what an owner of the rings has to know. @private"""
+        """Return the queues, notifiers, memory and features that an owner of the rings needs. @private"""
         features = self.driver_features | (f.VHOST_F_LOG_ALL if self.log else 0)
         return vhost_net.Rings(self.queues, self.kicks, self.calls, self.endpoint, self.memory, self.log, features,
                                self._registers.negotiated_mtu, self._status.broken)  # fmt: skip
@@ -324,9 +324,9 @@ class NetDevice(Owned):
         return self._status.driver_ok and not self._status.halted and self.control.link_up
 
     def _update_owner(self) -> None:
-        """Bring the owner in line with status, link, running and choice; a vhost that fails means userspace.
+        """Bring the owner in line with status, link, running and choice; if vhost fails, userspace gets the rings.
 
-        One that hangs, and may go on with the rings, means nobody, until it has let go of them.
+        If vhost hangs, and may go on with the rings, they have no owner until it has let go of them.
         """
         if not (self.ready and self._running):
             self._hand_to(Owner.NOBODY)
@@ -341,16 +341,16 @@ class NetDevice(Owned):
 
     def _hand_to(self, owner: Owner) -> bool:
         if owner is self.owner:
-            return True  # before all that an owner has to know is gathered
+            return True  # before `rings` gathers the data for an owner
         done = self._owners.hand_to(owner, self.rings())
         if not done:
             self.last_error = self._owners.last_error
         return done
 
-    # --- migration: what a destination does before its machine runs, and a source after its machine has stopped ---
+    # --- migration: calls by a destination before its machine runs, and by a source after its machine has stopped ---
 
     def save_state(self) -> DeviceState:
-        """Return the device's state, for a migration. Indices are exact while nobody owns the rings (`set_running`)."""
+        """Return the state, for a migration. Indices are exact while the rings have no owner (`set_running`)."""
         with self._lock:
             return DeviceState(self.status, self.driver_features, self.control, self.queues).copy()
 
@@ -362,7 +362,7 @@ class NetDevice(Owned):
         self.load_delta(self._registers.all_of(state))
 
     def load_delta(self, delta: StateDelta) -> None:
-        """Take over what changed in another device since `load_state`. ConfigError, and no change, if it cannot be."""
+        """Take over the changes of another device since `load_state`. ConfigError, and no change, if they cannot be."""
         with self._lock:
             if self._running:
                 raise ConfigError("the device runs: stop it before its state is loaded")
@@ -374,12 +374,12 @@ class NetDevice(Owned):
                 self._status.load(delta)
                 self._registers.load_queues(queues, delta.bases)
             if delta.registers or not delta.control.keys().isdisjoint(CONFIG_SPACE):
-                self._status.notify_config()  # what is pending over there is not sent: one with the status makes up for it
+                self._status.notify_config()  # a notification pending at the source is not sent: this replaces it
 
     def prepare_vhost(self, *, unready: bool = False) -> bool:
         """Configure vhost, all but binding the rings, before the device runs. False if that failed or can't be now.
 
-        `set_running` then binds the rings; until then nobody touches them. A second call, after a change of the state,
+        `set_running` then binds the rings; until then they stand still. A second call, after a change of the state,
         tells vhost only the difference.
 
         *unready*: internal; True prepares it even while DRIVER_OK is clear or the link down.

@@ -1,4 +1,4 @@
-"""OwnDatapath: what runs a device's rings in userspace, in a thread of the device's or step by step."""
+"""OwnDatapath: the device's own datapath, which runs its rings in a thread of the device's or step by step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Owners: userspace and vhost, which can run a device's rings, and the hand-over from one to the other.
 
 Configured, based and bound are three different things for vhost: `prepare` does all but the binding, at any time
-before it, and whoever then gets the rings is decided by `hand_to`.
+before it, and `hand_to` decides which owner then gets the rings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HANDOVERS_KEPT = 10_000
 
 
 class Owner(enum.Enum):
-    """The owner of a device's rings: the one that walks the device's side of them."""
+    """The owner of a device's rings: the present runner of the device's side of them."""
 
     NOBODY = "nobody"
     """No ring moves: the driver is not ready, the link is down, the device is stopped, or vhost failed without fallback."""
@@ -42,8 +42,8 @@ class Owner(enum.Enum):
 class Owners(Owned):
     """The userspace datapath's backends, vhost's if there are any, and which of them has the rings.
 
-    check: called before rings are taken from an owner, once it stands still. fallback: what is logged if vhost can't
-    start.
+    check: called before rings are taken from an owner, once it stands still. fallback: whether userspace gets the rings
+    if vhost can't start, for the log.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Owners(Owned):
         self.notifiers = notifiers
         self.owner = Owner.NOBODY
         self.prepared: vhost_net.Prepared | None = None
-        self.fenced = False  # vhost hangs, and may go on with rings that it had: nobody else may get any
+        self.fenced = False  # vhost hangs, and may go on with rings that it had: no owner gets any
         self.fallbacks = 0
         self.unwound_ns: tuple[int, int] | None = None  # when the last binding that failed was undone, CLOCK_MONOTONIC
         self.handovers = 0
@@ -81,14 +81,14 @@ class Owners(Owned):
                 self._listening.callback(backend.listen(self._check, partial(gone, owner)))
 
     def check_outside(self) -> None:
-        """Raise ConfigError in a thread that runs the rings: one that changes the device waits for it to stand still."""
+        """Raise ConfigError if the calling thread runs the rings: a change of the device waits for it to pause."""
         for backend in (*self._workers, *self.userspace[:1]):
             if isinstance(backend.worker, LoopThread):
                 backend.worker.check_outside()
 
     @property
     def backends(self) -> Sequence[Backend] | None:
-        """Those of the present owner."""
+        """The backends of the present owner; None without an owner."""
         if self.owner is Owner.VHOST:
             return self.vhost
         return self.userspace if self.owner is Owner.USERSPACE else None
@@ -103,7 +103,7 @@ class Owners(Owned):
         return totals
 
     def hand_to(self, owner: Owner, rings: vhost_net.Rings) -> bool:
-        """Stop the present owner and start *owner*; False if either can't be, and nobody owns the rings then."""
+        """Stop the present owner and start *owner*; False if either fails, and the rings have no owner then."""
         if owner is self.owner:
             return True
         if self.fenced and not self._regain(rings):
@@ -199,13 +199,13 @@ class Owners(Owned):
             raise
 
     def _configure(self, rings: vhost_net.Rings) -> vhost_net.Prepared:
-        """Tell vhost what is new; on any exception nothing is left. The worker stands still from here until it is bound."""
+        """Tell vhost the changes; on any exception abandon its start. Workers are parked until the rings are bound."""
         assert self.vhost is not None
         if self.prepared is None:
             self.notifiers.assign()
             self.prepared = vhost_net.Prepared()
             for worker in self._workers:
-                worker.park(True)  # to stop a thread costs more than all that is told to it meanwhile
+                worker.park(True)  # to stop a thread costs more than all verbs that it gets meanwhile
         try:
             vhost_net.configure(self.vhost, rings, self.prepared)
         except BaseException:
@@ -216,7 +216,7 @@ class Owners(Owned):
     def prepare(self, rings: vhost_net.Rings) -> bool:
         """Do all of vhost's start but the binding; False, and nothing is left of it, if that fails.
 
-        A second call tells vhost only what is new since the first.
+        A second call tells vhost only the changes since the first.
         """
         assert self.owner is Owner.NOBODY
         try:
@@ -231,7 +231,7 @@ class Owners(Owned):
         return True
 
     def take_as_bound(self) -> None:
-        """Count vhost as the owner of what was prepared: somebody else has bound it, or should have."""
+        """Count vhost as the owner of the prepared rings: the caller has bound them, or should have."""
         self.owner = Owner.VHOST
         if self.prepared is not None and self.vhost is not None:
             self._release()

@@ -32,8 +32,8 @@ _AGREED = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
 
 
 class Registers:
-    """offered, features: the bits that the device offers, and those that the driver chose. control: what control commands
-    set; the endpoint knows what of it concerns it. queues: as the driver set them up.
+    """offered, features: the bits that the device offers, and those that the driver chose. control: the fields that
+    control commands set; the endpoint is told of its own. queues: as the driver set them up.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Registers:
         self.queues[:] = [self._unset() for _ in self.queues]
 
     def reset(self) -> EndpointError | None:
-        """Forget all that the driver set but the queues; return the error of an endpoint that refuses what it is told."""
+        """Forget all that the driver set but the queues; return the error of an endpoint that refuses the reset."""
         self.features = 0
         before = self.control
         self.control = replace(self._initial, mtu=before.mtu, net_status=before.net_status & VIRTIO_NET_S_LINK_UP)
@@ -194,7 +194,7 @@ class Registers:
     def after(self, delta: StateDelta) -> tuple[int, Control, list[Virtqueue]]:
         """Return features, control and queues as *delta* has them, and change nothing. ConfigError if they can't be.
 
-        What *delta* leaves as it is was checked when it came, and is not checked again. The indices in `delta.bases` are
+        Values that *delta* leaves alone were checked when they came, and not here. The indices in `delta.bases` are
         checked only: they belong into queues that are not replaced.
         """
         features, control = self.features, self.control

@@ -19,7 +19,7 @@ class DeviceStatus(Owned):
     """status: as the driver reads it (Virtio 1.2, 2.1). broken: the rows.E_* of each queue that broke, until it is reset.
     halted: no ring may run before the device is reset.
 
-    `lock` is held for moments only: a worker's thread, which finds what broke, can't wait for the lock of the device, whose
+    `lock` is held for moments only: a worker's thread, finding a broken queue, can't wait for the device's lock, whose
     holder may be waiting for that thread to stand still. *config_call* notifies the driver of a changed configuration.
     """
 
@@ -56,7 +56,7 @@ class DeviceStatus(Owned):
         found = None
         for n, queue in enumerate(queues[: queues_of(len(backends))]):
             status = backends[pair_of(n)].status(vring_of(n))
-            # One that was reset is not broken, whatever its backend remembers.
+            # A queue that was reset is not broken, even if its backend still says so.
             if status and queue.enabled and n not in self.broken:
                 self.broken[n] = status
                 found = GuestError(n, status)

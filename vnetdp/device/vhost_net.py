@@ -2,8 +2,8 @@
 
 The order is QEMU's: for each vhost device features, memory and log, for each of its rings size, base, addresses, kick and
 call; when all that is done (`configure`), the rings are bound (`bind`). The two can lie far apart: a migration configures
-early and binds last. What fails is undone in reverse, and each ring's next index is exact again: a ring that was bound
-gives its own, one that never was keeps the old one.
+early and binds last. A failed start is undone in reverse, and each ring's next index is exact again: a ring that was
+bound gives its own, a ring that never was keeps the old one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..virtio.queue import VRINGS, Virtqueue, pair_of, queue_of, ring_len, vring
 
 _log = logging.getLogger("vnetdp.vhost_net")
 
-# Compared for all queues at once while nobody runs: written out, a property a queue costs three times as much.
+# Compared for all queues at once during a blackout: written out, a property a queue costs three times as much.
 _setup_of = attrgetter("enabled", "num", "desc", "avail", "used")
 
 
@@ -74,13 +74,13 @@ class Prepared:
 
 
 def one_a_worker(backends: Sequence[Backend]) -> list[Backend]:
-    """Return one backend for each thread or process that runs some of them: to hold it holds the others."""
+    """Return one backend for each worker: to pause it pauses every backend of that worker."""
     return list({id(backend.worker): backend for backend in backends}.values())
 
 
 @contextmanager
 def standing_still(backends: Sequence[Backend]) -> Iterator[None]:
-    """Hold every backend for the length of the block; those that one thread runs, once."""
+    """Pause every backend for the length of the block; each worker once."""
     with ExitStack() as stack:
         for backend in one_a_worker(backends):
             stack.enter_context(backend.hold())
@@ -107,9 +107,9 @@ def start_vring(backend: Backend, rings: Rings, pair: int, index: int) -> None:
 def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> BackendError | None:
     """Unbind one ring, and keep its next index in the device's queue; return the error of a backend that is gone.
 
-    A backend that can't tell the index any more (it died, or the verb failed) leaves used.idx in guest memory to go
-    by: local backends finish each chain they take, so it is the same. UnbindError, and the index as it was, from one that
-    may go on with the ring.
+    If the backend can't tell the index any more (it died, or the verb failed), used.idx in guest memory is taken: local
+    backends finish each chain they take, so it is the same. UnbindError, and the index as it was, if the backend may go
+    on with the ring.
     """
     queue = rings.queues[queue_of(pair, index)]
     gone: BackendError | None = None
@@ -118,7 +118,7 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> Backend
     except UnbindError:
         raise
     except BackendError as e:
-        if e.errno != errno.ESRCH:  # asked next, one that is gone says so again
+        if e.errno != errno.ESRCH:  # a backend that is gone says so again, when asked next
             _log.warning("%s; get_vring_base unbinds the ring too", e)
     try:
         queue.last_avail_idx = backend.get_vring_base(index)
@@ -131,20 +131,20 @@ def stop_vring(backend: Backend, rings: Rings, pair: int, index: int) -> Backend
             # It may have been killed between a write to the used ring and its mark.
             mark_dirty(rings.log.log, queue.used, ring_len(queue.num)[2])
     if queue_of(pair, index) in rings.broken:
-        # Whoever it broke under, the chain that broke it is not used; this backend may never have had it.
+        # Under any owner, the chain that broke the queue is not used; this backend may never have had that chain.
         queue.last_avail_idx = used_idx(rings.memory, queue)
     return gone
 
 
 def used_idx(memory: GuestMemory, queue: Virtqueue) -> int:
-    """Return used.idx of a queue as it stands in guest memory; once that is closed, the index that is known."""
+    """Return used.idx of a queue in guest memory; once guest memory is closed, the queue's last_avail_idx."""
     if memory.closed:
         return queue.last_avail_idx
     return load_u16_acquire(memory.mem, memory.translate(queue.used + spec.VIRTQ_RING_IDX, 2))
 
 
 def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> None:
-    """Tell *backends* what *prepared* says they don't know yet; bind nothing, and leave a known ring's base to `bind`.
+    """Tell *backends* the settings that *prepared* lacks; bind nothing, and leave a known ring's base to `bind`.
 
     None of their rings may be bound. On BackendError forget *prepared*: nothing is bound, so there is nothing to undo.
     """
@@ -174,7 +174,7 @@ def configure(backends: Sequence[Backend], rings: Rings, prepared: Prepared) -> 
 
 
 def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site: bool) -> None:
-    """Set the base of every ring that may run and bind it; on any exception those tried are unbound, with their indices.
+    """Set the base of every ring that may run and bind it; on any exception unbind the rings tried, with their indices.
 
     one_site: one thread runs all *backends*, so it may take all rings at once.
     """
@@ -189,7 +189,7 @@ def bind(backends: Sequence[Backend], rings: Rings, prepared: Prepared, one_site
                 backends[pair_of(n)].set_vring_base(vring_of(n), base)
                 prepared.bases[n] = base
         for n, _ in wanted:
-            tried.append((pair_of(n), vring_of(n)))  # one whose binding fails elsewhere may have run for a moment
+            tried.append((pair_of(n), vring_of(n)))  # a ring whose binding fails may have run for a moment
             backends[pair_of(n)].set_backend(vring_of(n), rings.endpoint)
     except BaseException as e:
         prepared.failed_ns = time.monotonic_ns()
@@ -229,9 +229,9 @@ def stop(backends: Sequence[Backend], rings: Rings) -> BackendError | None:
 def stop_vrings(
     backends: Sequence[Backend], rings: Rings, which: Iterable[tuple[int, int]], cause: BaseException | None = None
 ) -> BackendError | None:
-    """Take back those rings, (pair, index) each; return the error of a backend that was gone.
+    """Take back the rings *which*, (pair, index) each; return the error of a backend that was gone.
 
-    UnbindError, after all of them, if a backend may go on with one.
+    UnbindError, after all of them, if a backend may go on with a ring.
     """
     kept: UnbindError | None = None
     gone: BackendError | None = None

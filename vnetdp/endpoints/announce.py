@@ -21,7 +21,7 @@ _REVERSE_REQUEST = 3
 
 
 def rarp(mac: bytes) -> bytes:
-    """Return the Ethernet frame (no FCS) that tells everybody where *mac* is."""
+    """Return the RARP broadcast that tells the network's switches where *mac* is: an Ethernet frame, no FCS."""
     body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, _REVERSE_REQUEST) + mac + bytes(4) + mac + bytes(4)
     return (_BROADCAST + mac + struct.pack("!H", _RARP) + body).ljust(spec.ETH_ZLEN, b"\0")
 
@@ -29,7 +29,7 @@ def rarp(mac: bytes) -> bytes:
 class Announcer(Owned):
     """Announces *mac* through *send*, from a thread, at each of ROUNDS_S; `close` ends it early. sent: how often so far.
 
-    While it is held (`hold`) nothing is sent, and what falls into that time is not made up for.
+    While it is held (`hold`) nothing is sent, and rounds that fall into that time are left out.
     """
 
     def __init__(self, send: Callable[[bytes], None], mac: Callable[[], bytes]) -> None:
@@ -53,7 +53,7 @@ class Announcer(Owned):
                     self.sent += 1
 
     def hold(self, held: bool) -> None:
-        """Send nothing from now on, or go on; what is being sent is sent when this returns."""
+        """Send nothing from now on, or go on; an announcement under way has been sent when this returns."""
         with self._turn:
             self._held = held
 

@@ -1,7 +1,7 @@
-"""What every endpoint is: shared state that kernels work on, a descriptor a queue, and one owner who polls it.
+"""The base of endpoints: shared state that kernels work on, a descriptor a queue, and one owner that polls it.
 
 A frame is virtio_net_hdr (12 bytes), then Ethernet without its FCS. An endpoint in Python overrides `receive_frames`
-and `transmit_frames`, which work in batches; one that kernels serve by themselves overrides neither.
+and `transmit_frames`, which work in batches; an endpoint that kernels serve by themselves overrides neither.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def frame_len(mtu: int) -> int:
 class Endpoint(Owned):
     """Where frames meet the outside: the base of all endpoints. Queue i serves queue pair i; there are 1 to 32768 queues.
 
-    An endpoint in Python is a subclass that overrides `receive_frames` and `transmit_frames`, and what else it needs.
+    An endpoint in Python is a subclass that overrides `receive_frames` and `transmit_frames`, and more as needed.
     They are called in the thread that runs the rings, one call at a time. An exception drops the frames at hand, is
     counted (`errors`) and logged once, and stops nothing. A frame is virtio_net_hdr (12 bytes; zeros will do), then
     Ethernet without its FCS, 65600 bytes at most in all. `block_fd` is internal.
@@ -95,7 +95,7 @@ class Endpoint(Owned):
             self.rows[:, r.EP_KIND] = self.kind
             self.rows[:, r.EP_FLOW] = np.arange(queues)
             self.rows[:, r.EP_LIMIT] = -1
-        # Whoever polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
+        # The owner that polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
         self._python_side = OwnedLock(self)
         self._in_hand = 0  # calls of a user's code that have not returned
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
@@ -123,12 +123,12 @@ class Endpoint(Owned):
             self.windows,
         )
 
-    # --- who polls it ---
+    # --- the owner that polls it ---
 
     def start_polling(self, queue: int, owner: object) -> None:
-        """Record that *owner* alone moves frames of *queue* from now on; EndpointError while somebody else does.
+        """Record that *owner* alone moves frames of *queue* from now on; EndpointError while another owner does.
 
-        That may be an owner in another process that shares the block. One that has died holds nothing any more.
+        The other owner may be in another process that shares the block; the claim of a process ends with it.
         @private
         """
         holder = self.polled_by.get(queue)
@@ -170,7 +170,7 @@ class Endpoint(Owned):
     # --- the meeting of kernels and Python, in batches ---
 
     def service(self) -> None:
-        """Hand on what kernels left in the out slots, and fill the in slots. For an endpoint in Python. @private"""
+        """Transmit the frames in the out slots, and fill the in slots. For an endpoint in Python. @private"""
         if self.kind != r.KIND_PYTHON:
             return
         stopped = self.polls_stopped
@@ -261,13 +261,13 @@ class Endpoint(Owned):
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         """Take *frames*, virtio_net_hdr first, that came off the ring. It must not block."""
 
-    # --- what a device tells it, and asks it ---
+    # --- calls by the device ---
 
     def set_offloads(self, mask: int) -> None:
         """Learn which offloads the other side of the ring takes in virtio_net_hdr: the bits of TUNSETOFFLOAD."""
 
     def set_queue_active(self, queue: int, active: bool) -> None:
-        """Learn whether *queue* is in use (VIRTIO_NET_CTRL_MQ): one that is not gets no frames."""
+        """Learn whether *queue* is in use (VIRTIO_NET_CTRL_MQ): an unused queue gets no frames."""
 
     def send_to_wire(self, frame: bytes) -> None:
         """Put a frame of the device's own (Ethernet, no FCS, no virtio_net_hdr) on the wire, such as a RARP announcement."""

@@ -141,7 +141,7 @@ class _Stream:
 class CaptureReader:
     """The frames of a capture. After `read`, rows of `index` say where the next ones lie in `data`.
 
-    state[LONG] and state[FOREIGN] count what is left out: frames that nothing can hold, and those of another link type.
+    state[LONG] and state[FOREIGN] count frames left out: too long for a frame slot, or of another link type.
     ended: no frame will come any more.
     """
 
@@ -234,7 +234,7 @@ class CaptureReader:
     def _unpack(self, layout: str, at: int) -> tuple[int, ...]:
         return struct.unpack_from(self._order + layout, self.data.data, int(self.state[cap.AT]) + at)
 
-    # --- what stands in front of the frames ---
+    # --- the headers before the frames ---
 
     def _begin(self) -> bool:
         """Read the file's header; True if it is a pcapng."""
@@ -343,7 +343,7 @@ def _read_only(array: Bytes) -> Bytes:
 
 
 def _open(path: Path, state: Words) -> _Input:
-    """Open a capture; state[AT] and state[END] say what of it is there already."""
+    """Open a capture; state[AT] and state[END] give the range of its bytes that is mapped already."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):

@@ -22,7 +22,7 @@ from ..system.limits import of_path
 _SNAPLEN: Final = 262144  # tcpdump's
 _ETHERNET: Final = 1
 _NS: Final = 1_000_000_000
-_LAST_WORDS_MS: Final = 1000  # how long a reader may take none of what it still has to get when the file is closed
+_LAST_WORDS_MS: Final = 1000  # how long a reader may take none of the bytes kept when the file is closed
 
 _PCAP_HEADER = struct.pack("<IHHIIII", 0xA1B23C4D, 2, 4, 0, 0, _SNAPLEN, _ETHERNET)
 
@@ -49,7 +49,7 @@ def _pcapng_record(frame: bytes, ns: int) -> bytes:
 class CaptureWriter:
     """A file to write frames to, overwritten: pcapng if its name ends so, else pcap.
 
-    A FIFO or a pipe is never waited for: what its reader has not taken yet is kept (`waiting`).
+    A FIFO or a pipe is never waited for: frames that its reader has not taken yet are kept (`waiting`).
     """
 
     def __init__(self, path: Path) -> None:

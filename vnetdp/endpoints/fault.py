@@ -1,7 +1,7 @@
 """FaultEndpoint: another endpoint, behind a wire that loses, damages, delays and refuses frames as told.
 
-What is to go wrong (`FrameFaults`) and what has (`_Way`) are kept apart. Each fault of each way of each queue has
-a random sequence of its own, so the n-th frame meets the same fate however frames are batched.
+The faults to inject (`FrameFaults`) and each way's frames held back (`_Way`) are kept apart. Each fault of each way
+of each queue has a random sequence of its own, so the n-th frame meets the same fate however frames are batched.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class FrameFaults:
-    """What is to go wrong: probabilities for each frame each way; eio and eagain only on the way to the wire.
+    """The faults to inject: probabilities for each frame each way; eio and eagain only on the way to the wire.
 
     drop: it vanishes. corrupt: one bit of it is flipped. eio: sending fails, the frame is lost, and an error
     is counted. eagain: sending is put off, and the frames behind wait too. delay_ms: each frame is held back.
@@ -254,7 +254,7 @@ class FaultEndpoint(Endpoint):
             times.append(int(row[r.EP_NEXT_NS]) or _NOW)
         return min(times, default=_NEVER)
 
-    # --- what a device tells it, and asks it ---
+    # --- calls by the device ---
 
     def set_offloads(self, mask: int) -> None:
         self.inner.set_offloads(mask)
@@ -350,7 +350,7 @@ class _Alarm:
             if watch:
                 self._poll.register(self._fd, select.EPOLLIN)
             else:
-                self._poll.unregister(self._fd)  # an error would be reported whatever it is asked for
+                self._poll.unregister(self._fd)  # an error would be reported with any events asked for
             self._watched = watch
         if at_ns != self._at:
             # struct itimerspec: interval, value. Setting it also makes the descriptor unreadable until then.

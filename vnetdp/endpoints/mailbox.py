@@ -1,4 +1,4 @@
-"""MailboxEndpoint: frames by hand. What a test, a simulator or a socket puts in goes to the ring; the rest is taken out."""
+"""MailboxEndpoint: frames by hand. A test, a simulator or a socket puts frames for the ring, and takes the ring's."""
 
 from __future__ import annotations
 

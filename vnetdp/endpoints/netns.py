@@ -1,4 +1,4 @@
-"""Network namespaces, for endpoints whose descriptor is to come from another one than ours."""
+"""Network namespaces, for endpoints whose descriptor comes from another namespace than ours."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def identity(netns: str | None = None) -> object:
 def run_in(netns: str, function: Callable[[], T]) -> T:
     """Return what *function* returns in a network namespace: a name as `ip netns` has it, or a path.
 
-    It runs in a thread of its own that ends with it, so the caller's namespace never changes. What it opens
+    *function* runs in a thread of its own, so the caller's namespace never changes. A descriptor that it opens
     stays in the namespace that it was opened in.
     """
     path = _path(netns)

@@ -113,7 +113,7 @@ class PcapEndpoint(Endpoint):
         rows = range(self._first, min(self._first + limit, self._found))
         self._first = rows.stop
         if not rows and reader.ended:
-            # Only now: this is called again when what it returned last has been taken.
+            # Only now: this is called again once the rows that it returned last have been taken.
             self._gone = True
             self._wake.clear()
         return rows
@@ -147,7 +147,7 @@ class PcapEndpoint(Endpoint):
             self.rows[:, r.EP_BLOCKED] = 1  # have it called again soon, frames or none: a record's end is kept
 
     def takes_frames(self, queue: int) -> bool:
-        """False while the reader of a FIFO has not taken what was written before."""
+        """False while the reader of a FIFO has not taken the frames written before."""
         writer = self._writer
         if writer is None or not writer.waiting:
             return True

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from scapy.layers import inet, inet6  # what lies in a frame is parsed only once its layers are known
+from scapy.layers import inet, inet6  # Scapy parses only the layers that are imported
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from scapy.supersocket import SuperSocket

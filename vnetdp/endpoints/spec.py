@@ -50,9 +50,9 @@ def parse_endpoint(text: str, queues: int = 1) -> Endpoint:
 
 
 def endpoint_opener(text: str, queues: int = 1) -> Opener:
-    """Return what opens the endpoint that *text* names; ConfigError or EndpointError if nothing is named so.
+    """Return the `Opener` of the endpoint that *text* names; ConfigError or EndpointError if there is none.
 
-    What it writes to is left alone until `Endpoint.open_sink`.
+    The file that the endpoint writes to is left alone until `Endpoint.open_sink`.
     """
     kind, _, rest = text.partition(":")
     if kind not in _KINDS:

@@ -1,6 +1,6 @@
 """TapEndpoint: a TAP interface of this machine, with virtio_net_hdr and offloads passed through untouched.
 
-python-pytun opens the queues; beside it is only what it lacks: the length of the header, and the offloads.
+python-pytun opens the queues; this module sets the rest, which it can't: header length and offloads.
 Frames are read and written by kernels.
 """
 
@@ -66,7 +66,7 @@ class TapEndpoint(Endpoint):
     vnet_hdr = True
 
     def __init__(self, name: str, queues: int = 1, netns: str | None = None, persist: bool = False) -> None:
-        length = len(name.encode(errors="surrogateescape"))  # what is no UTF-8 comes from a command line so
+        length = len(name.encode(errors="surrogateescape"))  # bytes that are no UTF-8, from a command line
         if not 0 < length <= _NAME_LEN or re.search(r"[/:\s\udc80-\udcff]", name) or name in (".", ".."):
             raise EndpointError(f"tap: {name!r} is no interface name: 1 to 15 bytes of UTF-8, without / : or blanks")
         if queues > MAX_QUEUES:
@@ -115,13 +115,13 @@ class TapEndpoint(Endpoint):
             if not existed:
                 self._devices[0].up()
             elif not _is_up(name):
-                # Its owner decides when it is up. One who forgot that would see frames go lost, and not why.
+                # The user decides when it is up. A user who forgot that would see frames go lost, and not why.
                 _log.warning("%s is down, and passes no frame: sudo ip %slink set %s up", self.name, where, name)
         except OSError as e:
             raise EndpointError(f"{self.name}: {_advice(name, self.queues, e)}") from e
 
     def _ask(self, function: Callable[[socket.socket, str], T]) -> T:
-        """Return what *function* makes of a socket in the interface's namespace, and the interface's name there.
+        """Return *function*'s result for a socket in the interface's namespace, and the interface's name there.
 
         Both are asked of the descriptor: a name may have changed since, and be another interface's now. OSError or
         EndpointError if there is no interface any more, or no right to look.
@@ -183,7 +183,7 @@ class TapEndpoint(Endpoint):
         try:
             return self._ask(_mtu)
         except (OSError, EndpointError):
-            return None  # somebody deleted it, or moved it to where we may not look
+            return None  # it was deleted, or moved to a namespace that we may not enter
 
     def set_mtu(self, mtu: int) -> None:
         """Set the MTU of the interface, in bytes. EndpointError if the kernel refuses."""
@@ -227,8 +227,8 @@ class TapEndpoint(Endpoint):
 
     def close(self) -> None:
         if self._devices:
-            # One that persists is left as the next program expects it: as it was, and without frames longer than its MTU.
-            # One that somebody deleted has nothing to be reset.
+            # A persistent TAP is left as the next program expects it: as found, and without frames longer than its MTU.
+            # A TAP that was deleted has nothing to be reset.
             with suppress(EndpointError, OSError):
                 self.set_offloads(0)
                 if self._found_header_len:
@@ -271,7 +271,7 @@ def _mtu(any_socket: socket.socket, name: str) -> int:
 
 
 def _dependable(mask: int) -> int:
-    """Return *mask* less what the kernel refuses: all without CSUM, ECN without TSO, one of the two USO."""
+    """Return *mask* less offloads that the kernel refuses: all without CSUM, ECN without TSO, one of the two USO."""
     tso = spec.OFFLOAD_TSO4 | spec.OFFLOAD_TSO6
     uso = spec.OFFLOAD_USO4 | spec.OFFLOAD_USO6
     if not mask & spec.OFFLOAD_CSUM:

@@ -1,6 +1,6 @@
 """Driver: the guest's side of a device, at the speed of the device's side, for tests, benchmarks and simulators.
 
-It does what a guest's virtio_net does: negotiates features, lays out rings and buffers in guest memory, posts receive
+Like a guest's virtio_net it negotiates features, lays out rings and buffers in guest memory, posts receive
 buffers, sends and receives. Its other end is an endpoint, as the device's is; without one, `send` and `receive`.
 """
 
@@ -53,7 +53,7 @@ _INDICES = (
 
 
 class Device(Protocol):
-    """What a driver needs of a device: its registers and its notifiers."""
+    """A device as a driver uses it: its registers and its notifiers."""
 
     notifiers: Notifiers
 
@@ -107,7 +107,7 @@ class Driver(Owned):
     - `queue_pairs`: the pairs to use, at most the device's.
     - `num`: descriptors of each queue, a power of two up to 32768.
     - `wanted`: feature bits to accept of those offered; None accepts all that *endpoint* can use.
-    - `frame_len`: bytes of the longest frame that comes in, if that is longer than those that *endpoint* sends.
+    - `frame_len`: bytes of the longest frame that comes in, if longer than the frames that *endpoint* sends.
     - `buffer_len`: bytes of each buffer, virtio_net_hdr included; 0 chooses by frames and features.
     - `start_at`: the guest address of the first ring.
     - `block`: where the driver keeps its private state (`driver_block`), such as a part of guest memory that migrates;
@@ -203,9 +203,9 @@ class Driver(Owned):
         device.set_status(status | VIRTIO_CONFIG_S_DRIVER_OK)
 
     def _place(self, index: int, at: int) -> tuple[dict[int, int], list[int], int]:
-        """Return what the row of a queue from guest address *at* on says, and keeps, of its rings and buffers.
+        """Return the slots of the row of a queue whose rings and buffers lie from guest address *at* on.
 
-        With it, the addresses of its three parts, and the one behind it. ConfigError if it is not inside guest memory.
+        With it, the addresses of the three rings, and the end. ConfigError if the queue is not inside guest memory.
         """
         lens = ring_len(self.num)
         addresses = []

@@ -1,4 +1,4 @@
-"""What a guest, or its host, changes while a migration is under way, by name: each has to arrive, and to lose nothing.
+"""Changes by a guest, or its host, while a migration is under way, by name: each has to arrive, and to lose nothing.
 
 A change that takes a queue down waits first until nothing is in flight on it, as a driver does.
 """
@@ -112,7 +112,7 @@ def _queue_off(machine: Machine, _n: int) -> None:
 
 
 def _queue_on(machine: Machine, _n: int) -> None:
-    """Enable again what `queue_off` left."""
+    """Enable again the transmitq that `queue_off` reset."""
     index = 1
     assert machine.driver is not None
     machine.driver.stop()
@@ -165,7 +165,7 @@ CHANGES: Final[dict[str, Callable[[Machine, int], None]]] = {
     "ring_setup": _ring_setup,
     "features": _features,
 }
-# What is no change of state by itself: halves of one, between which the guest has a queue less, frames, and a mistake.
+# No change of state by itself: halves of a change, between which the guest has a queue less; frames; and a mistake.
 EVENTS: Final[dict[str, Callable[[Machine, int], None]]] = {
     "queue_off": _queue_off,
     "queue_on": _queue_on,
@@ -176,7 +176,7 @@ EVENTS: Final[dict[str, Callable[[Machine, int], None]]] = {
 
 @dataclass(frozen=True)
 class Before:
-    """What a machine was like before anything was changed. places: guest address of each queue's rings."""
+    """A machine's state before anything was changed. places: guest address of each queue's rings."""
 
     control: Control
     places: list[int]
@@ -214,7 +214,7 @@ def _set_up_again(machine: Machine, index: int, at: int | None) -> None:
             driver.start()
             raise
     machine.device.reset_queue(index)
-    driver.run(-1, 0, 0)  # takes what was used before the reset
+    driver.run(-1, 0, 0)  # takes the chains that were used before the reset
     if at is not None:
         driver.lay_out(index, at)
         machine.guest.rows[pair, r.EP_LIMIT] = limit
@@ -250,7 +250,7 @@ def _guest_wrote(machine: Machine, index: int) -> None:
 
 @contextmanager
 def leaving(machine: Machine, what: str) -> Iterator[None]:
-    """Stop the machine in this block, and LEFT frames of each queue pair are left for whoever has its rings next.
+    """Stop the machine in this block, and LEFT frames of each queue pair are left for the next owner of its rings.
 
     `sent`: frames that the guest has sent, and its device has not come to. `kick`: the same, and none comes after them,
     so that there is no other kick. `call`: frames that the guest was called for when it did not look any more, and none
@@ -292,7 +292,7 @@ def _more(machine: Machine, rows: Words) -> None:
     limits = rows[:, r.EP_LIMIT]
     rows[:, r.EP_LIMIT] = np.where(limits < 0, limits, enough)
     for bell in (machine.driver.bell, *machine.device.kicks):
-        bell.signal()  # who sleeps does not know of a new limit
+        bell.signal()  # a thread that sleeps does not know of a new limit
     _wait(lambda: bool((rows[:, r.EP_SEQ] >= enough).all()))
 
 

@@ -1,4 +1,4 @@
-"""One migration between two processes, watched from outside: what `vnetdp migrate` does, and all that repeats it."""
+"""One migration between two processes, watched from outside: for `vnetdp migrate`, fault matrix and benchmark."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .invariants import differences
 
 _SAMPLE_S = 0.0001
 _LOOK_ON_S = 0.02
-_FIRST_S = 5.0  # until a machine that runs is taken for one that moves no frame
+_FIRST_S = 5.0  # until a machine that runs is taken to move no frame
 _WAYS = {
     "both": (r.EP_TO_WIRE, r.EP_FROM_WIRE),
     "tx": (r.EP_TO_WIRE,),
     "rx": (r.EP_FROM_WIRE,),
     "idle": (),
 }
-# What the destination does between the source's stop and its own first packet.
+# The destination's spans between the source's stop and its own first packet.
 DESTINATION_WORK = (
     "load_full",
     "load_delta",
@@ -81,7 +81,7 @@ class Sampler:
 def blackout_us(samples: Words, stopped: int) -> float | None:
     """Return the longest time without a frame either way, in µs, up to the end of the samples.
 
-    None if none moved after *stopped*, a time in ns: nobody knows how long that will last.
+    None if none moved after *stopped*, a time in ns: the length of the blackout is not known.
     """
     moved = np.flatnonzero(np.diff(samples[:, 1] + samples[:, 2]) > 0) + 1
     times = samples[moved, 0]
@@ -92,7 +92,7 @@ def blackout_us(samples: Words, stopped: int) -> float | None:
 
 @dataclass
 class Result:
-    """What became of a migration. spans: (side, name, began, ended) in ns of CLOCK_MONOTONIC; samples as `Sampler.stop`."""
+    """A migration's result. spans: (side, name, began, ended) in ns of CLOCK_MONOTONIC; samples as `Sampler.stop`."""
 
     policy: str
     outcome: str
@@ -133,7 +133,7 @@ class Result:
 
     @property
     def destination_us(self) -> float:
-        """µs of work at the destination while nobody runs."""
+        """µs of work at the destination during the blackout."""
         return sum(us for name, us in self.spans_us.items() if name in DESTINATION_WORK)
 
     def as_dict(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Couple(Owned):
             made.pop_all()
 
     def start(self, config: MachineConfig) -> None:
-        """Boot a machine at the source. The one before is gone, wherever it was."""
+        """Boot a machine at the source. The machine before it is dropped at both hosts."""
         self.drop()
         self.config = config
         self.wire = make_wire(config)
@@ -207,7 +207,7 @@ class Couple(Owned):
         target_endpoint: str = "",
         tcp: bool = False,
     ) -> Result:
-        """Migrate, and let it run on; the two hosts change names if the machine moved. `settle` tells what became of it."""
+        """Migrate the machine, and let it run on; the hosts swap names if it moved. `settle` completes the result."""
         if policy not in POLICIES:
             raise VnetdpError(f"unknown policy {policy!r}: one of {', '.join(POLICIES)}")
         assert self.wire is not None
@@ -276,7 +276,7 @@ class Couple(Owned):
         return any(_seen(host)["owner"] != "nobody" for host in (self.source, self.target))
 
     def settle(self, result: Result) -> Result:
-        """Make no more frames, wait for those on their way, and enter into *result* what the ledgers and the machine say."""
+        """Make no more frames, wait for frames on their way, and add the ledgers and violations to *result*."""
         self.source.call("drain")
         seen = self.source.call("look")
         to_wire, to_guest = seen["ledgers"]
@@ -290,7 +290,7 @@ class Couple(Owned):
         return result
 
     def drop(self) -> dict[str, int]:
-        """Give the machine up on both sides; return what either host holds more than before it had one."""
+        """Give the machine up on both sides; return the resources, by kind, that the hosts have not given back."""
         left: dict[str, int] = {}
         for host in (self.source, self.target):
             if host.alive:
@@ -302,7 +302,7 @@ class Couple(Owned):
         return left
 
     def replace_dead(self) -> None:
-        """Put a new host in the place of one that was killed."""
+        """Put a new host in the place of each host that was killed."""
         for side in ("source", "target"):
             host: HostProcess = getattr(self, side)
             if not host.alive:
@@ -319,9 +319,9 @@ class Couple(Owned):
 
 
 def _answer(host: HostProcess, wait: Callable[..., Report], other: HostProcess, receives: bool = False) -> Report:
-    """Wait for a host's report. One that raised, and lives, has lost its machine only if that does not run.
+    """Return a host's report. A host that raised, and lives, has lost its machine only if the machine does not run.
 
-    receives: it is the destination, where a machine that runs has arrived.
+    receives: the host is the destination, where a machine that runs has arrived.
     """
     try:
         return wait(other)
@@ -335,14 +335,14 @@ def _answer(host: HostProcess, wait: Callable[..., Report], other: HostProcess, 
 
 
 def _errors(source: str, target: str) -> str:
-    """Return the errors of both sides; mostly one says what it heard from the other."""
+    """Return the errors of both sides; mostly one side repeats the other's."""
     if not source or not target or target in source:
         return source or target
     return f"{source}; the destination: {target}"
 
 
 def _seen(host: HostProcess) -> dict[str, Any]:
-    """Return what a host says of its machine; of one that is gone, or has none, that nothing runs."""
+    """Return a host's `look` at its machine; nothing runs on a host that is gone, or has no machine."""
     try:
         if host.alive:
             return dict(host.call("look"))

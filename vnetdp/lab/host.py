@@ -1,4 +1,4 @@
-"""A host: a process that has one machine at a time, and does what it is told over a socket (`HostProcess`).
+"""A host: a process that has one machine at a time, and takes requests over a socket (`HostProcess`).
 
 Requests and answers are pickled; only the parent that started the process speaks to it.
 """
@@ -47,13 +47,13 @@ _SWITCH_S = 0.0002  # between two threads that both run Python: 5 ms, the defaul
 
 @dataclass(frozen=True)
 class Orders:
-    """What is to happen in a migration, as one side knows it. Each point is one of that side's POINTS.
+    """The changes and faults of one side of a migration. Each point is one of that side's POINTS.
 
     changes: (name, point), made when the point is first reached; back_at: where all of them are undone again. churn: a
     change made 1,000 times a second until the machine stops. cancel_at, die_at: points. check: compare all of guest
-    memory. damage: what the source sends otherwise (`_Damaged`). left: what it leaves in its rings (`changes.leaving`).
-    asleep: the guest that comes in looks at nothing before it is called. look_at: points at which nobody may have the
-    rings, and nothing may be wrong. forget_log: send nothing again that the device wrote, to see that this is found out.
+    memory. damage: of the source's final sections (`_Damaged`). left: frames left in its rings (`changes.leaving`).
+    asleep: the guest that comes in looks at no ring before it is called. look_at: points at which no owner may have the
+    rings, and no invariant may be violated. forget_log: ignore the dirty log, to see that this is found out.
     """
 
     policy: str = "delta"
@@ -81,7 +81,7 @@ def enter_phase(faults: Faults, point: str, policy: str) -> None:
 
 
 class _Forgetful(Source):
-    """A source whose device has no dirty log, as it seems: the comparison of guest memory has to find that out."""
+    """A source that ignores the dirty log: the comparison of guest memory has to find that out."""
 
     def _changed(self, ram: RamSource, log: DirtyLog) -> Words:
         return ram.changed(None)
@@ -103,7 +103,7 @@ class _Damaged(Channel):
 
 
 class _Points:
-    """Does at each point what the orders say.
+    """Carries out the orders at each point.
 
     channel: the source's. A source that cancels closes it first, as QEMU's does, and the destination lets go of the wire.
     """
@@ -154,7 +154,7 @@ class _Points:
 
 
 class Host:
-    """What the process has, and each thing that it can be told, as a method."""
+    """The machine of the process, and a method for each request."""
 
     def __init__(self) -> None:
         self.machine: Machine | None = None
@@ -167,14 +167,14 @@ class Host:
         return self.machine
 
     def warm_up(self) -> None:
-        """Load the kernels, and note what the process holds without a machine."""
+        """Load the kernels, and note the resources that the process holds without a machine."""
         warm_up()
         gc.collect()
-        gc.freeze()  # what the compiler left behind is never looked at again: to collect garbage takes ms, not 100 ms
+        gc.freeze()  # the compiler's objects are never looked at again: to collect garbage takes ms, not 100 ms
         self._resources = resources()
 
     def make(self, config: MachineConfig, faults: tuple[str, ...], wire_fd: int) -> None:
-        """Make a machine, stopped and empty; the one before is given up."""
+        """Make a machine, stopped and empty; the machine before it is given up."""
         self.drop()
         self.machine = Machine(config, wire_fd, Faults(Fault.parse(fault) for fault in faults))
         os.close(wire_fd)
@@ -231,7 +231,7 @@ class Host:
         self._one.allow(traffic)
 
     def look(self) -> dict[str, Any]:
-        """Return the owner, whether the machine runs, what does not hold, the two ledgers, and what the guest set."""
+        """Return the owner, whether the machine runs, violations, the two ledgers, and the guest's settings."""
         machine = self._one
         datapath = machine.worker.datapath if machine.worker else None
         return {
@@ -246,11 +246,11 @@ class Host:
         }
 
     def state(self) -> DeviceState:
-        """Return what the device would send of itself now."""
+        """Return the device's state as a migration would send it now."""
         return self._one.device.save_state()
 
     def drop(self) -> dict[str, int]:
-        """Give the machine up; return what is left of it: descriptors, mappings and threads that were not there before."""
+        """Give the machine up; return its leaks: descriptors, mappings and threads that were not there before."""
         if self.machine is not None:
             self.machine.close()
             self.machine = None
@@ -276,7 +276,7 @@ class HostProcess(Owned):
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        """*quiet*: it logs nothing, since what fails in it is meant to."""
+        """*quiet*: the host logs nothing, since its failures are injected."""
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ExitStack() as made, theirs:
             made.callback(self._sock.close)

@@ -1,7 +1,7 @@
 """The invariants of a machine after each change of owner. Each violation begins with the invariant's name.
 
-I1, I4 and I10 (each frame once, in order) are what the ledger checks, I8 (every page sent again) the comparison of guest
-memory at the stream's end; the rest can be seen on the machine itself.
+The ledger checks I1, I4 and I10 (each frame once, in order); the comparison of guest memory at the stream's end checks
+I8 (every page sent again); the rest can be seen on the machine itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..virtio.state import DeviceState
 
 
 def violations(machine: Machine, final: bool = True) -> list[str]:
-    """Return what does not hold of *machine*, running or stopped. final: False if it has but an early state."""
+    """Return the invariants that *machine*, running or stopped, violates. final: False if it has but an early state."""
     device = machine.device
     owner = device.owner
     found: list[str] = []
@@ -66,7 +66,7 @@ def violations(machine: Machine, final: bool = True) -> list[str]:
 
 
 def differences(source: DeviceState, target: DeviceState) -> list[str]:
-    """Return what *target* has otherwise than *source* had when it stopped, indices aside: those go on moving."""
+    """Return the differences of *target* from *source* at its stop, indices aside: indices go on moving."""
     found = [f"state: {f.name} differs" for f in FIELDS if value_of(source, f.name) != value_of(target, f.name)]
     for n, (theirs, ours) in enumerate(zip(source.queues, target.queues, strict=True)):
         if (theirs.enabled, theirs.enabled and theirs.setup) != (ours.enabled, ours.enabled and ours.setup):

@@ -1,6 +1,6 @@
-"""The fault matrix: every point where a migration can fail, and what has to be true afterwards (docs/migration.md).
+"""The fault matrix: every point where a migration can fail, and the conditions that hold then (docs/migration.md).
 
-A case is one migration (some are two) of a fresh machine, with what goes wrong in it, and the outcomes that are allowed.
+A case is one migration (some are two) of a fresh machine, with its faults, and the outcomes that are allowed.
 Its id begins with the row of the matrix that it belongs to.
 """
 
@@ -34,7 +34,7 @@ EARLY = ("seed", "delta")  # the policies that start early
 
 @dataclass(frozen=True)
 class Case:
-    """One case. expected: outcomes allowed; after: what else is done, and looked at, once it has moved or stayed.
+    """One case. expected: outcomes allowed; after: further steps and checks, once the machine has moved or stayed.
 
     detects: a violation that has to be found, since the case breaks something on purpose. strikes: the policies with which
     its faults have to strike; with the others they may not.
@@ -147,7 +147,7 @@ def _final(row: str, verb: str, ring: str, says: str) -> Iterator[Case]:
 
 
 def _others(pairs: int) -> Iterator[Case]:
-    """E3 to E9, and A: what is not a verb."""
+    """E3 to E9, and A: faults outside of verbs."""
     down = Orders(changes=(("link", "stopping"),))
     yield Case("E3", "the link goes down before the machine stops", (USERSPACE,), source=down, after="link")
     yield Case("E4", "the source has no vhost, the destination has", source_vhost=False)
@@ -213,7 +213,7 @@ def _changes() -> Iterator[Case]:
 
 
 def _taps() -> Iterator[Case]:
-    """T: what else has to be given back, and what the network hears, with TAPs."""
+    """T: with TAPs, which have to be given back, and whose network has to hear the announcement."""
     yield Case("T/vhost", "TAPs, and nothing goes wrong", after="announced", tap=True)
     fault = Orders(faults=("set_backend:0,0:always",))
     yield Case("T/userspace", "TAPs, and SET_BACKEND", (USERSPACE,), target=fault, after="announced", tap=True)
@@ -237,7 +237,7 @@ def _deaths() -> Iterator[Case]:
 
 @dataclass
 class Row:
-    """What became of a case."""
+    """The result of a case."""
 
     case: Case
     outcome: str
@@ -251,7 +251,7 @@ class Row:
 
     @property
     def predicted(self) -> str:
-        """The name in DEFECTS of what the patch gets wrong in this case; empty if it was not foreseen."""
+        """The name in DEFECTS of the patch's bug in this case; empty if none was foreseen."""
         return next((name for name in DEFECTS if f"{self.case.id}/".startswith(f"{name}/")), "")
 
     def as_dict(self) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class Row:
 
 
 class Matrix:
-    """Runs cases, one after the other, on two hosts; new ones take the place of those that a case killed."""
+    """Runs cases, one after the other, on two hosts; a new host takes the place of one that a case killed."""
 
     def __init__(self, policy: str) -> None:
         self._policy = policy
@@ -298,7 +298,7 @@ class Matrix:
     def _migrate(
         self, case: Case, couple: Couple, config: MachineConfig, taps: TapNamespace | None
     ) -> tuple[Result, dict[str, int]]:
-        """Do what a case says; return what became of it, and what is left once the machine is given up."""
+        """Run a case; return its result, and the resources left once the machine is given up."""
         if taps is not None:
             config = replace(config, endpoint=taps.source)
         couple.start(config)
@@ -343,7 +343,7 @@ class Matrix:
         )
 
     def _afterwards(self, case: Case, couple: Couple, result: Result) -> None:
-        """Do what comes after the migration, and enter what is wrong with it."""
+        """Run the steps after the migration, and add their violations to *result*."""
         steps: dict[str, Callable[[Couple, Result], None]] = {
             "status": _still_userspace,
             "link": _link_up,
@@ -443,7 +443,7 @@ def can_run(case: Case) -> bool:
 def chosen(pairs: Iterable[int], traffics: Iterable[str], only: str) -> list[tuple[MachineConfig, Case]]:
     """Return every case whose id begins with the parts of *only*, for each number of pairs and traffic, with its machine.
 
-    Parts are what lies between slashes: A6/mac is no beginning of A6/mac_table/back. A row's letter stands for all of its
+    Parts lie between slashes: A6/mac is no beginning of A6/mac_table/back. A row's letter stands for all of its
     rows, and B11 for B11a to B11i, but B1 not for B10. Upper and lower case are the same.
     """
     return [

@@ -1,7 +1,7 @@
-"""The tables of docs/migration.md, printed from the code: what is sent, as what, and what can go wrong.
+"""The tables of docs/migration.md, printed from the code: fields, sections, and the fault matrix.
 
 `python -m vnetdp.lab.tables docs/migration.md` rewrites them, each between its two marks; with --seed and --delta,
-two reports of `vnetdp faults --json`, also the one that sets the patch beside what stands in its place.
+two reports of `vnetdp faults --json`, also the table that sets the patch beside its replacement.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def fields() -> str:
-    """Return the table of what is sent of a device."""
+    """Return the table of the fields of a device's state."""
     rows = ((f"`{each.name}`", each.kind, each.says, each.cost) for each in FIELDS)
     return _table(("field", "type", "meaning", "cost of a change"), rows)
 
@@ -92,7 +92,7 @@ def row_of(case_id: str) -> str:
 
 
 def _template(case: Case) -> tuple[str, list[str]]:
-    """Return what a case says with i, j and * in place of numbers and names, and those names."""
+    """Return a case's text with i, j and * in place of numbers and names, and the names replaced."""
     text = re.sub(r"\bvhost \d+", "vhost i", case.says)
     text = re.sub(r"\bring \d+,\d+", "ring i,j", text)
     names = {*Source.POINTS, *Target.POINTS, *CHANGES, *EVENTS, "set_log", "set_features", "set_vring_addr"}
@@ -145,7 +145,7 @@ def _filled(text: str, values: list[str]) -> str:
     return text.replace("*", "any of " + ", ".join(values) if len(values) <= _LISTED else "a field")
 
 
-# --- the patch, and what stands in its place ---
+# --- the patch, and its replacement ---
 
 
 @dataclass
@@ -212,7 +212,7 @@ def _block(name: str) -> re.Pattern[str]:
 
 
 def block_of(text: str, name: str) -> str:
-    """Return what stands between a block's marks."""
+    """Return the text between a block's marks."""
     match = _block(name).search(text)
     if match is None:
         raise ValueError(f"there is no block {name}")

@@ -14,7 +14,7 @@ from .stream import Phase, Section, SectionType, StreamError, decode, encode
 _DRAIN_S = 5.0
 PATIENCE_S = 30.0  # without a byte from the other side; and for all that comes once the source's guest stands still
 
-# Priorities as QEMU's: what has the lowest is loaded last.
+# Priorities as QEMU's: the section with the lowest is loaded last.
 PRIORITY_LOW, PRIORITY_DEFAULT = 0, 1
 
 SETUP = SectionType("setup", Phase.SETUP, longest=256)
@@ -26,7 +26,7 @@ DELTA = SectionType("virtio-net-delta", Phase.FINAL, longest=1 << 18)
 INDICES = SectionType("virtio-delta", Phase.FINAL, longest=1 << 18)
 VHOST = SectionType("virtio-net-vhost", Phase.FINAL, priority=PRIORITY_LOW, longest=0)
 END = SectionType("end", Phase.FINAL, priority=PRIORITY_LOW - 1, longest=0)
-# What the two sides say to each other: the destination is READY, the source gives up (COMMIT), the destination RUNS.
+# Control sections: the destination is READY, the source gives the machine up (COMMIT), the destination RUNS.
 READY = SectionType("ready", Phase.CONTROL, longest=0)
 FAILED = SectionType("failed", Phase.CONTROL, longest=1 << 10)
 COMMIT = SectionType("commit", Phase.CONTROL, longest=0)
@@ -46,7 +46,7 @@ ANSWERS: Final = _by_name(READY, FAILED, RUNNING)
 
 
 class Channel(Owned):
-    """A connected stream socket, which becomes the channel's. Every wait has an end; what fails is a StreamError."""
+    """A connected stream socket, which becomes the channel's. Every wait has an end; every failure is a StreamError."""
 
     _deadline: float | None = None  # CLOCK_MONOTONIC, s
 
@@ -60,7 +60,7 @@ class Channel(Owned):
         self._deadline = time.monotonic() + seconds
 
     def _limit_wait(self) -> None:
-        """Limit the next wait to what is left until the deadline."""
+        """Limit the next wait to the time left until the deadline."""
         if self._deadline is None:
             return
         left = self._deadline - time.monotonic()
@@ -107,7 +107,7 @@ class Channel(Owned):
         return readable(self.sock, 0)
 
     def drain(self) -> None:
-        """Say no more, and read what the other side still sends, so that it gets to hear what was said last."""
+        """Send no more, and read the other side's bytes to their end, so that it receives the last section."""
         try:
             self.sock.shutdown(socket.SHUT_WR)
             self.set_deadline(_DRAIN_S)

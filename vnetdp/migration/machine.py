@@ -1,6 +1,6 @@
 """A machine that migrates: guest memory, a device in it, its driver, and traffic in numbered frames.
 
-All that the guest knows lies in guest memory: its rings and buffers, what its driver remembers of them, and its end of the
+All state of the guest lies in guest memory: its rings and buffers, its driver's private state, and its end of the
 ledger. So it moves with the pages. The other end of the traffic is a host elsewhere on the network: one endpoint,
 whose state both machines reach, and only one of them may poll at a time.
 """
@@ -37,7 +37,7 @@ from .ram import RamSource, pages_of
 
 _DRAIN_S = 30.0  # for all frames that were made: they are few
 _SLEEP_S = 1.0  # a call that has not come by then was lost
-# What of the guest's end of the traffic stays as it was made; the rest counts, or says what comes next.
+# Slots of the guest's end of the traffic that stay as they were made; the others count, or hold the next number.
 _CONSTANT = [
     slot
     for slot in range(r.EP_SLOTS)
@@ -48,13 +48,13 @@ _CONSTANT = [
         *(r.EP_DROP_OFFLOAD, r.EP_BYTES_TO_WIRE, r.EP_BYTES_FROM_WIRE),
     )
 ]
-_OF_ONE_PROCESS = ("fault", "pcap", "scapy")  # what a destination's would know nothing of
+_OF_ONE_PROCESS = ("fault", "pcap", "scapy")  # their state does not reach a destination
 _HEADROOM = 64 + spec.NET_HDR_LEN
 
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """What two machines have to have in common, and whether this one has a vhost worker.
+    """The settings that two machines have to share, and whether this machine has a vhost worker.
 
     size: bytes of a frame. rate: frames a second, queue and direction; 0 = as many as pass. first_idx: where the rings'
     indices begin. traffic: as the guest sees it. endpoint: where the device's frames go: to `generate`, numbered frames
@@ -81,7 +81,7 @@ class MachineConfig:
 
     @property
     def to_wire(self) -> int:
-        """The same of the guest."""
+        """The limit of frames a queue that the guest makes: -1 = no end."""
         return -1 if self.traffic in ("tx", "both") else 0
 
 
@@ -117,7 +117,7 @@ def check_endpoints(source: str, target: str, pairs: int, say: Callable[[str], N
 
 
 def _opener(text: str, pairs: int) -> Opener:
-    """Return what opens the endpoint *text*; ConfigError if a machine that is to migrate can't have it."""
+    """Return the `Opener` of the endpoint *text*; ConfigError if a machine that is to migrate can't have it."""
     kind, colon, _ = text.partition(":")
     if kind == "generate" and colon:
         raise ConfigError("generate takes no options in migrate: use --size, --rate and --traffic")
@@ -216,9 +216,9 @@ class Machine(Owned):
         self.driver = self._make_driver(adopt=True)
 
     def check_guest(self) -> None:
-        """Check what is loaded of the guest before it runs: its end of the traffic, its driver, and that driver's rings.
+        """Check the loaded guest before it runs: its end of the traffic, its driver, and its driver's rings.
 
-        ConfigError if no guest can have left it so: it came from outside, and kernels take it at its word.
+        ConfigError if no guest can have left them so: they came from outside, and kernels rely on them.
         """
         assert self.driver is not None
         rows, ledger = self.guest.rows, self.guest.ledger
@@ -254,7 +254,7 @@ class Machine(Owned):
         self.start_guest()
 
     def start_guest(self) -> None:
-        """Let the guest go on; one that is asleep and is not called goes on sleeping."""
+        """Let the guest go on; a guest that is asleep and is not called goes on sleeping."""
         assert self.driver is not None
         if not self.asleep or select.select(self.device.calls, [], [], _SLEEP_S)[0]:
             self.driver.start()
@@ -274,24 +274,24 @@ class Machine(Owned):
             self.announcer = None
 
     def stop(self) -> None:
-        """Stop the device, then the guest: nobody touches a ring afterwards, and indices are exact.
+        """Stop the device, then the guest: the rings stand still afterwards, and indices are exact.
 
-        What the guest sends meanwhile stays in its rings: vhost is stopped where it is, and finishes nothing first.
+        Frames of the guest stay in its rings meanwhile: vhost is stopped where it is, and finishes nothing first.
         """
         self.device.set_running(False)
         if self.driver is not None:
             self.driver.stop()
 
     def private_ranges(self) -> list[tuple[int, int]]:
-        """Return (guest address, bytes) of what the guest alone writes: desc, avail, what it sends, and its memory."""
+        """Return (guest address, bytes) of ranges that the guest alone writes: desc, avail, sent frames, its memory."""
         assert self.driver is not None
         ranges = [(region.gpa, region.length) for region in self.memory.regions[1:]]
         return self.driver.private_ranges() + ranges
 
-    # --- what can be seen of it ---
+    # --- its ledgers and counters ---
 
     def ledgers(self) -> tuple[Ledger, Ledger]:
-        """Return what became of the frames to the wire, and of those to the guest; nothing is known of a TAP's."""
+        """Return the ledgers of frames to the wire and of frames to the guest; empty if unknown, as for a TAP."""
         if isinstance(self.wire, GenerateEndpoint):
             return self.wire.ledger_against(self.guest), self.guest.ledger_against(self.wire)
         if isinstance(self.wire, EchoEndpoint):
@@ -301,7 +301,7 @@ class Machine(Owned):
     def allow(self, traffic: bool) -> None:
         """Let both ends make frames, as the traffic asked for says, or none after those made by now.
 
-        Whoever makes them stands still meanwhile: a frame that was begun under the limit before would be made, and
+        Both ends are paused meanwhile: a frame that was begun under the limit before would be made, and
         counted, after all were seen to have arrived.
         """
         with self.device.paused(), self.driver.paused() if self.driver is not None else nullcontext():
@@ -329,7 +329,7 @@ class Machine(Owned):
         return True
 
     def memory_sums(self) -> list[int]:
-        """Return a checksum of each region of guest memory, while nobody writes to it."""
+        """Return the CRC-32 of each region of guest memory, to which nothing may write meanwhile."""
         pages = pages_of(self.memory).reshape(-1)
         at = 0
         sums = []

@@ -1,8 +1,8 @@
 """Guest memory on its way: which pages to send, and their bytes (4 KiB each, numbered by guest address).
 
-What a device writes is known from its dirty log, and from nothing else: a write that is not logged does not arrive. What
-the guest itself writes a hypervisor learns from its page tables; here the guest's own pages are compared with what was
-sent of them last.
+A device's writes are known from its dirty log alone: a write that is not logged does not arrive. A hypervisor learns
+the guest's own writes from its page tables; here the guest's own pages are compared with the copies that were sent
+last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pages_of(memory: GuestMemory) -> Bytes:
 
 
 class RamSource:
-    """Guest memory as its source sees it. private: (guest address, bytes) of what only the guest writes, whole pages.
+    """Guest memory as its source sees it. private: (guest address, bytes) of ranges only the guest writes, whole pages.
 
     The guest may move its queues meanwhile: `add_private` and `wrote` may be called from any thread.
     """
@@ -53,7 +53,7 @@ class RamSource:
         self.sent = 0  # pages
 
     def add_private(self, private: Iterable[tuple[int, int]]) -> None:
-        """Compare these from now on, too: a queue has moved. What of them was not compared so far counts as never sent."""
+        """Compare the pages of *private* from now on, too: a queue has moved. New pages count as never sent."""
         with self._lock:
             n_copies = len(self._copies)
             for gpa, length in private:
@@ -69,7 +69,7 @@ class RamSource:
             self._copies = copies
 
     def wrote(self, pages: Iterable[int]) -> None:
-        """Send these once more: the guest itself has written them, though they are not private."""
+        """Send *pages* once more: the guest itself has written them, though they are not private."""
         with self._lock:
             self._wrote.update(pages)
 
@@ -89,7 +89,7 @@ class RamSource:
         return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
 
     def changed(self, log: DirtyLog | None) -> Words:
-        """Return the pages to send again: those in the log, taken out of it, and the guest's own that differ."""
+        """Return the pages to send again: pages in the log, taken out of it, and the guest's own pages that differ."""
         logged = log.take() if log else []
         with self._lock:
             wrote, self._wrote = self._wrote, set()
@@ -109,7 +109,7 @@ class RamSource:
         for at in range(0, len(numbers), CHUNK_PAGES):
             chunk = numbers[at : at + CHUNK_PAGES]
             with self._lock:
-                data = self._pages[chunk]  # a copy: what is sent is what is compared with later
+                data = self._pages[chunk]  # a copy: later looks compare with the bytes that were sent
                 places = self._copy_of[chunk]
                 self._copies[places[places >= 0]] = data[places >= 0]
             self.sent += len(chunk)
@@ -124,7 +124,7 @@ class RamTarget:
         self.loaded = 0
 
     def load(self, payload: memoryview) -> None:
-        """Put a ram section's pages where they belong; StreamError, and nothing done, if one belongs nowhere."""
+        """Write a ram section's pages to guest memory; StreamError, and no page written, if one lies outside of it."""
         cursor = Cursor(payload, "a ram section")
         (count,) = cursor.unpack(_COUNT)
         if count > CHUNK_PAGES:

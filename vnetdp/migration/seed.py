@@ -1,7 +1,7 @@
-"""The destination as the patch "virtio-net: vhost-net early migration" has it, with what it gets wrong.
+"""The destination as the patch "virtio-net: vhost-net early migration" has it, bugs included.
 
 It follows the patch step by step so that its defects can be seen, packet by packet; docs/migration.md lists them by the
-names used here. `target` is what the same flow looks like without them.
+names used here. `target` is the same flow without them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .target import STARTING, Target, _log
 
 
 class SeedTarget(Target):
-    """A destination that does what the patch does."""
+    """A destination that follows the posted patch, bugs included."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vhost_started = False
         self._vhost = self.device.vhost or ()
         self._failed = False  # so that the start at the end is a retry
-        self._poll_off: set[int] = set()  # pairs that nobody receives for any more (D1, D2)
+        self._poll_off: set[int] = set()  # pairs whose endpoint queue is polled no more (D1, D2)
         self._kicks_swallowed: set[int] = set()  # queues
         self.handlers["virtio-delta"] = self._load_indices
         self.handlers["virtio-net-vhost"] = self._quickstart
@@ -43,7 +43,7 @@ class SeedTarget(Target):
         if not self._vhost:
             return
         if self.device.vhost_prepared:
-            self.device.notifiers.assign()  # a second time: nobody will give these back
+            self.device.notifiers.assign()  # a second time: these are never given back
         self.vhost_started = self.device.prepare_vhost(unready=True)
         self._failed = not self.vhost_started
 
@@ -64,7 +64,7 @@ class SeedTarget(Target):
     # --- vhost_net_post_load_migration_quickstart ---
 
     def _quickstart(self, _section: Section) -> None:
-        """Set every base, then bind every backend, in the load of a section: before anybody committed to anything (E9)."""
+        """Set every base, then bind every backend, in the load of a section: before the commit (E9)."""
         if not self.vhost_started:
             return
         self.check_guest()
@@ -86,7 +86,7 @@ class SeedTarget(Target):
             self._failed = True
 
     def _is_kicked(self, n: int) -> bool:
-        """Return whether there is something in a queue, for which whoever releases the notifiers kicks it."""
+        """Return whether a queue has available chains, for which the release of the notifiers kicks it."""
         queue = self.device.queues[n]
         if not queue.enabled:
             return False
@@ -116,7 +116,7 @@ class SeedTarget(Target):
                     raise
 
     def _stop_down_from(self, pair: int) -> None:
-        """Stop vhosts *pair* to 0; those above stay as they are, with the TAP's polling off (D1, D2).
+        """Stop vhosts *pair* to 0; the vhosts above stay as they are, with the TAP's polling off (D1, D2).
 
         Each gives its index back, also where it was never told the final one: the early one takes its place.
         """
@@ -147,7 +147,7 @@ class SeedTarget(Target):
         self.start_guest()
 
     def _leave_what_is_lost(self) -> None:
-        """Take from userspace what it would not get: the receiveqs without polling, and transmitqs nobody kicked."""
+        """Take from userspace the rings it would not serve: receiveqs without polling, transmitqs without a kick."""
         late = []
         for pair, backend in enumerate(self.device.userspace.backends):
             if pair in self._poll_off:
@@ -159,7 +159,7 @@ class SeedTarget(Target):
             self.machine.on_close(LateKicks(self.device, late).close)
 
     def give_up(self) -> None:
-        self.device.set_running(False)  # unbinds what quickstart bound: what it moved has left the machine (E9)
+        self.device.set_running(False)  # unbinds quickstart's rings: frames they moved have left the machine (E9)
         self.vhost_started = False
         super().give_up()
 

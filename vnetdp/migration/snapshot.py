@@ -1,6 +1,6 @@
-"""What is sent of a device: field by field and queue by queue, whole or as what has changed since.
+"""The state of a device as bytes: field by field and queue by queue, whole or as a delta.
 
-FIELDS is the one table: it says how a field is written, and what its change costs a destination that has prepared vhost
+FIELDS is the one table: the encoding of a field, and the cost of its change to a destination that has prepared vhost
 already. Bytes come from outside: all of them are checked before anything is applied.
 """
 
@@ -24,12 +24,12 @@ _QUEUE = struct.Struct("<HIqqqHB")  # queue, num, desc, avail, used, last_avail_
 _BASE = struct.Struct("<HH")  # queue, last_avail_idx
 _SLOT = struct.Struct("<IqH")  # as QEMU's virtio_save: num, desc, last_avail_idx
 _EXTRA = struct.Struct("<qqB")  # as its subsections: avail, used, enabled
-QEMU_SLOTS: Final = 1024  # VIRTIO_QUEUE_MAX: what a full state walks, in use or not
+QEMU_SLOTS: Final = 1024  # VIRTIO_QUEUE_MAX: the slots of a full state, in use or not
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a device's state. cost: what a destination that has prepared vhost does when it has changed."""
+    """One field of a device's state. cost: the work of a destination that has prepared vhost if it changed."""
 
     name: str
     kind: str
@@ -165,11 +165,11 @@ def _state(values: dict[str, Any], queues: list[Virtqueue]) -> DeviceState:
     return DeviceState(registers["status"], registers["features"], control, queues)
 
 
-# --- what has changed since, and every index ---
+# --- the delta: changes since the early state, and every index ---
 
 
 def delta_between(early: DeviceState, now: DeviceState) -> StateDelta:
-    """Return what turns *early* into *now*. Indices are always in it: an early one says nothing."""
+    """Return the delta that turns *early* into *now*. It has every index, as an early index is out of date."""
     registers = {name: getattr(now, name) for name in _REGISTERS if getattr(now, name) != getattr(early, name)}
     control = {}
     if now.control != early.control:
@@ -227,7 +227,7 @@ def decode_delta(payload: memoryview, n_queues: int) -> StateDelta:
 
 
 def encode_full(state: DeviceState) -> bytes:
-    """Return a whole state with QEMU_SLOTS or more slots, whatever is in use."""
+    """Return a whole state with QEMU_SLOTS or more slots, used or not."""
     slots = max(QEMU_SLOTS, len(state.queues))
     queues = state.queues + [Virtqueue()] * (slots - len(state.queues))
     fields = [_write(field.kind, value_of(state, field.name)) for field in FIELDS]

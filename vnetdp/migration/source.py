@@ -1,6 +1,6 @@
 """The source: sends the machine while it runs, stops it, sends the rest, and gives it up when the destination is ready.
 
-Whatever fails before the commit, on either side, lets the machine go on here as if nothing had been.
+After any failure before the commit, on either side, the machine goes on here as if there had been no migration.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _log = logging.getLogger("vnetdp.migration")
 MAX_ROUNDS = 6
 MAX_EARLY = 4  # early states sent: a guest that changes its configuration for ever delays nothing
 _FEW_PAGES = 64
-_SHRINKS = 0.8  # a round that leaves more of the one before is the last
+_SHRINKS = 0.8  # a round that leaves a larger share of the pages before it is the last
 
 
 class Source:
     """Sends *machine*, which runs, over *channel*.
 
     at: told each point that is reached (POINTS), in which it may raise to cancel; check: have the destination compare all
-    of guest memory, which takes time while nobody runs.
+    of guest memory, which makes the blackout longer.
     """
 
     POINTS = ("logging", "early", "round", "stopping", "stopped", "saved", "ready", "committed")
@@ -77,7 +77,7 @@ class Source:
     def run(self) -> Report:
         """Migrate; return how it went. The machine runs afterwards if the outcome is `source`, and is stopped if not.
 
-        Nothing that fails before the commit stops it, of whatever kind; what asks the program to end is raised again.
+        No failure before the commit, of any kind, stops it; an exception that ends the program is raised again.
         """
         machine, report = self.machine, self.report
         committed = False
@@ -88,7 +88,7 @@ class Source:
             ram = machine.ram = RamSource(machine.memory)
             ram.add_private(
                 machine.private_ranges()
-            )  # after that: a queue that moves meanwhile is told by who moves it
+            )  # after that: a queue that moves meanwhile is added by the code that moves it
             self._send_setup()
             self._while_it_runs(ram, log)
             self._stop()
@@ -97,11 +97,11 @@ class Source:
             self._at("ready")
             machine.hold_announcing(True)
             self._channel.send(COMMIT)
-            committed = True  # whatever happens from here on, it may have arrived
+            committed = True  # from here on the commit may have arrived
             self._channel.set_deadline()
             self._at("committed")
             answer = self._channel.receive(ANSWERS)
-            committed = answer.type is not FAILED  # it gave up before it ran anything
+            committed = answer.type is not FAILED  # the destination gave up before it ran the machine
             self._expect(RUNNING, answer)
             report.target = _running(bytes(answer.payload))
             report.outcome = report.target["outcome"]
@@ -151,7 +151,7 @@ class Source:
         self._send("early", SETUP, json.dumps(setup).encode())
 
     def _while_it_runs(self, ram: RamSource, log: DirtyLog) -> None:
-        """Send the early state and all pages, then what has changed since, until little is left, or it does not shrink."""
+        """Send the early state and all pages, then changed pages, until few are left, or they do not get fewer."""
         self._send_early()
         pages = ram.all_in_use()
         for _ in range(MAX_ROUNDS):
@@ -167,7 +167,7 @@ class Source:
             self._send("ram", RAM, payload)
 
     def _changed(self, ram: RamSource, log: DirtyLog) -> Words:
-        """Return the pages to send again: those in *log*, and the guest's own that differ."""
+        """Return the pages to send again: pages in *log*, and the guest's own pages that differ."""
         return ram.changed(log)
 
     def _send_early(self) -> None:
@@ -186,13 +186,13 @@ class Source:
     def _stop(self) -> None:
         self._at("stopping")
         self._listen()
-        self._channel.set_deadline()  # nobody keeps the guest from going on for longer
+        self._channel.set_deadline()  # the guest does not stand still for longer
         with self.report.spans.span("stop"):
             self.machine.stop()
         self._at("stopped")
 
     def _send_final(self, ram: RamSource, log: DirtyLog) -> None:
-        """Send what pages are left, then the device's state, the section that starts vhost last."""
+        """Send the pages left, then the device's state; the section that starts vhost comes last."""
         spans = self.report.spans
         with spans.span("log_sync"):
             pages = self._changed(ram, log)
@@ -231,7 +231,7 @@ class Source:
         self.machine.hold_announcing(False)
         try:
             self.machine.device.set_log(None)
-        except Exception as e:  # noqa: BLE001 - whatever it is, the machine runs
+        except Exception as e:  # noqa: BLE001 - the machine runs after any error
             _log.warning("%s: the dirty log stays on until the rings start again", reason(e))
         self.machine.run()
 
@@ -247,4 +247,4 @@ def _running(payload: bytes) -> dict[str, Any]:
 
 
 class Cancelled(VnetdpError):  # noqa: N818 - it is no error
-    """Somebody asked for the end of the migration."""
+    """The migration was cancelled at one of its points."""

@@ -1,4 +1,4 @@
-"""Spans: what took how long, on the one clock that both sides of a migration on one machine share."""
+"""Spans: named durations, on the one clock that both sides of a migration on one machine share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 
 class _Span:
-    """One span: a class, since a generator takes as long as some of what is measured."""
+    """One span: a class, since a generator takes as long as some spans."""
 
     def __init__(self, name: str, spans: list[tuple[str, int, int]]) -> None:
         self._name = name
@@ -27,7 +27,7 @@ class Spans:
         self.spans: list[tuple[str, int, int]] = []
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """Return what enters the length of its block as a span."""
+        """Return a context that records the length of its block as a span."""
         return _Span(name, self.spans)
 
     def mark(self, name: str) -> None:

@@ -2,7 +2,7 @@
 
 A section on the wire, little endian: magic u16, name length u8, phase u8, version u16, 0 u16, payload length u32, then
 name, payload, and the CRC-32 of all that. No section is longer than MAX_PAYLOAD, and nothing is allocated for one
-before its header was checked against what the reader knows.
+before its header was checked against the sections that the reader knows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_PAYLOAD = 1 << 20
 
 
 class StreamError(VnetdpError):
-    """The stream is not what it has to be: the migration fails, and the source goes on."""
+    """The stream is broken or invalid: the migration fails, and the source goes on."""
 
 
 class Phase(enum.IntEnum):
@@ -33,14 +33,14 @@ class Phase(enum.IntEnum):
     EARLY = 1  # while the source runs, again and again
     ITERATE = 2
     FINAL = 3  # after the source has stopped
-    CONTROL = 4  # what the two sides say to each other
+    CONTROL = 4  # answers and orders between the two sides
 
 
 @dataclass(frozen=True)
 class SectionType:
     """A section that can come: its versions, its longest payload in bytes, and when it is loaded among others.
 
-    Those of one phase are saved and loaded by falling priority.
+    Sections of one phase are saved and loaded by falling priority.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Cursor:
         self._what = what
 
     def _skip(self, length: int) -> int:
-        """Go on by so many bytes; return where they begin."""
+        """Go on by *length* bytes; return the offset where they begin."""
         at, end = self._at, self._at + length
         if end > len(self._payload):
             raise StreamError(f"{self._what} is cut off")

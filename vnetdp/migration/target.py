@@ -72,8 +72,8 @@ class Target:
     def run(self) -> Report:
         """Load, and run the machine if the source gives it up; return how it went.
 
-        Whatever fails before the commit, of whatever kind, is undone here and told to the source; what asks the program to
-        end is raised again.
+        Any failure before the commit is undone here and told to the source; an exception that ends the program is
+        raised again.
         """
         report = self.report
         try:
@@ -110,7 +110,7 @@ class Target:
         return report
 
     def _see_who_serves(self) -> None:
-        """Report the owner. Without a link, or a driver, nobody is right; a device that broke is not."""
+        """Report the owner. No owner is right without a link or a driver, and a violation if the device broke."""
         device = self.device
         self.report.outcome = device.owner.value
         if device.owner is Owner.NOBODY:
@@ -120,7 +120,7 @@ class Target:
                 self.report.violations.append(f"I4: nobody serves the rings, the device needs a reset{why}")
 
     def give_up(self) -> None:
-        """Undo what was prepared: nothing of it can be seen from outside."""
+        """Undo the preparation of vhost, of which nothing can be seen from outside."""
         self.device.abandon_vhost()
 
     def _answer_failure(self, text: str) -> None:
@@ -205,7 +205,7 @@ class Target:
             self.device.load_state(decode_full(section.payload))
 
     def _load_delta(self, section: Section) -> None:
-        """Load what has changed, and every index; vhost is told of it, and of no more."""
+        """Load the delta: the changes, and every index; vhost is told only these."""
         if not self._n_early:
             raise StreamError("a delta comes without an early state")
         with self.report.spans.span("load_delta"):
@@ -228,7 +228,7 @@ class Target:
         return np.fromiter(chain.from_iterable(map(_ring_of, queues)), np.int64, 6 * len(queues)).reshape(-1, 6)
 
     def check_indices(self, rings: Words) -> None:
-        """Hold each index against final guest memory, as virtio_load does: one that can't be fails the migration."""
+        """Hold each index against final guest memory, as virtio_load does: an impossible index fails the migration."""
         memory = self.machine.memory
         found, n = check_rings(memory.mem, memory.table, rings)
         if found == RING_OUTSIDE:
@@ -249,14 +249,14 @@ class Target:
             self.check_guest()
 
     def check_guest(self) -> None:
-        """Check what the guest's own memory says that kernels rely on: it is as much from outside as a section is."""
+        """Check the guest's state in guest memory, on which kernels rely: it comes from outside, as a section does."""
         try:
             self.machine.check_guest()
         except ConfigError as e:
             raise StreamError(str(e)) from e
 
     def _check_memory(self, section: Section) -> None:
-        """Hold guest memory against what the source says of its own: for tests, since it takes its time."""
+        """Compare guest memory with the source's checksums: for tests, since it takes its time."""
         if len(section.payload) % 4:
             raise StreamError("a checksum is cut off")
         sums = np.frombuffer(section.payload, "<u4").tolist()

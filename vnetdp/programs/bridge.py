@@ -94,8 +94,8 @@ def check_sockets(left: str, right: str) -> None:
 class Bridge(Join):
     """Two back ends, each on a socket of its own: each guest receives the frames that the other sends.
 
-    Offloads are not offered: what one guest leaves undone, the other may not be able to do. Nor is RARP: where a guest has
-    moved to matters to a switch, and there is none. poll_us as in `Worker`.
+    Offloads are not offered: a checksum or segment that one guest leaves undone, the other may not be able to do. Nor
+    is RARP: where a guest has moved to matters to a switch, and there is none. poll_us as in `Worker`.
     """
 
     def __init__(self, left: str, right: str, *, queue_pairs: int = 1, poll_us: int = 0) -> None:
@@ -124,7 +124,7 @@ class Bridge(Join):
     def serve(self, stop: Callable[[], bool]) -> None:
         """Serve both sockets until *stop* says so (looked at five times a second), or one can't be served any more.
 
-        What ended a side ends the other as well, and is raised.
+        An error that ends one side ends the other as well, and is raised.
         """
         ended = threading.Event()
         with EventFd() as left, EventFd() as right, ThreadPoolExecutor(len(self.servers), "bridge-server") as pool:
@@ -143,7 +143,7 @@ class Bridge(Join):
                 side.result()
 
     def report(self) -> dict[str, Any]:
-        """Return frames each way and what was dropped, as plain values."""
+        """Return the counts of frames and drops each way, as plain values."""
         names = ("left_to_right", "right_to_left")
         return {
             name: {

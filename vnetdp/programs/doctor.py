@@ -136,7 +136,7 @@ def _numba() -> Check:
     fix = f"{sys.executable} -m pip install --upgrade numba"
     try:
         import numba
-    except ImportError as e:  # NumPy too new for it, no wheel for this Python: it says what
+    except ImportError as e:  # NumPy too new for it, no wheel for this Python: its text says which
         return Check("numba", False, True, f"can't be imported: {e}", fix)
     except (OSError, MemoryError) as e:  # no executable memory, or not enough of the other
         detail, _, advice = limits.fault(e).partition(": ")

@@ -137,7 +137,7 @@ def _connect(front_end: VhostUserFrontEnd, wait: _Wait, stop: Callable[[], bool]
 
 
 def _wait_for_owner(device: NetDevice, path: str, wait: _Wait, stop: Callable[[], bool]) -> None:
-    """Wait until a back end has the rings: one that died over them may be followed by another. ConfigError if none is."""
+    """Wait until a back end has the rings: another may follow a back end that died. ConfigError if none gets them."""
     while device.owner is not Owner.VHOST:
         if stop() or wait.over:
             raise ConfigError(_not_taken(path, device.last_error))

@@ -104,7 +104,7 @@ class Link(Owned):
             each.look(int(getattr(self, side).rows[:, r.EP_FROM_WIRE].sum()))
 
     def report(self) -> dict[str, Any]:
-        """Return what happened so far, as plain values; seconds and mpps are of the frames that an end gave."""
+        """Return the figures so far, as plain values; seconds and mpps are of the frames that an end gave."""
         self.look()
         errors = [str(error) for error in self.device.ring_errors()]
         if self.device.owner is Owner.NOBODY:
@@ -155,13 +155,13 @@ class Link(Owned):
         """
         self._draining = True
         if isinstance(self.worker, WorkerProcess):
-            self.worker.check()  # one that was stopped holds frames, which userspace goes on with
+            self.worker.check()  # a stopped process holds frames, which userspace goes on with
         ends, finite = (self.left, self.right), self.done
         for inner in (end.innermost for end in ends):
             if isinstance(inner, GenerateEndpoint):
                 inner.stop()
         if self.dead or not any(end.finished for end in ends):
-            return  # what comes from elsewhere never ends
+            return  # frames from outside never end
         began = moved = time.monotonic()
         before = None
         while True:
@@ -180,7 +180,7 @@ class Link(Owned):
             time.sleep(clock.LOOK_S)
 
     def _ledger(self) -> Ledger | None:
-        """Return what became of the frames of two generators, be it behind faults; None if the ends are others."""
+        """Return the ledger of two generators, be they behind faults; None if the ends are others."""
         left, right = self.left.innermost, self.right.innermost
         if isinstance(left, GenerateEndpoint) and isinstance(right, GenerateEndpoint):
             return left.ledger_against(right) + right.ledger_against(left)

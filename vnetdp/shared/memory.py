@@ -4,7 +4,7 @@ The window is reserved once for all regions; each is mapped into it with MAP_FIX
 adjacent in guest addresses is adjacent in the window. So kernels see one uint8 array and a table with a row for each
 run, and a range may cross from one region into the next. Holes stay without access, and no translation leads there.
 
-A mapping lasts as long as an array over it: `close` takes it from the object, and an array that somebody kept stays
+A mapping lasts as long as an array over it: `close` takes it from the object, and an array that a caller kept stays
 usable.
 """
 
@@ -334,13 +334,13 @@ def _map_over(address: int, region: Region) -> None:
     """Map *region* into the window, whole pages of its file, so that it begins at *address*."""
     page = _page_size(region.fd)
     head = region.fd_offset % page
-    length = spec.align_up(head + region.length, page)  # what the kernel would map in any case
+    length = spec.align_up(head + region.length, page)  # the kernel maps whole pages in any case
     prot = mmap.PROT_READ | mmap.PROT_WRITE
     _map(address - head, length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset - head)
 
 
 def create_memfd(name: str, length: int) -> int:
-    """Return a memfd of *length* bytes that nobody can shrink: a mapping of it never faults."""
+    """Return a memfd of *length* bytes, sealed against shrinking: a mapping of it never faults."""
     with giving("shared memory"):
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -385,7 +385,7 @@ class SharedBlock(Owned):
             self._map = _own(at, mapped, foreign)
         except (OSError, ConfigError):
             if fd is None:
-                os.close(self.fd)  # one that was given stays the caller's
+                os.close(self.fd)  # a descriptor that was passed in stays the caller's
             raise
         self._end = self._at + self.length
 

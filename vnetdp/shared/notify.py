@@ -34,7 +34,7 @@ class EventFd(Owned):
             os.eventfd_write(self.fd, 1)
 
     def clear(self) -> int:
-        """Set the count to 0, and return what it was."""
+        """Set the count to 0, and return the count before."""
         try:
             return os.eventfd_read(self.fd)
         except BlockingIOError:

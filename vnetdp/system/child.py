@@ -1,4 +1,4 @@
-"""Child processes: each ends with its parent, however that ends; the parent waits for its answers, or says what ended it."""
+"""Child processes: each ends with its parent in any case; the parent waits for its answers, or reports its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import limits
 from .poll import readable
 
 TO_END_S: Final = 2.0  # for a process that is asked to end, if it was stopped: it never does
-_SLOW_S: Final = 20.0  # for one that runs, on a machine that is busy
+_SLOW_S: Final = 20.0  # for a process that runs, on a busy machine
 LOOK_S: Final = 0.1  # between two looks at a process, while its answer is waited for
 
 
@@ -48,12 +48,12 @@ def stopped(pid: int) -> bool:
 
 
 class Child:
-    """A process from `start` that answers over *sock*: the wait for an answer, and what became of the process."""
+    """A process from `start` that answers over *sock*: the wait for an answer, and how the process ended."""
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
         self.process = process
         self._sock = sock
-        self._end = ""  # what became of it
+        self._end = ""  # how it ended
 
     @property
     def pid(self) -> int:
@@ -94,7 +94,7 @@ class Child:
         return False
 
     def ended(self) -> str:
-        """Return what became of a process that can't be talked to any more: the signal or exit status that ended it."""
+        """Return how a process that can't be talked to any more ended: by which signal, or with which exit status."""
         if not self._end and self._sock.fileno() < 0:
             self._end = "was closed"
         elif not self._end:

@@ -148,7 +148,7 @@ def _size(which: int) -> str:
 
 def descriptors() -> str:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    # To list them takes one: the descriptor of the folder is the one that may not be had.
+    # To list a folder of descriptors takes a descriptor, which may not be had.
     open_ones = sum(1 for fd in range(min(limit, 1 << 20)) if _is_open(fd))
     return f"{open_ones} of {limit} descriptors are in use"
 

@@ -64,7 +64,7 @@ def human(args: argparse.Namespace) -> Callable[[str], None]:
 
 
 def flush() -> None:
-    """Have everything that was printed go out; OutputError if it can't, BrokenPipeError if nobody reads it any more."""
+    """Have everything that was printed go out; OutputError if it can't, BrokenPipeError if its reader is gone."""
     if sys.stderr is not None:
         try:
             sys.stderr.flush()

@@ -27,8 +27,8 @@ _removals: list[Callable[[], None]] = []
 _ends = threading.Event()  # the process is being ended, while the main thread goes on
 _unbroken: list[int] = []  # for each block of the main thread: 0, or the signal that it put off
 
-_TOGETHER_S = 0.25  # those that follow the first so closely ask nothing more for 10 s: timeout(1) sends each twice
-_DEAF_S = 2.0  # the main thread hears nothing: it is in compiled code
+_TOGETHER_S = 0.25  # signals so close behind the first ask nothing more for 10 s: timeout(1) sends each twice
+_DEAF_S = 2.0  # the main thread handles no signal: it is in compiled code
 _UNWIND_S = 10.0  # for closing all that is open
 _TIDY_S = 2.0  # for socket files and the report, at an end without closing
 _TICK_S = 0.05
@@ -71,7 +71,7 @@ class Asked:
 
 
 class Ending:
-    """What a command looks at, and leaves to be done, so that a signal can end it. `handled` makes it."""
+    """A command's request to end, report and clean-up, so that a signal can end it. `handled` makes it."""
 
     def __init__(self) -> None:
         self.asked = Asked()
@@ -81,7 +81,7 @@ class Ending:
         self._at_work = False
         self._done = False
         self._compiling = False
-        self._imports = _imports(sys._getframe())  # the program of somebody else may run us as it is imported
+        self._imports = _imports(sys._getframe())  # another program may run us as it is imported
         self._hook = sys.unraisablehook
         self._sending = threading.Lock()  # held while a signal is sent again
         self._lock = threading.Lock()  # the report is made once, and written once
@@ -114,9 +114,9 @@ class Ending:
 
     @contextmanager
     def reporting(self, make: Callable[[], Report], *writers: Writer) -> Iterator[None]:
-        """Have *make* return the report: when the block ends, by whatever, or when the process is ended at once.
+        """Have *make* return the report: when the block ends, in any way, or when the process is ended at once.
 
-        *writers*: who writes it, beside those that are there.
+        *writers*: functions that write it, beside `writers`.
         """
         self.writers += writers
         self._make = make
@@ -128,11 +128,11 @@ class Ending:
     def finish(self, complete: Callable[[Report], None] = lambda _: None) -> Report:
         """Have the report written by every writer, one after the other, unless that was done; return it.
 
-        complete: enters into it what came up since it was made.
+        complete: adds to the report the entries that came up since it was made.
         """
         report = self._made()
         self._done = True
-        with self._lock, ExitStack() as each:  # one that fails does not keep the others from it
+        with self._lock, ExitStack() as each:  # a writer that fails does not keep the others from writing
             if not self._written:
                 self._written = True
                 complete(report)
@@ -141,7 +141,7 @@ class Ending:
         return report
 
     def give_up(self, number: int) -> int:
-        """Remove and write what a command that *number* ended has left to be done; return the exit status."""
+        """Run the removals, and write the report, of a command that signal *number* ended; return the exit status."""
         for remove in tuple(_removals):
             with suppress(Exception):
                 remove()
@@ -156,7 +156,7 @@ class Ending:
             return self._report
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        """Handle the first signal, in the main thread; `count` handles those that follow."""
+        """Handle the first signal, in the main thread; `count` handles the signals that follow."""
         if self.number or self.over:
             return
         # An exception would be lost in the hook, and C code that imports makes an ImportError of it: the signal comes again.
@@ -186,8 +186,8 @@ class Ending:
         """Count the signals, whose numbers come through *pipe*, until it is closed; end the process if that is needed."""
         numbers = b""
         began = 0.0
-        second = False  # one came that is not of the first request
-        again = 0  # of those that come, how many we sent
+        second = False  # a signal came that is not of the first request
+        again = 0  # the number of coming signals that we sent
         while True:
             if _readable(pipe, _TICK_S if numbers else None):
                 came = os.read(pipe, 64)
@@ -239,7 +239,7 @@ class Ending:
         for pid in _children():
             with suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
-                os.kill(pid, signal.SIGCONT)  # one that was stopped hears of it now
+                os.kill(pid, signal.SIGCONT)  # a child that was stopped gets the SIGTERM now
         with suppress(Exception):
             self.give_up(number)
             sys.stdout.flush()
@@ -302,13 +302,13 @@ def no_more_at_end(remove: Callable[[], None]) -> None:
 
 
 def _main_thread_is_over() -> bool:
-    """Return whether this is the main thread, while another one ends the process: what was removed is missing here."""
+    """Return whether this is the main thread, while another one ends the process: removed files are missing here."""
     return _ends.is_set() and threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Have no signal raise `Ended` within the block, but after it: what is made there has to be known to `at_end`, too."""
+    """Have no signal raise `Ended` within the block, but after it: a file made there has to be known to `at_end`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
 """The protocol without sockets: bytes and descriptors in, messages out, and back. Both roles, from the one table.
 
 `BackEndConnection` decodes requests and encodes their answers; `FrontEndConnection` the reverse. Neither keeps a
-descriptor: those of a message belong to whoever takes the message.
+descriptor: the descriptors of a message belong to the caller that takes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .message import NEED_REPLY, REPLY, RULES, U64, VERSION, Empty, Header, Payl
 
 @dataclass(frozen=True)
 class Message:
-    """A request, as it came in: what it carries, its descriptors, and whether it wants an acknowledgement."""
+    """A request, as it came in: its payload, its descriptors, and whether it wants an acknowledgement."""
 
     request: Request
     payload: Payload

@@ -1,4 +1,4 @@
-"""Connecting to a Unix socket of another program: the errors that waiting heals, and the others."""
+"""Connecting to a Unix socket of another program: errors that waiting heals, and errors that last."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The inflight area (vhost-user 4e): the chains in flight, in shared memory, for the back end's successor.
 
-Our back ends take chains in order and finish each batch before the next, so what is in flight after a crash is
-exactly what lies between used.idx and avail.idx: a successor goes on from used.idx. The one thing that used.idx can't tell
+Our back ends take chains in order and finish each batch before the next, so the chains in flight after a crash
+are exactly those from used.idx to avail.idx: a successor goes on from used.idx. The one thing that used.idx can't tell
 is a move from ring to ring that was cut between its two publications; the journal behind the standard part can.
 
 Another program's back end flags each chain that it has in hand. If it finished chains out of order, those can't be told
@@ -88,7 +88,7 @@ class InflightArea:
         return self.num_queues * _queue_len(self.queue_size) + index * r.JOURNAL_LEN
 
     def recover(self, index: int, memory: GuestMemory, num: int, avail: int, used: int, other_used: int | None) -> int:
-        """Return the next avail index to take of a queue whose area this is, finishing what was cut off.
+        """Return the next avail index to take of queue *index*, completing work that was cut off.
 
         avail, used: guest addresses of its rings; other_used: that of its pair's other queue, None = not known.
         RequestRefused for an area that can't be gone on from.
@@ -108,7 +108,7 @@ class InflightArea:
             raise RequestRefused(str(e)) from e
         version, desc_num = struct.unpack_from("<HH", raw, area + spec.INFLIGHT_VERSION)
         if version == 0:
-            # The version last: whoever comes after us, if we are killed here, finds no area, or the whole of one.
+            # The version last: if we are killed here, the next back end finds no area, or the whole of one.
             store_u16(mem, area + spec.INFLIGHT_DESC_NUM, num)
             store_u16_release(mem, area + spec.INFLIGHT_VERSION, _VERSION)
         elif version != _VERSION or desc_num != num:
@@ -137,7 +137,7 @@ class InflightArea:
         return idx
 
     def forget(self, index: int, memory: GuestMemory) -> None:
-        """Forget a queue that has nothing in flight: what is set up in its place may have another size."""
+        """Forget a queue that has nothing in flight: the queue set up in its place may have another size."""
         if index < self.num_queues:
             area = memory.mem[memory.beside_offset :]
             area[self.area_at(index) :][: _queue_len(self.queue_size)] = 0

@@ -26,10 +26,10 @@ _LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a mill
 
 
 class Listener(Owned):
-    """Listens on *path*; ConfigError if that can't be. A file that is no socket, or that somebody listens on, stays."""
+    """Listens on *path*; ConfigError if that can't be. A file that is no socket, or a socket in use, stays."""
 
     def __init__(self, path: str, backlog: int | None) -> None:
-        """*backlog*: None only takes the path, and nobody can connect."""
+        """*backlog*: None only takes the path, and no connection."""
         check_path(path, "cannot listen on")
         self._path = Path(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -59,7 +59,7 @@ class Listener(Owned):
     def close(self) -> None:
         """Remove the file if it still is ours, and close the socket. A forked child leaves the file to its parent."""
         if self._made is not None and not self.inherited:
-            # While it is open: nobody else's file can have the number of our inode before we close it.
+            # While it is open: no other file can have the number of our inode before we close it.
             with suppress(OSError):
                 _remove(self._path, self._made)
         self._made = None
@@ -82,7 +82,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     with suppress(OSError):  # a folder that may not be read, or has no locks
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         until = time.monotonic() + _LOCK_S
-        while not _locks(fd) and time.monotonic() < until:  # somebody else may hold it for good
+        while not _locks(fd) and time.monotonic() < until:  # another program may hold it for good
             time.sleep(0.002)
     try:
         yield
@@ -100,14 +100,14 @@ def _locks(fd: int) -> bool:
 
 
 def _remove(path: Path, known: os.stat_result) -> None:
-    """Remove the file at *path* if it is the one that *known* is of."""
+    """Remove the file at *path* if it still is the file of the status *known*."""
     with suppress(FileNotFoundError):
         if os.path.samestat(path.lstat(), known):
             path.unlink()
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a socket that nobody listens on, if there is one; ConfigError if there is anything else."""
+    """Remove the socket at *path* if no program listens on it; ConfigError if one does, or the file is no socket."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _remove_if_dead(path: Path) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise ConfigError(f"{path} exists and is not a socket: take another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a full backlog is somebody's, too
+        probe.setblocking(False)  # a full backlog has a listener, too
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:

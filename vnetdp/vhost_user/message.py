@@ -1,4 +1,4 @@
-"""vhost-user messages: one table says of each what it carries, which descriptors, and what answers it.
+"""vhost-user messages: one table has the payload, the descriptors and the reply of each.
 
 Wire sizes are those of the C structures on x86-64 and aarch64, as QEMU, DPDK and Linux send them. Addresses are the
 front end's user addresses (`uva`) for rings, guest physical (`gpa`) for regions and logs.
@@ -249,7 +249,7 @@ class DeviceStateTransfer(_Fixed):
 
 @dataclass(frozen=True)
 class Rule:
-    """What the table says of a message: its payload, how many descriptors, what answers it, and what must be negotiated."""
+    """A message's entry in the table: payload, least and most descriptors, reply, and the feature it needs (gate)."""
 
     payload: type[Payload]
     fds: tuple[int, int] = (0, 0)

@@ -1,7 +1,7 @@
 """The socket: whole messages with their descriptors, and no descriptor ever left behind.
 
-Every descriptor that arrives is closed here, unless the message that carried it was returned to the caller, whose
-it then is.
+Every descriptor that arrives is closed here, unless the message that carried it was returned to the caller, which
+then owns it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROOM_FOR = 64  # descriptors taken off the socket at once, so that too many are
 
 
 def close_fds(fds: Iterable[int]) -> None:
-    """Close descriptors that nobody claimed. A socket may be set to linger, and would hold us up for as long as it says."""
+    """Close descriptors that no handler took. A socket may be set to linger, and would hold us up for that time."""
     for fd in fds:
         try:
             sock = socket.socket(fileno=fd)
@@ -56,7 +56,7 @@ class Transport(Owned):
     def receive(self) -> tuple[Header, bytes, tuple[int, ...]] | None:
         """Return the next message whole, with its descriptors; None if the peer has closed.
 
-        RemoteProtocolError for what is no message; OSError if the connection broke. A peer may take as long as the
+        RemoteProtocolError if it is no message; OSError if the connection broke. A peer may take as long as the
         socket's timeout for any part of a message, and no longer for all of them.
         """
         fds: list[int] = []
@@ -97,7 +97,7 @@ class Transport(Owned):
         return parts
 
     def _hurry(self) -> None:
-        """Give what is left of a message that has begun what is left of its time; TimeoutError if that is nothing."""
+        """Limit the next read of a message that has begun to the time it has left; TimeoutError if it has none."""
         patience = self.sock.gettimeout()
         if patience is None:
             return

@@ -1,4 +1,4 @@
-"""What a device remembers of a virtqueue, and how it becomes the row that kernels read.
+"""A device's record of a virtqueue, and how it becomes the row that kernels read.
 
 A `Virtqueue` is plain data: it can be copied, compared and sent. It is not trusted when it comes from outside:
 `validate` checks each field as the device's registers would.
@@ -91,7 +91,7 @@ class Virtqueue:
     enabled: bool = False
     """True once the driver enabled it."""
     last_avail_idx: int = 0
-    """The next avail index that the device takes, 0 to 65535; exact while nobody owns the rings."""
+    """The next avail index that the device takes, 0 to 65535; exact while the rings have no owner."""
 
     @property
     def has_addresses(self) -> bool:
@@ -100,7 +100,7 @@ class Virtqueue:
 
     @property
     def setup(self) -> tuple[int, int, int, int]:
-        """What a backend has to be told of the queue, its base aside. @private"""
+        """The size and addresses of the queue, which a backend has to be told beside its base. @private"""
         return self.num, self.desc, self.avail, self.used
 
     def validate(self) -> None:

@@ -1,6 +1,6 @@
-"""What a device holds besides its rings: the state a driver sets by registers and control commands (Virtio 1.2, 5.1.6.5).
+"""A device's state besides its rings: a driver sets it by registers and control commands (Virtio 1.2, 5.1.6.5).
 
-It is plain data: it can be copied, compared and sent. What comes from outside is checked by `validate`.
+The state is plain data: it can be copied, compared and sent. State from outside is checked by `validate`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VIRTIO_NET_S_ANNOUNCE = 2
 # rx_mode, a bit a command of VIRTIO_NET_CTRL_RX (5.1.6.5.1).
 RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST = (1 << bit for bit in range(6))
 
-CONFIG_SPACE = ("mac", "mtu", "net_status")  # of `Control`, what the driver reads there: it is notified of a change
+CONFIG_SPACE = ("mac", "mtu", "net_status")  # `Control` fields in the configuration space: a change notifies the driver
 
 
 def _wrong_entry(table: Sequence[int], queue_pairs: int) -> str:

@@ -23,7 +23,7 @@ def _kick(mem: Bytes, dvq: Words, fd: int, one: Words) -> None:
 
 @inlined
 def _drive_pass(rings: DriverRings, wire: Wire, scratch: Scratch, left: int) -> tuple[int, int]:
-    """Give each queue a turn, and kick its device; return (frames moved, *left* at most, and what was found)."""
+    """Give each queue a turn, and kick its device; return (frames moved, *left* at most; findings, as in `wait`)."""
     mem, states, notify = rings.mem, rings.states, rings.notify
     moved = 0
     found = wait.SERVED
@@ -65,7 +65,7 @@ def _watch_driver(
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             continue
         if ep[r.EP_BLOCKED]:
-            found = wait.PYTHON  # what has been received waits in the ring
+            found = wait.PYTHON  # received frames wait in the ring
             wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
         elif txq[r.DVQ_NUM_FREE] or not answers(ep):
             again |= split_driver.enable_calls(rings.mem, rxq)

@@ -53,7 +53,7 @@ def _usable_of(rings: Rings, pair: int) -> int:
 
 @kernel
 def _pass(a: Rings, b: Rings, eps: Words, slot: Bytes, scratch: Scratch) -> tuple[int, int]:
-    """Give each queue pair a turn, both ways; return (chains moved, what was found)."""
+    """Give each queue pair a turn, both ways; return (chains moved; findings, as in `wait`)."""
     moved = 0
     for pair in range(a.vqs.shape[0] // 2):
         a_ok, b_ok = _usable_of(a, pair), _usable_of(b, pair)
@@ -71,8 +71,8 @@ def _pass(a: Rings, b: Rings, eps: Words, slot: Bytes, scratch: Scratch) -> tupl
 def _ask(src: Rings, src_first: int, dst: Rings, dst_first: int, pair: int, pollfds: Words, n: int) -> tuple[bool, int]:
     """Ask for the one kick that can set a way going again, and poll for it: (look again at once, entries of pollfds).
 
-    It is the transmitq's; if frames that wait there found no buffers, the receiveq's. Buffers for frames that nobody sends
-    are no reason to wake. src_first and dst_first: what a pollfd stands for, of queue 0 of either.
+    It is the transmitq's; if frames that wait there found no buffers, the receiveq's. Buffers for frames that do not
+    come are no reason to wake. src_first and dst_first: the code of a pollfd of queue 0 of either.
     """
     rx, tx = 2 * pair, 2 * pair + 1
     txq, rxq = src.vqs[tx], dst.vqs[rx]

@@ -45,7 +45,7 @@ def disable_kicks(rings: Rings) -> None:
 
 @inlined
 def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[int, int]:
-    """Give each queue a turn, and call its driver; return (frames moved, *left* at most, and what was found)."""
+    """Give each queue a turn, and call its driver; return (frames moved, *left* at most; findings, as in `wait`)."""
     guest = rings.guest
     moved = 0
     found = 0
@@ -113,8 +113,8 @@ def _watch_device(
         no_room = False  # frames to forward wait for receive buffers: more frames change nothing
         serve_rx = _serves(rxq) and rxq[r.VQ_ENABLED] != 0
         if _serves(txq) and (serve_rx or not forwards):
-            # Known, and still there: something else holds them up. What has come in since the last look is for
-            # enable_kicks to find: taken for held up, it would be slept on.
+            # Known chains that are still there are held up by something else. Chains that came since the last look are
+            # for enable_kicks to find: taken for held up, they would be slept on.
             if ring.known_available(txq) > 0:
                 no_room = forwards
                 if ep[r.EP_KIND] != r.KIND_PYTHON:

@@ -100,9 +100,9 @@ def place(guest: Guest, vq: Words, scratch: Scratch, ahead: int, hdr: Bytes, swa
 
 @inlined
 def _claim(guest: Guest, vq: Words, scratch: Scratch, ahead: int, need: int) -> int:
-    """Gather receive chains of *need* bytes together, from the one *ahead* of the next on.
+    """Gather receive chains of *need* bytes in all, from *ahead* chains behind the next on.
 
-    Returns how many they are; otherwise as `place`.
+    Returns the number of chains; otherwise as `place`.
     """
     mem = guest.mem
     iov = scratch.iov
@@ -189,7 +189,7 @@ def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budge
         used += 1
     if used:
         ring.publish_used(mem, vq, guest.log, used)
-        # The endpoint counts what it took; the rest is dropped, and it says why.
+        # The endpoint counts the frames it took; the rest is dropped, and its row says why.
         frames = ep[r.EP_TO_WIRE] - frames
         _count(vq, frames, ep[r.EP_BYTES_TO_WIRE] - size, used)
         vq[r.VQ_DROPPED] += used - frames
@@ -382,7 +382,7 @@ def _write_journal(mem: Bytes, txq: Words, used_tx: int, rxq: Words, used_rx: in
 
 @inlined
 def _may_pass(txq: Words, rxq: Words, ep: Words, kind: int, hdr: Bytes, frame: Frame) -> bool:
-    """Return whether a frame can go from *txq* to *rxq*; one that can't is counted as dropped."""
+    """Return whether a frame can go from *txq* to *rxq*; if not, count it as dropped."""
     gso = load_u8(hdr, spec.NET_HDR_GSO_TYPE)
     if frame.length < spec.ETH_HLEN:
         ep[r.EP_DROP_SHORT] += 1

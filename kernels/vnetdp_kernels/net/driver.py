@@ -1,6 +1,6 @@
 """virtio-net, the driver's side: an endpoint to the transmitq, the receiveq to an endpoint.
 
-A queue has one buffer a descriptor, buffer i for descriptor i, each long enough for virtio_net_hdr and what is sent or
+A queue has one buffer a descriptor, buffer i for descriptor i, each long enough for virtio_net_hdr and bytes sent or
 received in one piece. Frames go from the endpoint straight into guest memory, and out of it, without a stop between.
 """
 
@@ -187,7 +187,7 @@ def receive(
 
 @kernel
 def is_sound(mem: Bytes, dvq: Words, state: Words, writable: bool, seen: Words) -> bool:
-    """Return whether a row that came from outside, and what it says of its descriptors, can be a driver's at rest.
+    """Return whether a row that came from outside, and the state of its descriptors, can be a driver's at rest.
 
     The row's size, offsets, addresses and features are right already; *writable*: a receiveq. If this holds, too, no index
     leads out of its table and no list into a ring, and a descriptor is empty or is that of its own buffer: neither the

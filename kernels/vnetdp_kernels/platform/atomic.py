@@ -60,7 +60,7 @@ _ALONE = _Alone()
 
 
 def compiled_as(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
-    """Register what compiled kernels get in place of *function*. Annotations are for mypy: Numba compares them."""
+    """Register the compiled kernels' body in place of *function*. Annotations are for mypy: Numba compares them."""
 
     def register(choose: Callable[..., Any]) -> None:
         choose.__annotations__ = {}
@@ -133,7 +133,7 @@ def _store(bits: int, order: str, align: int) -> Callable[[Any, int, int], None]
             return
         if not 0 <= offset <= array.size - size:
             raise IndexError(offset)
-        # Not struct.pack_into, which writes zeros first: whoever shares the memory would read them.
+        # Not struct.pack_into, which writes zeros first: another user of the memory would read them.
         c_type.from_buffer(array, offset).value = value
 
     @intrinsic  # type: ignore[untyped-decorator]

@@ -1,6 +1,6 @@
 """Compiled kernels on disk. The cache saves time, and is never in the way: a file that can't be used is made anew.
 
-Not Numba's own cache: that fails for good on a file that was cut short, loads machine code that anybody may have put there,
+Not Numba's own cache: that fails for good on a file that was cut short, loads machine code that any user put there,
 takes a folder that it can't write to for none, and refuses to make a kernel if there is no folder.
 
 A kernel has a file for each signature, and an index that says which. Each begins with a digest of itself, of the whole
@@ -51,7 +51,7 @@ class Folder:
     """A folder that may hold compiled kernels."""
 
     def __init__(self, path: Path, public: bool = True) -> None:
-        """*public*: folders that are made for it are open to every user's eyes, whatever the umask."""
+        """*public*: folders that are made for it are readable by every user, with any umask."""
         self.path = path
         self._public = public
 
@@ -77,7 +77,7 @@ class Folder:
         return self.path == _IN_TREE or status.st_uid in owners
 
     def read(self, name: str, key: str) -> bytes | None:
-        """Return what `write` wrote, or None if that is not there, damaged, of another version, or not to be trusted."""
+        """Return the bytes that `write` wrote; None if they are missing, damaged, not trusted, or out of date."""
         try:
             with open(self.path / name, "rb", opener=_no_wait) as file:
                 status = os.fstat(file.fileno())

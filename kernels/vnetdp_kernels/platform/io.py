@@ -1,6 +1,6 @@
 """System calls from compiled code: eventfds, TAP queues, poll and the clock. For a peer's descriptors: see `peer`.
 
-Each returns what the call returned, or -errno. The Python bodies go through ctypes, with the same arguments.
+Each returns the result of the call, or -errno. The Python bodies go through ctypes, with the same arguments.
 Symbols are resolved by name when a kernel is loaded, so kernels that call them can be cached.
 """
 
@@ -126,7 +126,7 @@ def _readv_nowait_overload(fd: Any, iovecs: Any, at: Any) -> Any:
 
 
 def writev_nowait(fd: int, iovecs: Words, at: int) -> int:
-    """Write what the one struct iovec at *iovecs*[at] names; otherwise as `readv_nowait`."""
+    """Write the bytes of the one struct iovec at *iovecs*[at]; otherwise as `readv_nowait`."""
     n = int(_libc.pwritev2(fd, address(iovecs, at), 1, -1, _RWF_NOWAIT))
     return n if n >= 0 else -ctypes.get_errno()
 

@@ -5,7 +5,7 @@ and the call that follows. So each is one system call that never waits. A read a
 eventfd's write has not, but the kernel itself signals an eventfd without waiting when asynchronous I/O is done: here
 the I/O is an empty read, which is done, or has failed, at once.
 
-Where a kernel has neither, poll() comes first; who is caught in between is let out by `interrupt`.
+Where a kernel has neither, poll() comes first; a thread caught in between is let out by `interrupt`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _submit(fd: int, one: Words) -> int:
 
 @kernel
 def tell(fd: int, one: Words, pollfds: Words) -> int:
-    """Add 1 to a peer's eventfd, or write as much into its pipe; never waits: what takes no more has said enough.
+    """Add 1 to a peer's eventfd, or write as much into its pipe; never waits: a full one has said enough.
 
     one: of `tell_words`; pollfds: scratch. Returns 0, or -errno of a descriptor that can't be written to.
     """
@@ -94,8 +94,8 @@ def tell(fd: int, one: Words, pollfds: Words) -> int:
 def take(fd: int, scratch: Words, at: int) -> int:
     """Take the count off a peer's eventfd, or 8 bytes out of its pipe, after poll(); never waits.
 
-    scratch: three words from *at*. Returns the bytes read, 0 where nothing will ever come again, -EAGAIN if somebody
-    else took it, or another -errno.
+    scratch: three words from *at*. Returns the bytes read, 0 where nothing will ever come again, -EAGAIN if another
+    reader took it, or another -errno.
     """
     scratch[at + 1] = address(scratch, at)
     scratch[at + 2] = 8

@@ -14,7 +14,7 @@ def bind(mem: Bytes, vqs: Words, eps: Words, log: Bytes, bases: Words) -> None:
     """Let translated rings be served from now on. bases int64[k, 2]: row n of vqs, which belongs to endpoint row n // 2,
     and the ring's next avail index, a u16.
 
-    Whoever had a ring before may have left a decision about a call open: it is made anew (VQ_CALL_DUE).
+    The owner before may have left a decision about a call open: it is made anew (VQ_CALL_DUE).
     """
     for k in range(bases.shape[0]):
         n = bases[k, 0]
@@ -22,7 +22,7 @@ def bind(mem: Bytes, vqs: Words, eps: Words, log: Bytes, bases: Words) -> None:
         if not vq[r.VQ_EVENT_IDX]:
             store_u16(mem, vq[r.VQ_USED], 0)
         if log.size > 0 and vq[r.VQ_LOG_USED] >= 0:
-            # All of the used ring: whoever had it before may have been killed between a write and its mark.
+            # All of the used ring: the owner before may have been killed between a write and its dirty mark.
             mark_dirty(log, vq[r.VQ_LOG_USED], spec.VIRTQ_RING_ENTRIES + spec.VIRTQ_USED_ELEM_SIZE * vq[r.VQ_NUM] + 2)
         vq[r.VQ_LAST_USED_IDX] = load_u16_acquire(mem, vq[r.VQ_USED] + spec.VIRTQ_RING_IDX)
         vq[r.VQ_LAST_AVAIL_IDX] = bases[k, 1]

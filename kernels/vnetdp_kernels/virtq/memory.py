@@ -32,7 +32,7 @@ def translate(regions: Words, gpa: int, length: int) -> int:
     """Return the window offset of the *length* bytes at guest address *gpa*, or E_ADDRESS.
 
     regions int64[n, 3] (guest address, length, window offset). A u64 address of 2**63 and more is negative here, and
-    in no region. No sum that could wrap is formed from what the guest wrote.
+    in no region. No sum that could wrap is formed from numbers that the guest wrote.
     """
     if gpa < 0 or length < 0:
         return r.E_ADDRESS
@@ -47,7 +47,7 @@ def translate(regions: Words, gpa: int, length: int) -> int:
 def prefetch_write(mem: Bytes, offset: int, length: int) -> None:
     """Have the cache fetch *length* bytes, which are written soon: stores wait for their lines one after another.
 
-    A hint, for what is in guest memory; more than 2 KiB would push out what is needed before.
+    A hint, for guest memory; more than 2 KiB would push out lines that are needed before.
     """
     end = offset + min(length, _AHEAD)
     while offset < end:
@@ -84,14 +84,14 @@ def mark_dirty(log: Bytes, gpa: int, length: int) -> None:
 def mark_behind_fence(log: Bytes, gpa: int, length: int) -> None:
     """`mark_dirty` for writes with a `fence` behind them: then a bit that is set already can stay as it is.
 
-    Whoever takes it later reads the page later, and the writes were there before this looked.
+    A source that takes the bit later reads the page later, and the writes were there before this looked.
     """
     _mark(log, gpa, length, False)
 
 
 @inlined
 def mark_noted(vq: Words, log: Bytes) -> None:
-    """Set the bit of the page that `write` left to be marked. It has to be, before the driver hears of the buffer."""
+    """Set the deferred dirty mark of `write`. Must run before the buffer is published as used."""
     if vq[r.VQ_NOTED]:
         mark_dirty(log, (vq[r.VQ_NOTED] - 1) << spec.PAGE_SHIFT, 1)
         vq[r.VQ_NOTED] = 0

@@ -1,7 +1,7 @@
 """The split virtqueue (Virtio 1.2, 2.7), the device's side; the driver's is in `split_driver`.
 
 `available`, `head_at`, `gather`, then `put_used`, `publish_used`, `needs_call`; before sleeping, `enable_kicks`. Indices
-run free over u16. The state of either side is a row of named slots (`rows.VQ_*`, `rows.DVQ_*`); what lies in shared
+run free over u16. The state of either side is a row of named slots (`rows.VQ_*`, `rows.DVQ_*`); a value in shared
 memory is read once, checked, and used.
 
 Barriers, by name: A = driver publishes available entries, device acquires them. B = device publishes used entries,
@@ -33,7 +33,7 @@ from .memory import mark_behind_fence, mark_dirty, mark_noted, prefetch_write, t
 def available(mem: Bytes, vq: Words) -> int:
     """Return how many chains the driver has made available and we have not taken, or E_AVAIL_IDX.
 
-    Reads the driver's avail.idx only when what was known is used up.
+    Reads the driver's avail.idx only when the known chains are used up.
     """
     known = (vq[r.VQ_AVAIL_IDX] - vq[r.VQ_LAST_AVAIL_IDX]) & 0xFFFF
     if known:
@@ -55,7 +55,7 @@ def known_available(vq: Words) -> int:
 
 @inlined
 def refresh(mem: Bytes, vq: Words) -> int:
-    """`available`, with a fresh look at avail.idx whatever is known. An index that went back is E_AVAIL_IDX too."""
+    """`available`, with a fresh look at avail.idx in any case. An index that went back is E_AVAIL_IDX too."""
     idx = vq[r.VQ_AVAIL_IDX]
     known = (idx - vq[r.VQ_LAST_AVAIL_IDX]) & 0xFFFF
     vq[r.VQ_AVAIL_IDX] = vq[r.VQ_LAST_AVAIL_IDX]
@@ -80,7 +80,7 @@ def gather(mem: Bytes, regions: Words, vq: Words, head: int, iov: Words) -> tupl
 
     iov int64[cap, 3] (window offset, length, guest address); readable rows come first. Handles direct chains,
     indirect tables at any address, and direct descriptors followed by an indirect one (2.7.5.3).
-    The bytes are counted here and not by who wants them: a loop over the rows would be made into vectors, whose constants
+    The bytes are counted here and not by the caller: a loop over the rows would be made into vectors, whose constants
     spill to the stack in every caller, and no store of 64 bytes is forwarded to its load there.
     """
     table = vq[r.VQ_DESC]
@@ -148,10 +148,10 @@ def gather(mem: Bytes, regions: Words, vq: Words, head: int, iov: Words) -> tupl
 
 @inlined
 def prefetch_frame(mem: Bytes, regions: Words, vq: Words, ahead: int, length: int) -> None:
-    """Have the cache fetch what a frame of *length* bytes will take of the chain *ahead* of the next one, if it is there.
+    """Have the cache fetch the buffer of a frame of *length* bytes in the chain *ahead* of the next, if it is there.
 
-    What the driver wrote is read here for an address inside guest memory and nothing else, and read and checked again by
-    whoever takes the chain.
+    The descriptor is read here for an address inside guest memory and nothing else, and read and checked again when the
+    chain is taken.
     """
     if ahead >= known_available(vq):
         return
@@ -187,7 +187,7 @@ def publish_used(mem: Bytes, vq: Words, log: Bytes, n: int) -> None:
     vq[r.VQ_LAST_USED_IDX] = idx
     vq[r.VQ_LAST_AVAIL_IDX] = (vq[r.VQ_LAST_AVAIL_IDX] + n) & 0xFFFF
     if log.size > 0:
-        mark_noted(vq, log)  # first: should this process end here, the next owner writes what was not published again
+        mark_noted(vq, log)  # first: should this process end here, the next owner writes the unpublished buffers again
     # Barrier B: pairs with the acquire in used_ready.
     store_u16_release(mem, vq[r.VQ_USED] + spec.VIRTQ_RING_IDX, idx)
     if vq[r.VQ_INFLIGHT]:

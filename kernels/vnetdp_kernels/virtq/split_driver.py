@@ -173,7 +173,7 @@ def used_ready(mem: Bytes, dvq: Words) -> int:
 
 @inlined
 def refresh_used(mem: Bytes, dvq: Words) -> int:
-    """`used_ready`, with a fresh look at used.idx whatever is known."""
+    """`used_ready`, with a fresh look at used.idx in any case."""
     dvq[r.DVQ_USED_IDX] = dvq[r.DVQ_LAST_USED_IDX]
     return int(used_ready(mem, dvq))
 

@@ -11,7 +11,7 @@ from .reflect import reply
 
 @inlined
 def answers(ep: Words) -> bool:
-    """Return whether an endpoint's row is of one that answers."""
+    """Return whether an endpoint answers frames: echo, macswap or reflect."""
     return r.KIND_ECHO <= ep[r.EP_KIND] <= r.KIND_REFLECT
 
 

@@ -29,7 +29,7 @@ RECORD_LEN: Final = 3  # pcap: bytes of a record's header
 FCS_LEN: Final = 4  # pcap: bytes of the FCS behind each frame
 OLD: Final = 5  # pcap before version 2.4: 1, a record's two lengths may stand the other way round
 INTERFACES: Final = 6  # pcapng: rows of *interfaces* that are in use
-SKIP: Final = 7  # bytes from AT on that nobody needs: a record or block too long to be looked at
+SKIP: Final = 7  # bytes from AT on to pass over: a record or block too long to be looked at
 SKIP_PACKET: Final = 8  # 1: that is a packet
 PACKETS: Final = 9  # counter of records, of all kinds
 LONG: Final = 10  # counter of frames that no slot can hold
@@ -45,8 +45,8 @@ IF_SLOTS: Final = 3
 
 # Why a scanner returned.
 SCAN_FULL: Final = 0  # the index is full, or enough was looked at for one call
-SCAN_MORE: Final = 1  # what lies at AT ends behind END
-SCAN_SKIP: Final = 2  # what lies at AT is to be passed over: state[SKIP] bytes
+SCAN_MORE: Final = 1  # the record or block at AT ends behind END
+SCAN_SKIP: Final = 2  # the record or block at AT is to be passed over: state[SKIP] bytes
 SCAN_SECTION: Final = 3  # a section header block lies at AT
 SCAN_INTERFACE: Final = 4  # a whole interface description block lies at AT
 SCAN_BAD_LENGTH: Final = 5  # a block whose lengths can't be
@@ -83,7 +83,7 @@ def _u32(data: Bytes, at: int, big: int) -> int:
 
 @inlined
 def _keep(state: Words, index: Words, n: int, at: int, caplen: int, length: int, fcs_len: int) -> int:
-    """Note the frame at *at* as row *n* of the index, without what was captured of its FCS; return the rows in use."""
+    """Note the frame at *at* as row *n* of the index, without the captured bytes of its FCS; return the rows in use."""
     size = max(0, min(caplen, max(caplen, length) - fcs_len))
     if size > _ROOM:
         state[LONG] += 1

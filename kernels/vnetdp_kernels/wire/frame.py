@@ -26,7 +26,7 @@ HDR_SCRATCH = 64  # bytes: virtio_net_hdr, and the addresses behind it
 def take_front(frame: Frame, length: int, dst: Bytes, at: int) -> int:
     """Move *length* bytes off the front of *frame* to *dst* at *at*; return the first row left.
 
-    The rows are shifted past what was taken. Takes less where there is less: then n_rows comes back.
+    The rows are shifted past the bytes taken. Takes less where there is less: then n_rows comes back.
     """
     iov = frame.iov
     row = frame.row
@@ -66,9 +66,9 @@ def split_header(chain: Frame, hdr_len: int, hdr: Bytes) -> tuple[int, int]:
 
 @inlined
 def tidy(hdr: Bytes, frame_len: int, flags: int) -> None:
-    """Leave of a peer's header what asks for something: *flags* it may have, and no field that they give no meaning.
+    """Clear in a peer's header every flag but *flags*, and every field that flags and GSO type give no meaning.
 
-    hdr_len is a hint that nobody may rely on (5.1.6.2.2), but a TAP refuses one that can't be.
+    hdr_len is a hint that a receiver may not rely on (5.1.6.2.2), but a TAP refuses an impossible one.
     """
     if load_u16_unaligned(hdr, spec.NET_HDR_FLAGS) == 0:
         store_u64_unaligned(hdr, 0, 0)
@@ -127,7 +127,7 @@ def _needed(kind: int) -> int:
 
 @inlined
 def accepts(hdr: Bytes, at: int, offloads: int) -> bool:
-    """Fit the header at *at* to what the receiver negotiated; False if the frame needs what it did not (5.1.6.4.1)."""
+    """Fit the header at *at* to the receiver's *offloads*; False if the frame needs others (5.1.6.4.1)."""
     gso = load_u8(hdr, at + spec.NET_HDR_GSO_TYPE)
     if gso == spec.VIRTIO_NET_HDR_GSO_NONE and load_u8(hdr, at + spec.NET_HDR_FLAGS) == 0:
         return True

@@ -41,7 +41,7 @@ def port_of(wire: Wire, pair: int) -> Port:
 def emit(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
     """Hand one frame, and its virtio_net_hdr, to the endpoint. Returns 0 when it is done with, or E_BLOCKED.
 
-    words: of `Scratch`. What can't go out is dropped and counted.
+    words: of `Scratch`. A frame that can't go out is dropped and counted.
     """
     ep = port.ep
     if frame.length < spec.ETH_HLEN:
@@ -127,7 +127,7 @@ def produce(port: Port, dst: Bytes, at: int, room: int, now: int) -> int:
             ep[r.EP_DROP_SHORT] += 1
             return 0
         if length >= room:
-            # The TAP cuts off what does not fit: a frame that fills all the room may be a part of one.
+            # The TAP cuts off bytes that do not fit: a frame that fills all the room may be a part of one.
             ep[r.EP_DROP_LONG] += 1
             return 0
     elif kind == r.KIND_GENERATE:

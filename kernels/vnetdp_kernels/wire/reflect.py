@@ -110,7 +110,7 @@ def _answer_echo(frame: Bytes, at: int, length: int) -> int:
 def reply(frame: Bytes, at: int, length: int) -> int:
     """Turn the Ethernet frame at *at* into the answer to it, in place; return its length, 0 if it gets none."""
     if load_u8(frame, at + 6) & 1:
-        return 0  # nobody to answer: a group sends nothing
+        return 0  # no sender to answer: a group sends nothing
     ethertype = _u16(frame, at + 12)
     if ethertype == 0x0806 and length >= spec.ETH_HLEN + _ARP_LEN:
         return int(_answer_arp(frame, at, length))

@@ -47,14 +47,14 @@ class PeerEvent(EventFd):
         peer.tell(self.fd, self._words, self._pollfds)
 
     def clear(self) -> int:
-        """Take what one look finds off, and return how many bytes that was."""
+        """Take off the count, or a few bytes of a pipe, in one read; return the number of bytes read."""
         return max(0, int(peer.take(self.fd, self._words, peer.TAKE_AT)))
 
 
 def check_event(fd: int, connection: socket.socket | None = None) -> None:
     """RequestRefused unless *fd* is an eventfd, or a pipe's end to read from; with *connection*: to write to, or a socket.
 
-    User Mode Linux kicks with an eventfd and is called through a socket, everybody else has eventfds.
+    User Mode Linux kicks with an eventfd and is called through a socket; other front ends use eventfds.
     """
     mode = os.fstat(fd).st_mode
     if stat.S_ISFIFO(mode):
@@ -105,7 +105,7 @@ def check_socket(fd: int, connection: socket.socket) -> None:
     try:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             raise RequestRefused("the socket is no Unix stream socket")
-        # What is connected to the path that we listen on has its name; the two ends of a socketpair have none.
+        # A socket connected to the path that we listen on has its name; the two ends of a socketpair have none.
         if _names(sock) & _names(connection):
             raise RequestRefused("the descriptor is an end of this connection, or of another to the same path")
         sock.shutdown(socket.SHUT_RD)

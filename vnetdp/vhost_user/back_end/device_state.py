@@ -26,7 +26,7 @@ def save(fd: int, mac: bytes, mtu: int | None) -> bool:
 
 
 def load(fd: int) -> tuple[bytes, int | None]:
-    """Read what `save` wrote, up to its end, and close *fd*; RequestRefused if it makes no sense."""
+    """Read the state that `save` wrote, up to its end, and close *fd*; RequestRefused if it makes no sense."""
     try:
         data = _read(fd)
     except OSError as e:

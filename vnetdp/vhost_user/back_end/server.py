@@ -1,6 +1,6 @@
 """A vhost-user back end: messages in, the verbs of a vhost worker out. A second way in, not a second worker.
 
-One front end is served at a time; others wait in the socket's backlog. What a front end sends is hostile until checked:
+One front end is served at a time; others wait in the socket's backlog. A front end's message is hostile until checked:
 a malformed message ends its connection, a request that can't be granted is refused (REPLY_ACK) or ends it too, and
 either costs nothing but itself.
 """
@@ -35,7 +35,7 @@ _log = logging.getLogger("vnetdp.server")
 
 _MESSAGE_TIMEOUT_S = 5.0  # for the rest of a message that has begun
 _BACKOFF_S = (0.05, 2.0)  # first and longest wait after an attempt that came to nothing
-_ANSWER_S = 1.0  # after which it is said what is waited for
+_ANSWER_S = 1.0  # until the log says that a front end is awaited, and why
 _ENDPOINT_S = 0.25  # between two looks whether a TAP is still there, of which no descriptor tells by itself
 _SHORT_S = 1.0  # a session that ends sooner came to nothing too
 
@@ -198,7 +198,7 @@ class Server(Owned):
                     continue
                 if not visit.spoke:
                     if not transport.sock.recv(1, socket.MSG_PEEK):
-                        return  # who only looks whether somebody listens is no front end
+                        return  # a program that only probes the socket is no front end
                     self.served += 1
                     _log.info("%s: front end %d attached", self.path, self.served)
                 visit.speaks()

@@ -1,4 +1,4 @@
-"""Session: what a vhost-user back end remembers of one front end, and a handler for each of its requests."""
+"""Session: a vhost-user back end's state of one front end, and a handler for each of its requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _EVERY = _F(sum(_F))
 # Offered unless others are asked for. A guest whose back end has DEVICE_STATE is migrated by QEMU to none without it, such
 # as DPDK's; INBAND_NOTIFICATIONS is taken by Linux wherever it is offered, and slow.
 USUAL_PROTOCOL_FEATURES = _EVERY & ~(_F.DEVICE_STATE | _F.INBAND_NOTIFICATIONS)
-MAX_MEM_SLOTS = 509  # as the kernel's vhost has, and what memory hot-plug asks for
+MAX_MEM_SLOTS = 509  # as many as the kernel's vhost has, and memory hot-plug asks for
 
 
 class Session:
@@ -123,7 +123,7 @@ class Session:
         return True
 
     def _apply(self, message: Message, fds: list[int]) -> tuple[Payload | None, list[int]]:
-        """Do what a message asks; a handler takes the descriptors that it keeps out of *fds*."""
+        """Handle a message; a handler takes the descriptors that it keeps out of *fds*."""
         handler: Callable[..., Payload | None] = getattr(self, f"_on_{message.request.name.lower()}")
         if message.request is Request.GET_INFLIGHT_FD:
             area = self._on_get_inflight_fd(message.payload)
@@ -145,7 +145,7 @@ class Session:
         changed = toggled & ~f.VHOST_F_LOG_ALL
         rings = range(len(self._vrings.rings)) if changed else ()
         with self._vrings.before_start(*rings):
-            # Logging begins and ends under a driver; everything else is said to a new one, be it what was said before.
+            # Logging begins and ends under a driver; any other request, even of the same features, is for a new driver.
             if toggled != f.VHOST_F_LOG_ALL and not any(ring.enabled for ring in self._vrings.rings):
                 for index in range(len(self._vrings.rings)):
                     self._vrings.abandon(index)
@@ -277,7 +277,7 @@ class Session:
             if ring.call is not None:
                 ring.call.close()
             ring.call = event
-            self._vrings.call(ring)  # what was used before may not have been told
+            self._vrings.call(ring)  # the driver may not have been called for buffers used before
 
     def _on_set_vring_err(self, payload: U64, fds: list[int]) -> None:
         index, event = self._take_event(Request.SET_VRING_ERR, payload, fds)
@@ -303,7 +303,7 @@ class Session:
         self._vrings.start_if_ready(payload.index)
         if ring.bound:
             with self._vrings.standing_still():
-                pass  # whoever is stopped looks at all rings when it goes on
+                pass  # a thread that was paused looks at all rings when it goes on
 
     # --- the device ---
 
@@ -410,7 +410,7 @@ class Session:
         self._mac, self._mtu = mac, mtu
         return True
 
-    # --- what comes from the worker ---
+    # --- events of the worker ---
 
     def ring_broke(self) -> None:
         """A ring broke (called in the worker's thread): say so on its error descriptor."""
@@ -426,7 +426,7 @@ class Session:
         return kicks | {event.fd: select.POLLIN for _, event in self._inband_events()}
 
     def look_at(self, ready: set[int]) -> None:
-        """Do what came on *ready*, of `descriptors`: start rings that are kicked, and pass in-band what the worker said."""
+        """Handle *ready*, of `descriptors`: start kicked rings, and send calls and errors of the worker in-band."""
         for fd, index in self._vrings.kicks().items():
             if fd in ready:
                 self._vrings.start_kicked(index)
@@ -439,7 +439,7 @@ class Session:
                     yield index, event
 
     def _tell_front_end(self, ready: set[int]) -> None:
-        """Pass in-band what the worker said on *ready*: as much as the front end's socket takes now."""
+        """Send calls and errors that the worker signalled on *ready* in-band: as many as the socket takes now."""
         self._send_unsent()
         for index, event in self._inband_events():
             if event.fd in ready and not self._unsent:
@@ -454,7 +454,7 @@ class Session:
                 sent = self._front_end.send(self._unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
-            except OSError:  # whatever it is, it will not take another either
+            except OSError:  # after any error the socket takes no other message either
                 sent = len(self._unsent)
             self._unsent = self._unsent[sent:]
 

@@ -18,7 +18,7 @@ from .vrings import Served
 _log = logging.getLogger("vnetdp.server")
 
 _FIRST_WORD_S = 2.0  # of a connection that keeps another out
-_LOOK_S = 0.25  # how often the one that is served is looked at while another waits
+_LOOK_S = 0.25  # between two looks at the served connection while another waits
 _QUIET_S = 2.0  # without a message or a kick, after its process has ended
 
 
@@ -34,10 +34,11 @@ def ready_of(events: dict[int, int], timeout_s: float | None = None) -> set[int]
 
 
 class Visit:
-    """A connection, *sock*, and what is known of its other end; *listener*: where others knock, None if nobody can.
+    """A connection, *sock*, and the signs of life of its other end; *listener*: where others connect, None if nowhere.
 
-    One that is served may be silent for years. But while another waits, one that never said a word has to, and one whose
-    process has ended and whose rings stand still is dead in all but name: its last copy may be in somebody's queue.
+    A served front end may be silent for years. But while another waits, it has to send its first message in time; and a
+    connection whose process has ended and whose rings stand still counts as dead, though a copy of its descriptor may
+    lie unread in another socket.
     """
 
     def __init__(self, sock: socket.socket, worker: Served, listener: Listener | None) -> None:
@@ -57,7 +58,7 @@ class Visit:
 
     @property
     def patience_s(self) -> float | None:
-        """How long to wait at most before the next look; None while nobody else is waiting."""
+        """Seconds to wait at most before the next look; None while no other front end waits."""
         return _LOOK_S if self._knocked else None
 
     def speaks(self) -> None:

@@ -37,7 +37,7 @@ class InbandEvent(EventFd):
 
 
 class Served(Protocol):
-    """What a session drives: the backends of a datapath, and the thread that runs it."""
+    """The worker that a session drives: the backends of a datapath, and the thread that runs it."""
 
     paced: LoopThread
     datapath: Datapath
@@ -57,9 +57,9 @@ class Vring:
     has_kick: bool = False  # SET_VRING_KICK came, with a descriptor or without
     has_base: bool = False  # SET_VRING_BASE came: most front ends send it, and not all of them kick a ring that runs on
     kicks_before: int = 0  # seen when the ring was bound
-    enabled: bool | None = None  # None = nobody has said: it waits, while one that is disabled discards
+    enabled: bool | None = None  # None = not set yet: such a ring waits, a disabled one discards
     bound: bool = False
-    broken: bool = False  # it was said that the ring broke
+    broken: bool = False  # its break was reported
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Vrings:
         self.start_if_ready(index)
 
     def forget_enabled(self) -> None:
-        """Have every ring wait to be enabled. A TAP's queue that nobody serves may get no flows meanwhile."""
+        """Have every ring wait to be enabled. Meanwhile a TAP's queue may get no flows, as no ring serves it."""
         for index, ring in enumerate(self.rings):
             self.enable(index, False)
             ring.enabled = None
@@ -152,7 +152,7 @@ class Vrings:
 
     @contextmanager
     def before_start(self, *indices: int) -> Iterator[None]:
-        """Take rings that have not started yet back for the length of the block: all may be said of them still."""
+        """Take back rings that have not started yet for the length of the block: their settings may still change."""
         with self.standing_still():
             back = [index for index in indices if self.rings[index].bound and not self._has_started(index)]
             for index in back:
@@ -191,7 +191,7 @@ class Vrings:
             other_used = self.gpa(partner.addr.used, "used") if partner.addr is not None else None
             ring.base = self.inflight.recover(index, self.memory, ring.num, avail, used, other_used)
             at = self.memory.beside_offset
-            # What moves from ring to ring within this guest can be journalled; the other end of a bridge is not ours.
+            # A move from ring to ring within this guest can be journalled; the other end of a bridge is not ours.
             journal = self.inflight.journal_at(index) if self._endpoint.answers else 0
             backend.set_vring_inflight(vring, at + self.inflight.area_at(index), at + journal if journal else 0)
             backend.set_vring_base(vring, ring.base)
@@ -203,7 +203,7 @@ class Vrings:
         ring.broken = False
         self.call(ring)
         if self.inflight is not None and vring == RECEIVEQ and self.rings[partner_of(index)].bound:
-            # What its journal tells of the two could not be compared before this one was known.
+            # The transmitq's journal could not be compared with both rings before this one was known.
             self.stop(index + 1)
             self.start(index + 1)
 
@@ -217,7 +217,7 @@ class Vrings:
             ring.bound = False
 
     def move(self, index: int, addr: VringAddr) -> None:
-        """Say where a ring lies; one that is bound goes on there. It stays where it was if it can't be there."""
+        """Set the addresses of a ring; a bound ring goes on there, or stays where it was if it can't be there."""
         ring = self.get(index)
         before = ring.addr
         with self.standing_still():
@@ -273,7 +273,7 @@ class Vrings:
             self._endpoint.rows[:, r.EP_PENDING] = 0
 
     def reset(self) -> None:
-        """Stop all rings, and forget where they are; how far they came may still be asked for."""
+        """Stop all rings, and forget their addresses; GET_VRING_BASE may still ask for their next indices."""
         self.stop_all()
         for index, ring in enumerate(self.rings):
             self.forget_inflight(index)
@@ -364,7 +364,7 @@ class Vrings:
         if before is not None:
             before.close()
         for index in range(len(self.rings)):
-            # What was told of a ring may have waited for its memory; some may have to wait on.
+            # A ring that was described may have waited for its memory; some rings may have to wait on.
             with suppress(BackendError, RequestRefused):
                 self.start_if_ready(index)
 
@@ -377,7 +377,7 @@ class Vrings:
         raise RequestRefused(f"{what} at user address {uva:#x} is in no memory region")
 
     def take_inflight(self, area: InflightArea) -> None:
-        """Go on with *area* in place of the one before; it is ours from now on, whatever happens."""
+        """Go on with *area* in place of the area before; it is ours from now on, and closed if that fails."""
         before = self.inflight
         try:
             if self.regions:

@@ -25,9 +25,9 @@ class BackendRequests(Owned):
         return self._transport.fileno()
 
     def take(self) -> tuple[BackendRequest, Payload] | None:
-        """Return what is asked, acknowledged if it wants to be; None if it is nothing that is known here.
+        """Return the back end's next request, acknowledged if it asks for that; None if it is not known here.
 
-        EOFError if there will be no more, RemoteProtocolError if it is no message.
+        EOFError if there will be no more requests, RemoteProtocolError if it is no message.
         """
         try:
             got = self._transport.receive()

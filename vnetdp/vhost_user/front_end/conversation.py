@@ -43,7 +43,7 @@ class Conversation(Owned):
     """The front end's end of a connection; *sock* becomes its own.
 
     until: when the handshake has to be over (time.monotonic()), or *stop* says so; `established` ends it, and gives each
-    answer from then on *timeout_s*. Whatever goes wrong ends the conversation.
+    answer from then on *timeout_s*. Any error ends the conversation.
     """
 
     def __init__(self, sock: socket.socket, until: float, stop: Callable[[], bool], timeout_s: float) -> None:
@@ -69,7 +69,7 @@ class Conversation(Owned):
     ) -> tuple[Payload | None, tuple[int, ...]]:
         """Send a request; return its answer, None if there is none, and the descriptors that came with it.
 
-        BackendError: ESRCH if the back end is gone, ETIMEDOUT if it keeps silent, EPROTO if it says what it may not.
+        BackendError: ESRCH if the back end is gone, ETIMEDOUT if it keeps silent, EPROTO if it breaks the protocol.
         """
         with self._lock:
             if self._left_until is not None:

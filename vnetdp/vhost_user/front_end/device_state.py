@@ -34,7 +34,7 @@ def load(conversation: Conversation, state: bytes, timeout_s: float) -> None:
 
 
 def _move(conversation: Conversation, direction: int, ours: int, theirs: int, move: Callable[[int], T]) -> T:
-    """Give the back end *theirs*, *move* the state through *ours*, or what came in its place, and ask if all went well."""
+    """Give the back end *theirs*, *move* the state through *ours* or the back end's pipe, and ask for the result."""
     try:
         try:
             answer, fds = conversation.exchange(
@@ -51,7 +51,7 @@ def _move(conversation: Conversation, direction: int, ours: int, theirs: int, mo
         os.set_blocking(ours, False)
         moved = move(ours)
     finally:
-        os.close(ours)  # which is the end of what is loaded
+        os.close(ours)  # for a load, the end of the state
     if conversation.ask(Request.CHECK_DEVICE_STATE, U64).value:
         raise BackendError("CHECK_DEVICE_STATE", errno.EIO, None, "the back end reports that it failed")
     return moved

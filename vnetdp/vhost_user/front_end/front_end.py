@@ -108,7 +108,7 @@ class VhostUserFrontEnd(Owned):
         self._hang_up_thread: HangUp | None = None
         self._requests: BackendRequests | None = None
         self._inflight: tuple[Inflight, int] | None = None
-        self._inflight_is_over = False  # somebody else went on where it says, and did not keep it
+        self._inflight_is_over = False  # another owner went on from it, and did not keep it up to date
         self._status = 0
         self._listener = Listener(path, 1) if listen else None
         self.backends = [VhostUserBackend(self, pair) for pair in range(queue_pairs)]
@@ -147,7 +147,7 @@ class VhostUserFrontEnd(Owned):
             self._hang_up()
             if not isinstance(e, BackendError) or e.errno not in (errno.ESRCH, errno.ETIMEDOUT):
                 raise
-            if e.errno == errno.ESRCH:  # one that is just dying takes a connection, too
+            if e.errno == errno.ESRCH:  # a back end that is just dying takes a connection, too
                 self.trouble, self.silent = "the back end closed the connection", False
             return False
         conversation.established()
@@ -234,7 +234,7 @@ class VhostUserFrontEnd(Owned):
         return requests is not None and requests.fileno() in ready
 
     def take_request(self) -> tuple[BackendRequest, Payload] | None:
-        """Return what the back end asks (see `wait`); None for what is not known here. It is left for what is no message.
+        """Return the back end's request (see `wait`); None if it is not known here. Disconnect if it is no message.
 
         @private
         """
@@ -298,10 +298,10 @@ class VhostUserFrontEnd(Owned):
             close_fds(fds)
 
     def recover(self, n: int, num: int, avail: int, used: int, other_used: int | None) -> int | None:
-        """Return where a back end that is gone stopped ring *n*, having finished what it was cut off in; None = not known.
+        """Return the index where a lost back end stopped ring *n*, completing work cut off; None = not known.
 
-        avail, used: guest addresses of its rings; other_used: of the used ring of its pair's other one. Whoever goes on
-        from there does not keep the area, so the next back end is not given it. @private
+        avail, used: guest addresses of its rings; other_used: of the used ring of its pair's other one. An owner that
+        goes on from there does not keep the area, so the next back end is not given it. @private
         """
         if self._inflight is None or self.memory is None:
             return None
@@ -360,7 +360,7 @@ class VhostUserFrontEnd(Owned):
         """
         if self._has_rings:
             return
-        with suppress(BackendError):  # the rings are unbound, whatever becomes of this
+        with suppress(BackendError):  # the rings are unbound, even if this fails
             if self.has(_F.STATUS):
                 self.set_status(0)
             elif self.has(_F.RESET_DEVICE) and not self.has(_F.DEVICE_STATE):  # whose state may be asked for next

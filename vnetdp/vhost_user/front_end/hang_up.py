@@ -35,7 +35,7 @@ class HangUp:
             self._tell()
 
     def stop(self) -> None:
-        """Tell nobody any more, and wait until that is so."""
+        """End the thread, and wait for it: *tell* is not called any more."""
         self._stop.signal()
         if self._thread is not threading.current_thread():
             self._thread.join()

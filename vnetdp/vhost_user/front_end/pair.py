@@ -95,7 +95,7 @@ class VhostUserBackend(Backend, Owned):
         verb.check(self)
         return self._RUN[type(verb)](self, verb) or 0
 
-    # --- what the rules of verbs ask (`State`) ---
+    # --- `State`, which the rules of verbs look at ---
 
     @property
     def memory(self) -> GuestMemory | None:
@@ -134,7 +134,7 @@ class VhostUserBackend(Backend, Owned):
         if memory is self._fe.memory:
             return
         n = len(memory.regions)
-        if n > MAX_FDS:  # what one SET_MEM_TABLE holds
+        if n > MAX_FDS:  # the most that one SET_MEM_TABLE holds
             slots = MAX_FDS
             if self._fe.has(_F.CONFIGURE_MEM_SLOTS):
                 slots = self._fe.ask(Request.GET_MAX_MEM_SLOTS, U64).value
@@ -209,7 +209,7 @@ class VhostUserBackend(Backend, Owned):
 
     def _bind(self, verb: SetBackend) -> None:
         kick, call = self._kick[verb.index], self._call[verb.index]
-        self._bound[verb.index] = True  # from the first of these messages on, whatever becomes of the others
+        self._bound[verb.index] = True  # from the first of these messages on, even if a later one fails
         try:
             self._send_event(Request.SET_VRING_KICK, verb, kick)
             self._set_vring_enable(SetVringEnable(verb.index, True))
@@ -220,7 +220,7 @@ class VhostUserBackend(Backend, Owned):
         if kick is not None:
             kick.signal()  # not every back end looks at a ring by itself when it starts
         if call is not None:
-            call.signal()  # whoever had the ring before may have left a decision open
+            call.signal()  # the owner before may have left the decision about a call open
 
     _RUN: ClassVar[dict[type, Callable[..., int | None]]] = {
         SetMtu: _set_mtu,
@@ -271,7 +271,7 @@ class VhostUserBackend(Backend, Owned):
         return f"{self._fe.path}: the back end {how}; its rings are fenced, as it may still use them: {step}"
 
     def _can_be(self, index: int, base: int) -> bool:
-        """True if a back end can have stopped at *base*: neither behind what it used, nor ahead of what is available."""
+        """True if a back end can have stopped at *base*: neither behind used.idx, nor ahead of avail.idx."""
         used, avail = self._idx(self._used[index]), self._idx(self._avail[index])
         if used is None or avail is None or base > 0xFFFF:
             return False
@@ -308,5 +308,5 @@ class VhostUserBackend(Backend, Owned):
 
 
 def _uva(memory: GuestMemory, gpa: int) -> int:
-    """Return our own address of a guest address, which is what a back end is told."""
+    """Return our own user address of a guest address, as messages to a back end have it."""
     return int(memory.mem.ctypes.data) + memory.translate(gpa, 1)

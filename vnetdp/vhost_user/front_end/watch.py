@@ -29,7 +29,7 @@ _STILL_S = 5.0  # no frame moved for so long: the back end is asked whether it a
 class Watch(Owned):
     """A thread that connects *front_end* again when its back end is gone, and gives the next back end *device*'s rings.
 
-    Until then userspace has the rings if the device falls back, else nobody has. A front end that was made with
+    Until then userspace has the rings if the device falls back, else they have no owner. A front end that was made with
     `watched` has its back end's own requests answered: another configuration, a call, a ring that broke.
 
     `moved`: a function that returns how many frames have moved. While that does not change, the back end is asked every
@@ -74,14 +74,14 @@ class Watch(Owned):
                 self._device.mark_broken()
 
     def _look_alive(self, count: int) -> None:
-        """Ask the back end something, if no frame moved since the last look; take the rings from one that hangs."""
+        """Ask the back end for its features if no frame moved since the last look; if it hangs, take its rings."""
         before, self._count = self._count, count
         if count != before or self._stop.is_set() or not self._front_end.connected:
             return
         try:
             self._front_end.ask(Request.GET_FEATURES, U64)
         except BackendError as e:
-            if e.errno != errno.ESRCH:  # one that is gone is followed as ever
+            if e.errno != errno.ESRCH:  # a back end that is gone is followed as ever
                 self._device.restart_vhost()
 
     def _take_config(self) -> None:
