@@ -170,37 +170,37 @@ def counting() -> Iterator[Counting]:
 
 
 def test_it_stands_still_while_it_is_paused(counting: Counting) -> None:
-    paced = LoopThread(counting, "counting")
-    paced.start()
+    loop_thread = LoopThread(counting, "counting")
+    loop_thread.start()
     for _ in range(scaled(500, 500)):
-        with paced.paused():
+        with loop_thread.paused():
             assert counting.inside == 0
             before = counting.count
-            with paced.paused(), paced.paused():
+            with loop_thread.paused(), loop_thread.paused():
                 assert counting.inside == 0
             assert counting.inside == 0
             assert counting.count == before
     then = counting.count
     wait_for(lambda: counting.count > then, "it goes on")
-    paced.close()
+    loop_thread.close()
     assert counting.inside == 0
     # Closed, it stands still for good.
-    with paced.paused():
+    with loop_thread.paused():
         pass
-    paced.close()
+    loop_thread.close()
     counting.bell.close()
-    paced.close()
+    loop_thread.close()
 
 
 def test_several_threads_may_pause_it(counting: Counting) -> None:
-    paced = LoopThread(counting, "counting")
-    paced.start()
+    loop_thread = LoopThread(counting, "counting")
+    loop_thread.start()
     wrong: list[int] = []
     holders = [0]
 
     def pause() -> None:
         for _ in range(200):
-            with paced.paused():
+            with loop_thread.paused():
                 holders[0] += 1
                 if counting.inside or holders[0] != 1:
                     wrong.append(holders[0])
@@ -212,7 +212,7 @@ def test_several_threads_may_pause_it(counting: Counting) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    paced.close()
+    loop_thread.close()
 
 
 class Busy(Counting):
@@ -229,8 +229,8 @@ class Busy(Counting):
 
 def test_it_goes_on_after_a_pause_that_was_broken_off() -> None:
     busy = Busy()
-    paced = LoopThread(busy, "busy")
-    paced.start()
+    loop_thread = LoopThread(busy, "busy")
+    loop_thread.start()
 
     def interrupt_a_pause() -> None:
         wait_for(lambda: bool(busy.ctl[r.CTL_DOORBELL]), "the main thread waits for the other one")
@@ -239,25 +239,27 @@ def test_it_goes_on_after_a_pause_that_was_broken_off() -> None:
     for _ in range(2):
         thread = threading.Thread(target=interrupt_a_pause)
         thread.start()
-        with pytest.raises(KeyboardInterrupt), paced.paused():
+        with pytest.raises(KeyboardInterrupt), loop_thread.paused():
             pass
         thread.join()
     busy.may_return.set()
     wait_for(lambda: busy.count > 0, "it goes on")
     for _ in range(3):
-        with paced.paused():
+        with loop_thread.paused():
             assert busy.inside == 0
         busy.count = 0
         wait_for(lambda: busy.count > 0, "it goes on")
-    paced.close()
+    loop_thread.close()
     busy.bell.close()
 
 
 def test_it_is_told_of_each_broken_queue(counting: Counting) -> None:
     told: list[str] = []
-    paced = LoopThread(counting, "counting")
-    paced.start()
-    forget = paced.listeners.add(lambda: told.append(threading.current_thread().name), lambda: told.append("gone"))
+    loop_thread = LoopThread(counting, "counting")
+    loop_thread.start()
+    forget = loop_thread.listeners.add(
+        lambda: told.append(threading.current_thread().name), lambda: told.append("gone")
+    )
     for n in range(3):
         counting.broken = True
         wait_equal(lambda: len(told), n + 1)
@@ -266,7 +268,7 @@ def test_it_is_told_of_each_broken_queue(counting: Counting) -> None:
     forget()
     counting.broken = True
     wait_for(lambda: not counting.broken, "it goes on without")
-    paced.close()
+    loop_thread.close()
 
 
 class Failing(Counting):
@@ -291,16 +293,16 @@ def test_a_thread_that_dies_stands_still_and_says_so(error: BaseException, caplo
         gone.wait()
 
     failing = Failing(error)
-    paced = LoopThread(failing, "failing")
-    paced.start()
-    paced.listeners.add(lambda: None, on_gone)
+    loop_thread = LoopThread(failing, "failing")
+    loop_thread.start()
+    loop_thread.listeners.add(lambda: None, on_gone)
     failing.may_end.set()
     wait_equal(lambda: told, ["failing"])
     for _ in range(3):
-        with paced.paused():
+        with loop_thread.paused():
             pass
     gone.set()
-    paced.close()
+    loop_thread.close()
     failing.bell.close()
-    assert paced.error is error
+    assert loop_thread.error is error
     assert "failing ended" in caplog.text

@@ -85,7 +85,7 @@ def _ends(bed: Bed) -> None:
     """An exception ends the thread."""
 
     assert isinstance(bed.worker, Worker)
-    with bed.worker.paced.paused():
+    with bed.worker.loop_thread.paused():
         bed.worker.datapath.run = _defect  # type: ignore[assignment]
 
 
@@ -97,9 +97,9 @@ def _hangs(bed: Bed) -> None:
         return r.LOOP_CONTROL, 0
 
     assert isinstance(bed.worker, Worker)
-    with bed.worker.paced.paused():
+    with bed.worker.loop_thread.paused():
         bed.worker.datapath.run = run  # type: ignore[assignment]
-        bed.worker.paced._timeout_s = SHORT_S
+        bed.worker.loop_thread._timeout_s = SHORT_S
 
 
 def _killed(bed: Bed) -> None:
@@ -121,7 +121,7 @@ def _closed(bed: Bed) -> None:
 def _looked_after() -> Worker:
     """Return a worker whose watchdog looks often, and has patience: it is to lose that when the thread hangs, not before."""
     worker = Worker(1, timeout_s=SHORT_S)
-    worker.paced._timeout_s = PATIENCE
+    worker.loop_thread._timeout_s = PATIENCE
     return worker
 
 
@@ -347,7 +347,7 @@ def test_a_device_hears_through_backends_that_are_wrapped() -> None:
         device = stack.enter_context(NetDevice(memory, wire, queue_pairs=2, vhost=wrapped))
         stack.enter_context(Driver(device, memory, queue_pairs=2))
         assert device.owner is Owner.VHOST
-        with worker.paced.paused():
+        with worker.loop_thread.paused():
             worker.datapath.run = _defect  # type: ignore[assignment]
         wait_equal(lambda: device.owner, Owner.USERSPACE)
         assert "a defect" in str(device.last_error)
@@ -402,7 +402,7 @@ def test_an_endpoint_that_hangs_costs_the_worker_and_no_frame(where: str) -> Non
         guest.send(frame(0))
         wait_for(lambda: echoed(1), "the first frame comes back")
         assert device.owner is Owner.VHOST
-        worker.paced._timeout_s = SHORT_S
+        worker.loop_thread._timeout_s = SHORT_S
         wire.go_on.clear()
         guest.send(frame(1))
         assert wire.inside.wait(60)

@@ -70,9 +70,9 @@ def test_a_queue_that_is_reset_again_and_again_loses_no_frame(index: int) -> Non
         assert isinstance(machine.worker, Worker)
         for _ in range(100):
             time.sleep(moments.random() / 200)
-            goes_on = threading.Timer(0.01, machine.worker.paced.park, (False,))
+            goes_on = threading.Timer(0.01, machine.worker.loop_thread.park, (False,))
             goes_on.start()
-            machine.worker.paced.park(True)
+            machine.worker.loop_thread.park(True)
             CHANGES["queue_reset"](machine, index)
             goes_on.join()
         assert machine.drain()

@@ -248,7 +248,7 @@ def test_guests_are_left_when_what_joins_them_has_ended(tmp_path: Path) -> None:
             for end in (one, other):
                 assert end.ask(Request.GET_FEATURES)
             bridge.deadly = True
-            with bridge._paced.paused():
+            with bridge._loop_thread.paused():
                 pass
             assert one.left()
             assert other.left()

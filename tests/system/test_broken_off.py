@@ -67,10 +67,10 @@ def _threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "broken off" and thread.is_alive()}
 
 
-def _end(paced: LoopThread) -> None:
+def _end(loop_thread: LoopThread) -> None:
     """End what a broken-off close, or start, has left."""
     with suppress(Exception):
-        paced.close()
+        loop_thread.close()
 
 
 def _make(breaks: BreakOff) -> None:
@@ -86,8 +86,8 @@ def _make(breaks: BreakOff) -> None:
         patch.setattr(Worker, "__init__", noted)
         breaks.run(lambda: Worker(1, name="broken off"))
     for worker in made:  # broken off behind the last step, it is complete
-        if hasattr(worker, "paced"):
-            _end(worker.paced)
+        if hasattr(worker, "loop_thread"):
+            _end(worker.loop_thread)
 
 
 def _close(breaks: BreakOff) -> None:
@@ -95,13 +95,13 @@ def _close(breaks: BreakOff) -> None:
     stack = ExitStack()
     datapath = Datapath(1)
     stack.callback(datapath.close)
-    paced = LoopThread(datapath, "broken off", 0, None, datapath.abandon)
-    stack.callback(paced.close)
-    paced.start()
-    with paced.paused():
+    loop_thread = LoopThread(datapath, "broken off", 0, None, datapath.abandon)
+    stack.callback(loop_thread.close)
+    loop_thread.start()
+    with loop_thread.paused():
         pass
     breaks.run(stack.close)
-    _end(paced)
+    _end(loop_thread)
 
 
 @pytest.mark.parametrize("what", [_make, _close])

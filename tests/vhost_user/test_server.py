@@ -317,7 +317,7 @@ def test_a_worker_that_ends_while_a_request_is_handled_is_no_fault_of_the_front_
                     endpoint.deadly = True
                     guest.rings[1].send(0, frame(0))
                     guest.kicks[1].signal()
-                    wait_for(lambda: server.worker.paced.error is not None, "the worker has ended")
+                    wait_for(lambda: server.worker.loop_thread.error is not None, "the worker has ended")
                 enable(session, payload, fds)
 
             monkeypatch.setattr(Session, "_on_set_vring_enable", enable_late)

@@ -372,9 +372,9 @@ class _Child:
     def __init__(self, block_fd: int, pairs: int, poll_us: int, events: socket.socket) -> None:
         self._datapath = Datapath(pairs, block_fd)
         self._events = events
-        self._paced = LoopThread(self._datapath, "vhost-process", poll_us)
-        self._paced.listeners.add(self._broken, lambda: os._exit(1))
-        self._paced.start()
+        self._loop_thread = LoopThread(self._datapath, "vhost-process", poll_us)
+        self._loop_thread.listeners.add(self._broken, lambda: os._exit(1))
+        self._loop_thread.start()
         self._backends = [UserspaceBackend(self._datapath, pair) for pair in range(pairs)]
         self._kept: dict[tuple[object, ...], Any] = {}
         self._endpoints: dict[int, Endpoint] = {}
@@ -389,13 +389,13 @@ class _Child:
             return 0
         if request == _HOLD:
             self._holds.append(ExitStack())
-            self._holds[-1].enter_context(self._paced.paused())
+            self._holds[-1].enter_context(self._loop_thread.paused())
             return 0
         if request == _RELEASE:
             self._holds.pop().close()
             return 0
         verb = SetMemory(self._kept[(SetMemory,)]) if isinstance(request, str) else request
-        with self._paced.paused():
+        with self._loop_thread.paused():
             if isinstance(verb, SetBackend) and verb.endpoint is not None:
                 verb = replace(verb, endpoint=self._same_endpoint(verb.endpoint))
             answer = self._backends[pair].apply(verb)

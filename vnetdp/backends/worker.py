@@ -45,9 +45,9 @@ class Worker(Owned):
         with ExitStack() as made:
             self.datapath = Datapath(pairs)
             made.callback(self.datapath.close)
-            self.paced = LoopThread(self.datapath, name, poll_us, timeout_s, self.datapath.abandon)
-            made.callback(self.paced.close)
-            self.paced.start()
+            self.loop_thread = LoopThread(self.datapath, name, poll_us, timeout_s, self.datapath.abandon)
+            made.callback(self.loop_thread.close)
+            self.loop_thread.start()
             made.callback(self._closing.set)
             self._watchdog: threading.Thread | None = None
             if timeout_s is not None:
@@ -55,17 +55,17 @@ class Worker(Owned):
                 self._watchdog.daemon = True
                 limits.start(self._watchdog)
             made.pop_all()
-        self.backends = [WorkerBackend(self.paced, self.datapath, pair) for pair in range(pairs)]
+        self.backends = [WorkerBackend(self.loop_thread, self.datapath, pair) for pair in range(pairs)]
         """A `Backend` for each queue pair."""
 
     def _watch(self, period_s: float) -> None:
         """Look, again and again, whether the thread still stops when it is asked to while it has rings."""
         while not self._closing.wait(period_s):
             if self.datapath.bound:
-                with self.paced.paused():
+                with self.loop_thread.paused():
                     pass
-            if self.paced.error is not None:
-                self.paced.listeners.tell_gone()
+            if self.loop_thread.error is not None:
+                self.loop_thread.listeners.tell_gone()
                 return
 
     def close(self) -> None:
@@ -76,10 +76,10 @@ class Worker(Owned):
 
     def _stop(self) -> None:
         self._closing.set()
-        self.paced.close()
+        self.loop_thread.close()
         if self._watchdog is not None:
             self._watchdog.join()
-        self.paced.listeners.tell_gone()
+        self.loop_thread.listeners.tell_gone()
         for backend in self.backends:
             backend.unbind()
 
@@ -87,34 +87,34 @@ class Worker(Owned):
 class WorkerBackend(Backend, Owned):
     """One vhost device of a datapath that a thread runs (see `Backend`)."""
 
-    def __init__(self, paced: LoopThread, datapath: Datapath, pair: int) -> None:
-        self._paced = paced
+    def __init__(self, loop_thread: LoopThread, datapath: Datapath, pair: int) -> None:
+        self._loop_thread = loop_thread
         self._inner = UserspaceBackend(datapath, pair)
 
     def apply(self, verb: Verb) -> int:
-        with self._paced.paused():
-            if self._paced.ended and isinstance(verb, SetBackend) and verb.endpoint is not None:
-                error = self._paced.error
+        with self._loop_thread.paused():
+            if self._loop_thread.ended and isinstance(verb, SetBackend) and verb.endpoint is not None:
+                error = self._loop_thread.error
                 why = "was closed" if error is None else f"has ended: {reason(error)}"
                 raise refusal(verb, errno.ESRCH, f"the worker's thread {why}")
             return self._inner.apply(verb)
 
     def bind_rings(self, bases: Sequence[tuple[int, int]], endpoint: Endpoint) -> bool:
-        with self._paced.paused():
-            return not self._paced.ended and self._inner.bind_rings(bases, endpoint)
+        with self._loop_thread.paused():
+            return not self._loop_thread.ended and self._inner.bind_rings(bases, endpoint)
 
     @property
     def worker(self) -> object:
-        return self._paced
+        return self._loop_thread
 
     def hold(self) -> AbstractContextManager[None]:
-        return self._paced.paused()
+        return self._loop_thread.paused()
 
     def park(self, parked: bool) -> None:
-        self._paced.park(parked)
+        self._loop_thread.park(parked)
 
     def listen(self, on_broken: Callable[[], None], on_gone: Callable[[], None]) -> Callable[[], None]:
-        return self._paced.listeners.add_device(on_broken, on_gone)
+        return self._loop_thread.listeners.add_device(on_broken, on_gone)
 
     def status(self, index: int) -> int:
         return self._inner.status(index)

@@ -191,7 +191,7 @@ def _two_threads(endpoint: Endpoint, guest: GenerateEndpoint, poll_us: int = -1)
         driver = stack.enter_context(Driver(device, memory, guest, num=_RING))
         driver.start(poll_us)
         if len(cores) > 1:
-            for thread in (worker.paced.native_id, device.native_id):
+            for thread in (worker.loop_thread.native_id, device.native_id):
                 os.sched_setaffinity(thread, {cores[1]})
             os.sched_setaffinity(driver.native_id, {cores[0]})
         yield device

@@ -143,6 +143,11 @@ def _ring_size(command: argparse.ArgumentParser, default: int | None = 256) -> N
                          help="make queues of N descriptors, a power of two from 1 to 32768 (default: 256)")  # fmt: skip
 
 
+def _offered_mtu(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--mtu", type=_mtu, metavar="N",
+                         help="offer VIRTIO_NET_F_MTU, with N bytes (default: not offered)")  # fmt: skip
+
+
 def _socket(command: argparse.ArgumentParser) -> None:
     command.add_argument("--socket", required=True, metavar="PATH", help="the Unix socket of vhost-user (required)")
 
@@ -178,8 +183,7 @@ def _link(command: _Command) -> None:
                            "vhost)")  # fmt: skip
     _queue_pairs(link, 256)
     _ring_size(link, None)
-    link.add_argument("--mtu", type=_mtu, metavar="N",
-                      help="offer VIRTIO_NET_F_MTU, with N bytes (default: not offered)")  # fmt: skip
+    _offered_mtu(link)
     _polling(link)
     _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 seconds")
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
@@ -212,8 +216,7 @@ def _serve(command: _Command) -> None:
                             "these; +device_state: this one too, which QEMU then needs from each back end that it "
                             "migrates to (default: all but device_state)")  # fmt: skip
     _queue_pairs(serve, 128)
-    serve.add_argument("--mtu", type=_mtu, metavar="N",
-                       help="offer VIRTIO_NET_F_MTU, with N bytes (default: not offered)")  # fmt: skip
+    _offered_mtu(serve)
     serve.add_argument("--inband", action="store_true",
                        help="offer notifications as messages, for UML's time travel; they are slow")  # fmt: skip
     _polling(serve)

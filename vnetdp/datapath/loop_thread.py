@@ -96,7 +96,7 @@ class LoopThread(Owned):
 
     Register `close` before `start`: ^C can come between any two steps, and the datapath or driver outlives the thread.
 
-    `with paced.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
+    `with loop_thread.paused():` returns once the thread has left the kernel, and nothing touches the rings until the block
     ends. Nests, also across calls. `listeners` are told in the thread: each time a queue broke, when they may not pause
     it, and as the last thing, if an exception ended it (`error`).
 

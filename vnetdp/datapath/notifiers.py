@@ -47,7 +47,7 @@ class Notifiers(Owned):
             for pair in range(self.queue_pairs):
                 self.grab_ioeventfd(pair)
                 undo.callback(self._release_ioeventfd)
-            for queue in range(2 * self.queue_pairs):
+            for queue in range(queues_of(self.queue_pairs)):
                 self.set_host_notifier(queue)
                 undo.callback(self._unset_host_notifier)
             self.set_guest_notifiers(True)
@@ -60,7 +60,7 @@ class Notifiers(Owned):
         except BackendError as e:
             _log.warning("guest notifier cleanup failed: %s", e)
             self.guest -= 1
-        for _ in range(2 * self.queue_pairs):
+        for _ in range(queues_of(self.queue_pairs)):
             self._unset_host_notifier()
         for _ in range(self.queue_pairs):
             self._release_ioeventfd()
@@ -93,7 +93,7 @@ class Notifiers(Owned):
         """True if vhost has every notifier once, or none at all."""
         return (self.grabs, self.host, self.guest) in (
             (0, 0, 0),
-            (self.queue_pairs, 2 * self.queue_pairs, 1),
+            (self.queue_pairs, queues_of(self.queue_pairs), 1),
         )
 
     @property

@@ -42,7 +42,7 @@ class OwnDatapath(Owned):
         """The kernel's id of the thread. ConfigError if there is none."""
         if self.worker is None:
             raise ConfigError("the device has no thread: it was made with threaded=False")
-        return self.worker.paced.native_id
+        return self.worker.loop_thread.native_id
 
     def close(self) -> None:
         (self._datapath if self.worker is None else self.worker).close()

@@ -121,7 +121,7 @@ class Owners(Owned):
                 try:
                     gone = vhost_net.stop(present, rings)
                 except UnbindError as e:
-                    self._withhold(e)
+                    self._fence(e)
             was, self.owner = self.owner, Owner.NOBODY
             if was is Owner.VHOST:
                 self.notifiers.release()
@@ -138,7 +138,7 @@ class Owners(Owned):
                         self.last_error = gone
                         self._say_once(gone, rings)
             except UnbindError as e:
-                self._withhold(e)
+                self._fence(e)
                 return False
             except BackendError as e:
                 self.last_error = e
@@ -167,7 +167,7 @@ class Owners(Owned):
             _log.warning("%s", said)
         self._said = said
 
-    def _withhold(self, error: UnbindError) -> None:
+    def _fence(self, error: UnbindError) -> None:
         self.fenced = True
         self.last_error = error
         _log.error("%s", error.detail)

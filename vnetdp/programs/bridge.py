@@ -38,10 +38,10 @@ _MACS = (DEFAULT_MAC, DEFAULT_MAC[:-1] + b"\x57")  # for guests that ask which t
 class _Side:
     """One guest's half: its own rings, memory and log, in a thread that both halves share."""
 
-    def __init__(self, paced: LoopThread, datapath: Datapath) -> None:
-        self.paced = paced
+    def __init__(self, loop_thread: LoopThread, datapath: Datapath) -> None:
+        self.loop_thread = loop_thread
         self.datapath = datapath
-        self.backends = [WorkerBackend(paced, datapath, pair) for pair in range(datapath.pairs)]
+        self.backends = [WorkerBackend(loop_thread, datapath, pair) for pair in range(datapath.pairs)]
 
 
 class Join(Owned):
@@ -103,10 +103,10 @@ class Bridge(Join):
         super().__init__(queue_pairs)
         with ExitStack() as stack:
             stack.callback(super().close)
-            self._paced = LoopThread(self, "bridge", poll_us)
-            stack.callback(self._paced.close)
-            self._paced.start()
-            self._sides = [_Side(self._paced, datapath) for datapath in self._datapaths]
+            self._loop_thread = LoopThread(self, "bridge", poll_us)
+            stack.callback(self._loop_thread.close)
+            self._loop_thread.start()
+            self._sides = [_Side(self._loop_thread, datapath) for datapath in self._datapaths]
             self.servers = []
             for path, side, mac in zip((left, right), self._sides, _MACS, strict=True):
                 end = stack.enter_context(NullEndpoint(queue_pairs))

@@ -113,7 +113,7 @@ class Server(Owned):
 
     def _renew_worker(self) -> None:
         """Put another in the place of a worker that ended by itself; VnetdpError if it was not ours to make."""
-        error = self.worker.paced.error
+        error = self.worker.loop_thread.error
         if error is None:
             return
         if self._own_worker is None:
@@ -182,7 +182,7 @@ class Server(Owned):
         offer = usual | (ProtocolFeature.INBAND_NOTIFICATIONS if self.inband else 0)
         session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, offer)
         self._worker_ended.clear()
-        forget = self.worker.paced.listeners.add(session.ring_broke, self._worker_ended.signal)
+        forget = self.worker.loop_thread.listeners.add(session.ring_broke, self._worker_ended.signal)
         visit = Visit(transport.sock, self.worker, self._listener)
         try:
             while not stop():
@@ -223,7 +223,7 @@ class Server(Owned):
 
         The front end may come back: the next worker goes on with the rings where they are.
         """
-        error = self.worker.paced.error
+        error = self.worker.loop_thread.error
         if error is not None:
             _log.error("%s: the worker has ended: %s; the connection is closed", self.path, reason(error))
         return error is not None

@@ -39,7 +39,7 @@ class InbandEvent(EventFd):
 class Served(Protocol):
     """The worker that a session drives: the backends of a datapath, and the thread that runs it."""
 
-    paced: LoopThread
+    loop_thread: LoopThread
     datapath: Datapath
     backends: list[WorkerBackend]
 
@@ -294,12 +294,12 @@ class Vrings:
     def call(self, ring: Vring) -> None:
         """Call the driver, from the thread: on a peer's descriptor a write may fail, or wait."""
         if ring.call is not None:
-            self._worker.paced.signal_later(ring.call)
+            self._worker.loop_thread.signal_later(ring.call)
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
         """Have the thread touch no ring for the length of the block."""
-        with self._worker.paced.paused():
+        with self._worker.loop_thread.paused():
             yield
 
     def tell_broken(self) -> None:
