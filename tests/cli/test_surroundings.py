@@ -126,11 +126,12 @@ from vnetdp.backends.worker import Worker
 from vnetdp.errors import MachineError
 
 def settled():
-    # The kernel has a thread that was joined for a moment more.
+    # The kernel has a thread that was joined for a moment more. OpenBLAS ends its threads, for good, before a fork, which
+    # is what Python falls back on if a vfork fails: there may be fewer threads than before.
     until = time.monotonic() + 60
-    while len(os.listdir("/proc/self/task")) != tasks and time.monotonic() < until:
+    while len(os.listdir("/proc/self/task")) > tasks and time.monotonic() < until:
         time.sleep(0.001)
-    return len(os.listdir("/proc/self/task")) == tasks
+    return len(os.listdir("/proc/self/task")) <= tasks
 
 tasks = len(os.listdir("/proc/self/task"))
 Worker(1).close()
@@ -152,12 +153,13 @@ print(json.dumps([said, sorted(os.listdir("/proc/self/fd")) == before, settled()
 @needs_root
 def test_a_thread_that_can_t_be_had_leaves_nothing_behind(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    done = run([*as_user(OTHER_USER), sys.executable, "-c", _THREADS], tmp_path)
-    said, same_descriptors, same_threads = json.loads(done.stdout)
+    alone = OTHER_USER + os.getpid()  # the limit counts every process of the user: also those of a suite beside this one
+    done = run([*as_user(alone), sys.executable, "-c", _THREADS], tmp_path)
+    said, same_descriptors, no_more_threads = json.loads(done.stdout)
     assert len(said) == 3
     assert all("this user may have" in text and "ulimit -u unlimited" in text for text in said)
     assert same_descriptors
-    assert same_threads
+    assert no_more_threads
 
 
 # --- where output goes ---
