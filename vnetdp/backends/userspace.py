@@ -22,7 +22,7 @@ from ..errors import ConfigError, EndpointError
 from ..shared.memory import GuestMemory, Words
 from ..system.owned import Owned
 from ..virtio import features as f
-from ..virtio.queue import TRANSMITQ, VRINGS, pair_of, queue_of, receiveq, ring_len
+from ..virtio.queue import RECEIVEQ, TRANSMITQ, VRINGS, pair_of, queue_of, receiveq, ring_len
 from .base import Backend
 from .verbs import (
     GetVringBase,
@@ -96,25 +96,26 @@ class UserspaceBackend(Backend, Owned):
             self.datapath.logging.add(self.pair)
         else:
             self.datapath.logging.discard(self.pair)
-        for index, row in enumerate(self._rows):
-            row[r.VQ_EVENT_IDX] = int(bool(features & f.VIRTIO_RING_F_EVENT_IDX))
-            row[r.VQ_INDIRECT] = int(bool(features & f.VIRTIO_RING_F_INDIRECT_DESC))
-            row[r.VQ_MRG_RXBUF] = int(bool(features & f.VIRTIO_NET_F_MRG_RXBUF))
-            row[r.VQ_HDR_LEN] = f.header_len(features)
-            to_guest = f.guest_offload_mask(features)
-            if not features & f.VIRTIO_NET_F_MTU:
-                row[r.VQ_MAX_FRAME] = 0
-            row[r.VQ_OFFLOADS] = f.host_offload_mask(features) if index == TRANSMITQ else to_guest
+        rows = self._rows
+        rows[:, r.VQ_EVENT_IDX] = bool(features & f.VIRTIO_RING_F_EVENT_IDX)
+        rows[:, r.VQ_INDIRECT] = bool(features & f.VIRTIO_RING_F_INDIRECT_DESC)
+        rows[:, r.VQ_MRG_RXBUF] = bool(features & f.VIRTIO_NET_F_MRG_RXBUF)
+        rows[:, r.VQ_HDR_LEN] = f.header_len(features)
+        rows[RECEIVEQ, r.VQ_OFFLOADS] = f.guest_offload_mask(features)
+        rows[TRANSMITQ, r.VQ_OFFLOADS] = f.host_offload_mask(features)
+        if not features & f.VIRTIO_NET_F_MTU:
+            rows[:, r.VQ_MAX_FRAME] = 0
 
     def _set_memory(self, verb: SetMemory) -> None:
         dp = self.datapath
-        wanted = dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0]  # a copy: nothing changes before all can
-        try:
-            for row in wanted:
-                _translate(verb.memory, row)
-        except ConfigError as e:
-            raise refusal(verb, errno.EFAULT, str(e)) from e
-        dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0] = wanted
+        if dp.bound:
+            wanted = dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0]  # a copy: nothing changes before all can
+            try:
+                for row in wanted:
+                    _translate(verb.memory, row)
+            except ConfigError as e:
+                raise refusal(verb, errno.EFAULT, str(e)) from e
+            dp.vqs[dp.vqs[:, r.VQ_BOUND] != 0] = wanted
         dp.memory = verb.memory
 
     def _set_log(self, verb: SetLog) -> None:
@@ -171,8 +172,8 @@ class UserspaceBackend(Backend, Owned):
             row[r.VQ_BOUND] = 0
             if not self._rows[1 - index, r.VQ_BOUND]:
                 dp.endpoint.stop_polling(self.pair, dp)
-            if not dp.vqs[:, r.VQ_BOUND].any():
-                dp.let_go()
+                if not dp.vqs[:, r.VQ_BOUND].any():
+                    dp.let_go()
 
     def _bind(self, verb: SetBackend, endpoint: Endpoint) -> None:
         row, dp = self._rows[verb.index], self.datapath

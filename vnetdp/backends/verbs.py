@@ -163,15 +163,17 @@ class SetVringAddr(RingVerb):
     def check(self, state: State) -> None:
         RingVerb.check(self, state)
         desc, avail, used, log_used = self.desc, self.avail, self.used, self.log_used
-        asked = f"desc {desc:#x}, avail {avail:#x}, used {used:#x}"
         if desc % spec.VIRTQ_DESC_ALIGN or avail % spec.VIRTQ_AVAIL_ALIGN or used % spec.VIRTQ_USED_ALIGN:
-            raise refusal(self, errno.EINVAL, f"{asked}: not all are aligned to 16, 2 and 4 bytes")
-        if not all(0 <= address < ADDRESS_LIMIT for address in (desc, avail, used)):
-            raise refusal(self, errno.EFAULT, f"{asked}: not all are below {ADDRESS_LIMIT:#x}")
+            raise refusal(self, errno.EINVAL, f"{self._addresses()}: not all are aligned to 16, 2 and 4 bytes")
+        if min(desc, avail, used) < 0 or max(desc, avail, used) >= ADDRESS_LIMIT:
+            raise refusal(self, errno.EFAULT, f"{self._addresses()}: not all are below {ADDRESS_LIMIT:#x}")
         if log_used is not None and not 0 <= log_used < ADDRESS_LIMIT:
             raise refusal(self, errno.EFAULT, f"log address {log_used:#x} is not below {ADDRESS_LIMIT:#x}")
         if state.memory is None or not state.num(self.index):
             raise refusal(self, errno.EFAULT, "set_memory and set_vring_num come first")
+
+    def _addresses(self) -> str:
+        return f"desc {self.desc:#x}, avail {self.avail:#x}, used {self.used:#x}"
 
 
 @dataclass(frozen=True, slots=True)

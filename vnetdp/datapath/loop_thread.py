@@ -191,7 +191,7 @@ class LoopThread(Owned):
 
     def check_outside(self) -> None:
         """Raise ConfigError if this very thread is the caller: it would wait for itself to pause."""
-        if threading.current_thread() is self._thread and not self._ended:
+        if threading.get_ident() == self._thread.ident and not self._ended:
             raise ConfigError(
                 f"{self._thread.name} can't stop itself: change the device in another thread, not in its endpoint's code"
             )

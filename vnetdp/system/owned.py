@@ -42,7 +42,8 @@ class Owned:
 
     def check_maker(self) -> None:
         """Raise ConfigError in a forked child. @private"""
-        _check_maker(type(self).__name__, self._maker)
+        if os.getpid() != self._maker:
+            raise _left_to_its_maker(type(self).__name__, self._maker)
 
     def close_on_fork(self) -> None:
         """Have a forked child call `leave_to_parent` at once. @private"""
@@ -74,7 +75,8 @@ class OwnedLock:
         self._maker = os.getpid()
 
     def acquire(self) -> None:
-        _check_maker(self._name, self._maker)
+        if os.getpid() != self._maker:
+            raise _left_to_its_maker(self._name, self._maker)
         if not self._lock.acquire(blocking=False):
             self._may_wait()
             self._lock.acquire()
@@ -89,11 +91,10 @@ class OwnedLock:
         self.release()
 
 
-def _check_maker(name: str, maker: int) -> None:
-    if os.getpid() != maker:
-        raise ConfigError(
-            f"{name}: process {maker} made it, and its forked child {os.getpid()} can't use it: make another after the fork"
-        )
+def _left_to_its_maker(name: str, maker: int) -> ConfigError:
+    return ConfigError(
+        f"{name}: process {maker} made it, and its forked child {os.getpid()} can't use it: make another after the fork"
+    )
 
 
 _to_leave: weakref.WeakSet[Owned] = weakref.WeakSet()
