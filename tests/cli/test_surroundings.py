@@ -153,7 +153,8 @@ print(json.dumps([said, sorted(os.listdir("/proc/self/fd")) == before, settled()
 @needs_root
 def test_a_thread_that_can_t_be_had_leaves_nothing_behind(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    alone = OTHER_USER + os.getpid()  # the limit counts every process of the user: also those of a suite beside this one
+    # The limit counts every process of the user: also those of a suite beside this one.
+    alone = OTHER_USER + os.getpid()
     done = run([*as_user(alone), sys.executable, "-c", _THREADS], tmp_path)
     said, same_descriptors, no_more_threads = json.loads(done.stdout)
     assert len(said) == 3
