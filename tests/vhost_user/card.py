@@ -59,12 +59,16 @@ class Card:
         assert self.device.owner is owner, self.device.last_error
 
     def finish(self) -> None:
+        """`all_back`, and close the device."""
+        self.all_back()
+        self.close()
+
+    def all_back(self) -> None:
         """Send no more; every frame that was sent has come back once, and in order."""
         self.generator.stop()
         wait_for(lambda: int(self.generator.ledger[:, r.LEDGER_DELIVERED].sum()) >= self.generator.sent, "all are back")
         ledger = self.generator.ledger_against(self.generator)
         assert ledger.clean, ledger
-        self.close()
 
 
 @contextmanager

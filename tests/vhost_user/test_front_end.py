@@ -308,7 +308,8 @@ def test_a_watched_device_falls_back_and_returns_by_itself(tmp_path: Path) -> No
                 wait_for(lambda: card.device.owner is Owner.VHOST, "the back end has the rings again")
                 assert front_end.connections == deaths + 1
             card.wait_for_more()
-            card.finish()
+            card.all_back()
+        card.close()
 
 
 def test_a_watched_device_falls_back_when_a_back_end_that_hung_lets_go(tmp_path: Path) -> None:
@@ -324,7 +325,8 @@ def test_a_watched_device_falls_back_when_a_back_end_that_hung_lets_go(tmp_path:
                 process.kill()
                 wait_for(lambda: card.device.owner is Owner.USERSPACE, "userspace has the rings")
                 card.wait_for_more()
-                card.finish()
+                card.all_back()
+            card.close()
     finally:
         process.kill()
         process.wait()
@@ -343,7 +345,8 @@ def test_a_watched_device_survives_a_back_end_that_comes_back_as_another(tmp_pat
             wait_for(lambda: front_end.connections == 2, "it was tried")
             card.wait_for_more()
             wait_for(lambda: card.device.owner is Owner.USERSPACE, "userspace has the rings still, or again")
-            card.finish()
+            card.all_back()
+        card.close()
 
 
 @pytest.mark.parametrize("end", ["goes on", "is killed"])

@@ -257,7 +257,8 @@ def test_a_configuration_that_changes_is_the_device_s(tmp_path: Path, sessions: 
                 wait_equal(lambda: card.device.owner, owner)  # the link goes down, and up
                 assert card.device.read_config(0, 12) == space[:8] + struct.pack("<HH", 1, 1400)
             card.wait_for_more()
-            card.finish()
+            card.all_back()
+        card.close()
 
 
 def test_a_back_end_that_has_nothing_to_ask_any_more_is_kept(tmp_path: Path, sessions: list[Session]) -> None:
@@ -278,9 +279,10 @@ def test_calls_in_band(tmp_path: Path, sessions: list[Session]) -> None:
         front_end = stack.enter_context(attached(back_end.path, watched=True, inband=True))
         assert front_end.has(ProtocolFeature.INBAND_NOTIFICATIONS)
         card = Card(front_end)
-        stack.enter_context(Watch(front_end, card.device))
-        card.wait_for_more()
-        card.finish()
+        with Watch(front_end, card.device):
+            card.wait_for_more()
+            card.all_back()  # called by the watch until then
+        card.close()
         assert sessions
 
 

@@ -29,9 +29,11 @@ class EventFd(Owned):
         return self.fd
 
     def signal(self) -> None:
-        """Add 1 to the count, unless it is full."""
-        with suppress(BlockingIOError):
-            os.eventfd_write(self.fd, 1)
+        """Add 1 to the count, unless it is full; do nothing once it is closed."""
+        fd = self.fd
+        if fd >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_write(fd, 1)
 
     def clear(self) -> int:
         """Set the count to 0, and return the count before."""
