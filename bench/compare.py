@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from vnetdp.system.output import tell
 from vnetdp_kernels.platform.atomic import Bytes, load_u16_acquire, store_u16_release
 from vnetdp_kernels.platform.jit import kernel
 
@@ -39,11 +40,6 @@ def _pass_line(word: Bytes, turn: int, passes: int) -> None:
         while load_u16_acquire(word, 0) != mine:
             pass
         store_u16_release(word, 0, (mine + 1) & 0xFFFF)
-
-
-def say(*text: str) -> None:
-    sys.stdout.write(" ".join(text).rstrip() + "\n")
-    sys.stdout.flush()
 
 
 def line_ns() -> float:
@@ -71,21 +67,17 @@ def line_ns() -> float:
 def rates(checkout: Path, bench: str, seconds: str) -> _Rates:
     """Return the rate of each row of one run, in million packets, or changes of owner, a second."""
     rounds = {"ring": "5", "peers": "1"}[bench]  # those of the rings on one core take 10 ms each
-    command = [
-        str(checkout / ".venv/bin/vnetdp"),
-        "bench",
-        bench,
-        "--rounds",
-        rounds,
-        "--seconds",
-        seconds,
-        "--json",
-        "-",
-    ]
+    vnetdp = checkout / ".venv/bin/vnetdp"
+    if not vnetdp.exists():
+        sys.exit(f"there is no {vnetdp}: make -C {checkout} .venv/installed")
+    command = [str(vnetdp), "bench", bench, "--rounds", rounds, "--seconds", seconds, "--json", "-"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr}")
+        sys.exit(f"{vnetdp} bench {bench}: exit status {done.returncode}\n{done.stderr}")
     rows: list[dict[str, Any]] = json.loads(done.stdout)["results"]
+    for row in rows:
+        if "skipped" in row:
+            sys.exit(f"{vnetdp} bench {bench}: {row['name']}: skipped: {row['skipped']}")
     return {f"{row['name']}, {row.get('size', '')} B": row.get("mpps") or 1 / row["us"] for row in rows}
 
 
@@ -108,17 +100,18 @@ def main() -> None:
             round_[name] = rates(trees[name], args.bench, args.seconds)
             lines.append(line_ns())
         like = max(lines) < _UNLIKE * min(lines) or min(lines) == 0
-        say(f"round {len(samples) + 1}: line {', '.join(f'{ns:.0f}' for ns in lines)} ns", "" if like else "(left out)")
+        told = f"round {len(samples) + 1}: line {', '.join(f'{ns:.0f}' for ns in lines)} ns"
+        tell(told if like else f"{told} (left out)")
         if like:
             samples.append(round_)
-    say(
+    tell(
         f"{'medians, ' + str(len(samples)) + ' rounds; ratio of the best':<58} {'old':>10} {'new':>10}  new/old     best"
     )
     for row in samples[0]["old"]:
         old, new = ([each[tree][row] for each in samples] for tree in trees)
         ratio = statistics.median(n / o for n, o in zip(new, old, strict=True))
         best = max(new) / max(old)
-        say(f"{row:<58} {statistics.median(old):10.4f} {statistics.median(new):10.4f}  {ratio:7.3f} {best:8.3f}")
+        tell(f"{row:<58} {statistics.median(old):10.4f} {statistics.median(new):10.4f}  {ratio:7.3f} {best:8.3f}")
 
 
 if __name__ == "__main__":

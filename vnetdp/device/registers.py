@@ -32,7 +32,7 @@ _AGREED = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
 
 
 class Registers:
-    """offered, features: the bits that the device offers, and those that the driver chose. control: the fields that
+    """offered, features: the bits that the device offers, and the bits that the driver chose. control: the fields that
     control commands set; the endpoint is told of its own. queues: as the driver set them up.
     """
 
