@@ -252,14 +252,24 @@ class Wire(NamedTuple):
     windows: Bytes  # uint8[flows, LEDGER_WINDOW]
 
 
-class Port(NamedTuple):
-    """One queue pair of an endpoint: its rows of a `Wire`."""
+# A kernel is called with seven words for each array of one dimension: so one queue pair of an endpoint has two bundles.
+
+
+class Source(NamedTuple):
+    """One queue pair of an endpoint, where frames come from: its rows of a `Wire`."""
 
     ep: Words
     fd: int
     pending: Bytes
     in_frames: Bytes
     in_lengths: Words
+
+
+class Sink(NamedTuple):
+    """One queue pair of an endpoint, where frames go to: its rows of a `Wire`."""
+
+    ep: Words
+    fd: int
     out_frames: Bytes
     out_lengths: Words
     ledger: Words

@@ -19,7 +19,7 @@ from vnetdp_kernels.loops.serve import serve
 from vnetdp_kernels.net import device, driver
 from vnetdp_kernels.platform import peer
 from vnetdp_kernels.platform.atomic import Bytes, Words
-from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, Port, Rings, Scratch, Wire
+from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, Rings, Scratch, Sink, Source, Wire
 from vnetdp_kernels.virtq import split_device, split_driver
 from vnetdp_kernels.wire import port
 from vnetdp_kernels.wire.frame import HDR_SCRATCH
@@ -312,11 +312,20 @@ class Side:
             self.ledger, self.windows,
         )  # fmt: skip
 
-    def port(self, pair: int) -> Port:
-        return Port(
-            self.eps[pair], int(self.fds[pair]), self.pending[pair], self.in_frames[pair], self.in_lengths[pair],
-            self.out_frames[pair], self.out_lengths[pair], self.ledger, self.windows,
-        )  # fmt: skip
+    def source(self, pair: int) -> Source:
+        return Source(
+            self.eps[pair], int(self.fds[pair]), self.pending[pair], self.in_frames[pair], self.in_lengths[pair]
+        )
+
+    def sink(self, pair: int) -> Sink:
+        return Sink(
+            self.eps[pair],
+            int(self.fds[pair]),
+            self.out_frames[pair],
+            self.out_lengths[pair],
+            self.ledger,
+            self.windows,
+        )
 
     @property
     def control(self) -> Control:
@@ -425,11 +434,11 @@ class Rig:
 
     def drain(self, budget: int = 64, pair: int = 0) -> int:
         s = self.device
-        return device.drain_transmitq(self.device_guest, self.vqs[2 * pair + 1], s.port(pair), s.scratch, budget)
+        return device.drain_transmitq(self.device_guest, self.vqs[2 * pair + 1], s.sink(pair), s.scratch, budget)
 
     def fill(self, budget: int = 64, pair: int = 0) -> int:
         s = self.device
-        return device.fill_receiveq(self.device_guest, self.vqs[2 * pair], s.port(pair), s.scratch, budget)
+        return device.fill_receiveq(self.device_guest, self.vqs[2 * pair], s.source(pair), s.scratch, budget)
 
     def forward(self, budget: int = 64, to: Rig | None = None) -> int:
         """Move frames from this guest's transmitq to its own receiveq, or to that of another guest."""
@@ -440,12 +449,12 @@ class Rig:
 
     def send(self, budget: int = 64, pair: int = 0) -> int:
         q, s = 2 * pair + 1, self.guest
-        return driver.send(self.memory.mem, self.dvqs[q], self.states[q], s.port(pair), s.scratch.words, budget)
+        return driver.send(self.memory.mem, self.dvqs[q], self.states[q], s.source(pair), s.scratch.words, budget)
 
     def receive(self, budget: int = 64, pair: int = 0) -> int:
         q, s = 2 * pair, self.guest
         return driver.receive(
-            self.memory.mem, self.dvqs[q], self.states[q], self.dvqs[q + 1], self.states[q + 1], s.port(pair), s.scratch,
+            self.memory.mem, self.dvqs[q], self.states[q], self.dvqs[q + 1], self.states[q + 1], s.sink(pair), s.scratch,
             budget,
         )  # fmt: skip
 

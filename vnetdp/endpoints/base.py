@@ -18,7 +18,7 @@ import numpy as np
 
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
-from vnetdp_kernels.rows import Port, Wire
+from vnetdp_kernels.rows import Sink, Source, Wire
 
 from ..errors import EndpointError, place
 from ..shared.memory import Bytes, SharedBlock, Words
@@ -106,17 +106,23 @@ class Endpoint(Owned):
         self.errors = 0
         """The number of errors so far."""
 
-    def port(self, queue: int) -> Port:
-        """Return the rows of one queue, as kernels take them.
+    def source(self, queue: int) -> Source:
+        """Return the rows of one queue from which kernels take frames.
 
         @private
         """
-        return Port(
+        return Source(
+            self.rows[queue], int(self.fds[queue]), self.pending[queue], self.in_frames[queue], self.in_lengths[queue]
+        )
+
+    def sink(self, queue: int) -> Sink:
+        """Return the rows of one queue to which kernels give frames.
+
+        @private
+        """
+        return Sink(
             self.rows[queue],
             int(self.fds[queue]),
-            self.pending[queue],
-            self.in_frames[queue],
-            self.in_lengths[queue],
             self.out_frames[queue],
             self.out_lengths[queue],
             self.ledger,

@@ -149,7 +149,8 @@ class FaultEndpoint(Endpoint):
         self._frame: Bytes = np.zeros(r.FRAME_SLOT, np.uint8)
         self._iov: Words = np.zeros((1, r.IOV_SLOTS), np.int64)
         self._words: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
-        self._ports = [inner.port(queue) for queue in range(inner.queues)]
+        self._sources = [inner.source(queue) for queue in range(inner.queues)]
+        self._sinks = [inner.sink(queue) for queue in range(inner.queues)]
         self._ended = False
         self.fds[:] = np.array([alarm.fileno() for alarm in self._alarms])
 
@@ -216,11 +217,11 @@ class FaultEndpoint(Endpoint):
         frame_len = len(frame) - spec.NET_HDR_LEN
         self._iov[0] = spec.NET_HDR_LEN, frame_len, 0
         whole = Frame(self._frame, self._iov, 0, 1, frame_len)
-        return int(port.emit(whole, self._frame, self._ports[queue], self._words)) != r.E_BLOCKED
+        return int(port.emit(whole, self._frame, self._sinks[queue], self._words)) != r.E_BLOCKED
 
     def _take(self, queue: int) -> bytes:
         """Return one frame of the inner endpoint's, empty if there is none now."""
-        length = port.produce(self._ports[queue], self._frame, 0, r.FRAME_SLOT, time.monotonic_ns())
+        length = port.produce(self._sources[queue], self._frame, 0, r.FRAME_SLOT, time.monotonic_ns())
         return self._frame[:length].tobytes()
 
     def _loop_back(self, queue: int, length: int) -> None:
@@ -316,7 +317,8 @@ class FaultEndpoint(Endpoint):
     def close(self) -> None:
         for alarm in self._alarms:
             alarm.close()
-        self._ports.clear()  # their descriptors may soon be another file's
+        self._sources.clear()  # their descriptors may soon be another file's
+        self._sinks.clear()
         self.inner.close()
         super().close()
 

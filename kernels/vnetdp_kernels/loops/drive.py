@@ -10,7 +10,7 @@ from ..platform.jit import inlined, kernel
 from ..rows import Control, DriverRings, Limits, Scratch, Wire
 from ..virtq import split_driver
 from ..wire.answer import answers
-from ..wire.port import port_of
+from ..wire.port import sink_of, source_of
 from . import wait
 
 
@@ -32,14 +32,13 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: Scratch, left: int) -> 
         txq = rings.dvqs[2 * q + 1]
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             continue
-        port = port_of(wire, q)
-        ep = port.ep
+        ep = wire.eps[q]
         if ep[r.EP_KIND] == r.KIND_PYTHON:
             found |= wait.JOINS_PYTHON
         turn = wait.turn(left - moved)
-        moved += driver.receive(mem, rxq, states[2 * q], txq, states[2 * q + 1], port, scratch, turn)
+        moved += driver.receive(mem, rxq, states[2 * q], txq, states[2 * q + 1], sink_of(wire, q), scratch, turn)
         turn = wait.turn(left - moved)
-        moved += driver.send(mem, txq, states[2 * q + 1], port, scratch.words, turn)
+        moved += driver.send(mem, txq, states[2 * q + 1], source_of(wire, q), scratch.words, turn)
         _kick(mem, txq, notify[2 * q + 1, 0], scratch.one)
         _kick(mem, rxq, notify[2 * q, 0], scratch.one)
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:

@@ -15,7 +15,7 @@ from ..platform.peer import tell
 from ..rows import Control, Limits, Rings, Scratch, Wire
 from ..virtq import split_device as ring
 from ..wire.answer import answers
-from ..wire.port import port_of
+from ..wire.port import sink_of, source_of
 from . import wait
 
 
@@ -71,13 +71,12 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[
                 frames_rx = chains_tx
                 moved += chains_tx
         else:
-            port = port_of(wire, q)
             if serve_tx and turn:
-                chains_tx = drain_transmitq(guest, txq, port, scratch, turn)
+                chains_tx = drain_transmitq(guest, txq, sink_of(wire, q), scratch, turn)
                 moved += chains_tx
             turn = wait.turn(left - moved)
             if serve_rx and turn:
-                frames_rx = fill_receiveq(guest, rxq, port, scratch, turn)
+                frames_rx = fill_receiveq(guest, rxq, source_of(wire, q), scratch, turn)
                 moved += frames_rx
             if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
                 found |= wait.PYTHON

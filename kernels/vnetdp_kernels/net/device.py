@@ -19,7 +19,7 @@ from ..platform.atomic import (
     store_u64_unaligned,
 )
 from ..platform.jit import inlined, kernel
-from ..rows import Frame, Guest, Port, Scratch
+from ..rows import Frame, Guest, Scratch, Sink, Source
 from ..virtq import split_device as ring
 from ..virtq.memory import note, write, write_header
 from ..wire.frame import accepts, exceeds_mtu, linearize, makes_sense, split_header, swap_macs, take_front, tidy
@@ -155,7 +155,7 @@ def _count(vq: Words, frames: int, size: int, chains: int) -> None:
 
 
 @kernel
-def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget: int) -> int:
+def drain_transmitq(guest: Guest, vq: Words, sink: Sink, scratch: Scratch, budget: int) -> int:
     """Hand up to *budget* frames of the transmitq to the endpoint, and publish their chains as used.
 
     Returns the chains used. A malformed chain breaks the queue: its E_* goes into the row, and the good chains
@@ -163,7 +163,7 @@ def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budge
     """
     mem = guest.mem
     hdr = scratch.hdr
-    ep = port.ep
+    ep = sink.ep
     n = min(ring.available(mem, vq), budget)
     status = min(n, 0)
     used = 0
@@ -183,7 +183,7 @@ def drain_transmitq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budge
         tidy(hdr, frame.length, spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)
         if exceeds_mtu(vq, load_u8(hdr, spec.NET_HDR_GSO_TYPE), frame):
             ep[r.EP_DROP_LONG] += 1
-        elif emit(frame, hdr, port, scratch.words):
+        elif emit(frame, hdr, sink, scratch.words):
             break
         ring.put_used(mem, vq, used, head, 0)
         used += 1
@@ -221,15 +221,15 @@ def discard_transmitq(mem: Bytes, vq: Words, log: Bytes, budget: int) -> int:
 
 
 @kernel
-def fill_receiveq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget: int) -> int:
+def fill_receiveq(guest: Guest, vq: Words, source: Source, scratch: Scratch, budget: int) -> int:
     """Bring up to *budget* frames from the endpoint into receive buffers, and publish these as used.
 
-    The frame in hand stays in port.pending (EP_PENDING bytes) while no buffer is there for it. Nothing is taken from the
+    The frame in hand stays in source.pending (EP_PENDING bytes) while no buffer is there for it. Nothing is taken from the
     endpoint while the ring is empty. Returns the frames dealt with: placed, or dropped.
     """
     mem = guest.mem
-    ep = port.ep
-    pending = port.pending
+    ep = source.ep
+    pending = source.pending
     rows = scratch.frame_iov
     now = now_ns(ep, scratch.words)
     used = 0
@@ -247,7 +247,7 @@ def fill_receiveq(guest: Guest, vq: Words, port: Port, scratch: Scratch, budget:
                 break
             if used >= n:
                 break
-            length = produce(port, pending, 0, pending.size, now)
+            length = produce(source, pending, 0, pending.size, now)
             if length == 0:
                 break
             if not accepts(pending, 0, vq[r.VQ_OFFLOADS]):

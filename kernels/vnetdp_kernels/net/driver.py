@@ -17,7 +17,7 @@ from ..platform.atomic import (
     store_u64_unaligned,
 )
 from ..platform.jit import inlined, kernel
-from ..rows import Frame, Port, Scratch
+from ..rows import Frame, Scratch, Sink, Source
 from ..virtq import split_driver as ring
 from ..virtq.memory import prefetch_write
 from ..wire.answer import answer, answers
@@ -58,18 +58,18 @@ def _put_frame(mem: Bytes, dvq: Words, state: Words, length: int) -> None:
 
 
 @kernel
-def send(mem: Bytes, dvq: Words, state: Words, port: Port, words: Words, budget: int) -> int:
+def send(mem: Bytes, dvq: Words, state: Words, source: Source, words: Words, budget: int) -> int:
     """Bring up to *budget* frames from the endpoint into transmit buffers and publish them; return how many.
 
     words: of `Scratch`.
     """
     if dvq[r.DVQ_NUM_FREE] < budget:
         reclaim(mem, dvq, state)
-    now = now_ns(port.ep, words)
+    now = now_ns(source.ep, words)
     sent = 0
     while sent < budget and dvq[r.DVQ_NUM_FREE] > 0:
         at = dvq[r.DVQ_BUF_OFFSET] + dvq[r.DVQ_FREE_HEAD] * dvq[r.DVQ_BUF_LEN]
-        length = produce(port, mem, at, dvq[r.DVQ_BUF_LEN], now)
+        length = produce(source, mem, at, dvq[r.DVQ_BUF_LEN], now)
         if length == 0:
             break
         _put_frame(mem, dvq, state, length)
@@ -138,20 +138,20 @@ def _take_buffers(mem: Bytes, dvq: Words, state: Words, iov: Words, ready: int) 
 
 @kernel
 def receive(
-    mem: Bytes, dvq: Words, state: Words, tx: Words, tx_state: Words, port: Port, scratch: Scratch, budget: int
+    mem: Bytes, dvq: Words, state: Words, tx: Words, tx_state: Words, sink: Sink, scratch: Scratch, budget: int
 ) -> int:
     """Hand up to *budget* received frames to the endpoint, and post their buffers again; return how many.
 
     An endpoint that answers (echo, macswap, reflect) sends through the transmitq *tx*. A device that breaks the rules
     leaves its E_* in DVQ_STATUS, and nothing more is received.
     """
-    ep = port.ep
+    ep = sink.ep
     hdr = scratch.hdr
     sends_back = answers(ep)
     frames = 0
     size = 0
     while frames < budget and dvq[r.DVQ_STATUS] == 0:
-        if ep[r.EP_KIND] == r.KIND_PYTHON and ep[r.EP_OUT_COUNT] >= port.out_lengths.size:
+        if ep[r.EP_KIND] == r.KIND_PYTHON and ep[r.EP_OUT_COUNT] >= sink.out_lengths.size:
             break
         if sends_back and tx[r.DVQ_NUM_FREE] == 0 and reclaim(mem, tx, tx_state) <= 0:
             break
@@ -170,7 +170,7 @@ def receive(
             dvq[r.DVQ_DROPPED] += 1
         elif sends_back:
             _answer(mem, tx, tx_state, ep, frame)
-        elif emit(frame, hdr, port, scratch.words):
+        elif emit(frame, hdr, sink, scratch.words):
             # A TAP that takes no more: the buffer goes back to the device all the same.
             dvq[r.DVQ_DROPPED] += 1
         frames += 1

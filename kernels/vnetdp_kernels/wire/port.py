@@ -12,7 +12,7 @@ from .. import spec
 from ..platform.atomic import Bytes, Words, address, copy, store_u16_unaligned, store_u64_unaligned
 from ..platform.io import EAGAIN, clock_ns, read, writev
 from ..platform.jit import inlined
-from ..rows import Frame, Port, Wire
+from ..rows import Frame, Sink, Source, Wire
 from .frame import linearize
 from .ledger import enter, stamp
 
@@ -22,28 +22,26 @@ SCRATCH_WORDS = CLOCK_AT + 8
 
 
 @inlined
-def port_of(wire: Wire, pair: int) -> Port:
-    """Return the rows of one queue pair."""
-    return Port(
-        wire.eps[pair],
-        wire.fds[pair],
-        wire.pending[pair],
-        wire.in_frames[pair],
-        wire.in_lengths[pair],
-        wire.out_frames[pair],
-        wire.out_lengths[pair],
-        wire.ledger,
-        wire.windows,
+def source_of(wire: Wire, pair: int) -> Source:
+    """Return the rows of one queue pair from which frames come."""
+    return Source(wire.eps[pair], wire.fds[pair], wire.pending[pair], wire.in_frames[pair], wire.in_lengths[pair])
+
+
+@inlined
+def sink_of(wire: Wire, pair: int) -> Sink:
+    """Return the rows of one queue pair to which frames go."""
+    return Sink(
+        wire.eps[pair], wire.fds[pair], wire.out_frames[pair], wire.out_lengths[pair], wire.ledger, wire.windows
     )
 
 
 @inlined
-def emit(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
+def emit(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
     """Hand one frame, and its virtio_net_hdr, to the endpoint. Returns 0 when it is done with, or E_BLOCKED.
 
     words: of `Scratch`. A frame that can't go out is dropped and counted.
     """
-    ep = port.ep
+    ep = sink.ep
     if frame.length < spec.ETH_HLEN:
         ep[r.EP_DROP_SHORT] += 1
         return 0
@@ -52,7 +50,7 @@ def emit(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
         return 0
     kind = ep[r.EP_KIND]
     if kind == r.KIND_TAP:
-        written = _write_to_tap(frame, hdr, port, words)
+        written = _write_to_tap(frame, hdr, sink, words)
         if written == -EAGAIN:
             return r.E_BLOCKED
         if written < 0:
@@ -62,24 +60,24 @@ def emit(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
             return 0
     elif kind == r.KIND_PYTHON:
         slot = ep[r.EP_OUT_COUNT]
-        if slot >= port.out_lengths.size:
+        if slot >= sink.out_lengths.size:
             return r.E_BLOCKED
-        slot_len = port.out_frames.size // port.out_lengths.size
+        slot_len = sink.out_frames.size // sink.out_lengths.size
         if frame.length + spec.NET_HDR_LEN > slot_len:
             ep[r.EP_DROP_LONG] += 1
             return 0
         at = slot * slot_len
         store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
-        copy(port.out_frames, at, hdr, 0, spec.NET_HDR_LEN)
-        linearize(frame, port.out_frames, at + spec.NET_HDR_LEN)
-        port.out_lengths[slot] = frame.length + spec.NET_HDR_LEN
+        copy(sink.out_frames, at, hdr, 0, spec.NET_HDR_LEN)
+        linearize(frame, sink.out_frames, at + spec.NET_HDR_LEN)
+        sink.out_lengths[slot] = frame.length + spec.NET_HDR_LEN
         ep[r.EP_OUT_COUNT] = slot + 1
     elif ep[r.EP_CHECK]:
         if frame.n_rows - frame.row == 1:
-            enter(frame.mem, frame.iov[frame.row, r.IOV_OFFSET], frame.length, port.ledger, port.windows)
-        elif frame.length <= port.out_frames.size:
-            linearize(frame, port.out_frames, 0)
-            enter(port.out_frames, 0, frame.length, port.ledger, port.windows)
+            enter(frame.mem, frame.iov[frame.row, r.IOV_OFFSET], frame.length, sink.ledger, sink.windows)
+        elif frame.length <= sink.out_frames.size:
+            linearize(frame, sink.out_frames, 0)
+            enter(sink.out_frames, 0, frame.length, sink.ledger, sink.windows)
         else:
             ep[r.EP_DROP_LONG] += 1
             return 0
@@ -89,7 +87,7 @@ def emit(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
 
 
 @inlined
-def _write_to_tap(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
+def _write_to_tap(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
     """Write a frame to the TAP with one writev; return the bytes, or -errno. One in many pieces is made whole first."""
     store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
     words[0] = address(hdr, 0)
@@ -100,24 +98,24 @@ def _write_to_tap(frame: Frame, hdr: Bytes, port: Port, words: Words) -> int:
             words[2 + 2 * k] = address(frame.mem, frame.iov[frame.row + k, r.IOV_OFFSET])
             words[3 + 2 * k] = frame.iov[frame.row + k, r.IOV_LEN]
     else:
-        linearize(frame, port.out_frames, 0)
-        words[2] = address(port.out_frames, 0)
+        linearize(frame, sink.out_frames, 0)
+        words[2] = address(sink.out_frames, 0)
         words[3] = frame.length
         count = 1
-    return writev(port.fd, words, count + 1)
+    return writev(sink.fd, words, count + 1)
 
 
 @inlined
-def produce(port: Port, dst: Bytes, at: int, room: int, now: int) -> int:
+def produce(source: Source, dst: Bytes, at: int, room: int, now: int) -> int:
     """Bring one frame in from the endpoint, header first, to *dst* at *at*; return its bytes, 0 if there is none.
 
     room: bytes there. now: CLOCK_MONOTONIC in ns, looked at only by a generator with a rate.
     """
-    ep = port.ep
+    ep = source.ep
     kind = ep[r.EP_KIND]
     length = 0
     if kind == r.KIND_TAP:
-        length = read(port.fd, dst, at, room)
+        length = read(source.fd, dst, at, room)
         if length < 0:
             if length != -EAGAIN:
                 ep[r.EP_LAST_ERRNO] = -length
@@ -139,7 +137,7 @@ def produce(port: Port, dst: Bytes, at: int, room: int, now: int) -> int:
             if ep[r.EP_COUNT] == 0:
                 return 0
             slot = ep[r.EP_FIRST]
-            length = port.in_lengths[slot]
+            length = source.in_lengths[slot]
             ep[r.EP_FIRST] = slot + 1
             ep[r.EP_COUNT] -= 1
             if length > room:
@@ -148,7 +146,7 @@ def produce(port: Port, dst: Bytes, at: int, room: int, now: int) -> int:
             elif length < spec.NET_HDR_LEN + spec.ETH_HLEN:
                 ep[r.EP_DROP_SHORT] += 1
                 length = 0
-        copy(dst, at, port.in_frames, slot * (port.in_frames.size // port.in_lengths.size), length)
+        copy(dst, at, source.in_frames, slot * (source.in_frames.size // source.in_lengths.size), length)
     else:
         return 0
     ep[r.EP_FROM_WIRE] += 1
