@@ -287,13 +287,19 @@ class Frame(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Arrays that a loop writes, and that are not read after it. Never shared between threads."""
+    """Arrays that a kernel writes, and that are not read after it. Never shared between threads."""
 
     iov: Words  # int64[2 * cap, IOV_SLOTS]: the buffers of chains
     frame_iov: Words  # int64[cap, IOV_SLOTS]: the pieces of a frame
     chains: Words  # int64[n, 2]: head and bytes of each chain that a frame takes
     hdr: Bytes  # uint8[HDR_SCRATCH]: a virtio_net_hdr
     words: Words  # int64[SCRATCH_WORDS]: struct iovecs, and a clock's answer
+
+
+class LoopScratch(NamedTuple):
+    """The `Scratch` of the kernels that a loop calls for frames, and arrays that the loop itself writes."""
+
+    frames: Scratch
     pollfds: Words  # int64[2, n]: struct pollfds, and the code of each (`wait`)
     one: Words  # as `peer.tell_words`
 

@@ -19,7 +19,7 @@ from vnetdp_kernels.loops.serve import serve
 from vnetdp_kernels.net import device, driver
 from vnetdp_kernels.platform import peer
 from vnetdp_kernels.platform.atomic import Bytes, Words
-from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, Rings, Scratch, Sink, Source, Wire
+from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, LoopScratch, Rings, Scratch, Sink, Source, Wire
 from vnetdp_kernels.virtq import split_device, split_driver
 from vnetdp_kernels.wire import port
 from vnetdp_kernels.wire.frame import HDR_SCRATCH
@@ -301,8 +301,9 @@ class Side:
             chains=np.zeros((num, 2), np.int64),
             hdr=np.zeros(HDR_SCRATCH, np.uint8),
             words=np.zeros(port.SCRATCH_WORDS, np.int64),
-            pollfds=np.zeros((2, 3 * pairs + 1), np.int64),
-            one=peer.tell_words(),
+        )
+        self.loop_scratch = LoopScratch(
+            self.scratch, pollfds=np.zeros((2, 3 * pairs + 1), np.int64), one=peer.tell_words()
         )
 
     @property
@@ -460,8 +461,8 @@ class Rig:
 
     def serve(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         s = self.device
-        return serve(self.device_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))
+        return serve(self.device_rings, s.wire, s.control, s.loop_scratch, Limits(budget, poll_us, timeout_ms))
 
     def drive(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         s = self.guest
-        return drive(self.driver_rings, s.wire, s.control, s.scratch, Limits(budget, poll_us, timeout_ms))
+        return drive(self.driver_rings, s.wire, s.control, s.loop_scratch, Limits(budget, poll_us, timeout_ms))

@@ -100,7 +100,7 @@ class BackEndAtWork:
             backend.set_vring_base(index, base)
         for index in (0, 1):
             backend.set_backend(index, self._endpoint)
-        self._scratch = scratch_for(1, NUM)
+        self._scratch = scratch_for(1, NUM).frames
 
     def arguments(self, budget: int = NUM) -> tuple[Any, ...]:
         """Return what `forward` is called with."""

@@ -13,7 +13,7 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.loops.serve import serve
 from vnetdp_kernels.platform import peer
-from vnetdp_kernels.rows import Control, Guest, Limits, Rings, Scratch
+from vnetdp_kernels.rows import Control, Guest, Limits, LoopScratch, Rings, Scratch
 from vnetdp_kernels.wire import frame, port
 
 from ..endpoints.base import Endpoint
@@ -37,18 +37,17 @@ NO_MEMORY: Bytes = np.zeros(1, np.uint8)
 NO_TABLE: Words = np.zeros((0, r.REGION_SLOTS), np.int64)
 
 
-def scratch_for(pairs: int, max_num: int = spec.VIRTQ_MAX_NUM) -> Scratch:
+def scratch_for(pairs: int, max_num: int = spec.VIRTQ_MAX_NUM) -> LoopScratch:
     """Return the scratch arrays of a loop over *pairs* queue pairs of up to *max_num* descriptors."""
     cap = max(max_num, r.MIN_CHAIN_CAP)
-    return Scratch(
+    frames = Scratch(
         iov=np.zeros((2 * cap, r.IOV_SLOTS), np.int64),
         frame_iov=np.zeros((cap, r.IOV_SLOTS), np.int64),
         chains=np.zeros((cap, 2), np.int64),
         hdr=np.zeros(frame.HDR_SCRATCH, np.uint8),
         words=np.zeros(port.SCRATCH_WORDS, np.int64),
-        pollfds=np.zeros((2, 3 * pairs + 1), np.int64),
-        one=peer.tell_words(),
     )
+    return LoopScratch(frames, pollfds=np.zeros((2, 3 * pairs + 1), np.int64), one=peer.tell_words())
 
 
 class Datapath(Owned):

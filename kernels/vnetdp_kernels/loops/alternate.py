@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..platform.atomic import Words
 from ..platform.io import clock_ns
 from ..platform.jit import kernel
-from ..rows import Control, DriverRings, Limits, Rings, Scratch, Wire
+from ..rows import Control, DriverRings, Limits, LoopScratch, Rings, Wire
 from .drive import drive
 from .serve import serve
 from .wait import BATCH
@@ -18,7 +18,7 @@ def alternate(
     guest: DriverRings,
     guest_wire: Wire,
     control: Control,
-    scratch: Scratch,
+    scratch: LoopScratch,
     clock: Words,
     rounds: int,
 ) -> tuple[int, int]:

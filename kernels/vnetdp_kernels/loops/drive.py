@@ -7,7 +7,7 @@ from ..net import driver
 from ..platform.atomic import Bytes, Words
 from ..platform.io import POLLIN, signal
 from ..platform.jit import inlined, kernel
-from ..rows import Control, DriverRings, Limits, Scratch, Wire
+from ..rows import Control, DriverRings, Limits, LoopScratch, Wire
 from ..virtq import split_driver
 from ..wire.answer import answers
 from ..wire.port import sink_of, source_of
@@ -22,7 +22,7 @@ def _kick(mem: Bytes, dvq: Words, fd: int, one: Words) -> None:
 
 
 @inlined
-def _drive_pass(rings: DriverRings, wire: Wire, scratch: Scratch, left: int) -> tuple[int, int]:
+def _drive_pass(rings: DriverRings, wire: Wire, scratch: LoopScratch, left: int) -> tuple[int, int]:
     """Give each queue a turn, and kick its device; return (frames moved, *left* at most; findings, as in `wait`)."""
     mem, states, notify = rings.mem, rings.states, rings.notify
     moved = 0
@@ -36,9 +36,9 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: Scratch, left: int) -> 
         if ep[r.EP_KIND] == r.KIND_PYTHON:
             found |= wait.JOINS_PYTHON
         turn = wait.turn(left - moved)
-        moved += driver.receive(mem, rxq, states[2 * q], txq, states[2 * q + 1], sink_of(wire, q), scratch, turn)
+        moved += driver.receive(mem, rxq, states[2 * q], txq, states[2 * q + 1], sink_of(wire, q), scratch.frames, turn)
         turn = wait.turn(left - moved)
-        moved += driver.send(mem, txq, states[2 * q + 1], source_of(wire, q), scratch.words, turn)
+        moved += driver.send(mem, txq, states[2 * q + 1], source_of(wire, q), scratch.frames.words, turn)
         _kick(mem, txq, notify[2 * q + 1, 0], scratch.one)
         _kick(mem, rxq, notify[2 * q, 0], scratch.one)
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
@@ -50,7 +50,7 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: Scratch, left: int) -> 
 
 @kernel
 def _watch_driver(
-    rings: DriverRings, wire: Wire, control: Control, scratch: Scratch, wait_ms: int
+    rings: DriverRings, wire: Wire, control: Control, scratch: LoopScratch, wait_ms: int
 ) -> tuple[bool, int, int, int]:
     """Ask for the calls that can set a queue going again, and fill pollfds; returns as `serve._watch_device`."""
     pollfds = scratch.pollfds
@@ -75,14 +75,14 @@ def _watch_driver(
             n = wait.add_pollfd(pollfds, n, rings.notify[2 * q + 1, 1], POLLIN, 2 * q + 1)
             wait_ms = wait_ms if rings.notify[2 * q + 1, 1] >= 0 else wait.POLL_UNNOTIFIED_MS
         else:
-            wait_ms = wait.due_ms(ep, scratch.words, wait_ms)
+            wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
             if wait.is_polled(ep):
                 n = wait.add_endpoint(pollfds, n, wire.fds[q], POLLIN, q)
     return again, n, wait_ms, found
 
 
 @kernel
-def drive(rings: DriverRings, wire: Wire, control: Control, scratch: Scratch, limits: Limits) -> tuple[int, int]:
+def drive(rings: DriverRings, wire: Wire, control: Control, scratch: LoopScratch, limits: Limits) -> tuple[int, int]:
     """Run the guest's driver on all pairs: endpoint to transmitq, receiveq to endpoint; return (LOOP_*, frames moved)."""
     moved = 0
     waited = 0

@@ -7,7 +7,7 @@ from ..net.device import discard_transmitq, forward
 from ..platform.atomic import Bytes, Words
 from ..platform.io import POLLIN
 from ..platform.jit import inlined, kernel
-from ..rows import Control, Limits, Rings, Scratch
+from ..rows import Control, Limits, LoopScratch, Rings
 from ..virtq import split_device as ring
 from . import wait
 from .serve import call, disable_kicks
@@ -19,16 +19,16 @@ def _usable(vq: Words) -> bool:
 
 
 @kernel
-def _call_if_due(rings: Rings, queue: int, scratch: Scratch) -> None:
+def _call_if_due(rings: Rings, queue: int, scratch: LoopScratch) -> None:
     """Make the decision about a call that an owner of the ring before this one may have left open."""
     vq = rings.vqs[queue]
     if vq[r.VQ_CALL_DUE] and _usable(vq):
         vq[r.VQ_CALL_DUE] = 0
-        call(rings.guest.mem, vq, rings.notify[queue, 1], scratch)
+        call(rings.guest.mem, vq, rings.notify[queue, 1], scratch.one, scratch.pollfds)
 
 
 @kernel
-def _one_way(src: Rings, dst: Rings, pair: int, ep: Words, slot: Bytes, scratch: Scratch) -> int:
+def _one_way(src: Rings, dst: Rings, pair: int, ep: Words, slot: Bytes, scratch: LoopScratch) -> int:
     """Move a batch from a transmitq to the other guest's receiveq; frames for an unusable receiveq are used and dropped."""
     rx, tx = 2 * pair, 2 * pair + 1
     txq, rxq = src.vqs[tx], dst.vqs[rx]
@@ -38,11 +38,11 @@ def _one_way(src: Rings, dst: Rings, pair: int, ep: Words, slot: Bytes, scratch:
         moved = discard_transmitq(src.guest.mem, txq, src.guest.log, wait.BATCH)
         ep[r.EP_DROP_ERROR] += moved
     else:
-        moved = forward(src.guest, txq, dst.guest, rxq, ep, slot, scratch, wait.BATCH)
+        moved = forward(src.guest, txq, dst.guest, rxq, ep, slot, scratch.frames, wait.BATCH)
         if moved:
-            call(dst.guest.mem, rxq, dst.notify[rx, 1], scratch)
+            call(dst.guest.mem, rxq, dst.notify[rx, 1], scratch.one, scratch.pollfds)
     if moved:
-        call(src.guest.mem, txq, src.notify[tx, 1], scratch)
+        call(src.guest.mem, txq, src.notify[tx, 1], scratch.one, scratch.pollfds)
     return moved
 
 
@@ -52,7 +52,7 @@ def _usable_of(rings: Rings, pair: int) -> int:
 
 
 @kernel
-def _pass(a: Rings, b: Rings, eps: Words, slot: Bytes, scratch: Scratch) -> tuple[int, int]:
+def _pass(a: Rings, b: Rings, eps: Words, slot: Bytes, scratch: LoopScratch) -> tuple[int, int]:
     """Give each queue pair a turn, both ways; return (chains moved; findings, as in `wait`)."""
     moved = 0
     for pair in range(a.vqs.shape[0] // 2):
@@ -105,7 +105,7 @@ def _watch(a: Rings, b: Rings, control: Control, pollfds: Words, wait_ms: int) -
 
 @kernel
 def join(
-    a: Rings, b: Rings, eps: Words, slot: Bytes, control: Control, scratch: Scratch, limits: Limits
+    a: Rings, b: Rings, eps: Words, slot: Bytes, control: Control, scratch: LoopScratch, limits: Limits
 ) -> tuple[int, int]:
     """Serve the bound queues of two devices with the same number of pairs; return (LOOP_*, chains moved).
 

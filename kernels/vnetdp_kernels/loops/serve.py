@@ -12,7 +12,7 @@ from ..platform.atomic import Bytes, Words
 from ..platform.io import POLLIN, POLLOUT, signal
 from ..platform.jit import inlined, kernel
 from ..platform.peer import tell
-from ..rows import Control, Limits, Rings, Scratch, Wire
+from ..rows import Control, Limits, LoopScratch, Rings, Wire
 from ..virtq import split_device as ring
 from ..wire.answer import answers
 from ..wire.port import sink_of, source_of
@@ -20,14 +20,17 @@ from . import wait
 
 
 @kernel
-def call(mem: Bytes, vq: Words, fd: int, scratch: Scratch) -> None:
-    """Send a used buffer notification to *fd* (-1 = none), if the driver wants to hear of it."""
+def call(mem: Bytes, vq: Words, fd: int, one: Words, pollfds: Words) -> None:
+    """Send a used buffer notification to *fd* (-1 = none), if the driver wants to hear of it.
+
+    one, pollfds: of `LoopScratch`.
+    """
     if ring.needs_call(mem, vq):
         vq[r.VQ_CALLS] += 1
         if fd >= r.NOTIFY_PEER:
-            tell(fd & 0xFFFFFFFF, scratch.one, scratch.pollfds)
+            tell(fd & 0xFFFFFFFF, one, pollfds)
         elif fd >= 0:
-            signal(fd, scratch.one)
+            signal(fd, one)
 
 
 @inlined
@@ -44,7 +47,7 @@ def disable_kicks(rings: Rings) -> None:
 
 
 @inlined
-def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[int, int]:
+def _serve_pass(rings: Rings, wire: Wire, scratch: LoopScratch, left: int) -> tuple[int, int]:
     """Give each queue a turn, and call its driver; return (frames moved, *left* at most; findings, as in `wait`)."""
     guest = rings.guest
     moved = 0
@@ -67,23 +70,23 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[
             moved += chains_tx
         elif answers(ep):
             if serve_tx and serve_rx:
-                chains_tx = forward(guest, txq, guest, rxq, ep, wire.pending[q], scratch, turn)
+                chains_tx = forward(guest, txq, guest, rxq, ep, wire.pending[q], scratch.frames, turn)
                 frames_rx = chains_tx
                 moved += chains_tx
         else:
             if serve_tx and turn:
-                chains_tx = drain_transmitq(guest, txq, sink_of(wire, q), scratch, turn)
+                chains_tx = drain_transmitq(guest, txq, sink_of(wire, q), scratch.frames, turn)
                 moved += chains_tx
             turn = wait.turn(left - moved)
             if serve_rx and turn:
-                frames_rx = fill_receiveq(guest, rxq, source_of(wire, q), scratch, turn)
+                frames_rx = fill_receiveq(guest, rxq, source_of(wire, q), scratch.frames, turn)
                 moved += frames_rx
             if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
                 found |= wait.PYTHON
         if serve_tx and (chains_tx or txq[r.VQ_CALL_DUE]):
-            call(guest.mem, txq, rings.notify[2 * q + 1, 1], scratch)
+            call(guest.mem, txq, rings.notify[2 * q + 1, 1], scratch.one, scratch.pollfds)
         if serve_rx and (frames_rx or rxq[r.VQ_CALL_DUE]):
-            call(guest.mem, rxq, rings.notify[2 * q, 1], scratch)
+            call(guest.mem, rxq, rings.notify[2 * q, 1], scratch.one, scratch.pollfds)
         txq[r.VQ_CALL_DUE] &= not serve_tx
         rxq[r.VQ_CALL_DUE] &= not serve_rx
         if (serve_tx and txq[r.VQ_STATUS]) or (serve_rx and rxq[r.VQ_STATUS]):
@@ -93,7 +96,7 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: Scratch, left: int) -> tuple[
 
 @kernel
 def _watch_device(
-    rings: Rings, wire: Wire, control: Control, scratch: Scratch, wait_ms: int
+    rings: Rings, wire: Wire, control: Control, scratch: LoopScratch, wait_ms: int
 ) -> tuple[bool, int, int, int]:
     """Ask for the kicks that can set a queue going again, and fill pollfds.
 
@@ -130,7 +133,7 @@ def _watch_device(
                 wait_ms = wait_ms if notify[2 * q, 0] >= 0 else wait.POLL_UNNOTIFIED_MS
             else:
                 events |= POLLIN
-                wait_ms = wait.due_ms(ep, scratch.words, wait_ms)
+                wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
         if events and wait.is_polled(ep):
             n = wait.add_endpoint(pollfds, n, wire.fds[q], events, q)
         if txq[r.VQ_BOUND] and ep[r.EP_BLOCKED]:
@@ -140,7 +143,7 @@ def _watch_device(
 
 
 @kernel
-def serve(rings: Rings, wire: Wire, control: Control, scratch: Scratch, limits: Limits) -> tuple[int, int]:
+def serve(rings: Rings, wire: Wire, control: Control, scratch: LoopScratch, limits: Limits) -> tuple[int, int]:
     """Serve the bound queues of all pairs; return (LOOP_*, frames moved). An endpoint may have more pairs than the rings."""
     moved = 0
     waited = 0

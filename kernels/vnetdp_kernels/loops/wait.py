@@ -12,7 +12,7 @@ from ..platform.atomic import Words, load_i64_acquire
 from ..platform.io import EAGAIN, EINTR, POLLGONE, POLLIN, clock_ns, poll
 from ..platform.jit import inlined, kernel
 from ..platform.peer import take
-from ..rows import Control, Limits, Scratch
+from ..rows import Control, Limits, LoopScratch
 from ..wire.port import CLOCK_AT, due_in_ns
 
 BATCH = 64  # frames a queue moves before the next has its turn, and before its indices are published
@@ -63,11 +63,11 @@ def leave(control: Control, limits: Limits, moved: int, found: int) -> int:
 
 
 @inlined
-def busy(limits: Limits, scratch: Scratch, since: int) -> tuple[bool, int]:
+def busy(limits: Limits, scratch: LoopScratch, since: int) -> tuple[bool, int]:
     """Return (whether to look again at once, since when nothing moved in ns); *since* is 0 after a pass that moved."""
     if limits.poll_us == 0:
         return False, 0
-    now = clock_ns(scratch.words[CLOCK_AT:])
+    now = clock_ns(scratch.frames.words[CLOCK_AT:])
     if since == 0:
         since = now
     if limits.poll_us < 0 or now - since < limits.poll_us * 1000:
@@ -148,7 +148,7 @@ def take_woken(pollfds: Words, n: int, eps: Words) -> int:
 
 @kernel
 def take_notifications(
-    scratch: Scratch, n: int, first: int, rows: Words, counter: int, notify: Words, column: int
+    scratch: LoopScratch, n: int, first: int, rows: Words, counter: int, notify: Words, column: int
 ) -> None:
     """Take the notifications that *n* pollfds report for the queues *first* and following, and count each in its row.
 
@@ -158,7 +158,7 @@ def take_notifications(
     for k in range(n):
         queue = scratch.pollfds[1, k] - first
         if scratch.pollfds[0, k] >> 48 and 0 <= queue < rows.shape[0]:
-            taken = take(scratch.pollfds[0, k] & 0xFFFFFFFF, scratch.words, CLOCK_AT)
+            taken = take(scratch.pollfds[0, k] & 0xFFFFFFFF, scratch.frames.words, CLOCK_AT)
             if taken > 0:
                 rows[queue, counter] += 1
             elif taken != -EAGAIN and taken != -EINTR:
