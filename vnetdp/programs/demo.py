@@ -42,9 +42,7 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
 
         def phase(name: str) -> None:
             packets, took = _moved(seconds, lambda: _received(device))
-            owner = device.owner.value
-            phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
-            say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")
+            _enter(phases, say, name, device.owner.value, packets, took)
 
         say(f"{_FRAME_LEN}-byte frames, numbered, both ways at once, through one queue pair:")
         phase("userspace")
@@ -119,9 +117,7 @@ def _migrate(seconds: float, phases: list[dict[str, Any]], say: Callable[[str], 
                 assert couple.wire is not None
                 rows = couple.wire.rows
                 packets, took = _moved(seconds, lambda: int(rows[:, [r.EP_TO_WIRE, r.EP_FROM_WIRE]].sum()))
-                owner = couple.source.call("look")["owner"]
-                phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
-                say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")
+                _enter(phases, say, name, couple.source.call("look")["owner"], packets, took)
 
             phase("vhost, in a process of its own")
             result = couple.migrate("delta")
@@ -129,6 +125,14 @@ def _migrate(seconds: float, phases: list[dict[str, Any]], say: Callable[[str], 
             return result if result.outcome == "lost" else couple.settle(result)
     except VnetdpError as e:
         raise WorkError(str(e)) from e  # the phases before were run
+
+
+def _enter(
+    phases: list[dict[str, Any]], say: Callable[[str], None], name: str, owner: str, packets: int, took: float
+) -> None:
+    """Enter a phase that *took* so many seconds into the report, and say it."""
+    phases.append({"name": name, "owner": owner, "packets": packets, "mpps": packets / took / 1e6})
+    say(f"  {name:<34} {owner:<10} {packets:>12,} packets  {packets / took / 1e6:6.2f} Mpps")
 
 
 def _moved(seconds: float, count: Callable[[], int]) -> tuple[int, float]:
