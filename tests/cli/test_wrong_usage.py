@@ -21,6 +21,12 @@ BRIDGE: list[str | bytes] = ["vhost-user:left", "vhost-user:right"]
 WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "no command": ([], "a COMMAND is required"),
     "unknown option, and no command": (["--nosuch"], "unrecognized arguments: --nosuch (try vnetdp --help)"),
+    "unknown option, and nothing that is required": (["link", "--nosuch=1"], "unrecognized arguments: --nosuch (try "),
+    "misspelt option that is required": (["serve", "echo", "--sokcet", "x"], "unrecognized arguments: --sokcet (try "),
+    "socket where no file can be": (
+        ["serve", "echo", "--socket", "/proc/x"],
+        "cannot listen on /proc/x: No such file or directory: no file can be made there: take another folder",
+    ),
     "unknown command": (["teleport"], "teleport"),
     "unknown option": (["demo", "--fast"], "--fast"),
     "missing endpoint": (["link", "null"], "RIGHT"),

@@ -50,6 +50,8 @@ def test_a_descriptor_is_closed_once_and_not_passed_on() -> None:
             pass
         assert event.fd == -1
         event.close()
+        event.signal()
+        assert event.clear() == 0
 
 
 def test_a_descriptor_that_is_given_is_owned() -> None:

@@ -24,7 +24,7 @@ from vnetdp.endpoints.fault import FaultEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.endpoints.pcap import PcapEndpoint
 from vnetdp.endpoints.scapy import SocketEndpoint, VnetdpSocket
-from vnetdp.errors import ConfigError, EndpointError
+from vnetdp.errors import ConfigError, EndpointError, MachineError
 from vnetdp.guest.driver import Driver, driver_block, memory_for
 from vnetdp.lab.host import HostProcess
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
@@ -111,7 +111,7 @@ def test_what_can_t_be_made_leaves_nothing(kind: str, tmp_path: Path) -> None:
                 try:
                     with descriptors(more):
                         made = KINDS[kind](given)
-                except (OSError, EndpointError, ConfigError) as e:
+                except (MachineError, EndpointError, ConfigError) as e:
                     assert getattr(e, "errno", errno.EMFILE) == errno.EMFILE
                     assert threading.active_count() == threads
                     assert not list(tmp_path.iterdir())

@@ -117,15 +117,13 @@ def _unpack(data: bytes, fds: list[int]) -> Any:
             own = [fds[fd] if fd >= 0 else -1 for fd in queue_fds]
             return _RemoteEndpoint(endpoint_kind, queues, fds[block], own, name)
 
-    return Unpickler(io.BytesIO(data)).load()
-
-
-def _send(sock: socket.socket, message: object) -> None:
-    data, fds = _pack(message)
-    if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
-        why = f"a message of {len(data)} bytes and {len(fds)} descriptors; at most {_MAX_MESSAGE} and {_MAX_FDS} fit"
-        raise BackendError("send", errno.E2BIG, None, why)
-    socket.send_fds(sock, [data], fds)
+    try:
+        return Unpickler(io.BytesIO(data)).load()
+    except BaseException:  # an object that could not be made may have closed its own
+        for fd in fds:
+            with suppress(OSError):
+                os.close(fd)
+        raise
 
 
 def _receive(sock: socket.socket) -> Any:
@@ -135,7 +133,7 @@ def _receive(sock: socket.socket) -> Any:
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         for fd in fds:
             os.close(fd)
-        raise BackendError("receive", errno.EMSGSIZE, None, "the worker's message was cut short")
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return _unpack(data, list(fds))
 
 
@@ -174,7 +172,8 @@ class WorkerProcess(Owned):
             made.callback(self.datapath.close)
             pairs_of_sockets = []
             for _ in range(2):
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                with limits.giving("a pair of sockets"):
+                    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 pairs_of_sockets.append((made.enter_context(ours), childs.enter_context(theirs)))
             (self._sock, verbs), (self._events, events) = pairs_of_sockets
             passed = (verbs.fileno(), events.fileno(), self.datapath.block.fd)
@@ -197,21 +196,37 @@ class WorkerProcess(Owned):
     def call(self, pair: int, request: Verb | str) -> int:
         """Have the child run a verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
         self.check_maker()
+        data, fds = _pack((pair, request))
+        name = request if isinstance(request, str) else request.name
+        if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
+            why = f"a message of {len(data)} bytes and {len(fds)} descriptors; at most {_MAX_MESSAGE} and {_MAX_FDS} fit"
+            raise BackendError(name, errno.E2BIG, None, why)
         with self._lock:
             try:
-                _send(self._sock, (pair, request))
+                self._send(name, data, fds)
                 self._await_answer()
                 ok, answer = _receive(self._sock)
                 self._answered = True
-            except (OSError, EOFError, ValueError) as e:  # ValueError: `close` has closed the socket
-                name = request if isinstance(request, str) else request.name
-                raise BackendError(name, errno.ESRCH, None, self._how_it_ended()) from e
-            except KeyboardInterrupt:
-                self._sock.close()  # an answer is on its way, which no other verb may take for its own
+            except BackendError:
+                raise  # nothing was sent
+            except BaseException as e:
+                if self._sock.fileno() < 0 or isinstance(e, EOFError | ConnectionError):
+                    raise BackendError(name, errno.ESRCH, None, self._how_it_ended()) from e
+                # ^C, or a signal's handler that raised: an answer is on its way, which no other verb may take for its own.
+                self._sock.close()
+                self._child.kill(f"was broken off in {name}")
                 raise
         if not ok:
             raise BackendError(*answer)
         return int(answer)
+
+    def _send(self, name: str, data: bytes, fds: list[int]) -> None:
+        try:
+            socket.send_fds(self._sock, [data], fds)
+        except OSError as e:
+            if isinstance(e, ConnectionError) or e.errno in (None, errno.EBADF):
+                raise
+            raise BackendError(name, e.errno, None, limits.fault(e)) from e
 
     def _how_it_ended(self) -> str:
         """Return how a lost child ended, and the next step."""
@@ -314,7 +329,7 @@ class ProcessBackend(Backend, Owned):
             raise refusal(verb, errno.EBUSY, str(e)) from e
         try:
             return self._worker.call(self._pair, verb)
-        except BackendError:
+        except BaseException:
             if endpoint not in self._bound.values():
                 endpoint.stop_polling(self._pair, self)
             raise
@@ -437,11 +452,13 @@ def main(passed: tuple[int, int, int], pairs: int, poll_us: int) -> None:
     while True:
         try:
             pair, request = _receive(sock)
+            answer: tuple[bool, object] = (True, served.apply(pair, request))
         except (EOFError, ConnectionError):  # the latter if an answer was left unread
             os._exit(0)  # the thread is in a kernel, and everything else is shared memory
-        try:
-            answer: tuple[bool, object] = (True, served.apply(pair, request))
         except BackendError as e:
-            answer = (False, (e.verb, e.errno, e.index, str(e)))
+            answer = (False, (e.verb, e.errno, e.index, e.detail))
+        except OSError as e:  # no descriptor or memory is left for what came
+            why = f"the worker process: {limits.fault(e)}"
+            answer = (False, ("receive", e.errno or errno.ENOMEM, None, why))
         with suppress(ConnectionError):  # the parent is gone, and so are we
-            _send(sock, answer)
+            sock.send(pickle.dumps(answer))

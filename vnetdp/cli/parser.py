@@ -80,7 +80,7 @@ def _file(text: str) -> str:
     try:
         why = _why_not_written(text)
     except OSError as e:  # no folder, too long a name, a folder without the right to look into it
-        why = limits.of_path(text, e)
+        why = limits.of_path(text, e, to_make=True)
     if why:
         raise argparse.ArgumentTypeError(f"cannot write {text}: {why}")
     return text
@@ -118,7 +118,16 @@ class _Parser(argparse.ArgumentParser):
         if message:
             (output.say if file in (None, sys.stderr) else output.tell)(message.removesuffix("\n"))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(args) if args is not None else sys.argv[1:]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        # argparse looks for what is missing first; an option that was misspelt is why.
+        options = [text.partition("=")[0] for text in self._given if text.startswith("--") and text != "--"]
+        unknown = [text for text in options if not any(known.startswith(text) for known in self._option_string_actions)]
+        if unknown and message.startswith("the following arguments are required"):
+            message = f"unrecognized arguments: {' '.join(unknown)}"
         self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
 
 

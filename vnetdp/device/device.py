@@ -250,7 +250,8 @@ class NetDevice(Owned):
     def take_from(self, owner: Owner) -> None:
         """Take the rings from an owner that is gone, and give them to the next one, if the device falls back. @private"""
         with self._lock:
-            if self.owner is owner and (self.fallback or owner is Owner.USERSPACE):
+            # NOBODY: an exception, such as ^C, broke off the change from this owner or to it.
+            if self.owner in (owner, Owner.NOBODY) and (self.fallback or owner is Owner.USERSPACE):
                 self._hand_to(Owner.NOBODY)
                 self._update_owner()
 

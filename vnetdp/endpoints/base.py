@@ -22,6 +22,7 @@ from vnetdp_kernels.rows import Sink, Source, Wire
 
 from ..errors import EndpointError, place
 from ..shared.memory import Bytes, SharedBlock, Words
+from ..system import limits
 from ..system.owned import Owned, OwnedLock
 
 _log = logging.getLogger("vnetdp.endpoints")
@@ -68,7 +69,8 @@ class Endpoint(Owned):
             made.callback(self.block.close)
             # The kernel keeps claims for each open file, and gives them up with it: so the block, whose descriptor may be
             # a copy, is opened anew.
-            self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
+            with limits.giving("a second descriptor of a shared block"):
+                self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
             made.pop_all()
         self.close_on_fork()
         self.rows: Words = self.block.carve(np.int64, queues, r.EP_SLOTS)

@@ -136,4 +136,4 @@ class CaptureWriter:
 def _cannot_write(path: Path, error: OSError | ValueError) -> EndpointError:
     if getattr(error, "errno", None) == errno.ENXIO and path.is_fifo():
         return EndpointError(f"pcap: nobody reads the FIFO {path}: start its reader first")
-    return EndpointError(f"pcap: cannot write {path}: {of_path(path, error)}")
+    return EndpointError(f"pcap: cannot write {path}: {of_path(path, error, to_make=True)}")

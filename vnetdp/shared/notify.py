@@ -36,9 +36,10 @@ class EventFd(Owned):
                 os.eventfd_write(fd, 1)
 
     def clear(self) -> int:
-        """Set the count to 0, and return the count before."""
+        """Set the count to 0, and return the count before; 0 once it is closed."""
+        fd = self.fd
         try:
-            return os.eventfd_read(self.fd)
+            return os.eventfd_read(fd) if fd >= 0 else 0
         except BlockingIOError:
             return 0
 

@@ -94,15 +94,19 @@ class Child:
         return False
 
     def ended(self) -> str:
-        """Return how a process that can't be talked to any more ended: by which signal, or with which exit status."""
-        if not self._end and self._sock.fileno() < 0:
-            self._end = "was closed"
-        elif not self._end:
+        """Return how a process that can't be talked to any more ended: by which signal, or with which exit status.
+
+        It has ended then: one that does not is killed.
+        """
+        if not self._end:
+            closed = self._sock.fileno() < 0
             try:
                 code = self.process.wait(TO_END_S)
-                self._end = f"ended with exit status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
-            except subprocess.TimeoutExpired:
-                self._end = "closed its connection"
+            except subprocess.TimeoutExpired:  # others may take over its work only once it is gone
+                self.kill("was closed" if closed else "closed its connection")
+            else:
+                how = f"ended with exit status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
+                self._end = "was closed" if closed else how
         return self._end
 
 

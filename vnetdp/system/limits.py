@@ -45,15 +45,18 @@ def fault(error: BaseException) -> str:
     return f"{_first_line(text)}: {step}" if step else _first_line(text) + _if_memory_is_limited()
 
 
-def of_path(path: str | Path, error: OSError | ValueError) -> str:
-    """Return why the file *path* can't be used: the error, the part of the path at fault, and the next step."""
+def of_path(path: str | Path, error: OSError | ValueError, to_make: bool = False) -> str:
+    """Return why the file *path* can't be used: the error, the part of the path at fault, and the next step.
+
+    to_make: whether it was to be made, and not only to be opened.
+    """
     if not isinstance(error, OSError) or not error.strerror:
         return _first_line(error)  # such as a null byte in its name
-    step = _step_for_path(Path(path), error.errno) or _next_step(error)
+    step = _step_for_path(Path(path), error.errno, to_make) or _next_step(error)
     return f"{error.strerror}: {step}" if step else _first_line(error.strerror) + _if_memory_is_limited()
 
 
-def _step_for_path(path: Path, code: int | None) -> str:
+def _step_for_path(path: Path, code: int | None, to_make: bool) -> str:
     parents = list(reversed(path.parents))
     try:
         match code:
@@ -62,7 +65,7 @@ def _step_for_path(path: Path, code: int | None) -> str:
             case errno.ENOENT:
                 missing = next((parent for parent in parents if not parent.exists()), None)
                 if missing is None:
-                    return "name an existing file"
+                    return "no file can be made there: take another folder" if to_make else "name an existing file"
                 return f"there is no folder {missing}: mkdir -p {shlex.quote(str(path.parent))}"
             case errno.ENOTDIR:
                 return next(

@@ -112,7 +112,7 @@ def whole_file(path: str) -> Iterator[None]:
     except BaseException as e:
         remove()
         if isinstance(e, OSError):
-            raise OutputError(f"cannot write {path}: {of_path(path, e)}") from e
+            raise OutputError(f"cannot write {path}: {of_path(path, e, to_make=True)}") from e
         raise
     finally:
         signals.no_more_at_end(remove)

@@ -43,7 +43,7 @@ class Listener(Owned):
                     self._made: os.stat_result | None = self._path.lstat()
             except OSError as e:
                 self._sock.close()
-                raise ConfigError(f"cannot listen on {path}: {of_path(path, e)}") from e
+                raise ConfigError(f"cannot listen on {path}: {of_path(path, e, to_make=True)}") from e
             except ConfigError:
                 self._sock.close()
                 raise
