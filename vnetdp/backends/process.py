@@ -172,8 +172,7 @@ class WorkerProcess(Owned):
             made.callback(self.datapath.close)
             pairs_of_sockets = []
             for _ in range(2):
-                with limits.giving("a pair of sockets"):
-                    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours, theirs = limits.socket_pair(socket.SOCK_SEQPACKET)
                 pairs_of_sockets.append((made.enter_context(ours), childs.enter_context(theirs)))
             (self._sock, verbs), (self._events, events) = pairs_of_sockets
             passed = (verbs.fileno(), events.fileno(), self.datapath.block.fd)
@@ -199,7 +198,9 @@ class WorkerProcess(Owned):
         data, fds = _pack((pair, request))
         name = request if isinstance(request, str) else request.name
         if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
-            why = f"a message of {len(data)} bytes and {len(fds)} descriptors; at most {_MAX_MESSAGE} and {_MAX_FDS} fit"
+            why = (
+                f"a message of {len(data)} bytes and {len(fds)} descriptors; at most {_MAX_MESSAGE} and {_MAX_FDS} fit"
+            )
             raise BackendError(name, errno.E2BIG, None, why)
         with self._lock:
             try:

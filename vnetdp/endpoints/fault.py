@@ -27,6 +27,7 @@ from vnetdp_kernels.wire import answer, port
 
 from ..errors import EndpointError
 from ..shared.memory import Bytes, Words
+from ..system import limits
 from .base import Endpoint
 
 _LINE = 4096  # frames that a queue holds back each way; those beyond stay where they are
@@ -331,13 +332,14 @@ class _Alarm:
         self._timer = _libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC)
         if self._timer < 0:
             code = ctypes.get_errno()
-            raise OSError(code, f"timerfd_create: {os.strerror(code)}")
+            with limits.giving("a timer"):
+                raise OSError(code, os.strerror(code))
         self._fd = fd
         self._watched = fd >= 0
         self._at = _NEVER
         with ExitStack() as made:
             made.callback(os.close, self._timer)
-            self._poll = made.enter_context(select.epoll())
+            self._poll = made.enter_context(limits.epoll())
             self._poll.register(self._timer, select.EPOLLIN)
             if fd >= 0:
                 self._poll.register(fd, select.EPOLLIN)

@@ -24,6 +24,7 @@ from vnetdp_kernels import spec
 
 from ..errors import EndpointError
 from ..shared.notify import EventFd
+from ..system import limits
 from ..system.owned import Owned
 from .mailbox import MailboxEndpoint
 
@@ -128,7 +129,7 @@ class VnetdpSocket(Owned, SuperSocket):
         port_fd = port.fileno()
         with ExitStack() as made:
             self._more = made.enter_context(EventFd())  # readable while frames lie in _received
-            self._poll = made.enter_context(select.epoll())
+            self._poll = made.enter_context(limits.epoll())
             self._poll.register(port_fd, select.EPOLLIN)
             self._poll.register(self._more.fd, select.EPOLLIN)
             made.pop_all()

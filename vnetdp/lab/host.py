@@ -30,7 +30,7 @@ from ..migration.source import Cancelled, Source
 from ..migration.stream import SectionType
 from ..migration.target import STARTING, Target
 from ..shared.memory import DirtyLog, Words
-from ..system import child
+from ..system import child, limits
 from ..system.owned import Owned
 from ..virtio.state import DeviceState
 from ..warmup import warm_up
@@ -277,7 +277,7 @@ class HostProcess(Owned):
 
     def __init__(self, quiet: bool = False) -> None:
         """*quiet*: the host logs nothing, since its failures are injected."""
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock, theirs = limits.socket_pair(socket.SOCK_SEQPACKET)
         with ExitStack() as made, theirs:
             made.callback(self._sock.close)
             code = f"from {__name__} import main; main({theirs.fileno()}, {quiet})"

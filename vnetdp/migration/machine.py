@@ -32,6 +32,7 @@ from ..endpoints.spec import Opener, endpoint_opener, parse_endpoint
 from ..errors import ConfigError
 from ..guest.driver import Driver, driver_block, memory_for
 from ..shared.memory import GuestMemory, Region, SharedBlock
+from ..system import limits
 from ..system.owned import Owned
 from .ram import RamSource, pages_of
 
@@ -186,9 +187,9 @@ class Machine(Owned):
     def _open_wire(self, wire_fd: int) -> Endpoint:
         config = self.config
         if config.endpoint == "generate":
-            return _Numbered(config.queue_pairs, config.size, config.rate, block_fd=os.dup(wire_fd))
+            return _Numbered(config.queue_pairs, config.size, config.rate, block_fd=limits.dup(wire_fd))
         if config.endpoint == "echo":
-            return EchoEndpoint(config.queue_pairs, os.dup(wire_fd))
+            return EchoEndpoint(config.queue_pairs, limits.dup(wire_fd))
         return parse_endpoint(config.endpoint, config.queue_pairs)
 
     @property

@@ -260,7 +260,8 @@ class GuestMemory(Owned):
                 if region is beside:
                     continue
                 if not foreign:
-                    region = replace(region, fd=fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0))
+                    with giving("a descriptor of guest memory"):
+                        region = replace(region, fd=fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0))
                 self.regions.append(region)
         except OSError:
             self.close()

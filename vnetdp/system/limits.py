@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 import shlex
+import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -229,6 +231,24 @@ def start(thread: threading.Thread) -> None:
     """Start *thread*; MachineError if the machine has no more of them."""
     with giving(f"the thread {thread.name}"):
         thread.start()
+
+
+def dup(fd: int) -> int:
+    """Return another descriptor of the same file; MachineError if there are no more."""
+    with giving("a descriptor"):
+        return os.dup(fd)
+
+
+def socket_pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
+    """Return two Unix sockets that are connected; MachineError if there are no more descriptors."""
+    with giving("a pair of sockets"):
+        return socket.socketpair(socket.AF_UNIX, kind)
+
+
+def epoll() -> select.epoll:
+    """Return an epoll; MachineError if there are no more descriptors."""
+    with giving("an epoll"):
+        return select.epoll()
 
 
 def raise_descriptor_limit(enough: int = 1 << 16) -> None:

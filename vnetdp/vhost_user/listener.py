@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..system import signals
-from ..system.limits import of_path
+from ..system.limits import giving, of_path
 from ..system.owned import Owned
 from .socket_path import check_path
 
@@ -32,7 +32,8 @@ class Listener(Owned):
         """*backlog*: None only takes the path, and no connection."""
         check_path(path, "cannot listen on")
         self._path = Path(path)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with giving("a socket"):
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with signals.unbroken():
             try:
                 with _alone_in(self._path.parent):
