@@ -84,7 +84,7 @@ def test_an_answer_that_drips_does_not_hold_the_guest(machines: tuple[Machine, M
                 time.sleep(Hasty.SECONDS / 10)
 
     report = answered(near, far, machine, drip)
-    assert (report.outcome, report.error) == ("source", "the other side is gone: timed out")
+    assert (report.outcome, report.error) == ("source", "the other side is gone: it did not read or write in time")
     assert_runs(machine)
 
 

@@ -45,6 +45,11 @@ POLICIES: Final[dict[str, dict[str, SectionType]]] = {
 ANSWERS: Final = _by_name(READY, FAILED, RUNNING)
 
 
+def _gone(error: OSError) -> StreamError:
+    why = "it did not read or write in time" if isinstance(error, TimeoutError) else str(error)
+    return StreamError(f"the other side is gone: {why}")
+
+
 class Channel(Owned):
     """A connected stream socket, which becomes the channel's. Every wait has an end; every failure is a StreamError."""
 
@@ -65,7 +70,7 @@ class Channel(Owned):
             return
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("it did not read or write in time")
+            raise TimeoutError
         self.sock.settimeout(left)
 
     def send(self, section: SectionType, payload: bytes = b"") -> int:
@@ -83,7 +88,7 @@ class Channel(Owned):
                 if n:
                     parts[0] = parts[0][n:]
         except OSError as e:
-            raise StreamError(f"the other side is gone: {e}") from e
+            raise _gone(e) from e
         self.sent += total
         return total
 
@@ -99,7 +104,7 @@ class Channel(Owned):
                     raise StreamError("the stream ends inside a section" if at else "the other side is gone")
                 at += n
         except OSError as e:
-            raise StreamError(f"the other side is gone: {e}") from e
+            raise _gone(e) from e
         return data
 
     def has_more(self) -> bool:
