@@ -123,11 +123,12 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        # argparse looks for what is missing first; an option that was misspelt is why.
-        options = [text.partition("=")[0] for text in self._given if text.startswith("--") and text != "--"]
-        unknown = [text for text in options if not any(known.startswith(text) for known in self._option_string_actions)]
-        if unknown and message.startswith("the following arguments are required"):
-            message = f"unrecognized arguments: {' '.join(unknown)}"
+        if message.startswith("the following arguments are required"):
+            # argparse reports a missing argument before a misspelt option, which may be the reason that it is missing.
+            options = [text.partition("=")[0] for text in self._given if text.startswith("--") and text != "--"]
+            known = self._option_string_actions
+            unknown = [text for text in options if not any(name.startswith(text) for name in known)]
+            message = f"unrecognized arguments: {' '.join(unknown)}" if unknown else message
         self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
 
 

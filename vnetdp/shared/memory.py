@@ -28,7 +28,7 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
 from ..errors import ConfigError
-from ..system.limits import fault, giving
+from ..system.limits import dup, fault, giving
 from ..system.owned import Owned
 
 Bytes = npt.NDArray[np.uint8]
@@ -260,8 +260,7 @@ class GuestMemory(Owned):
                 if region is beside:
                     continue
                 if not foreign:
-                    with giving("a descriptor of guest memory"):
-                        region = replace(region, fd=fcntl.fcntl(region.fd, fcntl.F_DUPFD_CLOEXEC, 0))
+                    region = replace(region, fd=dup(region.fd))
                 self.regions.append(region)
         except OSError:
             self.close()

@@ -26,6 +26,8 @@ _NO_EXECUTABLE = "executable memory"  # as llvmlite has it, when Numba is import
 
 def fault(error: BaseException) -> str:
     """Return one line about *error*, if the machine is its cause; "" if it may be a defect of vnetdp."""
+    if isinstance(error, MachineError):
+        return str(error)  # it has its limit, and the next step
     if isinstance(error, MemoryError):
         return f"out of memory: {_memory()}"
     if isinstance(error, RuntimeError):
