@@ -45,6 +45,6 @@ def test_change(benchmark: BenchmarkFixture, queue_pairs: int) -> None:
         assert changes == (CHANGES if benchmark.enabled else 1)
         assert arrived >= 2 * queue_pairs * BETWEEN * (changes + 1)
         assert device.fallbacks == 0
-        traffic.settle()
+        traffic.settle(device, driver)
         traffic.check()
     benchmark.extra_info |= {"packets": arrived, "packets_per_s": round(arrived / took)}

@@ -83,7 +83,7 @@ def faulty(vhost_first: bool, worker_type: type[Worker | WorkerProcess] = Worker
                 setup = Faulty(traffic, device, faults)
                 setup.check(Owner.VHOST if vhost_first else Owner.USERSPACE)
                 yield setup
-                traffic.settle()
+                traffic.settle(device, driver)
                 driver.check()
                 assert device.ring_errors() == []
         worker.close()
@@ -248,7 +248,7 @@ def test_a_worker_that_dies_under_traffic_leaves_the_rings_to_userspace(
             link.device.set_use_vhost(True)
             assert link.device.owner is Owner.USERSPACE
             traffic.wait_for_more(20)
-            traffic.settle()
+            traffic.settle(link.device, link.driver)
         traffic.check()
         assert traffic.device.polls_started == traffic.device.polls_stopped
         traffic.close()

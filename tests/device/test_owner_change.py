@@ -146,7 +146,7 @@ def running(
             device.set_running(True)
         driver.start()
         yield Setup(traffic, memory, worker, backends, device, driver)
-        traffic.settle()
+        traffic.settle(device, driver)
         driver.check()
         assert device.ring_errors() == []
         driver.close()

@@ -61,12 +61,15 @@ def test_frames_on_their_way_are_waited_for_however_slow_a_thread_is(monkeypatch
     with GenerateEndpoint() as left, Watched() as right, Link(left, right) as link:
         wait_for(lambda: right.counters()["to_wire"] > 1000, "traffic")
         assert link.driver._thread is not None
-        with link.driver._thread.paused():
+        link.driver._thread.park(True)
+        try:
             wait_for(lambda: right.ledger_against(left).lost > 0, "frames are on their way to the driver")
             looks = right.looks
             drain = threading.Thread(target=link.drain)
             drain.start()
             wait_for(lambda: right.looks > looks + 5, "it looks again and again")
+        finally:
+            link.driver._thread.park(False)
         drain.join()
         ledger = link.report()["ledger"]
         assert ledger["sent"] == ledger["delivered"] > 0

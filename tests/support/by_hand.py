@@ -263,10 +263,11 @@ class Traffic:
         wait_for(lambda: self.device.finished and self.guest.finished, "every frame is sent")
         wait_for(lambda: self.arrived() == (self.guest.sent, self.device.sent), "every frame arrived")
 
-    def settle(self) -> None:
+    def settle(self, device: NetDevice, driver: Driver) -> None:
         """Make no more frames, and wait until those that were made have arrived."""
-        self.guest.stop()
-        self.device.stop()
+        with device.paused(), driver.paused():  # or a frame that is just being made comes after the last was seen
+            self.guest.stop()
+            self.device.stop()
         wait_for(lambda: self.arrived() == (self.guest.sent, self.device.sent), "every frame arrived")
 
     def check(self) -> None:

@@ -65,7 +65,8 @@ class Card:
 
     def all_back(self) -> None:
         """Send no more; every frame that was sent has come back once, and in order."""
-        self.generator.stop()
+        with self.driver.paused():  # or a frame that is just being made comes after the last was seen
+            self.generator.stop()
         wait_for(lambda: int(self.generator.ledger[:, r.LEDGER_DELIVERED].sum()) >= self.generator.sent, "all are back")
         ledger = self.generator.ledger_against(self.generator)
         assert ledger.clean, ledger

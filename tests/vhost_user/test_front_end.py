@@ -205,8 +205,7 @@ def test_what_a_back_end_was_cut_off_in_is_finished_before_userspace_goes_on(tmp
     with in_thread(tmp_path) as back_end, attached(back_end.path) as front_end:
         card = Card(front_end)
         card.wait_for_more()
-        card.generator.stop()
-        wait_for(lambda: int(card.generator.ledger[0, r.LEDGER_DELIVERED]) == card.generator.sent, "all are back")
+        card.all_back()
         card.device.fallback = False  # until what it leaves is written
         back_end.close()
         receiveq, transmitq = (card.device.queues[n].used + spec.VIRTQ_RING_IDX for n in (0, 1))

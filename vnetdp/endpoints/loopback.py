@@ -125,7 +125,11 @@ class GenerateEndpoint(Endpoint):
         return int(self.rows[:, r.EP_SEQ].sum())
 
     def stop(self) -> None:
-        """Make no more frames. Those in flight still arrive."""
+        """Make no more frames. Those in flight still arrive.
+
+        A loop that is just making a frame still makes it, and `sent` grows once more: to have the last number, stop within
+        `paused()` of what runs the rings on this side, `NetDevice` or `Driver`.
+        """
         self.rows[:, r.EP_LIMIT] = self.rows[:, r.EP_SEQ]
 
     @property

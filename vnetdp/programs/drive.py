@@ -193,7 +193,8 @@ class _Run:
             if settled == math.inf and (stop() or looked >= until):
                 settled = looked + _SETTLE_S
                 if generator is not None:
-                    generator.stop()
+                    with self._driver.paused():  # or it makes one more, counted after all were seen to have arrived
+                        generator.stop()
             if (endpoint.finished or settled < math.inf) and looked - quiet_since > (_LOSS_S if missing else _QUIET_S):
                 break
         self._device.set_running(False)

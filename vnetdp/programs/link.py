@@ -157,9 +157,10 @@ class Link(Owned):
         if isinstance(self.worker, WorkerProcess):
             self.worker.check()  # a stopped process holds frames, which userspace goes on with
         ends, finite = (self.left, self.right), self.done
-        for inner in (end.innermost for end in ends):
-            if isinstance(inner, GenerateEndpoint):
-                inner.stop()
+        for end, side in ((self.left, self.device), (self.right, self.driver)):
+            if isinstance(inner := end.innermost, GenerateEndpoint):
+                with side.paused():  # or it makes one more, counted after all were seen to have arrived
+                    inner.stop()
         if self.dead or not any(end.finished for end in ends):
             return  # frames from outside never end
         began = moved = time.monotonic()
