@@ -16,7 +16,7 @@ import pytest
 from tests.support.by_hand import no_descriptor_leaks, wait_for
 from vnetdp.errors import VnetdpError
 from vnetdp.lab.changes import CHANGES
-from vnetdp.lab.couple import Couple, Result, _answer, _errors, blackout_us
+from vnetdp.lab.couple import Couple, Result, Sampler, _answer, _errors, blackout_us
 from vnetdp.lab.host import HostProcess, Orders
 from vnetdp.lab.invariants import differences
 from vnetdp.migration.machine import MachineConfig
@@ -157,6 +157,17 @@ def test_one_machine_moves_again_and_again(couple: Couple) -> None:
         assert result.violations == []
     assert_well(couple, result)
     assert result.ledger.sent > IN_A_ROW
+
+
+def test_the_first_frames_are_seen_though_the_sampler_gets_no_core(
+    couple: Couple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampler, "_sample", lambda _sampler: None)
+    couple.start(config_of())
+    wait_for_frames(couple)
+    result = couple.migrate("delta")
+    assert result.spans_us.keys() >= {"first_tx", "first_rx"}
+    assert_well(couple, result)
 
 
 def test_the_longest_time_without_a_frame_goes_on_to_the_end() -> None:

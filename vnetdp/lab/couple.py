@@ -63,10 +63,11 @@ class Sampler:
 
     def _sample(self) -> None:
         while not self._end.is_set():
-            self._look()
+            self.look()
             time.sleep(_SAMPLE_S)
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Take a sample now, in the calling thread: the sampler's own may not get a core for a long time."""
         to_wire, from_wire = self._rows[:, r.EP_TO_WIRE], self._rows[:, r.EP_FROM_WIRE]
         self._samples.append((time.monotonic_ns(), int(to_wire.sum()), int(from_wire.sum())))
 
@@ -74,8 +75,8 @@ class Sampler:
         """Stop looking; return int64[n, 3]: time in ns, frames to the wire, frames from the wire."""
         self._end.set()
         self._thread.join()
-        self._look()  # frames that its caller has seen are in the samples, however seldom the thread got a core
-        return np.array(self._samples, np.int64).reshape(-1, 3)
+        self.look()  # frames that its caller has seen are in the samples, too
+        return np.array(sorted(self._samples), np.int64).reshape(-1, 3)
 
 
 def blackout_us(samples: Words, stopped: int) -> float | None:
@@ -227,6 +228,7 @@ class Couple(Owned):
                 send = self.source.begin("send", replace(source or Orders(), policy=policy), fds=(ours.fileno(),))
             sent = _answer(self.source, send, self.target)
             received = _answer(self.target, receive, self.source, receives=True)
+            sampler.look()  # the first frames come after a sample, so that they can be told from those before
             self._wait_for_first_frames()
         finally:
             samples = sampler.stop()
