@@ -6,14 +6,14 @@
 #   PYTHON=python3.13    the interpreter to make the environment with
 #   VENV=/some/folder    the environment (default: .venv in this folder)
 #   TESTS=tests/kernels  what the test targets run (default: all)
-#   WORKERS=0            how many files of tests are run at a time (default: 3, as tests wait a lot); 0 = one by one, in this
+#   WORKERS=0            how many files of tests are run at a time (default: 4, as tests wait a lot); 0 = one by one, in this
 #                        process: for a debugger
 #   ARGS="-x -k ring"    more arguments for pytest, or for the command of demo and bench
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
-WORKERS ?= 3
+WORKERS ?= 4
 ARGS ?=
 
 RUN := $(VENV)/bin/python
