@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from ..endpoints.base import Endpoint
-from ..shared.memory import DirtyLog, GuestMemory
+from ..shared.memory import DirtyLog, GuestMemory, Words
 from ..shared.notify import EventFd
 from . import verbs
 from .verbs import Verb
@@ -118,6 +118,10 @@ class Backend(ABC):
     @abstractmethod
     def status(self, index: int) -> int:
         """Return 0, or the status code of a ring that broke (`GuestError.status`)."""
+
+    def row(self, index: int) -> Words | None:
+        """Return the row of a ring, int64[VQ_SLOTS], to look at; None if it lies elsewhere, or with its worker's end."""
+        return None
 
     @abstractmethod
     def counters(self, index: int) -> dict[str, int]:

@@ -30,7 +30,7 @@ from ..datapath.datapath import Datapath
 from ..datapath.loop_thread import Listeners, LoopThread
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, EndpointError, MachineError
-from ..shared.memory import DirtyLog, GuestMemory, Region
+from ..shared.memory import DirtyLog, GuestMemory, Region, Words
 from ..shared.notify import EventFd
 from ..system import child, limits
 from ..system.owned import Owned
@@ -191,6 +191,11 @@ class WorkerProcess(Owned):
     def pid(self) -> int:
         """The id of the worker process."""
         return self._child.pid
+
+    @property
+    def alive(self) -> bool:
+        """True until the process has ended. @private"""
+        return self._child.process.poll() is None
 
     def call(self, pair: int, request: Verb | str) -> int:
         """Have the child run a verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
@@ -374,6 +379,9 @@ class ProcessBackend(Backend, Owned):
 
     def status(self, index: int) -> int:
         return int(self._rows[index, r.VQ_STATUS])
+
+    def row(self, index: int) -> Words | None:
+        return self._rows[index] if self._worker.alive else None
 
     def counters(self, index: int) -> dict[str, int]:
         return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}

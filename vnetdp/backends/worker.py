@@ -14,6 +14,7 @@ from ..datapath.datapath import Datapath
 from ..datapath.loop_thread import LoopThread
 from ..endpoints.base import Endpoint
 from ..errors import reason
+from ..shared.memory import Words
 from ..system import limits
 from ..system.owned import Owned
 from ..virtio.queue import VRINGS
@@ -118,6 +119,9 @@ class WorkerBackend(Backend, Owned):
 
     def status(self, index: int) -> int:
         return self._inner.status(index)
+
+    def row(self, index: int) -> Words:
+        return self._inner.row(index)
 
     def counters(self, index: int) -> dict[str, int]:
         return self._inner.counters(index)

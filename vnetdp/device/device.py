@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -280,6 +280,11 @@ class NetDevice(Owned):
     def owner(self) -> Owner:
         """The present owner of the rings."""
         return self._owners.owner
+
+    @property
+    def on_owner(self) -> list[Callable[[bool], None]]:
+        """Functions that are called at each change of owner, in the midst of it (`Owners.on_change`). @private"""
+        return self._owners.on_change
 
     @property
     def handovers(self) -> int:

@@ -47,7 +47,7 @@ class Endpoint(Owned):
 
     Kernels work on: rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); pending uint8[queues, FRAME_SLOT];
     in_frames and out_frames uint8[queues, slots × FRAME_SLOT] with in_lengths and out_lengths int64[queues, slots];
-    ledger int64[queues, LEDGER_SLOTS] and windows uint8[queues, LEDGER_WINDOW], a row a flow.
+    ledger int64[queues, LEDGER_SLOTS], counts and then notes, and windows uint8[queues, LEDGER_WINDOW], a row a flow.
     """
 
     kind: int = r.KIND_PYTHON
