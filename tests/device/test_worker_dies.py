@@ -43,7 +43,7 @@ class Bed:
             self.memory = stack.enter_context(memory_for())
             self.wire = stack.enter_context(GenerateEndpoint())
             self.source = stack.enter_context(GenerateEndpoint())
-            self.device = stack.enter_context(NetDevice(self.memory, self.wire, vhost=worker.backends))
+            self.device = stack.enter_context(NetDevice(self.memory, self.wire, vhost=worker))
             self.close = stack.pop_all().close
 
     def boot(self) -> None:
@@ -379,7 +379,7 @@ def test_an_endpoint_that_hangs_costs_the_worker_and_no_frame(where: str) -> Non
     with (
         memory_for() as memory,
         Slow(where) as wire,
-        NetDevice(memory, wire, vhost=worker.backends) as device,
+        NetDevice(memory, wire, vhost=worker) as device,
         Driver(device, memory) as guest,
     ):
         guest.start()
@@ -438,7 +438,7 @@ def test_an_endpoint_cannot_change_its_device_from_within_and_the_device_lives(u
     with (
         memory_for() as memory,
         Meddler() as wire,
-        NetDevice(memory, wire, vhost=worker.backends) as device,
+        NetDevice(memory, wire, vhost=worker) as device,
         Driver(device, memory) as guest,
     ):
         wire.device = device
@@ -459,7 +459,7 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
     with (
         memory_for() as memory,
         Meddler() as wire,
-        NetDevice(memory, wire, vhost=worker.backends) as device,
+        NetDevice(memory, wire, vhost=worker) as device,
         Driver(device, memory) as guest,
     ):
         running = worker if use_vhost else device.userspace.worker

@@ -47,7 +47,7 @@ _MAX_REASON = 1000  # characters of an exception that the child is told
 
 
 class WorkerProcess(Owned):
-    """A vhost worker in a process of its own, for *pairs* queue pairs of one device. Give `backends` to `NetDevice`.
+    """A vhost worker in a process of its own, for *pairs* queue pairs of one device. Give it to `NetDevice`.
 
     - `poll_us`: microseconds for which it busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
     - `timeout_s`: seconds after which a process that does not answer is killed; 12 times as long before its first

@@ -23,7 +23,7 @@ from .verbs import SetBackend, Verb, refusal
 
 
 class Worker(Owned):
-    """A vhost worker: a thread that runs the rings of *pairs* queue pairs of one device. Give `backends` to `NetDevice`.
+    """A vhost worker: a thread that runs the rings of *pairs* queue pairs of one device. Give it to `NetDevice`.
 
     - `poll_us`: microseconds for which it busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
     - `name`: of the thread.
