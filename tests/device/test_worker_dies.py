@@ -223,7 +223,10 @@ STATES: dict[str, Callable[[Bed, Callable[[Bed], None]], None]] = {
 
 # Each process that hangs takes seconds, and one that fails ends as one that is killed: the others of their states are
 # for the campaign.
-_SHORT = {"process hangs": ("under traffic", "before the driver", "prepared"), "process fails": ("under traffic", "prepared")}
+_SHORT = {
+    "process hangs": ("under traffic", "before the driver", "prepared"),
+    "process fails": ("under traffic", "prepared"),
+}
 CASES = [(how, state) for how in ENDS for state in STATES if CAMPAIGN or state in _SHORT.get(how, STATES)]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..endpoints.base import Endpoint
 from ..errors import ConfigError
@@ -35,7 +35,8 @@ class HasBackends(Protocol):
 
 def backends_of(vhost: HasBackends | Sequence[Backend], pairs: int) -> Sequence[Backend]:
     """Return the backends of a worker, or *vhost* if it is a sequence of them; ConfigError unless there are *pairs*."""
-    found: Sequence[Backend] = getattr(vhost, "backends", vhost)
+    anything: Any = vhost
+    found: Sequence[Backend] = getattr(anything, "backends", anything)
     if len(found) != pairs:
         raise ConfigError(f"{len(found)} vhost backends for {pairs} queue pairs: one for each is needed")
     return found

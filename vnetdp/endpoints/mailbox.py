@@ -6,8 +6,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import numpy as np
-
 from vnetdp_kernels import spec
 
 from ..errors import ConfigError
@@ -34,7 +32,6 @@ class MailboxEndpoint(Endpoint):
             super().__init__(queues)
             made.callback(super().close)
             self.ready = made.enter_context(EventFd())
-            self._wake = [made.enter_context(EventFd()) for _ in range(queues)]
             made.pop_all()
         self.limit = limit
         """Frames kept each way."""
@@ -43,7 +40,6 @@ class MailboxEndpoint(Endpoint):
         self._lock = OwnedLock(self)
         self._to_ring: list[deque[bytes]] = [deque() for _ in range(queues)]
         self._from_ring: deque[bytes] = deque()
-        self.fds[:] = np.array([event.fd for event in self._wake])
 
     def put(self, frame: bytes, header: bytes = _NO_HEADER, queue: int = 0) -> bool:
         """Give an Ethernet frame (no FCS), with its virtio_net_hdr of 12 bytes, to the ring of queue pair *queue*.
@@ -60,7 +56,7 @@ class MailboxEndpoint(Endpoint):
             if len(self._to_ring[queue]) >= self.limit:
                 return False
             self._to_ring[queue].append(header + frame)
-        self._wake[queue].signal()
+        self.wake(queue)
         return True
 
     def take(self) -> list[bytes]:
@@ -78,10 +74,7 @@ class MailboxEndpoint(Endpoint):
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         with self._lock:
             waiting = self._to_ring[queue]
-            frames = [waiting.popleft() for _ in range(min(limit, len(waiting)))]
-            if not waiting:
-                self._wake[queue].clear()
-        return frames
+            return [waiting.popleft() for _ in range(min(limit, len(waiting)))]
 
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         with self._lock:
@@ -96,6 +89,5 @@ class MailboxEndpoint(Endpoint):
         return not any(self._to_ring) and super().idle
 
     def close(self) -> None:
-        for event in (*self._wake, self.ready):
-            event.close()
+        self.ready.close()
         super().close()
