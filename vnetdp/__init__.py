@@ -25,6 +25,7 @@ _HOME = {
     "driver_block": "guest.driver",
     "EventFd": "shared.notify",
     "Endpoint": "endpoints.base",
+    "FrameEndpoint": "endpoints.frames",
     "parse_endpoint": "endpoints.spec",
     "NullEndpoint": "endpoints.loopback",
     "EchoEndpoint": "endpoints.loopback",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from .device.owners import Owner as Owner
     from .endpoints.base import Endpoint as Endpoint
     from .endpoints.fault import FaultEndpoint as FaultEndpoint
+    from .endpoints.frames import FrameEndpoint as FrameEndpoint
     from .endpoints.loopback import EchoEndpoint as EchoEndpoint
     from .endpoints.loopback import GenerateEndpoint as GenerateEndpoint
     from .endpoints.loopback import Ledger as Ledger

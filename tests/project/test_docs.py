@@ -95,6 +95,14 @@ def test_python_example_imports_from_the_public_face_alone(block: Block) -> None
     assert not re.search(r"^\s*(from|import) vnetdp(_kernels|\.)", block.text, re.MULTILINE)
 
 
+def test_every_example_file_is_shown_and_so_runs() -> None:
+    shown = {block.text for block in marked("python")}
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    assert examples
+    for path in examples:
+        assert path.read_text() in shown, path.name
+
+
 def test_every_python_block_is_an_example() -> None:
     for page in PAGES:
         for block in blocks(page):
