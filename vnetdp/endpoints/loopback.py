@@ -191,7 +191,7 @@ class GenerateEndpoint(Endpoint):
         """Return the first hundred numbers of flow *queue* that have not arrived."""
         following, sent = int(self.ledger[queue, r.LEDGER_NEXT]), int(sender.rows[queue, r.EP_SEQ])
         lowest = max(0, following - r.LEDGER_WINDOW)
-        recent = np.arange(lowest, following)
+        recent = np.arange(lowest, following - 1)  # the last one has been seen
         recent = recent[self.windows[queue][recent % r.LEDGER_WINDOW] == 0]
         before = [number for number in self._notes(queue, r.LEDGER_NOTE_MISSING) if number < lowest]
         first = (before + recent[: r.LEDGER_NOTED].tolist())[: r.LEDGER_NOTED]

@@ -20,6 +20,7 @@ from ..endpoints.loopback import GenerateEndpoint, Ledger
 from ..shared.memory import Words
 from ..virtio.queue import TRANSMITQ, queue_of
 
+_REMEMBERED: Final = r.LEDGER_WINDOW - 4096  # numbers of the window, whose oldest may be overwritten during a look
 _WORDS: Final = {"lost": "was lost", "doubled": "came twice", "late": "came late", "corrupted": "came damaged"}
 
 
@@ -252,8 +253,8 @@ class FrameLedger:
         way, key = self._ways[w], (w, pair)
         row = way.receiver.ledger[pair]
         following, sent = way.following(pair), way.sent(pair)
-        lowest = max(0, following - r.LEDGER_WINDOW)
-        recent = np.arange(lowest, following)
+        lowest = max(0, following - _REMEMBERED)
+        recent = np.arange(lowest, following - 1)  # the last one has been seen
         recent = recent[way.receiver.windows[pair][recent % r.LEDGER_WINDOW] == 0]
         noted = row[r.LEDGER_NOTE_MISSING + 1 :][: int(row[r.LEDGER_NOTE_MISSING])]
         before = np.union1d(noted, self._passed.get(key, noted))
