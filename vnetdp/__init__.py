@@ -33,6 +33,7 @@ _HOME = {
     "ReflectEndpoint": "endpoints.loopback",
     "GenerateEndpoint": "endpoints.loopback",
     "Ledger": "endpoints.loopback",
+    "FrameNumbers": "endpoints.loopback",
     "drained": "endpoints.loopback",
     "MailboxEndpoint": "endpoints.mailbox",
     "TapEndpoint": "endpoints.tap",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from .endpoints.fault import FaultEndpoint as FaultEndpoint
     from .endpoints.frames import FrameEndpoint as FrameEndpoint
     from .endpoints.loopback import EchoEndpoint as EchoEndpoint
+    from .endpoints.loopback import FrameNumbers as FrameNumbers
     from .endpoints.loopback import GenerateEndpoint as GenerateEndpoint
     from .endpoints.loopback import Ledger as Ledger
     from .endpoints.loopback import MacswapEndpoint as MacswapEndpoint

@@ -34,7 +34,10 @@ def test_a_violation_is_named_with_its_time_and_owner() -> None:
 
 def test_a_violation_at_a_change_of_owner_is_found_though_it_is_gone_at_the_end() -> None:
     with Vnet() as vnet:
-        with pytest.raises(AssertionError, match="as vhost lost the rings, owner nobody: I7: notifiers"), check(vnet.device):
+        with (
+            pytest.raises(AssertionError, match="as vhost lost the rings, owner nobody: I7: notifiers"),
+            check(vnet.device),
+        ):
             vnet.device.notifiers.grabs += 1
             vnet.device.set_running(False)
             vnet.device.notifiers.grabs -= 1
@@ -52,8 +55,6 @@ def test_an_index_that_is_not_the_one_in_memory_is_found() -> None:
         with pytest.raises(AssertionError, match="I3: queue 1 is at used index"):
             check(vnet.device)
         row[r.VQ_LAST_USED_IDX] ^= 1
-
-
 
 
 def test_an_error_in_the_block_is_kept() -> None:

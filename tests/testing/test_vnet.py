@@ -6,7 +6,7 @@ import json
 import re
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -68,8 +68,8 @@ def test_every_frame_is_accounted_for_under_each_owner_and_its_changes(owner: st
             if owner != "userspace":
                 vnet.change_owner(5)
                 vnet.wait_for(MANY)
-        assert vnet.ledger.counts.clean
-        assert vnet.ledger.counts.delivered >= 2 * MANY if owner != "userspace" else MANY
+        assert vnet.ledger.fates == []
+        assert vnet.ledger.counts.clean or (made is Back and owner == "vhost-user")  # which has another of its own
 
 
 def test_several_pairs_and_chosen_features() -> None:
@@ -88,7 +88,7 @@ def test_traffic_stops_is_checked_and_goes_on() -> None:
             vnet.start()
 
 
-@pytest.mark.vnet(Back)
+@pytest.mark.vnet(endpoint=Back)
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_endpoint_in_python_survives_each_verb_that_fails(vnet: Vnet, faults: list[Fault], verb: str) -> None:
     faults.append(Fault(verb))
@@ -104,7 +104,7 @@ def test_frames_go_on_when_the_worker_is_killed(vnet: Vnet) -> None:
     vnet.wait_for(MANY)
 
 
-@pytest.mark.vnet(Back, owner="vhost-user")
+@pytest.mark.vnet(endpoint=Back, owner="vhost-user")
 def test_the_next_back_end_gets_the_rings(vnet: Vnet, ledger: FrameLedger) -> None:
     vnet.wait_for(MANY)
     vnet.worker.kill()
@@ -138,14 +138,35 @@ def number_seen(vnet: Vnet) -> int:
     return int(vnet.guest.ledger[0, r.LEDGER_NEXT])
 
 
+class Loses(Endpoint):
+    """It sends each frame back but for one in 10,000."""
+
+    name = "loses"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.waiting: list[bytes] = []
+
+    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
+        for frame in frames:
+            self.seen += 1
+            if self.seen % 10_000:
+                self.waiting.append(frame)
+        self.wake(queue)
+
+    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
+        frames, self.waiting = self.waiting[:limit], self.waiting[limit:]
+        return frames
+
+
 @pytest.mark.skipif(not COMPILED, reason="plain Python is too slow for so many frames")
 def test_the_index_wraps_and_the_owner_is_that_of_the_index() -> None:
     """One frame in 10,000 is lost; the rings change hands between."""
     lost = range(9_999, 70_000, 10_000)
     with (
-        Odd("lost", *lost) as odd,
-        pytest.raises(AssertionError, match="frame 9999 .* avail index 9999 of queue 1, taken by vhost"),
-        Vnet(odd, quiet_s=QUIET_S) as vnet,
+        pytest.raises(AssertionError, match=r"frame 9999 .* avail index 9999 of queue 1, taken by vhost"),
+        Vnet(Loses, quiet_s=QUIET_S) as vnet,
     ):
         vnet.wait_until(lambda: number_seen(vnet) > 10_000, "the first one is past")
         vnet.change_owner(1)
@@ -156,9 +177,12 @@ def test_the_index_wraps_and_the_owner_is_that_of_the_index() -> None:
 
 
 def test_frames_that_are_lost_at_the_end_are_named_too() -> None:
-    with Odd("lost", *range(5, 1 << 16)) as odd, pytest.raises(AssertionError, match="frame 5 of pair 0"):
-        with Vnet(odd, rate=1000.0, quiet_s=QUIET_S) as vnet:
-            vnet.wait_until(lambda: vnet.guest.sent > 20, "frames are sent")
+    with (
+        Odd("lost", *range(5, 1 << 16)) as odd,
+        pytest.raises(AssertionError, match="frame 5 of pair 0"),
+        Vnet(odd, rate=1000.0, quiet_s=QUIET_S) as vnet,
+    ):
+        vnet.wait_until(lambda: vnet.guest.sent > 20, "frames are sent")
     assert [fate.number for fate in vnet.ledger.fates][:3] == [5, 6, 7]
 
 
@@ -177,7 +201,10 @@ def test_the_first_hundred_frames_are_named_and_all_are_counted() -> None:
 def test_an_exception_in_the_endpoint_fails_the_test_at_once_with_its_place() -> None:
     with Odd("raises", 7) as odd, pytest.raises(AssertionError) as caught, Vnet(odd) as vnet:
         vnet.wait_for(1 << 40)
-    assert re.search(r"the endpoint raised 1 time, the last time: ValueError: seven is enough at .*test_vnet.py:\d+", str(caught.value))
+    assert re.search(
+        r"the endpoint raised 1 time, the last time: ValueError: seven is enough at .*test_vnet.py:\d+",
+        str(caught.value),
+    )
 
 
 def test_an_endpoint_may_raise_and_drop_frames_if_the_test_says_so() -> None:
@@ -274,5 +301,9 @@ def test_a_history_has_verbs_owners_and_frames_as_json_lines() -> None:
     assert ("get_vring_base", "EIO") in verbs
     owners = [event["owner"] for event in events if event["event"] == "owner"]
     assert owners[:4] == ["vhost (thread)", "nobody", "userspace", "nobody"]
-    frames = [Fate(**{k: v for k, v in event.items() if k != "event"}) for event in events if event["event"] == "frame"]
+    frames = [
+        Fate(**{k: v for k, v in event.items() if k not in ("event", "at_s")})
+        for event in events
+        if event["event"] == "frame"
+    ]
     assert [(frame.kind, frame.number) for frame in frames] == [("doubled", 3)]

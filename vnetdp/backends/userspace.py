@@ -246,7 +246,8 @@ class UserspaceBackend(Backend, Owned):
         return int(self._rows[index, r.VQ_STATUS])
 
     def row(self, index: int) -> Words:
-        return self._rows[index]
+        row: Words = self._rows[index]
+        return row
 
     def counters(self, index: int) -> dict[str, int]:
         return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}

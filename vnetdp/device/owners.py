@@ -71,7 +71,7 @@ class Owners(Owned):
         self._said = ""  # why vhost can't start, until it does
         self._listening = ExitStack()
         self.on_change: list[Callable[[bool], None]] = []
-        """Called once the rings have left an owner, with whether that was gone, and once another one has them, with False."""
+        """Called once the rings have left an owner, with whether that was gone, and once another has them, with False."""
 
     def listen(self, gone: Callable[[Owner], None]) -> None:
         """Have either owner's backends call *check* when a ring broke, and *gone*, with the owner, if they are gone."""

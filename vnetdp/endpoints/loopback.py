@@ -181,8 +181,8 @@ class GenerateEndpoint(Endpoint):
         )
 
     def _notes(self, queue: int, notes: int) -> list[int]:
-        row = self.ledger[queue]
-        return sorted(row[notes + 1 : notes + 1 + int(row[notes])].tolist())
+        row: list[int] = self.ledger[queue].tolist()
+        return sorted(row[notes + 1 : notes + 1 + row[notes]])
 
     def _noted(self, notes: int) -> tuple[tuple[int, int], ...]:
         return tuple((queue, number) for queue in range(self.queues) for number in self._notes(queue, notes))
@@ -194,8 +194,8 @@ class GenerateEndpoint(Endpoint):
         recent = np.arange(lowest, following - 1)  # the last one has been seen
         recent = recent[self.windows[queue][recent % r.LEDGER_WINDOW] == 0]
         before = [number for number in self._notes(queue, r.LEDGER_NOTE_MISSING) if number < lowest]
-        first = (before + recent[: r.LEDGER_NOTED].tolist())[: r.LEDGER_NOTED]
-        return first + [*range(following, min(sent, following + r.LEDGER_NOTED - len(first)))]
+        first: list[int] = (before + recent[: r.LEDGER_NOTED].tolist())[: r.LEDGER_NOTED]
+        return [*first, *range(following, min(sent, following + r.LEDGER_NOTED - len(first)))]
 
 
 def drained(one: GenerateEndpoint, other: GenerateEndpoint, quiet_s: float = 5.0) -> Ledger:

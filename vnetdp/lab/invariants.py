@@ -1,4 +1,4 @@
-"""The invariants of a machine, and of any device, after each change of owner. Each violation begins with the invariant's name.
+"""The invariants of a machine, and of any device, after each change of owner. A violation begins with the invariant's name.
 
 The ledger checks I1, I4 and I10 (each frame once, in order); the comparison of guest memory at the stream's end checks
 I8 (every page sent again); the rest can be seen on the machine itself.

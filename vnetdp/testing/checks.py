@@ -70,8 +70,9 @@ class Check:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._device.on_owner.remove(self.owner_changed)
-        if error is None:
-            self.look("at the end")
-            self.raise_if_any()
-        for text in self.violations if error is not None else ():
-            error.add_note(text)
+        if error is not None:
+            for text in self.violations:
+                error.add_note(text)
+            return
+        self.look("at the end")
+        self.raise_if_any()

@@ -42,13 +42,13 @@ class Fate:
     """The number of that queue: transmitq 2i + 1, or receiveq 2i for a frame from wire to guest."""
     owner: str
     """The owner of the rings that took this index."""
-    at_s: float
+    noticed_s: float
     """When it was noticed, in seconds since the start."""
 
     def __str__(self) -> str:
         return (
             f"frame {self.number} of pair {self.pair} ({self.way}) {_WORDS[self.kind]}: avail index {self.index} of queue "
-            f"{self.queue}, taken by {self.owner}; noticed at {self.at_s:.3f} s"
+            f"{self.queue}, taken by {self.owner}; noticed at {self.noticed_s:.3f} s"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,7 +118,8 @@ class FrameLedger:
     """The frames of a `Vnet` so far: `counts`, and `fates`, the frames that were not as they should be.
 
     A process that is killed amid a batch may lose the frames that it had in hand, or have sent them already when they are
-    sent once more. Frames that were under way when a process that ran the rings died are counted, and have no fate.
+    sent once more; and frames in a back end's own endpoint stay there when the rings go elsewhere. Frames that were under
+    way then are counted, and have no fate.
     """
 
     def __init__(self, ways: Sequence[Way], pairs: int, now_s: Callable[[], float]) -> None:
@@ -186,10 +187,14 @@ class FrameLedger:
                     lines.append(f"{more} more frames of pair {pair} ({self._ways[w].name}) {_WORDS[kind]}")
         return [text.replace(" was ", " were ") for text in lines]
 
-    def owner_changed(self, owner: str, next_index: Callable[[int], int], died: bool) -> None:
-        """Enter *owner*, whose next avail index of a queue *next_index* tells. died: a process that had the rings did.
+    def owner_changed(
+        self, owner: str, next_index: Callable[[int], int], died: bool = False, left_behind: bool = False
+    ) -> None:
+        """Enter *owner*, whose next avail index of a queue *next_index* tells.
 
-        To be called once the rings have left an owner, and once another has them, from the first on. @private
+        died: a process that had the rings did. left_behind: frames in the endpoint of the owner before stay there, as its
+        endpoint is another one. To be called once the rings have left an owner, and once another has them, from the first
+        on. @private
         """
         for w, way, pair in self._each():
             index = next_index(queue_of(pair, way.vring))
@@ -201,9 +206,9 @@ class FrameLedger:
                 first = placed - ((before.index - before.number + placed - index) & 0xFFFF)
             else:
                 first = before.number if before.index == index else placed
-            if died:
-                low = min(way.following(pair), first)
-                self._under_way.setdefault((w, pair), []).append((low, way.sent(pair)))
+            if died or left_behind:
+                low, high = min(way.following(pair), first), way.sent(pair) if died else first
+                self._under_way.setdefault((w, pair), []).append((low, high))
             self._log.add(pair, way.vring, _Bound(first, index, owner))
         self.look()
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
+
+from ..backends.base import Backend
+from ..backends.faulty import Faults, FaultyBackend, point_of
+from ..backends.verbs import Verb
+from ..errors import BackendError
 
 _KEPT = 100_000
 
@@ -17,7 +23,7 @@ class History:
     - `owner`: a change of owner, `owner` and `indices`, the next avail index of each queue;
     - `verb`: a vhost verb, `verb`, `pair`, `vring` (None for a verb of a device) and `error` (None if it succeeded);
     - `violation`: an invariant that was violated, `owner` and `text`;
-    - `frame`: a frame that was lost, doubled, late or corrupted, as in `Fate`.
+    - `frame`: a frame that was lost, doubled, late or corrupted, with the fields of `Fate`; entered at the end.
     """
 
     def __init__(self) -> None:
@@ -40,3 +46,23 @@ class History:
     def write(self, path: Path) -> None:
         """Write `lines` to the file *path*."""
         path.write_text(self.lines())
+
+
+class Recorder(FaultyBackend):
+    """A backend whose verbs fail as faults say, and stand in the history."""
+
+    def __init__(self, inner: Backend, pair: int, faults: Faults, history: History) -> None:
+        super().__init__(inner, pair, faults)
+        self._history = history
+
+    def apply(self, verb: Verb) -> int:
+        error: str | None = "unknown"
+        try:
+            answer = super().apply(verb)
+            error = None
+        except BackendError as e:
+            error = errno.errorcode.get(e.errno, str(e.errno))
+            raise
+        finally:
+            self._history.add("verb", verb=point_of(verb), pair=self._pair, vring=verb.index, error=error)
+        return answer

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Final, Self
 
 from vnetdp_kernels import rows as r
 
 from ..backends.base import Backend
-from ..backends.faulty import Fault, Faults, FaultyBackend, point_of
+from ..backends.faulty import Fault, Faults
 from ..backends.names import VERBS as _VERBS
 from ..backends.process import WorkerProcess
-from ..backends.verbs import Verb
 from ..backends.worker import Worker
 from ..device import vhost_net
 from ..device.device import NetDevice
 from ..device.owners import Owner
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import GenerateEndpoint
-from ..errors import BackendError, ConfigError, GuestError, place, reason
+from ..errors import ConfigError, GuestError, place, reason
 from ..guest.driver import Driver, memory_for
-from ..shared.memory import GuestMemory
 from ..system import child
 from ..vhost_user.front_end.front_end import VhostUserFrontEnd
 from ..vhost_user.front_end.watch import Watch
@@ -39,7 +35,8 @@ from ..warmup import warm_up
 from .back_end import BackEndProcess
 from .checks import Check
 from .frames import FrameLedger, Way
-from .history import History
+from .hang import where_hung
+from .history import History, Recorder
 
 OWNERS: Final = ("userspace", "thread", "process", "vhost-user")
 """The owners that `Vnet` can give the rings to."""
@@ -134,6 +131,7 @@ class Vnet:
             self.ledger = FrameLedger(self._ways, self.pairs, self.history.now_s)
             self.device = self._make_device(made)
             self._check = Check(self.device)
+            self._was = Owner.NOBODY
             self.device.on_owner.append(self._owner_changed)
             self.driver = made.enter_context(
                 Driver(
@@ -181,7 +179,7 @@ class Vnet:
         elif self.owner == "vhost-user":
             front_end = self._connect(made)
             backends, offered = front_end.backends, front_end.features
-        vhost = [_Recorder(backend, pair, self.faults, self.history) for pair, backend in enumerate(backends)]
+        vhost = [Recorder(backend, pair, self.faults, self.history) for pair, backend in enumerate(backends)]
         device = made.enter_context(
             NetDevice(
                 self.memory, self.endpoint, queue_pairs=self.pairs, offered=offered, vhost=vhost or None, mtu=self._mtu,
@@ -219,7 +217,8 @@ class Vnet:
 
         def more() -> bool:
             if self.ledger.fates:
-                raise AssertionError(self._said(["frames were not as they should be:", *self._frames()]))
+                self._raise_trouble()  # which may be the cause
+                raise self._error(["frames were not as they should be:", *self._frames()])
             return all(
                 now >= then + frames
                 for pair, each in enumerate(before)
@@ -234,7 +233,7 @@ class Vnet:
         while not done():
             self._raise_trouble()
             if time.monotonic() > until:
-                raise AssertionError(self._said([f"never happened within {self._patience_s:g} s: {what}"]))
+                raise self._error([f"never happened within {self._patience_s:g} s: {what}"])
             time.sleep(_LOOK_S)
 
     def change_owner(self, times: int = 2) -> None:
@@ -287,9 +286,11 @@ class Vnet:
         if (frames or more) and (drops := self._drops()):
             wrong.append(f"the endpoint's own counters: {drops}")
         if last:
-            wrong += [f"the fault {fault.verb} never struck: no such verb was run" for fault in self.faults if not fault.hits]
+            wrong += [
+                f"the fault {fault.verb} never struck: no such verb was run" for fault in self.faults if not fault.hits
+            ]
         if wrong:
-            raise AssertionError(self._said(wrong))
+            raise self._error(wrong)
 
     # --- the end ---
 
@@ -298,37 +299,42 @@ class Vnet:
     ) -> None:
         if not self._open:
             return
-        self._open = False
         late: list[str] = []
         try:
             if error is None:
                 self.settle()
-            else:
+            elif not isinstance(error, _FoundError):
                 error.add_note(self._state())
         finally:
             for fate in self.ledger.fates:
                 self.history.add("frame", **fate.as_dict())
             hung = not self._comes_back()
             if hung:
-                self.driver.close()  # the rest can't be closed: its thread is in the endpoint
-                self._stack.pop_all()
+                self.driver.close()  # the rest can't be closed before the endpoint comes back
             else:
+                self._open = False
                 seen = len(self._check.violations)
                 self._stack.close()
                 late = self._check.violations[seen:]
         if error is None and (wrong := [self._hung()] if hung else late):
-            raise AssertionError(self._said(wrong))
+            raise self._error(wrong)
 
     def close(self) -> None:
-        """Close all without a check; nothing if it is closed."""
+        """Close all without a check; nothing if it is closed, or if the endpoint still hangs."""
         self.__exit__(GeneratorExit, GeneratorExit(), None)
 
     # --- looking ---
 
     def _owner_changed(self, gone: bool) -> None:
-        died = gone and self.owner in ("process", "vhost-user") and _died(self.worker)
         device = self.device
-        self.ledger.owner_changed(self._named(device.owner), lambda n: device.queues[n].last_avail_idx, died)
+        was, self._was = self._was, device.owner
+        died = was is Owner.VHOST and gone and _died(self.worker)
+        elsewhere = (
+            was is not Owner.NOBODY and self.owner == "vhost-user" and not isinstance(self.endpoint, GenerateEndpoint)
+        )
+        self.ledger.owner_changed(
+            self._named(device.owner), lambda n: device.queues[n].last_avail_idx, died, left_behind=elsewhere
+        )
         self.history.add(
             "owner", owner=self._named(device.owner), indices=[queue.last_avail_idx for queue in device.queues]
         )
@@ -339,7 +345,7 @@ class Vnet:
 
     def _named(self, owner: Owner) -> str:
         if owner is not Owner.VHOST:
-            return owner.value
+            return str(owner.value)
         pid = "" if isinstance(self.worker, Worker) else f" {self.worker.pid}"
         return f"vhost ({self.owner}{pid})"
 
@@ -352,7 +358,7 @@ class Vnet:
 
     def _raise_trouble(self) -> None:
         if wrong := self._trouble(look_far=False):
-            raise AssertionError(self._said(wrong))
+            raise self._error(wrong)
 
     def _trouble(self, look_far: bool = True) -> list[str]:
         """Return what stops a test at once: the endpoint raised, or a side of the rings broke the specification.
@@ -382,10 +388,12 @@ class Vnet:
 
     def _drops(self) -> str:
         counts = self.endpoint.counters()
-        return ", ".join(f"{name} {n}" for name, n in counts.items() if n and (name.startswith("dropped") or name == "errors"))
+        return ", ".join(
+            f"{name} {n}" for name, n in counts.items() if n and (name.startswith("dropped") or name == "errors")
+        )
 
-    def _said(self, lines: Sequence[str]) -> str:
-        return "\n".join([*lines, self._state()])
+    def _error(self, lines: Sequence[str]) -> _FoundError:
+        return _FoundError("\n".join([*lines, self._state()]))
 
     def _state(self) -> str:
         """Return a line about the device, its owner and its traffic."""
@@ -420,7 +428,7 @@ class Vnet:
             if quiet > max(self._patience_s, self._quiet_s):
                 waiting = "I9: frames wait in a transmitq or in the endpoint, and nobody takes them"
                 self._seen_hung = bool(self.endpoint._in_hand)
-                raise AssertionError(self._said([self._hung() if self._seen_hung else waiting]))
+                raise self._error([self._hung() if self._seen_hung else waiting])
             time.sleep(_LOOK_S if now - began < 1 else 0.01)
 
     def _comes_back(self) -> bool:
@@ -434,37 +442,11 @@ class Vnet:
         return True
 
     def _hung(self) -> str:
-        """Return in one line that the endpoint hangs, and where."""
-        for frame in sys._current_frames().values():
-            where: FrameType | None = None
-            walked: FrameType | None = frame
-            while walked is not None:
-                where = where or (None if _is_ours(walked.f_code.co_filename) else walked)
-                if walked.f_locals.get("self") is self.endpoint and where is not None:
-                    at = f" in {where.f_code.co_name} at {where.f_code.co_filename}:{where.f_lineno}"
-                    return f"{self.endpoint.name} hangs{at}: it has not come back for {self._patience_s:g} s"
-                walked = walked.f_back
-        return f"{self.endpoint.name} hangs: it has frames in hand, and has not come back for {self._patience_s:g} s"
+        return where_hung(self.endpoint, self._patience_s)
 
 
-class _Recorder(FaultyBackend):
-    """A backend whose verbs fail as faults say, and stand in the history."""
-
-    def __init__(self, inner: Backend, pair: int, faults: Faults, history: History) -> None:
-        super().__init__(inner, pair, faults)
-        self._history = history
-
-    def apply(self, verb: Verb) -> int:
-        error: str | None = "unknown"
-        try:
-            answer = super().apply(verb)
-            error = None
-        except BackendError as e:
-            error = errno.errorcode.get(e.errno, str(e.errno))
-            raise
-        finally:
-            self._history.add("verb", verb=point_of(verb), pair=self._pair, vring=verb.index, error=error)
-        return answer
+class _FoundError(AssertionError):
+    """What a `Vnet` found wrong, with the state of its device."""
 
 
 def _died(worker: Worker | WorkerProcess | BackEndProcess) -> bool:
@@ -481,8 +463,3 @@ def _died(worker: Worker | WorkerProcess | BackEndProcess) -> bool:
 
 def _raised(errors: int, text: str) -> str:
     return f"the endpoint raised {errors} time{'s' * (errors != 1)}, the last time: {text}"
-
-
-def _is_ours(file: str) -> bool:
-    """True if a file is vnetdp's, or a library's."""
-    return Path(file).is_relative_to(Path(__file__).parents[1]) or not Path(file).exists() or "threading.py" in file

@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "vnet(endpoint, **options): the arguments of the Vnet that the fixture vnet is; an option that is a list (but for "
+        "vnet(**options): the arguments of the Vnet that the fixture vnet is; an option that is a list (but for "
         "faults) makes a test for each of its values",
     )
 
@@ -44,7 +44,9 @@ def _asked(item: pytest.Item | pytest.Function) -> dict[str, Any]:
     """Return the arguments that the test's markers give; the nearest marker wins."""
     options: dict[str, Any] = {}
     for mark in reversed([*item.iter_markers("vnet")]):
-        options |= ({"endpoint": mark.args[0]} if mark.args else {}) | mark.kwargs
+        if mark.args:
+            raise pytest.UsageError(f"{item.nodeid}: the marker vnet takes keywords alone, such as endpoint=…")
+        options |= mark.kwargs
     return options
 
 

@@ -39,7 +39,7 @@ class Ledger:
 
     def noted(self, notes: int, flow: int = 0) -> list[int]:
         """Return the numbers noted at slot *notes* of the row."""
-        row = self.rows[flow].tolist()
+        row: list[int] = self.rows[flow].tolist()
         return row[notes + 1 : notes + 1 + row[notes]]
 
 
