@@ -88,7 +88,7 @@ coverage: $(STAMP)
 	$(RUN) -m coverage report --include='vnetdp/*' --omit='vnetdp/bench/*' --fail-under=90
 
 # What is published, in an environment of its own, away from the checkout: does the wheel hold all that it needs?
-WHEEL_TESTS ?= tests/kernels tests/project/test_package.py tests/cli/test_cli.py
+WHEEL_TESTS ?= tests/kernels tests/project/test_package.py tests/testing/test_plugin.py tests/cli/test_cli.py
 wheel-test: $(STAMP)
 	@set -eu; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir "$$dir" .; \

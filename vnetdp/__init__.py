@@ -25,6 +25,7 @@ _HOME = {
     "driver_block": "guest.driver",
     "EventFd": "shared.notify",
     "Endpoint": "endpoints.base",
+    "FrameEndpoint": "endpoints.frames",
     "parse_endpoint": "endpoints.spec",
     "NullEndpoint": "endpoints.loopback",
     "EchoEndpoint": "endpoints.loopback",
@@ -32,6 +33,7 @@ _HOME = {
     "ReflectEndpoint": "endpoints.loopback",
     "GenerateEndpoint": "endpoints.loopback",
     "Ledger": "endpoints.loopback",
+    "FrameNumbers": "endpoints.loopback",
     "drained": "endpoints.loopback",
     "MailboxEndpoint": "endpoints.mailbox",
     "TapEndpoint": "endpoints.tap",
@@ -82,7 +84,9 @@ if TYPE_CHECKING:
     from .device.owners import Owner as Owner
     from .endpoints.base import Endpoint as Endpoint
     from .endpoints.fault import FaultEndpoint as FaultEndpoint
+    from .endpoints.frames import FrameEndpoint as FrameEndpoint
     from .endpoints.loopback import EchoEndpoint as EchoEndpoint
+    from .endpoints.loopback import FrameNumbers as FrameNumbers
     from .endpoints.loopback import GenerateEndpoint as GenerateEndpoint
     from .endpoints.loopback import Ledger as Ledger
     from .endpoints.loopback import MacswapEndpoint as MacswapEndpoint

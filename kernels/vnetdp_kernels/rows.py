@@ -179,7 +179,15 @@ LEDGER_DUPLICATED: Final = 3
 LEDGER_REORDERED: Final = 4  # seen after a higher number
 LEDGER_CORRUPTED: Final = 5
 LEDGER_FOREIGN: Final = 6  # frames without our mark
-LEDGER_SLOTS: Final = 8
+LEDGER_COUNTS: Final = 8  # slots of counts; behind them are the notes
+# The notes of one kind: how many there are, then the numbers of the first LEDGER_NOTED frames.
+LEDGER_NOTED: Final = 100
+LEDGER_NOTE_SLOTS: Final = 1 + LEDGER_NOTED
+LEDGER_NOTE_MISSING: Final = LEDGER_COUNTS  # a late frame's number is taken out again
+LEDGER_NOTE_DUPLICATED: Final = LEDGER_NOTE_MISSING + LEDGER_NOTE_SLOTS
+LEDGER_NOTE_REORDERED: Final = LEDGER_NOTE_DUPLICATED + LEDGER_NOTE_SLOTS
+LEDGER_NOTE_CORRUPTED: Final = LEDGER_NOTE_REORDERED + LEDGER_NOTE_SLOTS  # the number that was due then
+LEDGER_SLOTS: Final = 416
 LEDGER_WINDOW: Final = 65536  # numbers behind LEDGER_NEXT that are told apart as late or duplicate
 
 # A numbered frame: Ethernet header, then (little endian) mark u32, flow u16, its own length u16 (modulo 2**16), number

@@ -64,7 +64,7 @@ def device(request: pytest.FixtureRequest, memory: GuestMemory, endpoint: Genera
     """A device of two pairs that runs where the parameter says, once it may run."""
     with no_descriptor_leaks():
         worker = Worker(2)
-        device = NetDevice(memory, endpoint, queue_pairs=2, vhost=worker.backends)
+        device = NetDevice(memory, endpoint, queue_pairs=2, vhost=worker)
         device.set_use_vhost(request.param is Owner.VHOST)
         yield device
         device.close()
@@ -285,6 +285,11 @@ def test_what_no_device_can_be(
 ) -> None:
     with no_descriptor_leaks(), pytest.raises(ConfigError, match=says):
         NetDevice(memory, endpoint, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_worker_needs_a_backend_for_each_queue_pair(memory: GuestMemory, endpoint: GenerateEndpoint) -> None:
+    with Worker(1) as worker, pytest.raises(ConfigError, match="1 vhost backends for 2 queue pairs"):
+        NetDevice(memory, endpoint, queue_pairs=2, vhost=worker)
 
 
 def test_what_only_some_devices_can_do(idle: NetDevice, device: NetDevice) -> None:

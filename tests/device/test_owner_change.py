@@ -278,7 +278,7 @@ def test_a_change_calls_the_driver_and_a_pending_call_stays() -> None:
         MailboxEndpoint() as endpoint,
     ):
         worker = Worker(1)
-        with NetDevice(memory, endpoint, vhost=worker.backends) as device, Driver(device, memory) as driver:
+        with NetDevice(memory, endpoint, vhost=worker) as device, Driver(device, memory) as driver:
             for n in range(6):
                 for call in device.calls:
                     call.clear()
@@ -327,7 +327,7 @@ def test_an_endpoint_in_python_is_served_by_its_owner_alone() -> None:
     ):
         worker = Worker(1)
         endpoint.vhost = worker.datapath
-        with NetDevice(memory, endpoint, vhost=worker.backends) as device, Driver(device, memory) as driver:
+        with NetDevice(memory, endpoint, vhost=worker) as device, Driver(device, memory) as driver:
             assert driver.mailbox is not None
             driver.mailbox.limit = 2 * frames
             driver.start()

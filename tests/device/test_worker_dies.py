@@ -5,9 +5,9 @@ Nothing here tells the device of it: it hears by itself.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -38,14 +38,12 @@ class Bed:
 
     def __init__(self, worker: Worker | WorkerProcess) -> None:
         self.worker = worker
-        self.may_return = threading.Event()  # set: a thread that hangs comes back
         with ExitStack() as stack:
             stack.callback(worker.close)
-            stack.callback(self.may_return.set)
             self.memory = stack.enter_context(memory_for())
             self.wire = stack.enter_context(GenerateEndpoint())
             self.source = stack.enter_context(GenerateEndpoint())
-            self.device = stack.enter_context(NetDevice(self.memory, self.wire, vhost=worker.backends))
+            self.device = stack.enter_context(NetDevice(self.memory, self.wire, vhost=worker))
             self.close = stack.pop_all().close
 
     def boot(self) -> None:
@@ -77,41 +75,27 @@ class Bed:
 # --- how a worker ends ---
 
 
-def _defect(*_: object) -> tuple[int, int]:
-    raise RuntimeError("a defect")
+def _fails(bed: Bed) -> None:
+    """An exception ends the thread, or the process by its thread."""
+    bed.worker.fail(RuntimeError("a defect"))
 
 
-def _ends(bed: Bed) -> None:
-    """An exception ends the thread."""
-
-    assert isinstance(bed.worker, Worker)
-    with bed.worker.loop_thread.paused():
-        bed.worker.datapath.run = _defect  # type: ignore[assignment]
+def _killed(bed: Bed) -> None:
+    bed.worker.kill()
 
 
 def _hangs(bed: Bed) -> None:
     """The thread is in Python, and does not come back."""
-
-    def run(*_: object) -> tuple[int, int]:
-        bed.may_return.wait()
-        return r.LOOP_CONTROL, 0
-
     assert isinstance(bed.worker, Worker)
-    with bed.worker.loop_thread.paused():
-        bed.worker.datapath.run = run  # type: ignore[assignment]
-        bed.worker.loop_thread._timeout_s = SHORT_S
-
-
-def _killed(bed: Bed) -> None:
-    assert isinstance(bed.worker, WorkerProcess)
-    os.kill(bed.worker.pid, signal.SIGKILL)
+    bed.worker.loop_thread._timeout_s = SHORT_S
+    bed.worker.hang(math.inf)
 
 
 def _stopped(bed: Bed) -> None:
     """The process stands still: it is not dead, and answers nothing."""
     assert isinstance(bed.worker, WorkerProcess)
     bed.worker.timeout_s = SHORT_S
-    os.kill(bed.worker.pid, signal.SIGSTOP)
+    bed.worker.hang(math.inf)
 
 
 def _closed(bed: Bed) -> None:
@@ -126,9 +110,11 @@ def _looked_after() -> Worker:
 
 
 ENDS: dict[str, tuple[Callable[[], Worker | WorkerProcess], Callable[[Bed], None]]] = {
-    "thread ends": (lambda: Worker(1), _ends),
+    "thread fails": (lambda: Worker(1), _fails),
+    "thread is killed": (lambda: Worker(1), _killed),
     "thread hangs": (_looked_after, _hangs),
     "thread is closed": (lambda: Worker(1), _closed),
+    "process fails": (lambda: WorkerProcess(1), _fails),
     "process is killed": (lambda: WorkerProcess(1), _killed),
     "process hangs": (lambda: WorkerProcess(1), _stopped),
 }
@@ -235,9 +221,13 @@ STATES: dict[str, Callable[[Bed, Callable[[Bed], None]], None]] = {
 }
 
 
-# Each process that hangs takes seconds: the others of its states are for the campaign.
-_LONG = set(STATES) - {"under traffic", "before the driver", "prepared"}
-CASES = [(how, state) for how in ENDS for state in STATES if CAMPAIGN or how != "process hangs" or state not in _LONG]
+# Each process that hangs takes seconds, and one that fails ends as one that is killed: the others of their states are
+# for the campaign.
+_SHORT = {
+    "process hangs": ("under traffic", "before the driver", "prepared"),
+    "process fails": ("under traffic", "prepared"),
+}
+CASES = [(how, state) for how in ENDS for state in STATES if CAMPAIGN or state in _SHORT.get(how, STATES)]
 
 
 @pytest.mark.parametrize(("how", "state"), CASES)
@@ -262,7 +252,11 @@ def test_userspace_goes_on_where_a_worker_ended(how: str, state: str) -> None:
 
 @pytest.mark.parametrize(
     ("end", "says"),
-    [(_killed, "was killed by SIGKILL"), (_stopped, r"did not answer within [0-9.]+ s, and was killed")],
+    [
+        (_killed, "was killed by SIGKILL"),
+        (_fails, "ended with exit status 1"),
+        (_stopped, r"did not answer within [0-9.]+ s, and was killed"),
+    ],
 )
 def test_the_end_of_a_worker_process_is_said_in_one_line_and_once(
     end: Callable[[Bed], None], says: str, caplog: pytest.LogCaptureFixture
@@ -347,8 +341,7 @@ def test_a_device_hears_through_backends_that_are_wrapped() -> None:
         device = stack.enter_context(NetDevice(memory, wire, queue_pairs=2, vhost=wrapped))
         stack.enter_context(Driver(device, memory, queue_pairs=2))
         assert device.owner is Owner.VHOST
-        with worker.loop_thread.paused():
-            worker.datapath.run = _defect  # type: ignore[assignment]
+        worker.fail(RuntimeError("a defect"))
         wait_equal(lambda: device.owner, Owner.USERSPACE)
         assert "a defect" in str(device.last_error)
         assert device.fallbacks == 1
@@ -389,7 +382,7 @@ def test_an_endpoint_that_hangs_costs_the_worker_and_no_frame(where: str) -> Non
     with (
         memory_for() as memory,
         Slow(where) as wire,
-        NetDevice(memory, wire, vhost=worker.backends) as device,
+        NetDevice(memory, wire, vhost=worker) as device,
         Driver(device, memory) as guest,
     ):
         guest.start()
@@ -448,7 +441,7 @@ def test_an_endpoint_cannot_change_its_device_from_within_and_the_device_lives(u
     with (
         memory_for() as memory,
         Meddler() as wire,
-        NetDevice(memory, wire, vhost=worker.backends) as device,
+        NetDevice(memory, wire, vhost=worker) as device,
         Driver(device, memory) as guest,
     ):
         wire.device = device
@@ -469,7 +462,7 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
     with (
         memory_for() as memory,
         Meddler() as wire,
-        NetDevice(memory, wire, vhost=worker.backends) as device,
+        NetDevice(memory, wire, vhost=worker) as device,
         Driver(device, memory) as guest,
     ):
         running = worker if use_vhost else device.userspace.worker
@@ -490,3 +483,17 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
         wait_equal(lambda: wire.errors, 1)
         assert device.owner is (Owner.VHOST if use_vhost else Owner.USERSPACE)
         worker.close()
+
+
+@pytest.mark.parametrize("make", [lambda: Worker(1), lambda: WorkerProcess(1)], ids=["thread", "process"])
+def test_a_worker_that_hangs_for_a_while_goes_on_with_its_rings(make: Callable[[], Worker | WorkerProcess]) -> None:
+    with ExitStack() as stack:
+        bed = Bed(make())
+        stack.callback(bed.close)
+        bed.serve()
+        bed.worker.hang(0.05)
+        bed.moves()
+        assert bed.device.owner is Owner.VHOST
+        assert not bed.device.last_error
+        ledger = bed.settle()
+        assert not (ledger.lost or ledger.duplicated or ledger.reordered or ledger.corrupted), ledger

@@ -185,7 +185,7 @@ def test_a_reset_under_traffic_starts_anew() -> None:
         worker = Worker(2)
         with (
             memory_for(2, 64) as memory,
-            NetDevice(memory, traffic.device, queue_pairs=2, vhost=worker.backends) as device,
+            NetDevice(memory, traffic.device, queue_pairs=2, vhost=worker) as device,
             Driver(device, memory, traffic.guest, queue_pairs=2, num=64) as driver,
         ):
             driver.start(poll_us=10)

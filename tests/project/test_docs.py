@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vnetdp
+import vnetdp.testing
 from tests.project import reference
 from tests.support.by_hand import wait_for
 from vnetdp.bench.netns import why_no_netns
@@ -90,15 +91,35 @@ def test_python_example(block: Block, tmp_path: Path) -> None:
     assert done.stdout == block.output
 
 
-@pytest.mark.parametrize("block", marked("python"), ids=name_of)
+@pytest.mark.parametrize("block", marked("pytest"), ids=name_of)
+def test_pytest_example(block: Block, tmp_path: Path) -> None:
+    """It passes, or fails with the lines that the page shows, whatever the time in them is."""
+    (tmp_path / "test_example.py").write_text(block.text)
+    done = run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "error"], tmp_path
+    )
+    assert done.returncode == (0 if block.output is None else 1), done.stdout
+    for line in (block.output or "").splitlines():
+        assert re.sub(r"[\d.]+ s$", "", line) in done.stdout
+
+
+@pytest.mark.parametrize("block", [*marked("python"), *marked("pytest")], ids=name_of)
 def test_python_example_imports_from_the_public_face_alone(block: Block) -> None:
-    assert not re.search(r"^\s*(from|import) vnetdp(_kernels|\.)", block.text, re.MULTILINE)
+    assert not re.search(r"^\s*(from|import) vnetdp(_kernels|\.(?!testing import))", block.text, re.MULTILINE)
+
+
+def test_every_example_file_is_shown_and_so_runs() -> None:
+    shown = {block.text for block in marked("python")}
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    assert examples
+    for path in examples:
+        assert path.read_text() in shown, path.name
 
 
 def test_every_python_block_is_an_example() -> None:
     for page in PAGES:
         for block in blocks(page):
-            assert block.language != "python" or block.test == "python", name_of(block)
+            assert block.language != "python" or block.test in ("python", "pytest"), name_of(block)
 
 
 def test_every_marked_block_is_one_that_a_test_runs() -> None:
@@ -196,16 +217,17 @@ def test_every_endpoint_is_in_the_table() -> None:
 
 def test_every_public_name_is_in_the_list() -> None:
     names = re.findall(r"^- `(\w+)`: ", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    assert [*names, "__version__"] == vars(vnetdp)["__all__"]
+    assert names == [*vars(vnetdp)["_HOME"], *vars(vnetdp.testing)["_HOME"]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="pdoc isn't installed: pip install 'vnetdp[docs]'")
 def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
     reference.build(tmp_path)
-    page = (tmp_path / "vnetdp.html").read_text()
-    for name in vars(vnetdp)["_HOME"]:
-        assert f'<section id="{name}">' in page or [*tmp_path.rglob(f"{name}.html")], name
-    assert "@private" not in page
+    for face, path in ((vnetdp, "vnetdp.html"), (vnetdp.testing, "vnetdp/testing.html")):
+        page = (tmp_path / path).read_text()
+        for name in vars(face)["_HOME"]:
+            assert f'<section id="{name}">' in page or [*tmp_path.rglob(f"{name}.html")], name
+        assert "@private" not in page
 
 
 def anchors(page: Path) -> set[str]:

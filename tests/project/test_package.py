@@ -16,11 +16,16 @@ from typing import Any
 import pytest
 
 import vnetdp
+import vnetdp.testing
 import vnetdp_kernels
 from tests.project.oldest import oldest
 
-PUBLIC: list[str] = vars(vnetdp)["__all__"]
-HOME: dict[str, str] = vars(vnetdp)["_HOME"]
+FACES = {vnetdp: [*vars(vnetdp)["_HOME"], "__version__"], vnetdp.testing: [*vars(vnetdp.testing)["_HOME"]]}
+
+
+def home_of(face: ModuleType) -> dict[str, str]:
+    home: dict[str, str] = vars(face)["_HOME"]
+    return home
 
 
 def python(code: str, cwd: Path, **env: str) -> Any:
@@ -46,9 +51,9 @@ def here() -> str:
 # --- what an import costs ---
 
 
-@pytest.mark.parametrize("statement", ["import vnetdp", "import vnetdp.cli.parser", "import vnetdp_kernels.spec"])
-def test_import_loads_neither_numba_nor_numpy(statement: str, tmp_path: Path) -> None:
-    code = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
+@pytest.mark.parametrize("module", ["vnetdp", "vnetdp.cli.parser", "vnetdp.testing.plugin", "vnetdp_kernels.spec"])
+def test_import_loads_neither_numba_nor_numpy(module: str, tmp_path: Path) -> None:
+    code = f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"
     loaded = set(python(code, tmp_path, PYTHONPATH=here()))
     assert not loaded & {"numba", "llvmlite", "numpy", "scapy", "pytun", "matplotlib"}
 
@@ -56,27 +61,30 @@ def test_import_loads_neither_numba_nor_numpy(statement: str, tmp_path: Path) ->
 # --- what is public ---
 
 
-def test_every_public_name_is_there() -> None:
-    for name in PUBLIC:
-        assert getattr(vnetdp, name) is not None
-    assert set(PUBLIC) <= set(dir(vnetdp))
+@pytest.mark.parametrize("face", FACES)
+def test_every_public_name_is_there(face: ModuleType) -> None:
+    names = vars(face)["__all__"]
+    for name in names:
+        assert getattr(face, name) is not None
+    assert set(names) <= set(dir(face))
     with pytest.raises(AttributeError, match="no attribute 'Virtio'"):
-        getattr(vnetdp, "Virtio")  # noqa: B009 - type checkers know that there is none
+        getattr(face, "Virtio")  # noqa: B009 - type checkers know that there is none
 
 
-@pytest.mark.parametrize("name", HOME)
-def test_a_public_name_comes_from_the_module_that_defines_it(name: str) -> None:
-    module = importlib.import_module(f"vnetdp.{HOME[name]}")
-    found = getattr(vnetdp, name)
+@pytest.mark.parametrize(("face", "name"), [(face, name) for face in FACES for name in home_of(face)])
+def test_a_public_name_comes_from_the_module_that_defines_it(face: ModuleType, name: str) -> None:
+    module = importlib.import_module(f"{face.__name__}.{home_of(face)[name]}")
+    found = getattr(face, name)
     if isinstance(found, ModuleType):
         assert found is module
     else:
         assert found is getattr(module, name)
-        assert found.__module__ == module.__name__
+        assert isinstance(found, tuple) or found.__module__ == module.__name__
 
 
-def test_type_checkers_see_the_public_names_and_no_others() -> None:
-    tree = ast.parse(Path(vnetdp.__file__).read_text())
+@pytest.mark.parametrize("face", FACES)
+def test_type_checkers_see_the_public_names_and_no_others(face: ModuleType) -> None:
+    tree = ast.parse(Path(str(face.__file__)).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {
         alias.asname: f"{node.module}.{alias.name}" if alias.name == "features" else node.module
@@ -85,8 +93,8 @@ def test_type_checkers_see_the_public_names_and_no_others() -> None:
         for alias in node.names
         if alias.asname == alias.name  # else it is not exported
     }
-    assert seen == HOME
-    assert [*HOME, "__version__"] == PUBLIC
+    assert seen == home_of(face)
+    assert vars(face)["__all__"] == FACES[face]
 
 
 # --- what is published ---

@@ -164,7 +164,7 @@ worker = {"thread": Worker, "process": WorkerProcess}[kind](1)
 with (
     memory_for() as memory,
     MacswapEndpoint() as wire,
-    NetDevice(memory, wire, vhost=worker.backends) as device,
+    NetDevice(memory, wire, vhost=worker) as device,
     Driver(device, memory) as guest,
 ):
     guest.start()
@@ -342,7 +342,7 @@ logging.disable()
 with MacswapEndpoint() as wire, ExitStack() as stack:
     memory = memory_for()
     worker = Worker(1)
-    device = NetDevice(memory, wire, vhost=worker.backends)
+    device = NetDevice(memory, wire, vhost=worker)
     guest = Driver(device, memory)
     guest.start()
     assert echo(b"before")

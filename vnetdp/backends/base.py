@@ -16,12 +16,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from ..endpoints.base import Endpoint
-from ..shared.memory import DirtyLog, GuestMemory
+from ..errors import ConfigError
+from ..shared.memory import DirtyLog, GuestMemory, Words
 from ..shared.notify import EventFd
 from . import verbs
 from .verbs import Verb
+
+
+class HasBackends(Protocol):
+    """A worker, or another object that has a backend for each queue pair."""
+
+    @property
+    def backends(self) -> Sequence[Backend]: ...
+
+
+def backends_of(vhost: HasBackends | Sequence[Backend], pairs: int) -> Sequence[Backend]:
+    """Return the backends of a worker, or *vhost* if it is a sequence of them; ConfigError unless there are *pairs*."""
+    anything: Any = vhost
+    found: Sequence[Backend] = getattr(anything, "backends", anything)
+    if len(found) != pairs:
+        raise ConfigError(f"{len(found)} vhost backends for {pairs} queue pairs: one for each is needed")
+    return found
 
 
 class Backend(ABC):
@@ -118,6 +136,10 @@ class Backend(ABC):
     @abstractmethod
     def status(self, index: int) -> int:
         """Return 0, or the status code of a ring that broke (`GuestError.status`)."""
+
+    def row(self, index: int) -> Words | None:
+        """Return the row of a ring, int64[VQ_SLOTS], to look at; None if it lies elsewhere, or with its worker's end."""
+        return None
 
     @abstractmethod
     def counters(self, index: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..datapath.notifiers import Notifiers
 from ..errors import BackendError, ConfigError
+from ..shared.memory import Words
 from .base import Backend
 from .names import FAULT_POINTS, UNBIND
 from .verbs import SetBackend, Verb
@@ -121,6 +122,9 @@ class FaultyBackend(Backend):
 
     def status(self, index: int) -> int:
         return self.inner.status(index)
+
+    def row(self, index: int) -> Words | None:
+        return self.inner.row(index)
 
     def counters(self, index: int) -> dict[str, int]:
         return self.inner.counters(index)

@@ -8,11 +8,11 @@ books: who polls an endpoint, and what a dead child leaves behind.
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import math
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -21,124 +21,33 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from vnetdp_kernels import rows as r
-from vnetdp_kernels import spec
 
 from ..datapath.datapath import Datapath
-from ..datapath.loop_thread import Listeners, LoopThread
+from ..datapath.loop_thread import Listeners, LoopThread, check_exception, hang_s
 from ..endpoints.base import Endpoint
-from ..errors import BackendError, EndpointError, MachineError
-from ..shared.memory import DirtyLog, GuestMemory, Region
-from ..shared.notify import EventFd
+from ..errors import BackendError, EndpointError, MachineError, VnetdpError, reason
+from ..shared.memory import GuestMemory, Words
 from ..system import child, limits
 from ..system.owned import Owned
 from ..virtio.queue import VRINGS, receiveq
+from . import messages
 from .base import Backend
 from .userspace import COUNTERS, UserspaceBackend
 from .verbs import GetVringBase, SetBackend, SetLog, SetMemory, SetVringCall, SetVringKick, Verb, refusal
 
 _log = logging.getLogger("vnetdp.worker")
 
-_MAX_MESSAGE = 1 << 16
-_MAX_FDS = 250  # SCM_MAX_FD is 253
 _TO_START = 12  # times the patience that a child has to answer first: it may be compiling
 _BROKEN = "broken"
 # Requests that are no verbs. Between the first two the child's thread stays out of the kernels; a ping is only answered.
 _HOLD, _RELEASE, _PING = "hold", "release", "ping"
 _SAME_MEMORY = "same memory"  # set_memory with the table that the child has
-
-
-class _RemoteEndpoint(Endpoint):
-    """The child's view of an endpoint: the same rows and slots, its own copies of the descriptors."""
-
-    def __init__(self, kind: int, queues: int, block_fd: int, fds: list[int], name: str) -> None:
-        self.kind = kind
-        self.name = name
-        super().__init__(queues, block_fd)
-        self.fds[:] = np.array(fds)
-
-    def _claim(self, queue: int, n: int, kind: int) -> bool:
-        """True: the parent, whose child this is, has the lock."""
-        return True
-
-    def close(self) -> None:
-        fds = set(self.fds.tolist()) - {-1}
-        super().close()
-        for fd in fds:
-            os.close(fd)
-
-
-def _pack(message: object) -> tuple[bytes, list[int]]:
-    """Return the bytes of a message, and the descriptors that go beside it."""
-    fds: list[int] = []
-
-    def beside(fd: int) -> int:
-        if fd < 0:
-            return -1
-        fds.append(fd)
-        return len(fds) - 1
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: object) -> object:
-            if isinstance(obj, EventFd):
-                return ("eventfd", beside(obj.fd))
-            if isinstance(obj, GuestMemory):
-                return ("memory", [(r.gpa, r.length, beside(r.fd), r.fd_offset) for r in obj.regions])
-            if isinstance(obj, DirtyLog):
-                return ("log", obj.length, beside(obj.fd))
-            if isinstance(obj, Endpoint):
-                queue_fds = [beside(fd) for fd in obj.fds.tolist()]
-                return ("endpoint", obj.kind, obj.queues, beside(obj.block.fd), queue_fds, obj.name)
-            return None
-
-    buffer = io.BytesIO()
-    Pickler(buffer).dump(message)
-    return buffer.getvalue(), fds
-
-
-def _unpack(data: bytes, fds: list[int]) -> Any:
-    """Return a message; the objects that arrived in it own their descriptors."""
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, pid: Any) -> object:
-            kind, *rest = pid
-            if kind == "eventfd":
-                return EventFd(fds[rest[0]])
-            if kind == "memory":
-                memory = GuestMemory([Region(gpa, n, fds[fd], at) for gpa, n, fd, at in rest[0]])
-                for _, _, fd, _ in rest[0]:
-                    os.close(fds[fd])
-                return memory
-            if kind == "log":
-                return DirtyLog(rest[0] * 8 * spec.PAGE_SIZE, fds[rest[1]])
-            endpoint_kind, queues, block, queue_fds, name = rest
-            own = [fds[fd] if fd >= 0 else -1 for fd in queue_fds]
-            return _RemoteEndpoint(endpoint_kind, queues, fds[block], own, name)
-
-    try:
-        return Unpickler(io.BytesIO(data)).load()
-    except BaseException:  # an object that could not be made may have closed its own
-        for fd in fds:
-            with suppress(OSError):
-                os.close(fd)
-        raise
-
-
-def _receive(sock: socket.socket) -> Any:
-    data, fds, flags, _ = socket.recv_fds(sock, _MAX_MESSAGE, _MAX_FDS)
-    if not data:
-        raise EOFError
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        for fd in fds:
-            os.close(fd)
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    return _unpack(data, list(fds))
+_MAX_REASON = 1000  # characters of an exception that the child is told
 
 
 class WorkerProcess(Owned):
-    """A vhost worker in a process of its own, for *pairs* queue pairs of one device. Give `backends` to `NetDevice`.
+    """A vhost worker in a process of its own, for *pairs* queue pairs of one device. Give it to `NetDevice`.
 
     - `poll_us`: microseconds for which it busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
     - `timeout_s`: seconds after which a process that does not answer is killed; 12 times as long before its first
@@ -167,6 +76,7 @@ class WorkerProcess(Owned):
         self._answered = False  # before that it may be compiling
         self.memory: GuestMemory | None = None  # the table that the child has
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         with ExitStack() as made, ExitStack() as childs:
             self.datapath = Datapath(pairs)
             made.callback(self.datapath.close)
@@ -192,21 +102,25 @@ class WorkerProcess(Owned):
         """The id of the worker process."""
         return self._child.pid
 
-    def call(self, pair: int, request: Verb | str) -> int:
+    @property
+    def alive(self) -> bool:
+        """True until the process has ended. @private"""
+        return self._child.process.poll() is None
+
+    def call(self, pair: int, request: Verb | VnetdpError | str) -> int:
         """Have the child run a verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
         self.check_maker()
-        data, fds = _pack((pair, request))
-        name = request if isinstance(request, str) else request.name
-        if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
-            why = (
-                f"a message of {len(data)} bytes and {len(fds)} descriptors; at most {_MAX_MESSAGE} and {_MAX_FDS} fit"
-            )
+        data, fds = messages.pack((pair, request))
+        name = request.name if isinstance(request, Verb) else "fail" if isinstance(request, VnetdpError) else request
+        if len(fds) > messages.MAX_FDS or len(data) > messages.MAX_LEN:
+            limit = f"at most {messages.MAX_LEN} and {messages.MAX_FDS} fit"
+            why = f"a message of {len(data)} bytes and {len(fds)} descriptors; {limit}"
             raise BackendError(name, errno.E2BIG, None, why)
         with self._lock:
             try:
                 self._send(name, data, fds)
                 self._await_answer()
-                ok, answer = _receive(self._sock)
+                ok, answer = messages.receive(self._sock)
                 self._answered = True
             except BackendError:
                 raise  # nothing was sent
@@ -269,11 +183,41 @@ class WorkerProcess(Owned):
                 break
         self.listeners.tell_gone()
 
+    def kill(self) -> None:
+        """End the process at once, by SIGKILL. For tests. Nothing happens if it has ended."""
+        self.check_maker()
+        self._child.process.kill()
+
+    def fail(self, exc: BaseException) -> None:
+        """Have the loop of the process raise a VnetdpError with the class and text of *exc*, which ends it. For tests.
+
+        Nothing happens if it has ended. TypeError if *exc* is not an exception.
+        """
+        check_exception(exc)
+        with suppress(BackendError):  # it has ended, or ends before it answers
+            self.call(0, VnetdpError(reason(exc)[:_MAX_REASON]))
+
+    def hang(self, seconds: float) -> None:
+        """Stop the process (SIGSTOP) for *seconds*, math.inf for ever, or until `close`. For tests.
+
+        Nothing happens if it has ended. ConfigError if *seconds* is negative.
+        """
+        self.check_maker()
+        wait_s = hang_s(seconds)
+
+        def go_on() -> None:
+            self._closing.wait(wait_s)
+            self._child.process.send_signal(signal.SIGCONT)
+
+        self._child.process.send_signal(signal.SIGSTOP)
+        limits.start(threading.Thread(target=go_on, name="vhost-process-hang", daemon=True))
+
     def close(self) -> None:
         """End the process, and give up its memory and descriptors. A device whose rings it has goes on in userspace."""
         if self.inherited:
             self.datapath.close()
             return
+        self._closing.set()
         if not self._child.end():
             _log.error("the worker process %d %s", self.pid, self._child.ended())
         for backend in self.backends:
@@ -375,6 +319,9 @@ class ProcessBackend(Backend, Owned):
     def status(self, index: int) -> int:
         return int(self._rows[index, r.VQ_STATUS])
 
+    def row(self, index: int) -> Words | None:
+        return self._rows[index] if self._worker.alive else None
+
     def counters(self, index: int) -> dict[str, int]:
         return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}
 
@@ -400,7 +347,7 @@ class _Child:
         with suppress(ConnectionError):
             self._events.send(_BROKEN.encode())
 
-    def apply(self, pair: int, request: Verb | str) -> int:
+    def apply(self, pair: int, request: Verb | VnetdpError | str) -> int:
         if request == _PING:
             return 0
         if request == _HOLD:
@@ -409,6 +356,9 @@ class _Child:
             return 0
         if request == _RELEASE:
             self._holds.pop().close()
+            return 0
+        if isinstance(request, VnetdpError):
+            self._loop_thread.fail(request)
             return 0
         verb = SetMemory(self._kept[(SetMemory,)]) if isinstance(request, str) else request
         with self._loop_thread.paused():
@@ -452,7 +402,7 @@ def main(passed: tuple[int, int, int], pairs: int, poll_us: int) -> None:
         sys.exit(f"vnetdp: the worker process: {e}")
     while True:
         try:
-            pair, request = _receive(sock)
+            pair, request = messages.receive(sock)
             answer: tuple[bool, object] = (True, served.apply(pair, request))
         except (EOFError, ConnectionError):  # the latter if an answer was left unread
             os._exit(0)  # the thread is in a kernel, and everything else is shared memory

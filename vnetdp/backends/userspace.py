@@ -245,6 +245,10 @@ class UserspaceBackend(Backend, Owned):
     def status(self, index: int) -> int:
         return int(self._rows[index, r.VQ_STATUS])
 
+    def row(self, index: int) -> Words:
+        row: Words = self._rows[index]
+        return row
+
     def counters(self, index: int) -> dict[str, int]:
         return {name: int(self._rows[index, slot]) for name, slot in COUNTERS.items()}
 

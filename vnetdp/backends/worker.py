@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 
 from ..datapath.datapath import Datapath
-from ..datapath.loop_thread import LoopThread
+from ..datapath.loop_thread import LoopThread, hang_s
 from ..endpoints.base import Endpoint
-from ..errors import reason
+from ..errors import VnetdpError, reason
+from ..shared.memory import Words
 from ..system import limits
 from ..system.owned import Owned
 from ..virtio.queue import VRINGS
@@ -23,7 +24,7 @@ from .verbs import SetBackend, Verb, refusal
 
 
 class Worker(Owned):
-    """A vhost worker: a thread that runs the rings of *pairs* queue pairs of one device. Give `backends` to `NetDevice`.
+    """A vhost worker: a thread that runs the rings of *pairs* queue pairs of one device. Give it to `NetDevice`.
 
     - `poll_us`: microseconds for which it busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
     - `name`: of the thread.
@@ -67,6 +68,28 @@ class Worker(Owned):
             if self.loop_thread.error is not None:
                 self.loop_thread.listeners.tell_gone()
                 return
+
+    def kill(self) -> None:
+        """End the thread at once, between two kernel calls, with nothing tidied: its rings stay bound. For tests.
+
+        Nothing happens if it has ended.
+        """
+        self.fail(VnetdpError("it was killed"))
+
+    def fail(self, exc: BaseException) -> None:
+        """Have the thread's loop raise *exc*, as a defect does, which ends the thread. For tests.
+
+        Nothing happens if it has ended. TypeError if *exc* is not an exception.
+        """
+        self.loop_thread.fail(exc)
+
+    def hang(self, seconds: float) -> None:
+        """Keep the thread away from the rings for *seconds*, math.inf for ever, or until `close`. For tests.
+
+        Nothing happens if it has ended. ConfigError if *seconds* is negative.
+        """
+        wait_s = hang_s(seconds)
+        self.loop_thread.call_within(lambda: self._closing.wait(wait_s))
 
     def close(self) -> None:
         """Stop the thread, and give up its memory and descriptors. A device whose rings it has goes on in userspace."""
@@ -118,6 +141,9 @@ class WorkerBackend(Backend, Owned):
 
     def status(self, index: int) -> int:
         return self._inner.status(index)
+
+    def row(self, index: int) -> Words:
+        return self._inner.row(index)
 
     def counters(self, index: int) -> dict[str, int]:
         return self._inner.counters(index)

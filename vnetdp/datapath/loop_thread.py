@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from vnetdp_kernels import rows as r
 from vnetdp_kernels.platform import interrupt
 
-from ..errors import ConfigError, VnetdpError
+from ..errors import ConfigError, VnetdpError, reason
 from ..shared.memory import Words
 from ..shared.notify import EventFd
 from ..system import limits
@@ -39,6 +39,19 @@ def call_away(target: Runnable) -> None:
     """Have the thread that runs *target* leave the kernels, if a close that ^C broke off left one there."""
     target.ctl[r.CTL_DOORBELL] = 1
     target.bell.signal()
+
+
+def check_exception(exc: BaseException) -> None:
+    """Raise TypeError if *exc* is not an exception, which a loop could raise."""
+    if not isinstance(exc, BaseException):
+        raise TypeError(f"a worker fails with an exception, such as OSError(), not with a {type(exc).__name__}")
+
+
+def hang_s(seconds: float) -> float:
+    """Return the seconds of a hang as a wait takes them; ConfigError if it can't be that long."""
+    if not seconds >= 0:
+        raise ConfigError(f"a worker can't hang for {seconds} s: give 0 or more, math.inf for ever")
+    return min(seconds, threading.TIMEOUT_MAX)
 
 
 class Listeners:
@@ -121,7 +134,7 @@ class LoopThread(Owned):
         self._depth = 0
         # Queues, not events: to wake a thread by one costs a tenth.
         self._parked: SimpleQueue[int] = SimpleQueue()
-        self._resume: SimpleQueue[int] = SimpleQueue()
+        self._resume: SimpleQueue[int | Callable[[], object]] = SimpleQueue()
         self._turn = 0  # goes through both queues: an entry that a broken-off pause left there matches no other pause
         self._stopping = False
         self._begun = threading.Lock()  # taken by the thread as it begins, or by `close`, so that it never does
@@ -143,11 +156,11 @@ class LoopThread(Owned):
             return  # it was closed before
         ctl, bell = self._target.ctl, self._target.bell
         try:
-            while not self._stopping:
-                reason, _ = self._target.run(-1, self.poll_us, -1)
+            while not (self._stopping or self._ended):
+                why, _ = self._target.run(-1, self.poll_us, -1)
                 if self._ended:
                     return  # it was taken for hung
-                if reason == r.LOOP_BROKEN:
+                if why == r.LOOP_BROKEN:
                     self.listeners.tell_broken()
                 if ctl[r.CTL_DOORBELL]:
                     self._stand_still()
@@ -159,7 +172,7 @@ class LoopThread(Owned):
         except BaseException as e:  # noqa: BLE001 - SystemExit too: after any exception the rings are served no more
             if self._ended or self.inherited:
                 return  # the child of a user's function that forked ends with this thread, its only one
-            _log.exception("%s ended", self._thread.name)
+            _log.error("%s ended: %s", self._thread.name, reason(e), exc_info=not isinstance(e, VnetdpError))
             self.error = e
         self._ended = True
         self._parked.put(self._turn)
@@ -171,7 +184,9 @@ class LoopThread(Owned):
         turn = self._turn
         self._parked.put(turn)
         while (told := self._resume.get()) != turn:
-            if told == _LOOK and turn != self._turn:
+            if callable(told):
+                told()
+            elif told == _LOOK and turn != self._turn:
                 turn = self._turn
                 self._parked.put(turn)
 
@@ -247,6 +262,20 @@ class LoopThread(Owned):
         else:
             self._lock.acquire()
             self._go_on()
+
+    def call_within(self, call: Callable[[], object]) -> None:
+        """Have the thread call *call* at once, outside the kernels; an exception in it ends the thread. For tests."""
+        with self.paused():
+            self._resume.put(call)
+
+    def fail(self, exc: BaseException) -> None:
+        """Have the thread raise *exc* at once, as a defect does. For tests."""
+        check_exception(exc)
+
+        def defect() -> NoReturn:
+            raise exc
+
+        self.call_within(defect)
 
     def signal_later(self, event: EventFd) -> None:
         """Have the thread signal *event*, a peer's, when it goes on; only while it stands still."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from vnetdp_kernels import rows as r
 
-from ..backends.base import Backend
+from ..backends.base import Backend, HasBackends, backends_of
 from ..datapath.notifiers import Notifiers
 from ..endpoints.base import Endpoint
 from ..errors import BackendError, ConfigError, GuestError, UnbindError
@@ -42,8 +42,8 @@ class NetDevice(Owned):
     - `mac`: the card's address, 6 bytes.
     - `mtu`: the MTU to offer (VIRTIO_NET_F_MTU), 68 to 65535 bytes; the endpoint is set to it. None offers none.
     - `offered`: feature bits to offer (see `features`); None offers all that the device and *endpoint* support.
-    - `vhost`: one backend for each queue pair, such as `Worker.backends`, of a worker that no other device uses. None:
-      userspace alone.
+    - `vhost`: a `Worker`, a `WorkerProcess`, a `VhostUserFrontEnd`, or a sequence of their `backends`, one for each
+      queue pair, that no other device uses. None: userspace alone.
     - `threaded`: True runs the userspace datapath in a thread of the device; False moves frames in `step` alone.
     - `poll_us`: microseconds for which that thread busy-polls before it sleeps; 0 sleeps at once, -1 never sleeps.
     - `max_num`: descriptors of the largest queue that a driver may set up, a power of two up to 32768.
@@ -67,7 +67,7 @@ class NetDevice(Owned):
         mac: bytes = DEFAULT_MAC,
         mtu: int | None = None,
         offered: int | None = None,
-        vhost: Sequence[Backend] | None = None,
+        vhost: HasBackends | Sequence[Backend] | None = None,
         threaded: bool = True,
         poll_us: int = 0,
         max_num: int = 1024,
@@ -75,8 +75,6 @@ class NetDevice(Owned):
         running: bool = True,
         notifiers: Notifiers | None = None,
     ) -> None:
-        if vhost is not None and len(vhost) != queue_pairs:
-            raise ConfigError(f"{len(vhost)} vhost backends for {queue_pairs} queue pairs: one for each is needed")
         self._registers = Registers(endpoint, queue_pairs, mac, mtu, offered, max_num)
         self.queues = self._registers.queues
         """Size, addresses and state of each queue, for reading: a list of `Virtqueue`."""
@@ -87,7 +85,7 @@ class NetDevice(Owned):
         self.fallback = fallback
         self.log: DirtyLog | None = None
         """The dirty log that `set_log` set; None while writes to guest memory are not logged."""
-        self.vhost = vhost
+        self.vhost = None if vhost is None else backends_of(vhost, queue_pairs)
         """The backends that the device was given, one for each queue pair; None: userspace alone."""
         self.use_vhost = vhost is not None
         """True while vhost is the owner to choose (`set_use_vhost`), whether or not it has the rings."""
@@ -106,7 +104,7 @@ class NetDevice(Owned):
         self._lock = OwnedLock(self, lambda: self._owners.check_outside())
         self._status = DeviceStatus(self.config_call)
         self._running = running
-        self._owners = Owners(self.userspace.backends, vhost, self.notifiers, self.check_rings, fallback)
+        self._owners = Owners(self.userspace.backends, self.vhost, self.notifiers, self.check_rings, fallback)
         with ExitStack() as made:
             made.callback(self.close)
             self._owners.listen(self.take_from)
@@ -280,6 +278,11 @@ class NetDevice(Owned):
     def owner(self) -> Owner:
         """The present owner of the rings."""
         return self._owners.owner
+
+    @property
+    def on_owner(self) -> list[Callable[[bool], None]]:
+        """Functions that are called at each change of owner, in the midst of it (`Owners.on_change`). @private"""
+        return self._owners.on_change
 
     @property
     def handovers(self) -> int:

@@ -70,6 +70,8 @@ class Owners(Owned):
         self.last_error: Exception | None = None
         self._said = ""  # why vhost can't start, until it does
         self._listening = ExitStack()
+        self.on_change: list[Callable[[bool], None]] = []
+        """Called once the rings have left an owner, with whether that was gone, and once another has them, with False."""
 
     def listen(self, gone: Callable[[Owner], None]) -> None:
         """Have either owner's backends call *check* when a ring broke, and *gone*, with the owner, if they are gone."""
@@ -127,6 +129,8 @@ class Owners(Owned):
                 self.notifiers.release()
             elif owner is Owner.USERSPACE:
                 self.abandon()
+            if was is not Owner.NOBODY:
+                self._tell(gone is not None)
             if self.fenced:
                 return owner is Owner.NOBODY
             try:
@@ -155,7 +159,13 @@ class Owners(Owned):
             self.take_as_bound()
         self.handovers += 1
         self.handovers_ns.append(time.perf_counter_ns() - began)
+        if owner is not Owner.NOBODY:
+            self._tell(False)
         return True
+
+    def _tell(self, gone: bool) -> None:
+        for call in tuple(self.on_change):
+            call(gone)
 
     def _say_once(self, error: BackendError, rings: vhost_net.Rings) -> None:
         """Log why vhost can't start, or is gone, and the owner in its place, unless the last line was the same."""

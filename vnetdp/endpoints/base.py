@@ -20,8 +20,9 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.rows import Sink, Source, Wire
 
-from ..errors import EndpointError, place
+from ..errors import ConfigError, EndpointError, place
 from ..shared.memory import Bytes, SharedBlock, Words
+from ..shared.notify import EventFd
 from ..system import limits
 from ..system.owned import Owned, OwnedLock
 
@@ -47,7 +48,7 @@ class Endpoint(Owned):
 
     Kernels work on: rows int64[queues, EP_SLOTS]; fds int64[queues] (-1 = none); pending uint8[queues, FRAME_SLOT];
     in_frames and out_frames uint8[queues, slots × FRAME_SLOT] with in_lengths and out_lengths int64[queues, slots];
-    ledger int64[queues, LEDGER_SLOTS] and windows uint8[queues, LEDGER_WINDOW], a row a flow.
+    ledger int64[queues, LEDGER_SLOTS], counts and then notes, and windows uint8[queues, LEDGER_WINDOW], a row a flow.
     """
 
     kind: int = r.KIND_PYTHON
@@ -71,6 +72,9 @@ class Endpoint(Owned):
             # a copy, is opened anew.
             with limits.giving("a second descriptor of a shared block"):
                 self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
+            made.callback(os.close, self._claims_fd)
+            asked = self.kind == r.KIND_PYTHON and type(self).receive_frames is not Endpoint.receive_frames
+            self._wakes = [made.enter_context(EventFd()) for _ in range(queues if asked else 0)]
             made.pop_all()
         self.close_on_fork()
         self.rows: Words = self.block.carve(np.int64, queues, r.EP_SLOTS)
@@ -81,7 +85,8 @@ class Endpoint(Owned):
         self.pending: Bytes = self.block.carve(np.uint8, queues, r.FRAME_SLOT)
         self.in_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
         self.out_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
-        self.fds: Words = np.full(queues, -1, np.int64)
+        self.fds: Words = np.array([wake.fd for wake in self._wakes] or [-1] * queues, np.int64)
+        self._woken: set[int] = set()  # queues whose descriptor of `wake` may be readable
         self.wire = Wire(
             self.rows,
             self.fds,
@@ -107,6 +112,8 @@ class Endpoint(Owned):
         self.polls_refused = 0
         self.errors = 0
         """The number of errors so far."""
+        self.last_error: BaseException | None = None
+        """The last error, such as an exception in `receive_frames`; None if there was none."""
 
     def source(self, queue: int) -> Source:
         """Return the rows of one queue from which kernels take frames.
@@ -221,23 +228,51 @@ class Endpoint(Owned):
         with self._guarded(queue, len(frames)):
             self.transmit_frames(queue, frames)
 
+    def wake(self, queue: int = 0) -> None:
+        """Have `receive_frames` asked for frames of *queue* again, soon, also if the loop sleeps. Any thread may call it.
+
+        Needless if *queue* has a descriptor of the endpoint's own in `fds`: its own has to be readable then, and this
+        raises ConfigError; so it does if there is no such queue, or no `receive_frames`. Nothing happens once the
+        endpoint is closed.
+        """
+        if not 0 <= queue < self.queues:
+            raise ConfigError(f"queue pair {queue}: the last one is {self.queues - 1}")
+        if not self._wakes:
+            raise ConfigError(f"{self.name}: it has no receive_frames of its own to ask")
+        fd = self._wakes[queue].fd  # before the look at fds: `close` does it the other way round
+        if self.fds[queue] not in (fd, -1):
+            raise ConfigError(f"{self.name}: queue {queue} has another descriptor in fds: make that one readable")
+        self._wake(queue)
+
+    def _wake(self, queue: int) -> None:
+        self._wakes[queue].signal()
+        self._woken.add(queue)  # only now: a descriptor that is readable, and not known to be, would never be cleared
+
     def _fill(self, queue: int, row: Words) -> None:
         row[r.EP_FIRST] = 0
+        if woken := queue in self._woken:
+            self._woken.discard(queue)
+            self._wakes[queue].clear()  # before the asking, so that a wake-up meanwhile is not lost
+        more = True
         with self._guarded(queue, 0):
-            self.fill_slots(queue, row)
+            more = self.fill_slots(queue, row)
+        if woken and more:
+            self._wake(queue)
 
-    def fill_slots(self, queue: int, row: Words) -> None:
+    def fill_slots(self, queue: int, row: Words) -> bool:
         """Put the frames of `receive_frames` into the in slots of *queue*, all free now; row[EP_COUNT] says how many.
 
-        @private
+        Return whether more frames may wait. @private
         """
-        n = 0
+        n = given = 0
         stopped = self.polls_stopped
-        frames = self._late.pop(queue, ()) or self.receive_frames(queue, PYTHON_SLOTS)
+        late = self._late.pop(queue, ())
+        frames = late or self.receive_frames(queue, PYTHON_SLOTS)
         if self.polls_stopped != stopped:
             self._late[queue] = frames  # for the next owner, which has the slots by now
-            return
+            return True
         for frame in frames:
+            given += 1
             if n == PYTHON_SLOTS:
                 row[r.EP_DROP_ERROR] += 1  # more than were asked for
             elif len(frame) > r.FRAME_SLOT:
@@ -247,10 +282,12 @@ class Endpoint(Owned):
                 self.in_frames[queue, at : at + len(frame)] = np.frombuffer(frame, np.uint8)
                 self.in_lengths[queue, n] = len(frame)
                 row[r.EP_COUNT] = n = n + 1
+        return bool(late) or given >= PYTHON_SLOTS
 
     def _failed(self, queue: int, frames: int, error: BaseException) -> None:
         self.rows[queue, r.EP_DROP_ERROR] += frames
         self.errors += 1
+        self.last_error = error
         if self.errors == 1:
             # An endpoint's own error names its file or interface; a capture that can't be read on fails no second time.
             named = isinstance(error, EndpointError) and str(error).startswith(self.name.partition(":")[0] + ":")
@@ -259,7 +296,11 @@ class Endpoint(Owned):
             _log.debug("%s: the error came from here:", self.name, exc_info=error)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
-        """Return at most *limit* frames for the ring, virtio_net_hdr first, or none. It must not block."""
+        """Return at most *limit* frames for the ring, virtio_net_hdr first, or none. It must not block.
+
+        It is asked each time the loop is in Python; a loop that sleeps asks none, unless `wake` is called. After *limit*
+        frames, or an exception, a queue that was woken is asked again.
+        """
         return ()
 
     def takes_frames(self, queue: int) -> bool:
@@ -369,6 +410,8 @@ class Endpoint(Owned):
     def close(self) -> None:
         """Give up its descriptors. Close the device or driver that uses it first."""
         self.fds[:] = -1
+        for wake in self._wakes:
+            wake.close()
         self.block.close()
         self.leave_to_parent()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
@@ -76,6 +78,20 @@ class Ledger:
         return ", ".join(f"{count:,} {what}" for what, count in asdict(self).items())
 
 
+@dataclass(frozen=True)
+class FrameNumbers:
+    """The numbers of the frames that a `Ledger` counts: (queue, number) of the first hundred of each queue, in order."""
+
+    lost: tuple[tuple[int, int], ...] = ()
+    """Frames that have not arrived."""
+    duplicated: tuple[tuple[int, int], ...] = ()
+    """Frames that arrived again."""
+    reordered: tuple[tuple[int, int], ...] = ()
+    """Frames that arrived after one of a higher number."""
+    corrupted: tuple[tuple[int, int], ...] = ()
+    """Numbers that were due when a frame came whose bytes, and so its number, can't be trusted."""
+
+
 class GenerateEndpoint(Endpoint):
     """Sends numbered frames, and checks those that arrive from the other side: see `Ledger`. Queue i sends flow i.
 
@@ -139,7 +155,7 @@ class GenerateEndpoint(Endpoint):
 
     def ledger_against(self, sender: GenerateEndpoint) -> Ledger:
         """Return the fate of the frames of *sender*, the generator at the other side of the rings, as seen here."""
-        total = self.ledger.sum(axis=0)
+        total = self.ledger[:, : r.LEDGER_COUNTS].sum(axis=0)
         delivered, sent = int(total[r.LEDGER_DELIVERED]), sender.sent
         return Ledger(
             sent=sent,
@@ -149,6 +165,37 @@ class GenerateEndpoint(Endpoint):
             reordered=int(total[r.LEDGER_REORDERED]),
             corrupted=int(total[r.LEDGER_CORRUPTED]),
         )
+
+    def numbers_against(self, sender: GenerateEndpoint) -> FrameNumbers:
+        """Return the numbers of the frames that `ledger_against` counts; frames in flight are among those lost.
+
+        The last 65536 numbers of a queue are told from one another, and of those before them the first hundred that were
+        missing.
+        """
+        queues = range(min(self.queues, sender.queues))
+        return FrameNumbers(
+            lost=tuple((queue, number) for queue in queues for number in self._missing(queue, sender)),
+            duplicated=self._noted(r.LEDGER_NOTE_DUPLICATED),
+            reordered=self._noted(r.LEDGER_NOTE_REORDERED),
+            corrupted=self._noted(r.LEDGER_NOTE_CORRUPTED),
+        )
+
+    def _notes(self, queue: int, notes: int) -> list[int]:
+        row: list[int] = self.ledger[queue].tolist()
+        return sorted(row[notes + 1 : notes + 1 + row[notes]])
+
+    def _noted(self, notes: int) -> tuple[tuple[int, int], ...]:
+        return tuple((queue, number) for queue in range(self.queues) for number in self._notes(queue, notes))
+
+    def _missing(self, queue: int, sender: GenerateEndpoint) -> list[int]:
+        """Return the first hundred numbers of flow *queue* that have not arrived."""
+        following, sent = int(self.ledger[queue, r.LEDGER_NEXT]), int(sender.rows[queue, r.EP_SEQ])
+        lowest = max(0, following - r.LEDGER_WINDOW)
+        recent = np.arange(lowest, following - 1)  # the last one has been seen
+        recent = recent[self.windows[queue][recent % r.LEDGER_WINDOW] == 0]
+        before = [number for number in self._notes(queue, r.LEDGER_NOTE_MISSING) if number < lowest]
+        first: list[int] = (before + recent[: r.LEDGER_NOTED].tolist())[: r.LEDGER_NOTED]
+        return [*first, *range(following, min(sent, following + r.LEDGER_NOTED - len(first)))]
 
 
 def drained(one: GenerateEndpoint, other: GenerateEndpoint, quiet_s: float = 5.0) -> Ledger:

@@ -6,19 +6,13 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import numpy as np
-
 from vnetdp_kernels import spec
 
-from ..errors import ConfigError
 from ..shared.notify import EventFd
-from ..system.owned import OwnedLock
-from .base import Endpoint
-
-_NO_HEADER = bytes(spec.NET_HDR_LEN)
+from .frames import NO_HEADER, QueuedEndpoint
 
 
-class MailboxEndpoint(Endpoint):
+class MailboxEndpoint(QueuedEndpoint):
     """Frames by hand: `put` gives one to the ring, `take` returns those that came off it. Any thread may call them.
 
     `limit`: frames kept each way. `put` refuses more; of frames that come off the ring the oldest are dropped and
@@ -31,37 +25,22 @@ class MailboxEndpoint(Endpoint):
 
     def __init__(self, queues: int = 1, limit: int = 4096) -> None:
         with ExitStack() as made:
-            super().__init__(queues)
+            super().__init__(queues, limit)
             made.callback(super().close)
             self.ready = made.enter_context(EventFd())
-            self._wake = [made.enter_context(EventFd()) for _ in range(queues)]
             made.pop_all()
-        self.limit = limit
-        """Frames kept each way."""
         self.dropped = 0
         """The number of frames that came off the ring, and were dropped since too many waited."""
-        self._lock = OwnedLock(self)
-        self._to_ring: list[deque[bytes]] = [deque() for _ in range(queues)]
         self._from_ring: deque[bytes] = deque()
-        self.fds[:] = np.array([event.fd for event in self._wake])
 
-    def put(self, frame: bytes, header: bytes = _NO_HEADER, queue: int = 0) -> bool:
+    def put(self, frame: bytes, header: bytes = NO_HEADER, queue: int = 0) -> bool:
         """Give an Ethernet frame (no FCS), with its virtio_net_hdr of 12 bytes, to the ring of queue pair *queue*.
 
         False if `limit` frames wait already. A frame of less than 14 bytes, or one that no buffer can hold, is taken,
         and then dropped and counted (`counters`). TypeError if *frame* is not bytes; ConfigError if there is no such
         queue pair.
         """
-        if not isinstance(frame, bytes | bytearray):
-            raise TypeError(f"a frame is bytes, not {type(frame).__name__}")
-        if not 0 <= queue < self.queues:
-            raise ConfigError(f"queue pair {queue}: the last one is {self.queues - 1}")
-        with self._lock:
-            if len(self._to_ring[queue]) >= self.limit:
-                return False
-            self._to_ring[queue].append(header + frame)
-        self._wake[queue].signal()
-        return True
+        return self._keep(frame, header, queue)
 
     def take(self) -> list[bytes]:
         """Return the Ethernet frames (no FCS, no virtio_net_hdr) that came off the rings, oldest first; maybe none."""
@@ -75,14 +54,6 @@ class MailboxEndpoint(Endpoint):
             self.ready.clear()
         return frames
 
-    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
-        with self._lock:
-            waiting = self._to_ring[queue]
-            frames = [waiting.popleft() for _ in range(min(limit, len(waiting)))]
-            if not waiting:
-                self._wake[queue].clear()
-        return frames
-
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         with self._lock:
             self._from_ring.extend(frames)
@@ -91,11 +62,6 @@ class MailboxEndpoint(Endpoint):
                 self.dropped += 1
         self.ready.signal()
 
-    @property
-    def idle(self) -> bool:
-        return not any(self._to_ring) and super().idle
-
     def close(self) -> None:
-        for event in (*self._wake, self.ready):
-            event.close()
+        self.ready.close()
         super().close()

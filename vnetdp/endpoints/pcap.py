@@ -52,9 +52,9 @@ class PcapEndpoint(Endpoint):
         with ExitStack() as made:
             super().__init__(queues)
             made.callback(super().close)
-            self._wake = EventFd()
+            self._more = EventFd()  # readable until the last frame was taken
             made.pop_all()
-        self.fds[0] = self._wake.fd
+        self.fds[0] = self._more.fd
         try:
             if self._source is not None:
                 self._reader = CaptureReader(self._source, PYTHON_SLOTS)
@@ -65,7 +65,7 @@ class PcapEndpoint(Endpoint):
             self.close()
             raise
         if source is not None:
-            self._wake.signal()
+            self._more.signal()
 
     @property
     def files(self) -> Sequence[Path]:
@@ -115,7 +115,7 @@ class PcapEndpoint(Endpoint):
         if not rows and reader.ended:
             # Only now: this is called again once the rows that it returned last have been taken.
             self._gone = True
-            self._wake.clear()
+            self._more.clear()
         return rows
 
     def _failed(self, queue: int, frames: int, error: BaseException) -> None:
@@ -127,7 +127,7 @@ class PcapEndpoint(Endpoint):
     def failures(self) -> Sequence[str]:
         return self._failures
 
-    def fill_slots(self, queue: int, row: Words) -> None:
+    def fill_slots(self, queue: int, row: Words) -> bool:
         stopped = self.polls_stopped
         rows = self._take(queue, PYTHON_SLOTS)
         if self.polls_stopped != stopped:
@@ -136,6 +136,7 @@ class PcapEndpoint(Endpoint):
             frames, lengths = self.in_frames[queue], self.in_lengths[queue]
             cap.take(reader.data, reader.index, rows.start, len(rows), frames, lengths)
             row[r.EP_COUNT] = len(rows)
+        return False  # its descriptor is readable until the end
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         rows = self._take(queue, limit)
@@ -182,7 +183,7 @@ class PcapEndpoint(Endpoint):
             except EndpointError as e:
                 self._failed(0, waiting, e)
             self._writer = None
-        self._wake.close()
+        self._more.close()
         super().close()
 
     def leave_to_parent(self) -> None:

@@ -2,7 +2,8 @@
 
 A numbered frame is an Ethernet header, a mark, its flow, length and number, then a pattern that depends on flow and
 number. Its addresses may come back exchanged; nothing else may differ. The check keeps a window of the numbers seen, so
-that a late frame is told from a repeated one.
+that a late frame is told from a repeated one, and notes the numbers of the first frames that are missing, repeated,
+late or corrupted. A frame that arrives in its turn is compared and counted, and no note is looked at.
 """
 
 from __future__ import annotations
@@ -61,6 +62,35 @@ def flow_of(mem: Bytes, at: int, length: int) -> int:
 
 
 @kernel
+def _note(row: Words, notes: int, seq: int) -> None:
+    """Note number *seq* among those of one kind, at slot *notes* (LEDGER_NOTE_*), if there is room."""
+    n = row[notes]
+    if 0 <= n < r.LEDGER_NOTED:
+        row[notes + 1 + n] = seq
+        row[notes] = n + 1
+
+
+@kernel
+def _note_gap(row: Words, following: int, seq: int) -> None:
+    """Note the numbers from *following* to below *seq* as missing, as far as there is room."""
+    for missing in range(following, min(seq, following + r.LEDGER_NOTED)):
+        _note(row, r.LEDGER_NOTE_MISSING, missing)
+
+
+@kernel
+def _note_late(row: Words, seq: int) -> None:
+    """Note that *seq*, which was missing, is late; the last number noted as missing takes its place."""
+    notes = r.LEDGER_NOTE_MISSING + 1
+    n = min(row[r.LEDGER_NOTE_MISSING], r.LEDGER_NOTED)
+    for k in range(n):
+        if row[notes + k] == seq:
+            row[notes + k] = row[notes + n - 1]
+            row[r.LEDGER_NOTE_MISSING] = n - 1
+            break
+    _note(row, r.LEDGER_NOTE_REORDERED, seq)
+
+
+@kernel
 def check(mem: Bytes, at: int, length: int, row: Words, window: Bytes) -> None:
     """Enter the frame of *length* bytes at *at* into a flow's ledger.
 
@@ -80,23 +110,28 @@ def check(mem: Bytes, at: int, length: int, row: Words, window: Bytes) -> None:
         wrong |= load_u8(mem, k) ^ (seq & 0xFF)
     if wrong != 0 or not 0 <= seq < 1 << 62:
         row[r.LEDGER_CORRUPTED] += 1
+        _note(row, r.LEDGER_NOTE_CORRUPTED, row[r.LEDGER_NEXT])
         return
     following = row[r.LEDGER_NEXT]
     if seq >= following:
         gap = seq - following
-        row[r.LEDGER_MISSING] += gap
-        for k in range(min(gap, r.LEDGER_WINDOW)):
-            window[(seq - 1 - k) % r.LEDGER_WINDOW] = 0
+        if gap:
+            row[r.LEDGER_MISSING] += gap
+            for k in range(min(gap, r.LEDGER_WINDOW)):
+                window[(seq - 1 - k) % r.LEDGER_WINDOW] = 0
+            _note_gap(row, following, seq)
         row[r.LEDGER_NEXT] = seq + 1
         row[r.LEDGER_DELIVERED] += 1
         window[seq % r.LEDGER_WINDOW] = 1
     elif following - seq > r.LEDGER_WINDOW or window[seq % r.LEDGER_WINDOW]:
         row[r.LEDGER_DUPLICATED] += 1
+        _note(row, r.LEDGER_NOTE_DUPLICATED, seq)
     else:
         row[r.LEDGER_MISSING] -= 1
         row[r.LEDGER_REORDERED] += 1
         row[r.LEDGER_DELIVERED] += 1
         window[seq % r.LEDGER_WINDOW] = 1
+        _note_late(row, seq)
 
 
 @inlined

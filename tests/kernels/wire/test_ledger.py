@@ -16,6 +16,7 @@ from vnetdp_kernels.platform.atomic import Bytes
 from vnetdp_kernels.wire import ledger
 
 WINDOW = r.LEDGER_WINDOW
+NOTED = r.LEDGER_NOTED
 SIZES = st.sampled_from((30, 31, 37, 38, 39, 46, 60, 61, 64, 1514, 9000, 65550)) | st.integers(30, 300)
 SEQS = st.integers(0, 70_000) | st.sampled_from((1 << 31, 1 << 32, 1 << 61, (1 << 62) - 1))
 
@@ -35,6 +36,11 @@ class Ledger:
     def row(self, flow: int = 0) -> tuple[int, ...]:
         """Return (delivered, missing, duplicated, reordered, corrupted, foreign)."""
         return tuple(self.rows[flow, r.LEDGER_DELIVERED : r.LEDGER_FOREIGN + 1].tolist())
+
+    def noted(self, notes: int, flow: int = 0) -> list[int]:
+        """Return the numbers noted at slot *notes* of the row."""
+        row: list[int] = self.rows[flow].tolist()
+        return row[notes + 1 : notes + 1 + row[notes]]
 
 
 @settings(max_examples=scaled(200, 60), deadline=None)
@@ -142,23 +148,34 @@ def test_any_order(steps: list[int]) -> None:
     """Numbers in any order, against a set of those seen: within the window, late is told from repeated."""
     known = Ledger()
     seen: set[int] = set()
+    doubled: list[int] = []
+    late: list[int] = []
+    missed: set[int] = set()
     delivered = duplicated = reordered = 0
     following = number = 0
     for step in steps:
         number = max(0, number + step)
         known.enter(number)
         if number >= following:
+            room = NOTED - len(missed)
+            missed.update(range(following, min(number, following + room)))
             following = number + 1
             delivered += 1
         elif number in seen or following - number > WINDOW:
             duplicated += 1
+            doubled.append(number)
         else:
+            late.append(number)
+            missed.discard(number)
             delivered += 1
             reordered += 1
         seen.add(number)
         missing = following - delivered
         assert known.row() == (delivered, missing, duplicated, reordered, 0, 0)
         assert known.rows[0, r.LEDGER_NEXT] == following
+        assert set(known.noted(r.LEDGER_NOTE_MISSING)) == missed
+        assert known.noted(r.LEDGER_NOTE_DUPLICATED) == doubled
+        assert known.noted(r.LEDGER_NOTE_REORDERED) == late
 
 
 def test_loss_over_several_windows() -> None:
@@ -188,3 +205,43 @@ def test_patterns_of_neighbours_differ() -> None:
         known = Ledger()
         ledger.enter(mixed, 0, 64, known.rows, known.windows)
         assert known.rows[:, r.LEDGER_CORRUPTED].sum() == 1
+
+
+def test_the_first_hundred_numbers_of_each_kind_are_noted_and_no_other_slot_is_written() -> None:
+    known = Ledger()
+    for seq in range(0, 4 * NOTED, 2):
+        known.enter(seq)
+        known.enter(seq)
+    assert known.noted(r.LEDGER_NOTE_MISSING) == [*range(1, 2 * NOTED, 2)]
+    assert known.noted(r.LEDGER_NOTE_DUPLICATED) == [*range(0, 2 * NOTED, 2)]
+    for seq in range(1, 4 * NOTED, 2):
+        known.enter(seq)
+    assert known.noted(r.LEDGER_NOTE_MISSING) == []
+    assert known.noted(r.LEDGER_NOTE_REORDERED) == [*range(1, 2 * NOTED, 2)]
+    known.enter(8 * NOTED)
+    assert known.noted(r.LEDGER_NOTE_MISSING) == [*range(4 * NOTED, 5 * NOTED)]
+    assert not known.rows[0, r.LEDGER_NOTE_CORRUPTED :].any()
+    assert not known.rows[1].any()
+
+
+def test_a_corrupted_frame_is_noted_by_the_number_that_was_due() -> None:
+    known = Ledger()
+    known.enter(0)
+    known.enter(1)
+    ledger.stamp(known.frame, 0, 64, 0, 2)
+    known.frame[50] ^= 1
+    ledger.enter(known.frame, 0, 64, known.rows, known.windows)
+    assert known.noted(r.LEDGER_NOTE_CORRUPTED) == [2]
+
+
+@pytest.mark.parametrize("count", [NOTED + 1, 1 << 40])
+def test_a_count_of_notes_that_cannot_be_writes_nowhere_else(count: int) -> None:
+    """The ledger of a guest that migrates comes from outside."""
+    known = Ledger()
+    for notes in (r.LEDGER_NOTE_MISSING, r.LEDGER_NOTE_DUPLICATED, r.LEDGER_NOTE_REORDERED, r.LEDGER_NOTE_CORRUPTED):
+        known.rows[0, notes] = count
+    for seq in (0, 2, 2, 1):
+        known.enter(seq)
+    assert known.row() == (3, 0, 1, 1, 0, 0)
+    assert not known.rows[0, r.LEDGER_NOTE_CORRUPTED + 1 :].any()
+    assert not known.rows[1].any()

@@ -58,7 +58,7 @@ class NetConfig(NamedTuple):
 
 
 class VhostUserFrontEnd(Owned):
-    """A vhost-user front end: the connection to a remote back end. After `connect`, give `backends` to `NetDevice`.
+    """A vhost-user front end: the connection to a remote back end. After `connect`, give it to `NetDevice`.
 
     - `path`: of the Unix socket.
     - `queue_pairs`: 1 to 128.

@@ -1,0 +1,49 @@
+"""vnetdp.testing: a device, its owners and its traffic for the tests of an endpoint, a driver or a back end.
+
+Every name here is public; docs/testing.md shows their use, and docs/api.md lists them. Names are loaded when they are first
+used, so that pytest, which loads `vnetdp.testing.plugin` in every project, starts as fast as before.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+
+# Public name: the module of this package that has it. The order is that of docs/api.md and of the reference.
+_HOME = {
+    "Vnet": "net",
+    "OWNERS": "net",
+    "VERBS": "net",
+    "check": "checks",
+    "Check": "checks",
+    "FrameLedger": "frames",
+    "Fate": "frames",
+    "History": "history",
+    "BackEndProcess": "back_end",
+}
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .back_end import BackEndProcess as BackEndProcess
+    from .checks import Check as Check
+    from .checks import check as check
+    from .frames import Fate as Fate
+    from .frames import FrameLedger as FrameLedger
+    from .history import History as History
+    from .net import OWNERS as OWNERS
+    from .net import VERBS as VERBS
+    from .net import Vnet as Vnet
+else:  # as in vnetdp/__init__.py
+    __all__ = [*_HOME]
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        found = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = found  # next time this function is not asked
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOME})

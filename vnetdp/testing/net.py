@@ -1,0 +1,465 @@
+"""Vnet: a device with its driver, its worker, its endpoints and its traffic, whose frames and invariants are checked."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from vnetdp_kernels import rows as r
+
+from ..backends.base import Backend
+from ..backends.faulty import Fault, Faults
+from ..backends.names import VERBS as _VERBS
+from ..backends.process import WorkerProcess
+from ..backends.worker import Worker
+from ..device import vhost_net
+from ..device.device import NetDevice
+from ..device.owners import Owner
+from ..endpoints.base import Endpoint
+from ..endpoints.loopback import GenerateEndpoint
+from ..errors import ConfigError, GuestError, place, reason
+from ..guest.driver import Driver, memory_for
+from ..system import child
+from ..vhost_user.front_end.front_end import VhostUserFrontEnd
+from ..vhost_user.front_end.watch import Watch
+from ..virtio import features as f
+from ..virtio.queue import RECEIVEQ, TRANSMITQ, queue_of
+from ..warmup import warm_up
+from .back_end import BackEndProcess
+from .checks import Check
+from .frames import FrameLedger, Way
+from .hang import where_hung
+from .history import History, Recorder
+
+OWNERS: Final = ("userspace", "thread", "process", "vhost-user")
+"""The owners that `Vnet` can give the rings to."""
+VERBS: Final = _VERBS
+"""The names of vhost's verbs, for `Fault`, in the order of a start."""
+
+_LOOK_S = 0.0005
+_SHOWN = 10  # frames in an error
+
+_warm_up_once = cache(warm_up)  # a second call costs ms
+
+_Made = Endpoint | type[Endpoint] | Callable[[], Endpoint]
+
+
+class Vnet:
+    """A device under traffic, for one test. In a `with` block frames move; at its end each of them is accounted for.
+
+    - `endpoint`: the endpoint under test: its class, which is called without an argument (with the number of queue pairs if
+      there are several), another function that returns it, or an endpoint, which the caller closes. It sends each frame
+      back. None: a `GenerateEndpoint`, which sends frames of its own and checks those of the guest.
+    - `owner`: the owner of the rings: `userspace` alone, a worker in a `thread` or a `process`, or a `vhost-user` back end
+      in a process of its own, with an endpoint of its own of the same class. A worker process refuses an endpoint in
+      Python, so userspace has its rings.
+    - `pairs`, `num`: queue pairs, and descriptors of each queue.
+    - `features`: feature bits, or their names as `features.parse` takes them (`"-event_idx"`); None takes all.
+    - `size`, `rate`: bytes of a frame, and frames a second and queue pair; 0 sends as fast as the rings take them.
+    - `mtu`: the MTU that the device offers; None offers none.
+    - `faults`: each a `Fault`, or a text of one, from the start on. A fault that never struck is an error.
+    - `returns`: False for an endpoint that does not send each frame back: the frames are not counted then.
+    - `raises`: True for an endpoint whose code may raise; otherwise an exception in it fails the test.
+    - `patience_s`: seconds after which a wait is given up, and an endpoint that has not come back counts as hung.
+    - `quiet_s`: seconds without a frame, at the end, after which the frames that have not arrived count as lost.
+    """
+
+    device: NetDevice
+    """The device."""
+    driver: Driver
+    """The guest's driver, which runs in a thread."""
+    guest: GenerateEndpoint
+    """The guest's endpoint: it sends numbered frames, and checks those that arrive."""
+    endpoint: Endpoint
+    """The device's endpoint: the one under test."""
+    worker: Worker | WorkerProcess | BackEndProcess
+    """The worker or back end, with `kill`, `fail` and `hang`. AttributeError with `owner="userspace"`."""
+    ledger: FrameLedger
+    """The frames so far: counts, and which were lost, doubled, late or corrupted."""
+
+    def __init__(
+        self,
+        endpoint: _Made | None = None,
+        *,
+        owner: str = "thread",
+        pairs: int = 1,
+        num: int = 256,
+        features: int | str | None = None,
+        size: int = 64,
+        rate: float = 0.0,
+        mtu: int | None = 1500,
+        faults: Iterable[Fault | str] = (),
+        returns: bool = True,
+        raises: bool = False,
+        patience_s: float = 60.0,
+        quiet_s: float = 5.0,
+    ) -> None:
+        if owner not in OWNERS:
+            raise ConfigError(f"owner {owner!r} is not one of {', '.join(OWNERS)}")
+        self.owner = owner
+        """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
+        self.faults = Faults(Fault.parse(fault) if isinstance(fault, str) else fault for fault in faults)
+        """The faults of vhost's verbs, a list that may change at any time."""
+        self.history = History()
+        """The events so far, for a report of a test that failed."""
+        self.pairs = pairs
+        self._made = endpoint
+        self._num, self._size, self._rate, self._mtu = num, size, rate, mtu
+        self._wanted = f.parse(features) if isinstance(features, str) else features
+        self._returns, self._raises = returns, raises
+        self._patience_s, self._quiet_s = patience_s, quiet_s
+        self._stack = ExitStack()
+        self._open = False
+        self._seen_hung = False
+
+    # --- making it ---
+
+    def __enter__(self) -> Self:
+        _warm_up_once()
+        with ExitStack() as made:
+            self.memory = made.enter_context(memory_for(self.pairs, self._num))
+            self.endpoint = self._make_endpoint(made)
+            self.guest = made.enter_context(GenerateEndpoint(self.pairs, self._size, self._rate))
+            self._ways = self._ways_of_frames()
+            self.ledger = FrameLedger(self._ways, self.pairs, self.history.now_s)
+            self.device = self._make_device(made)
+            self._check = Check(self.device)
+            self._was = Owner.NOBODY
+            self.device.on_owner.append(self._owner_changed)
+            self.driver = made.enter_context(
+                Driver(
+                    self.device, self.memory, self.guest, queue_pairs=self.pairs, num=self._num, wanted=self._wanted,
+                    frame_len=self._size,
+                )
+            )  # fmt: skip
+            self.driver.start()
+            self._stack = made.pop_all()
+        self._open = True
+        return self
+
+    def _make_endpoint(self, made: ExitStack) -> Endpoint:
+        if isinstance(self._made, Endpoint):
+            return self._made
+        if self._made is None:
+            return made.enter_context(GenerateEndpoint(self.pairs, self._size, self._rate))
+        make: Any = self._made
+        by_class = isinstance(self._made, type) and self.pairs > 1
+        endpoint: Endpoint = make(self.pairs) if by_class else make()
+        return made.enter_context(endpoint)
+
+    def _ways_of_frames(self) -> Sequence[Way]:
+        if isinstance(self.endpoint, GenerateEndpoint):
+            return (
+                Way("guest to wire", self.guest, self.endpoint, TRANSMITQ),
+                Way("wire to guest", self.endpoint, self.guest, RECEIVEQ),
+            )
+        if self._returns and self.endpoint.kind != r.KIND_NULL:
+            return (Way("guest to wire and back", self.guest, self.guest, TRANSMITQ),)
+        return ()
+
+    def _make_device(self, made: ExitStack) -> NetDevice:
+        backends: Sequence[Backend] = ()
+        offered = None
+        front_end: VhostUserFrontEnd | None = None
+        if self.owner == "thread":
+            self.worker = worker = Worker(self.pairs)
+            made.callback(worker.close)
+            backends = worker.backends
+        elif self.owner == "process":
+            self.worker = process = WorkerProcess(self.pairs)
+            made.callback(process.close)
+            backends = process.backends
+        elif self.owner == "vhost-user":
+            front_end = self._connect(made)
+            backends, offered = front_end.backends, front_end.features
+        vhost = [Recorder(backend, pair, self.faults, self.history) for pair, backend in enumerate(backends)]
+        device = made.enter_context(
+            NetDevice(
+                self.memory, self.endpoint, queue_pairs=self.pairs, offered=offered, vhost=vhost or None, mtu=self._mtu,
+                max_num=max(1024, self._num),
+            )
+        )  # fmt: skip
+        if front_end is not None:
+            watch = Watch(front_end, device)
+            made.callback(watch.close)
+        return device
+
+    def _connect(self, made: ExitStack) -> VhostUserFrontEnd:
+        folder = tempfile.mkdtemp(prefix="vnetdp-")
+        made.callback(shutil.rmtree, folder, ignore_errors=True)
+        path = str(Path(folder) / "s")
+        served = self.endpoint if isinstance(self.endpoint, GenerateEndpoint) else self._made
+        if not isinstance(served, GenerateEndpoint | type):
+            raise ConfigError("owner 'vhost-user': its process makes an endpoint of its own: give the endpoint's class")
+        self.worker = worker = BackEndProcess(served, path, self.pairs, self._mtu)
+        made.callback(worker.close)
+        front_end = VhostUserFrontEnd(path, self.pairs, queue_size=self._num, watched=True)
+        made.callback(front_end.close)
+        if not front_end.connect(self._patience_s):
+            raise ConfigError(f"the back end's process can't be connected to: {front_end.trouble}")
+        return front_end
+
+    # --- using it ---
+
+    def wait_for(self, frames: int) -> None:
+        """Wait until so many more frames of each queue pair have arrived, each way; AssertionError if they don't.
+
+        An endpoint that raised, a ring that broke and a frame that was lost, doubled, late or corrupted end the wait, too.
+        """
+        before = [self._arrived(pair) for pair in range(self.pairs)]
+
+        def more() -> bool:
+            if self.ledger.fates:
+                self._raise_trouble()  # which may be the cause
+                raise self._error(["frames were not as they should be:", *self._frames()])
+            return all(
+                now >= then + frames
+                for pair, each in enumerate(before)
+                for now, then in zip(self._arrived(pair), each, strict=True)
+            )
+
+        self.wait_until(more, f"{frames} more frames arrive")
+
+    def wait_until(self, done: Callable[[], bool], what: str) -> None:
+        """Wait until *done* returns True; AssertionError, with *what* and the state of the device, if it does not."""
+        until = time.monotonic() + self._patience_s
+        while not done():
+            self._raise_trouble()
+            if time.monotonic() > until:
+                raise self._error([f"never happened within {self._patience_s:g} s: {what}"])
+            time.sleep(_LOOK_S)
+
+    def change_owner(self, times: int = 2) -> None:
+        """Take the rings from vhost, or give them to it, so many times; 2 is there and back, and runs each verb.
+
+        ConfigError with `owner="userspace"`.
+        """
+        for _ in range(times):
+            self.device.set_use_vhost(not self.device.use_vhost)
+            self._raise_trouble()
+
+    def start(self) -> None:
+        """Have frames made again, after `stop` or `settle`."""
+        for end in self._generators():
+            end.rows[:, r.EP_LIMIT] = -1
+        self.driver.bell.signal()
+        for kick in self.device.kicks:
+            kick.signal()
+
+    def stop(self) -> None:
+        """Make no more frames. Those under way still arrive."""
+        with self.driver.paused():
+            self.guest.stop()
+        if isinstance(self.endpoint, GenerateEndpoint):
+            # A remote back end can't be paused: a frame that it is just making still comes.
+            with self.device.paused() if self.owner != "vhost-user" else nullcontext():
+                self.endpoint.stop()
+
+    def settle(self) -> None:
+        """Stop the traffic, wait until all frames have arrived, and check all; AssertionError names each thing wrong."""
+        self.stop()
+        self._drain()
+        self.check(last=True)
+
+    def check(self, last: bool = False) -> None:
+        """Check invariants, frames and endpoint now, under traffic too; AssertionError names each thing that is wrong.
+
+        last: True also takes frames that have not arrived for lost, and faults that never struck for a mistake.
+        """
+        wrong: list[str] = []
+        if self._comes_back():
+            self._check.look("at the end" if last else "at a check")
+        else:
+            wrong.append(self._hung())
+        wrong += self._check.violations
+        wrong += self._trouble()
+        more = self.ledger.close() if last else []
+        frames = self._frames()
+        wrong += frames + more
+        if (frames or more) and (drops := self._drops()):
+            wrong.append(f"the endpoint's own counters: {drops}")
+        if last:
+            wrong += [
+                f"the fault {fault.verb} never struck: no such verb was run" for fault in self.faults if not fault.hits
+            ]
+        if wrong:
+            raise self._error(wrong)
+
+    # --- the end ---
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._open:
+            return
+        late: list[str] = []
+        try:
+            if error is None:
+                self.settle()
+            elif not isinstance(error, _FoundError):
+                error.add_note(self._state())
+        finally:
+            for fate in self.ledger.fates:
+                self.history.add("frame", **fate.as_dict())
+            hung = not self._comes_back()
+            if hung:
+                self.driver.close()  # the rest can't be closed before the endpoint comes back
+            else:
+                self._open = False
+                seen = len(self._check.violations)
+                self._stack.close()
+                late = self._check.violations[seen:]
+        if error is None and (wrong := [self._hung()] if hung else late):
+            raise self._error(wrong)
+
+    def close(self) -> None:
+        """Close all without a check; nothing if it is closed, or if the endpoint still hangs."""
+        self.__exit__(GeneratorExit, GeneratorExit(), None)
+
+    # --- looking ---
+
+    def _owner_changed(self, gone: bool) -> None:
+        device = self.device
+        was, self._was = self._was, device.owner
+        died = was is Owner.VHOST and gone and _died(self.worker)
+        elsewhere = (
+            was is not Owner.NOBODY and self.owner == "vhost-user" and not isinstance(self.endpoint, GenerateEndpoint)
+        )
+        self.ledger.owner_changed(
+            self._named(device.owner), lambda n: device.queues[n].last_avail_idx, died, left_behind=elsewhere
+        )
+        self.history.add(
+            "owner", owner=self._named(device.owner), indices=[queue.last_avail_idx for queue in device.queues]
+        )
+        seen = len(self._check.violations)
+        self._check.owner_changed()
+        for text in self._check.violations[seen:]:
+            self.history.add("violation", owner=self._named(device.owner), text=text)
+
+    def _named(self, owner: Owner) -> str:
+        if owner is not Owner.VHOST:
+            return str(owner.value)
+        pid = "" if isinstance(self.worker, Worker) else f" {self.worker.pid}"
+        return f"vhost ({self.owner}{pid})"
+
+    def _generators(self) -> list[GenerateEndpoint]:
+        return [end for end in (self.guest, self.endpoint) if isinstance(end, GenerateEndpoint)]
+
+    def _arrived(self, pair: int) -> list[int]:
+        """Return the frames of a pair that have arrived, a number a way; of frames that don't return, those that left."""
+        return self.ledger.delivered(pair) or [self.driver.counters()[queue_of(pair, TRANSMITQ)]["packets"]]
+
+    def _raise_trouble(self) -> None:
+        if wrong := self._trouble(look_far=False):
+            raise self._error(wrong)
+
+    def _trouble(self, look_far: bool = True) -> list[str]:
+        """Return what stops a test at once: the endpoint raised, or a side of the rings broke the specification.
+
+        look_far: ask the back end's process, too.
+        """
+        wrong = []
+        if self.endpoint.errors and not self._raises:
+            error = self.endpoint.last_error
+            wrong.append(_raised(self.endpoint.errors, reason(error) + place(error) if error is not None else ""))
+        if look_far and self.owner == "vhost-user" and not self._raises:
+            errors, text = self.worker.errors if isinstance(self.worker, BackEndProcess) else (0, "")
+            if errors:
+                wrong.append(f"in the back end's process: {_raised(errors, text)}")
+        if self.driver.error is not None:
+            wrong.append(f"the driver's thread has ended: {reason(self.driver.error)}")
+        try:
+            self.driver.check()
+        except GuestError as e:
+            wrong.append(f"the device broke the specification: {e}")
+        return wrong + [f"the driver broke the specification: {error}" for error in self.device.ring_errors()]
+
+    def _frames(self) -> list[str]:
+        fates = self.ledger.fates
+        more = len(fates) - _SHOWN
+        return [str(fate) for fate in fates[:_SHOWN]] + ([f"and {more} more frames"] if more > 0 else [])
+
+    def _drops(self) -> str:
+        counts = self.endpoint.counters()
+        return ", ".join(
+            f"{name} {n}" for name, n in counts.items() if n and (name.startswith("dropped") or name == "errors")
+        )
+
+    def _error(self, lines: Sequence[str]) -> _FoundError:
+        return _FoundError("\n".join([*lines, self._state()]))
+
+    def _state(self) -> str:
+        """Return a line about the device, its owner and its traffic."""
+        error = self.device.last_error
+        return (
+            f"[{self.endpoint.name} after {self.history.now_s():.3f} s: owner {self._named(self.device.owner)}, "
+            f"last error {reason(error) if error is not None else None}; {self.ledger.counts}]"
+        )
+
+    def _taken(self) -> bool:
+        """Return whether the device has used every chain that the driver made available for sending."""
+        for pair in range(self.pairs):
+            n = queue_of(pair, TRANSMITQ)
+            used = vhost_net.used_idx(self.memory, self.device.queues[n])
+            if used != self.driver.dvqs[n, r.DVQ_PUBLISHED_IDX]:
+                return False
+        return True
+
+    def _drain(self) -> None:
+        """Wait until all frames have arrived, or none has for a while, though nobody has one in hand."""
+        began = since = time.monotonic()
+        seen: object = None
+        while not (self.ledger.settled() and self._taken()):
+            self._raise_trouble()
+            now = time.monotonic()
+            progress = [self._arrived(pair) for pair in range(self.pairs)]
+            if progress != seen:
+                seen, since = progress, now
+            quiet = now - since
+            if quiet > self._quiet_s and self._taken() and self.endpoint.idle:
+                return
+            if quiet > max(self._patience_s, self._quiet_s):
+                waiting = "I9: frames wait in a transmitq or in the endpoint, and nobody takes them"
+                self._seen_hung = bool(self.endpoint._in_hand)
+                raise self._error([self._hung() if self._seen_hung else waiting])
+            time.sleep(_LOOK_S if now - began < 1 else 0.01)
+
+    def _comes_back(self) -> bool:
+        """Return whether the endpoint's code comes back, if it is in there: a later look shows."""
+        until = time.monotonic() + (0.0 if self._seen_hung else self._patience_s)
+        while self.endpoint._in_hand:
+            if time.monotonic() > until:
+                self._seen_hung = True
+                return False
+            time.sleep(_LOOK_S)
+        return True
+
+    def _hung(self) -> str:
+        return where_hung(self.endpoint, self._patience_s)
+
+
+class _FoundError(AssertionError):
+    """What a `Vnet` found wrong, with the state of its device."""
+
+
+def _died(worker: Worker | WorkerProcess | BackEndProcess) -> bool:
+    """Return whether a process has ended by itself, or by a signal; one that is just ending is waited for."""
+    if isinstance(worker, BackEndProcess):
+        return worker.died
+    if isinstance(worker, Worker):
+        return False
+    until = time.monotonic() + child.TO_END_S
+    while worker.alive and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+    return not worker.alive
+
+
+def _raised(errors: int, text: str) -> str:
+    return f"the endpoint raised {errors} time{'s' * (errors != 1)}, the last time: {text}"
