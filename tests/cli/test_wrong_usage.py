@@ -76,6 +76,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
         "is no callable, but of type float; the functions of",
     ),
     "scapy, a file": (["link", "scapy:mk.py:f", "null"], "without .py: scapy:mk:f"),
+    "python without a class": (["link", "python:os", "null"], "python:MODULE:CLASS"),
+    "python, no such module": (["link", "null", "python:no_such_module:C"], "cannot import no_such_module"),
+    "python, no endpoint": (["serve", "python:json:loads", "--socket", "s"], "json:loads is no class of endpoints"),
+    "python, unknown option": (["link", "python:vnetdp:FrameEndpoint,n=1", "null"], "known are limit="),
     "switches, none": (["link", "null", "null", "--switch-ms", "1", "--switches", "0"], "a count is between 1 and"),
     "switches, no number": (
         ["link", "null", "null", "--switch-ms", "1", "--switches", "x"],

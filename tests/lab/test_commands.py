@@ -257,6 +257,7 @@ def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
             "pcap: its frames stay in their process, and do not migrate: take",
         ),
         (("migrate", "--endpoint", "scapy:json:loads"), "scapy: its frames stay in their process, and do not migrate"),
+        (("migrate", "--endpoint", "python:json:C"), "python: its frames stay in their process, and do not migrate"),
         (("migrate", "--endpoint", "vhost-user:s"), "vhost-user:SOCKET is an endpoint of link, on both sides"),
         (("migrate", "--endpoint", "tap:t0"), "source and destination need a TAP each, both in one bridge"),
         (

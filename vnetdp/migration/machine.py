@@ -49,7 +49,7 @@ _CONSTANT = [
         *(r.EP_DROP_OFFLOAD, r.EP_BYTES_TO_WIRE, r.EP_BYTES_FROM_WIRE),
     )
 ]
-_OF_ONE_PROCESS = ("fault", "pcap", "scapy")  # their state does not reach a destination
+_OF_ONE_PROCESS = ("fault", "pcap", "python", "scapy")  # their state does not reach a destination
 _HEADROOM = 64 + spec.NET_HDR_LEN
 
 
