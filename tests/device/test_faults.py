@@ -314,7 +314,9 @@ def test_a_fault_of_no_verb_is_refused_and_the_verbs_are_named(text: str) -> Non
     ],
 )
 def test_a_part_that_no_fault_has_is_named_with_the_parts_that_there_are(parts: str, wrong: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"{wrong!r} is none of the parts of [PHASE.]VERB[:PAIR[,VRING]][:#N]")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{wrong!r} is none of the parts of [PHASE.]VERB[:PAIR[,VRING]][:#N]")
+    ):
         Fault.parse(f"set_mtu:{parts}")
 
 

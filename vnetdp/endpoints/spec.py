@@ -132,7 +132,9 @@ def _python(rest: str, queues: int) -> Opener:
         except (Exception, SystemExit) as e:
             raise EndpointError(f"python: cannot make {named}: {_one_line(e)}{place(e)}") from e
         if not (isinstance(endpoint, Endpoint) and hasattr(endpoint, "wire")):
-            raise EndpointError(f"python: {named} is no endpoint yet: its __init__ has to call super().__init__(queues)")
+            raise EndpointError(
+                f"python: {named} is no endpoint yet: its __init__ has to call super().__init__(queues)"
+            )
         if endpoint.name == Endpoint.name:
             endpoint.name = f"python:{named}"
         return endpoint
