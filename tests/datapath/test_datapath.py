@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.support.by_hand import Ring, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
+from tests.support.by_hand import frame, no_descriptor_leaks, scaled, wait_equal, wait_for
+from vnetdp.testing import HandRing
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath.datapath import Datapath
 from vnetdp.datapath.loop_thread import LoopThread
@@ -27,8 +28,8 @@ class Bench:
 
     def __init__(self, num: int = 64) -> None:
         self.memory = GuestMemory.create([(0, 1 << 20)])
-        self.receiveq = Ring(self.memory, 0, num)
-        self.transmitq = Ring(self.memory, self.receiveq.end, num)
+        self.receiveq = HandRing(self.memory, 0, num)
+        self.transmitq = HandRing(self.memory, self.receiveq.end, num)
         self.endpoint = MailboxEndpoint()
         self.datapath = Datapath(1)
         self.backend = UserspaceBackend(self.datapath, 0)

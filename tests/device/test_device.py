@@ -9,19 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.by_hand import (
-    ACKNOWLEDGE,
-    DRIVER,
-    FEATURES_OK,
-    NEEDS_RESET,
-    READY,
-    Ring,
-    bring_up,
-    frame,
-    no_descriptor_leaks,
-    wait_equal,
-    wait_for,
-)
+from tests.support.by_hand import ACKNOWLEDGE, DRIVER, FEATURES_OK, NEEDS_RESET, frame, no_descriptor_leaks, wait_equal, wait_for
+from vnetdp.testing import HandRing, READY, bring_up
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
@@ -360,7 +349,7 @@ def test_a_queue_may_be_left_out(device: NetDevice) -> None:
     assert device.owner is owner_of(device)
     assert list(device.endpoint.polled_by) == [0]
     # It may come later (a driver that has DRIVER_OK already).
-    late = Ring(device.memory, 0x200000, 8)
+    late = HandRing(device.memory, 0x200000, 8)
     late.send(0, frame(0))
     device.set_queue(3, 8, late.desc, late.avail, late.used)
     device.enable_queue(3)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.support.by_hand import NEEDS_RESET, READY, Traffic, no_descriptor_leaks, scaled, wait_for
+from tests.support.by_hand import NEEDS_RESET, Traffic, no_descriptor_leaks, scaled, wait_for
+from vnetdp.testing import READY
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.names import VERBS

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.by_hand import READY
+from vnetdp.testing import READY
 from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import ConfigError, EndpointError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.by_hand import READY, Traffic, no_descriptor_leaks, rebase, scaled
+from tests.support.by_hand import Traffic, no_descriptor_leaks, rebase, scaled
+from vnetdp.testing import READY
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice

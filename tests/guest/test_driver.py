@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.by_hand import NEEDS_RESET, READY, Traffic, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
+from tests.support.by_hand import NEEDS_RESET, Traffic, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
+from vnetdp.testing import READY
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner

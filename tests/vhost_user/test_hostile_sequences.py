@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.by_hand import COMPILED, Ring, no_descriptor_leaks
+from tests.support.by_hand import COMPILED, no_descriptor_leaks
+from vnetdp.testing import HandRing
 from tests.support.vhost_user import (
     ALL,
     FEATURES,
@@ -268,7 +269,7 @@ class Stage:
 
     guest: Guest
     fds: dict[str, int]
-    rings: list[Ring] = field(default_factory=list)
+    rings: list[HandRing] = field(default_factory=list)
 
     @property
     def _shrinks(self) -> int:

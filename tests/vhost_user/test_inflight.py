@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.by_hand import Ring, frame, no_descriptor_leaks
+from tests.support.by_hand import frame, no_descriptor_leaks
+from vnetdp.testing import HandRing
 from tests.support.vhost_user import NUM, ByHand, Guest, InThread, inflight
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath.datapath import NO_LOG, Datapath, scratch_for
@@ -55,8 +56,8 @@ class Scene:
         parts = GuestMemory.create([(0, LEN)])
         self.memory = self.stack.enter_context(GuestMemory(parts.regions, beside=self.area.region()))
         parts.close()
-        self.receiveq = Ring(self.memory, 0, NUM, self.start)
-        self.transmitq = Ring(self.memory, LEN // 2, NUM, self.start)
+        self.receiveq = HandRing(self.memory, 0, NUM, self.start)
+        self.transmitq = HandRing(self.memory, LEN // 2, NUM, self.start)
 
     @property
     def window(self) -> Bytes:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.by_hand import DRIVER_OK, READY
+from tests.support.by_hand import DRIVER_OK
+from vnetdp.testing import READY
 from tests.support.vhost_user import (
     FEATURES,
     GPA,
