@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import vnetdp
+import vnetdp.testing
 
 
 def build(folder: Path) -> None:
@@ -15,15 +16,17 @@ def build(folder: Path) -> None:
     """
     import pdoc
 
-    for name in vars(vnetdp)["__all__"]:
-        getattr(vnetdp, name)  # pdoc looks for names that are loaded
+    for package in (vnetdp, vnetdp.testing):
+        for name in vars(package)["__all__"]:
+            getattr(package, name)  # pdoc looks for names that are loaded
     pdoc.render.configure(
         docformat="markdown",
         include_undocumented=False,
         show_source=False,
         footer_text=f"vnetdp {vnetdp.__version__}",
     )
-    pdoc.pdoc("vnetdp", vnetdp.features.__name__, output_directory=folder)
+    modules = ("vnetdp", vnetdp.features.__name__, "vnetdp.testing", "vnetdp.testing.strategies")
+    pdoc.pdoc(*modules, output_directory=folder)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vnetdp
+import vnetdp.testing
 from tests.project import reference
 from tests.support.by_hand import wait_for
 from vnetdp.bench.netns import why_no_netns
@@ -92,7 +93,7 @@ def test_python_example(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", marked("python"), ids=name_of)
 def test_python_example_imports_from_the_public_face_alone(block: Block) -> None:
-    assert not re.search(r"^\s*(from|import) vnetdp(_kernels|\.)", block.text, re.MULTILINE)
+    assert not re.search(r"^\s*(from|import) vnetdp(_kernels|\.(?!testing\b))", block.text, re.MULTILINE)
 
 
 def test_every_python_block_is_an_example() -> None:
@@ -197,15 +198,18 @@ def test_every_endpoint_is_in_the_table() -> None:
 def test_every_public_name_is_in_the_list() -> None:
     names = re.findall(r"^- `(\w+)`: ", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert [*names, "__version__"] == vars(vnetdp)["__all__"]
+    names = re.findall(r"^- `testing\.(\w+)`: ", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert names == vars(vnetdp.testing)["__all__"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="pdoc isn't installed: pip install 'vnetdp[docs]'")
 def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
     reference.build(tmp_path)
-    page = (tmp_path / "vnetdp.html").read_text()
-    for name in vars(vnetdp)["_HOME"]:
-        assert f'<section id="{name}">' in page or [*tmp_path.rglob(f"{name}.html")], name
-    assert "@private" not in page
+    for path, package in (("vnetdp.html", vnetdp), ("vnetdp/testing.html", vnetdp.testing)):
+        page = (tmp_path / path).read_text()
+        for name in set(vars(package)["_HOME"]) - {"READY"}:  # a number, which `bring_up` names
+            assert f'<section id="{name}">' in page or [*tmp_path.rglob(f"{name}.html")], name
+        assert "@private" not in page
 
 
 def anchors(page: Path) -> set[str]:

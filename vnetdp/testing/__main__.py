@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import VnetdpError
-from ..system.output import flush, say, tell
+from ..system.output import say, tell
 from .stepper import replay
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         outcome = replay(sys.stdin.read() if args.file == "-" else Path(args.file).read_text())
     except (VnetdpError, OSError, UnicodeDecodeError) as e:
-        say(f"{parser.prog}: {args.file}: {e}")
+        say(f"{parser.prog}: {args.file}: {(isinstance(e, OSError) and e.strerror) or e}")
         return 2
     tell(json.dumps(outcome.as_dict(), indent=2))
     for text in outcome.violations:

@@ -25,10 +25,7 @@ from ..virtio.state import (
 
 _BUFFER_LEN: Final = 2048
 READY: Final = (
-    VIRTIO_CONFIG_S_ACKNOWLEDGE
-    | VIRTIO_CONFIG_S_DRIVER
-    | VIRTIO_CONFIG_S_FEATURES_OK
-    | VIRTIO_CONFIG_S_DRIVER_OK
+    VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
 )
 """The device status of a driver that is ready (Virtio 1.2, 3.1.1): `set_status(READY)` comes last, after `bring_up`."""
 
@@ -66,9 +63,8 @@ class Chain:
 class _Field:
     """A u16 of a ring: *skip* bytes into its part, and *entry* bytes more for each entry of the ring."""
 
-    def __init__(self, part: str, skip: int, entry: int, text: str) -> None:
+    def __init__(self, part: str, skip: int, entry: int) -> None:
         self._part, self._skip, self._entry = part, skip, entry
-        self.__doc__ = text
 
     def _gpa(self, ring: HandRing) -> int:
         return int(getattr(ring, self._part)) + self._skip + self._entry * ring.num
@@ -106,12 +102,25 @@ class HandRing:
     INDIRECT: Final = spec.VIRTQ_DESC_F_INDIRECT
     """A descriptor's flag: the buffer is a table of descriptors."""
 
-    avail_flags = _Field("avail", 0, 0, "avail.flags: 1 asks for no calls. Set modulo 65536, as each of these fields.")
-    avail_idx = _Field("avail", 2, 0, "avail.idx: the index behind the last chain made available.")
-    used_event = _Field("avail", 4, 2, "used_event: the used index at which the driver wants a call.")
-    used_flags = _Field("used", 0, 0, "used.flags: 1 asks for no kicks.")
-    used_idx = _Field("used", 2, 0, "used.idx: the index behind the last chain that the device used.")
-    avail_event = _Field("used", 4, 8, "avail_event: the avail index at which the device wants a kick.")
+    desc: int
+    """The guest address of the descriptor table."""
+    avail: int
+    """The guest address of the avail ring."""
+    used: int
+    """The guest address of the used ring."""
+
+    avail_flags = _Field("avail", 0, 0)
+    """avail.flags: 1 asks for no calls. Set modulo 65536, as each of these fields."""
+    avail_idx = _Field("avail", 2, 0)
+    """avail.idx: the index behind the last chain made available."""
+    used_event = _Field("avail", 4, 2)
+    """used_event: the used index at which the driver wants a call."""
+    used_flags = _Field("used", 0, 0)
+    """used.flags: 1 asks for no kicks."""
+    used_idx = _Field("used", 2, 0)
+    """used.idx: the index behind the last chain that the device used."""
+    avail_event = _Field("used", 4, 8)
+    """avail_event: the avail index at which the device wants a kick."""
 
     def __init__(self, memory: GuestMemory, at: int, num: int = 16, start: int = 0) -> None:
         if not 1 <= num <= spec.VIRTQ_MAX_NUM:
@@ -127,13 +136,6 @@ class HandRing:
         """The guest address behind the last buffer: another ring may begin here."""
         self.avail_idx = self.used_idx = start
         self._seen = start
-
-    desc: int
-    """The guest address of the descriptor table."""
-    avail: int
-    """The guest address of the avail ring."""
-    used: int
-    """The guest address of the used ring."""
 
     @staticmethod
     def _behind(at: int, lens: tuple[int, ...]) -> Iterator[int]:

@@ -158,9 +158,9 @@ class Setup:
     def parse(cls, line: str) -> Setup:
         """Return the setup that the second line of a schedule's text describes."""
         word, *pairs = line.partition("#")[0].split() or [""]
-        known = {field.name for field in fields(cls)}
-        values = dict(pair.partition("=")[::2] for pair in pairs)
-        if word != "setup" or values.keys() != known:
+        known = [field.name for field in fields(cls)]
+        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if word != "setup" or values.keys() != set(known):
             raise ConfigError(f"{line!r} is not: setup {' '.join(f'{name}=…' for name in known)}")
         for name in ("pairs", "num", "first_idx"):
             if not values[name].isdecimal():
@@ -224,7 +224,7 @@ class Schedule:
         try:
             setup = Setup.parse(lines[at])
             steps = []
-            for at in range(first + 2, last):  # noqa: B007 - for the error
+            for at in range(first + 2, last):
                 if lines[at].partition("#")[0]:
                     steps.append(Step.parse(lines[at]))
                     setup.check(steps[-1])

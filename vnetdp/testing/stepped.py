@@ -109,8 +109,7 @@ class Stepped(Owned):
             self.device.last_error = e
         except Exception as e:  # noqa: BLE001 - the steps that led to it have to be told
             found.append(f"{step.name}: {reason(e)}")
-        self.to_wire.arrived(self.wire.take())
-        self.to_guest.arrived(self.guest.receive())
+        self._collect()
         found += self.to_wire.violations() + self.to_guest.violations()
         found += device_violations(self.device, self.datapath) + self._unlogged()
         if step.name == "settle":
@@ -125,6 +124,10 @@ class Stepped(Owned):
             self._log.close()
 
     # --- frames ---
+
+    def _collect(self) -> None:
+        self.to_wire.arrived(self.wire.take())
+        self.to_guest.arrived(self.guest.receive())
 
     def _send(self, end: str, pair: int, count: int, length: int) -> int:
         """Give *count* numbered frames to an end; those that its mailbox has no room for are not sent."""
@@ -160,6 +163,7 @@ class Stepped(Owned):
         for _ in range(_ROUNDS):
             moved = self.guest.step() + self.device.step() + self._run_vhost(64)
             total += moved
+            self._collect()  # a mailbox keeps only so many
             if not moved:
                 return total
         raise ConfigError(f"frames still move after {_ROUNDS:,} rounds: the wire's endpoint never comes to rest")
@@ -178,7 +182,7 @@ class Stepped(Owned):
     def _reset_queue(self, index: int) -> None:
         """Reset a queue, and set it up again where it was. Frames that the device has not taken from it are lost."""
         self.device.reset_queue(index)
-        self.guest.step()  # takes the chains that were used before the reset
+        self.guest.run()  # takes the chains that were used before the reset
         if not is_receiveq(index):
             self.to_wire.excuse(pair_of(index))
         self.guest.lay_out(index, self.guest.place_of(index)[0])
@@ -269,8 +273,8 @@ def _wire_of(setup: Setup) -> MailboxEndpoint:
     module, _, name = setup.wire.partition(":")
     try:
         found = reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"wire {setup.wire}: {e} (a module is looked for as `import` does: see PYTHONPATH)") from e
+    except (Exception, SystemExit) as e:
+        raise ConfigError(f"wire {setup.wire}: {reason(e)} (a module is looked for in the current folder and PYTHONPATH)") from e
     if not (isinstance(found, type) and issubclass(found, MailboxEndpoint)):
         raise ConfigError(f"wire {setup.wire} is no subclass of MailboxEndpoint")
     return found(setup.pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Self
 
 from ..device.device import NetDevice
@@ -106,7 +107,8 @@ class Stepper(Owned):
             last_error=reason(error) if error is not None else "",
         )
 
-    def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
+    def __exit__(self, *exc: object) -> None:
+        _, error, _ = exc
         if isinstance(error, Exception) and not isinstance(error, ScheduleError):
             error.add_note(f"The schedule that led to it:\n\n{self.schedule.text(self._notes)}")
         self.close()
@@ -124,8 +126,6 @@ def replay(schedule: Schedule | str) -> Outcome:
     if isinstance(schedule, str):
         schedule = Schedule.parse(schedule)
     with Stepper(schedule.setup) as stepper:
-        try:
+        with suppress(ScheduleError):  # the outcome has it
             stepper.play(schedule.steps)
-        except ScheduleError:
-            pass  # the outcome has it
         return stepper.outcome()
