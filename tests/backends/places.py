@@ -11,7 +11,6 @@ from typing import Protocol
 import pytest
 
 from tests.support.by_hand import wait_for
-from vnetdp.testing import HandRing
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
@@ -22,6 +21,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import rows as r

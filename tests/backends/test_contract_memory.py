@@ -10,9 +10,9 @@ import pytest
 
 from tests.backends.places import FEATURES, HIGH_GPA, LOW_GPA, Place, Stepped, refused
 from tests.support.by_hand import NEXT, WRITE, frame
-from vnetdp.testing import HandRing
 from vnetdp.backends.base import Backend
 from vnetdp.shared.memory import DirtyLog, GuestMemory, Region, page_of
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, VRINGS
 from vnetdp_kernels import rows as r

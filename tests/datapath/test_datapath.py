@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tests.support.by_hand import frame, no_descriptor_leaks, scaled, wait_equal, wait_for
-from vnetdp.testing import HandRing
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath.datapath import Datapath
 from vnetdp.datapath.loop_thread import LoopThread
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.shared.memory import GuestMemory, Words
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import rows as r

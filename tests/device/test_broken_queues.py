@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.by_hand import NEEDS_RESET, frame, no_descriptor_leaks, wait_equal, wait_for
-from vnetdp.testing import HandRing, READY, bring_up
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice
@@ -15,6 +14,7 @@ from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.errors import GuestError
 from vnetdp.shared.memory import DirtyLog, GuestMemory
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec

@@ -9,8 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.by_hand import ACKNOWLEDGE, DRIVER, FEATURES_OK, NEEDS_RESET, frame, no_descriptor_leaks, wait_equal, wait_for
-from vnetdp.testing import HandRing, READY, bring_up
+from tests.support.by_hand import (
+    ACKNOWLEDGE,
+    DRIVER,
+    FEATURES_OK,
+    NEEDS_RESET,
+    frame,
+    no_descriptor_leaks,
+    wait_equal,
+    wait_for,
+)
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
@@ -19,6 +27,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.errors import ConfigError, EndpointError
 from vnetdp.shared.memory import GuestMemory
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec

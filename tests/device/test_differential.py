@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.by_hand import INDIRECT, NEXT, WRITE, scaled, wait_for
-from vnetdp.testing import HandRing
 from vnetdp.backends.base import Backend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.userspace import UserspaceBackend
@@ -29,6 +28,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEnd
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, Virtqueue
 from vnetdp_kernels import rows as r

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.support.by_hand import frame, no_descriptor_leaks, wait_equal, wait_for
-from vnetdp.testing import HandRing
 from tests.support.owner_bed import (
     A_DEVICE,
     A_RING,
@@ -31,6 +30,7 @@ from vnetdp.backends.faulty import Fault
 from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import VRINGS, Virtqueue
 from vnetdp_kernels import rows as r

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from tests.support.by_hand import frame, no_descriptor_leaks
-from vnetdp.testing import HandRing
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.names import VERBS
@@ -21,6 +20,7 @@ from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.shared.memory import DirtyLog, GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, Virtqueue
 from vnetdp_kernels import rows as r

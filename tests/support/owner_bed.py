@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.support.by_hand import frame, wait_equal
-from vnetdp.testing import HandRing
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend, FaultyNotifiers, point_of
 from vnetdp.backends.userspace import UserspaceBackend
@@ -18,6 +17,7 @@ from vnetdp.device.owners import Owner, Owners
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.shared.memory import DirtyLog, GuestMemory
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import TRANSMITQ, VRINGS, Virtqueue
 from vnetdp_kernels import rows as r

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from tests.support.by_hand import PATIENCE, frame, wait_for
-from vnetdp.testing import HandRing
 from tests.support.zygote import popen
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
@@ -31,6 +30,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint, NullEndpoint
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.vhost_user.back_end.server import Server
 from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
 from vnetdp.vhost_user.message import ProtocolFeature, Request

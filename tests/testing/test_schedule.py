@@ -32,7 +32,9 @@ def test_its_text_has_a_version_and_a_line_a_step() -> None:
 
 
 def test_it_is_read_out_of_a_failure_s_text() -> None:
-    text = "\n".join(["Some test failed:", "", *(f"E           {line}" for line in str(GOOD).splitlines()), "E", "more"])
+    text = "\n".join(
+        ["Some test failed:", "", *(f"E           {line}" for line in str(GOOD).splitlines()), "E", "more"]
+    )
     assert Schedule.parse(text) == GOOD
 
 

@@ -92,7 +92,9 @@ def test_malformed_chains_need_three_descriptors() -> None:
             find(chains, lambda _: True)
 
 
-@given(strategies.frames(14, 200), strategies.hostile_frames(3000), strategies.headers(10), strategies.hostile_headers())
+@given(
+    strategies.frames(14, 200), strategies.hostile_frames(3000), strategies.headers(10), strategies.hostile_headers()
+)
 def test_frames_and_headers_have_the_lengths_asked_for(frame: bytes, odd: bytes, header: bytes, wild: bytes) -> None:
     assert 14 <= len(frame) <= 200
     assert len(odd) < 14 or 1514 < len(odd) <= 3000

@@ -17,7 +17,6 @@ import pytest
 
 from tests.programs.test_drive_serve import served
 from tests.support.by_hand import CAMPAIGN, NEEDS_RESET, PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
-from vnetdp.testing import HandRing, READY, bring_up
 from tests.support.vhost_user import PAIRS, VERSION_1, serve
 from tests.vhost_user.card import NUM, Card, attached, hang, in_thread
 from tests.vhost_user.test_recovery import supervised
@@ -29,6 +28,7 @@ from vnetdp.guest.driver import Driver
 from vnetdp.programs import drive as drive_module
 from vnetdp.programs.drive import drive
 from vnetdp.shared.memory import GuestMemory
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.vhost_user.back_end.session import Session
 from vnetdp.vhost_user.back_end.vrings import Vrings
 from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from tests.support.by_hand import NEEDS_RESET, frame, no_descriptor_leaks, wait_equal, wait_for
-from vnetdp.testing import HandRing, READY, bring_up
 from tests.support.vhost_user import MOVABLE, NEED_REPLY, NO_FD, PAIRS, UNTOLD, VERSION_1
 from tests.vhost_user.card import NUM, Card, attached, in_thread
 from vnetdp.device.device import NetDevice
@@ -23,6 +22,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import BackendError, RemoteProtocolError
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.shared.memory import GuestMemory, Region
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.vhost_user.back_end.session import Session
 from vnetdp.vhost_user.connection import Message
 from vnetdp.vhost_user.front_end.backend_requests import BackendRequests

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.by_hand import COMPILED, no_descriptor_leaks
-from vnetdp.testing import HandRing
 from tests.support.vhost_user import (
     ALL,
     FEATURES,
@@ -43,6 +42,7 @@ from tests.support.vhost_user import (
     u64,
 )
 from tests.vhost_user.test_hostile_messages import SHAPES
+from vnetdp.testing import HandRing
 from vnetdp.vhost_user.message import RULES, ProtocolFeature, Request
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 
 from tests.support.by_hand import frame, no_descriptor_leaks
-from vnetdp.testing import HandRing
 from tests.support.vhost_user import NUM, ByHand, Guest, InThread, inflight
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath.datapath import NO_LOG, Datapath, scratch_for
@@ -29,6 +28,7 @@ from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, MacswapEndpoint, ReflectEndpoint
 from vnetdp.errors import ConfigError, RequestRefused
 from vnetdp.shared.memory import Bytes, GuestMemory
+from vnetdp.testing import HandRing
 from vnetdp.vhost_user.inflight import InflightArea
 from vnetdp.vhost_user.message import Inflight, Request
 from vnetdp.virtio import features as f

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.support.by_hand import frame, no_descriptor_leaks, wait_equal, wait_for
-from vnetdp.testing import HandRing, READY
 from tests.support.vhost_user import GPA, NUM, SPOKEN, UNTOLD, ByHand, Guest, InThread, inflight, state, u64
 from vnetdp.programs.bridge import Bridge
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import READY, HandRing
 from vnetdp.vhost_user.message import Inflight, ProtocolFeature, Request
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec

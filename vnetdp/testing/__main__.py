@@ -17,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vnetdp.testing", description="Tools of vnetdp.testing.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("replay", help="run a recorded schedule, and write its outcome as JSON")
-    command.add_argument("file", metavar="FILE", help="a file with the schedule, or a whole failure's text; - reads stdin")
+    command.add_argument(
+        "file", metavar="FILE", help="a file with the schedule, or a whole failure's text; - reads stdin"
+    )
     args = parser.parse_args(argv)
     try:
         outcome = replay(sys.stdin.read() if args.file == "-" else Path(args.file).read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -44,8 +44,7 @@ def chains(draw: st.DrawFn, ring: HandRing, *, writable: bool, indirect: bool = 
     return Chain(ids[0], tuple(descriptors))
 
 
-@st.composite
-def malformed_chains(draw: st.DrawFn, ring: HandRing, *, writable: bool, indirect: bool = False) -> Chain:
+def malformed_chains(ring: HandRing, *, writable: bool, indirect: bool = False) -> st.SearchStrategy[Chain]:
     """Return a strategy for a `Chain` that breaks a rule, and with it its queue; `Chain.breaks` has the reason.
 
     Parameters are those of `chains`. The chain uses the first three descriptors and buffers of *ring*; ConfigError if it
@@ -54,60 +53,60 @@ def malformed_chains(draw: st.DrawFn, ring: HandRing, *, writable: bool, indirec
     if ring.num < 3:
         raise ConfigError(f"a ring of {ring.num} descriptors: malformed chains need three")
     good = Descriptor(0, ring.buffer(0), 64, (_WRITE if writable else 0) | _NEXT, 1)
-    code, make = draw(st.sampled_from((*_DIRECT, *(_TABLES if indirect else _NO_TABLES))))
-    head = draw(st.integers(ring.num, 0xFFFF)) if code == r.E_HEAD else 0
-    return Chain(head, make(draw, ring, good), STATUS_TEXT[code])
+    heads = st.integers(ring.num, 0xFFFF).map(lambda head: Chain(head, (), STATUS_TEXT[r.E_HEAD]))
+    kinds = [*_direct(ring, good), *(_indirect(ring, good) if indirect else _not_negotiated(good))]
+    return st.one_of(heads, *(st.builds(Chain, st.just(0), kind, st.just(STATUS_TEXT[code])) for code, kind in kinds))
 
 
-_Make = Callable[[st.DrawFn, HandRing, Descriptor], tuple[Descriptor, ...]]
+_Kind = tuple[int, st.SearchStrategy[tuple[Descriptor, ...]]]  # the status that it earns, and its descriptors
 
 
-def _last(good: Descriptor, gpa: int | None = None, length: int = 64) -> Descriptor:
+def _direct(ring: HandRing, good: Descriptor) -> Iterator[_Kind]:
+    """Yield malformed chains of direct descriptors; *good* is a good first one, in the queue's direction."""
+    last = _last(good)
+    yield r.E_ADDRESS, _outside(ring).map(lambda gpa: (good, replace(last, gpa=gpa)))
+    yield r.E_NEXT, st.integers(ring.num, 0xFFFF).map(lambda i: (replace(good, following=i),))
+    yield r.E_LOOP, st.integers(1, 3).map(lambda n: _cycle(ring, good, n))
+    yield r.E_ZERO_LEN, st.just((good, replace(last, length=0)))
+    yield r.E_ORDER, st.just((replace(good, flags=_WRITE | _NEXT), replace(last, flags=0)))
+    yield r.E_DIRECTION, st.just((replace(good, flags=last.flags ^ _WRITE),))
+
+
+def _not_negotiated(good: Descriptor) -> Iterator[_Kind]:
+    """Yield a chain that is good, but for VIRTIO_RING_F_INDIRECT_DESC, which was not negotiated."""
+    yield r.E_INDIRECT_FEATURE, st.just(_table(good, replace(_last(good), at=0)))
+
+
+def _indirect(ring: HandRing, good: Descriptor) -> Iterator[_Kind]:
+    """Yield malformed indirect tables, and descriptors that refer to one."""
+    last = _last(good)
+    sizes = st.sampled_from((0, 1, 8, 15, 17, 0xFFFFFFF0, 0xFFFFFFFF))
+    yield r.E_INDIRECT_LEN, sizes.map(lambda size: (replace(_table(good)[0], length=size),))
+    yield r.E_INDIRECT_NEXT, st.just((replace(_table(good, last)[0], flags=_INDIRECT | _NEXT),))
+    yield r.E_INDIRECT_NESTED, st.just(_table(good, Descriptor(0, good.gpa, 16, _INDIRECT)))
+    yield r.E_ADDRESS, _outside(ring).map(lambda gpa: (Descriptor(0, gpa, 64, _INDIRECT),))
+    yield r.E_NEXT, st.integers(2, 0xFFFF).map(lambda i: _table(good, replace(good, following=i), last))
+    yield r.E_LOOP, st.integers(0, 1).map(lambda i: _table(good, replace(good, following=i), replace(good, at=1)))
+
+
+def _last(good: Descriptor) -> Descriptor:
     """Return descriptor 1, a chain's last, in the direction of *good*, its first."""
-    return Descriptor(1, good.gpa + 128 if gpa is None else gpa, length, good.flags & _WRITE)
+    return Descriptor(1, good.gpa + 128, 64, good.flags & _WRITE)
 
 
-def _outside(draw: st.DrawFn, ring: HandRing) -> int:
-    """Return an address from which 64 bytes are not guest memory."""
+def _outside(ring: HandRing) -> st.SearchStrategy[int]:
+    """Return a strategy for addresses from which 64 bytes are not guest memory."""
     end = ring.memory.end
-    return draw(st.sampled_from((end, end - 1, end - 63, 1 << 63, (1 << 63) - 1, (1 << 64) - 64, (1 << 64) - 1)))
+    return st.sampled_from((end, end - 1, end - 63, 1 << 63, (1 << 63) - 1, (1 << 64) - 64, (1 << 64) - 1))
 
 
-def _cycle(draw: st.DrawFn, ring: HandRing, good: Descriptor) -> tuple[Descriptor, ...]:
-    """Return one to three descriptors, each followed by the next, and the last by the first."""
-    n = draw(st.integers(1, 3))
+def _cycle(ring: HandRing, good: Descriptor, n: int) -> tuple[Descriptor, ...]:
+    """Return *n* descriptors, each followed by the next, and the last by the first."""
     return tuple(replace(good, at=i, gpa=ring.buffer(i), following=(i + 1) % n) for i in range(n))
 
 
-def _table(good: Descriptor, *entries: Descriptor, length: int | None = None, flags: int = 0) -> tuple[Descriptor, ...]:
+def _table(good: Descriptor, *entries: Descriptor) -> tuple[Descriptor, ...]:
     """Return descriptor 0, which refers to an indirect table, and that table's *entries*."""
     at = good.gpa + _HALF
-    size = spec.VIRTQ_DESC_SIZE * len(entries) if length is None else length
-    return Descriptor(0, at, size, _INDIRECT | flags, 1), *(replace(entry, table=at) for entry in entries)
-
-
-def _beyond(draw: st.DrawFn, ring: HandRing, good: Descriptor) -> Descriptor:
-    return replace(good, following=draw(st.integers(ring.num, 0xFFFF)))
-
-
-_BAD_LENGTHS: Final = st.sampled_from((0, 1, 8, 15, 17, 0xFFFFFFF0, 0xFFFFFFFF))
-_DIRECT: Final[tuple[tuple[int, _Make], ...]] = (
-    (r.E_HEAD, lambda draw, ring, good: ()),
-    (r.E_ADDRESS, lambda draw, ring, good: (good, _last(good, _outside(draw, ring)))),
-    (r.E_NEXT, lambda draw, ring, good: (_beyond(draw, ring, good),)),
-    (r.E_LOOP, _cycle),
-    (r.E_ZERO_LEN, lambda draw, ring, good: (good, _last(good, length=0))),
-    (r.E_ORDER, lambda draw, ring, good: (replace(good, flags=_WRITE | _NEXT), replace(_last(good), flags=0))),
-    (r.E_DIRECTION, lambda draw, ring, good: (replace(good, flags=good.flags & _WRITE ^ _WRITE),)),
-)
-_NO_TABLES: Final[tuple[tuple[int, _Make], ...]] = (
-    (r.E_INDIRECT_FEATURE, lambda draw, ring, good: _table(good, replace(_last(good), at=0))),
-)
-_TABLES: Final[tuple[tuple[int, _Make], ...]] = (
-    (r.E_INDIRECT_LEN, lambda draw, ring, good: _table(good, length=draw(_BAD_LENGTHS))),
-    (r.E_INDIRECT_NEXT, lambda draw, ring, good: _table(good, replace(_last(good), at=0), flags=_NEXT)),
-    (r.E_INDIRECT_NESTED, lambda draw, ring, good: _table(good, Descriptor(0, good.gpa, 16, _INDIRECT))),
-    (r.E_ADDRESS, lambda draw, ring, good: (Descriptor(0, _outside(draw, ring), 64, _INDIRECT),)),
-    (r.E_NEXT, lambda draw, ring, good: _table(good, _beyond(draw, ring, good), _last(good))),
-    (r.E_LOOP, lambda draw, ring, good: _table(good, replace(good, following=0), _last(good))),
-)
+    size = spec.VIRTQ_DESC_SIZE * len(entries)
+    return Descriptor(0, at, size, _INDIRECT, 1), *(replace(entry, table=at) for entry in entries)

@@ -66,4 +66,6 @@ class Outcome:
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as a dictionary that JSON can hold, the schedule as its text."""
         values = {**asdict(self), "schedule": self.schedule.text(self.notes).splitlines()}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key != "notes"}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key != "notes"
+        }

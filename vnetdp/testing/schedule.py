@@ -206,7 +206,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
-        """Return the schedule in *text*, which may be a whole failure's text, indented or with pytest's `E` before each line.
+        """Return the schedule in *text*: also out of a whole failure's text, indented or with pytest's `E` before each line.
 
         ConfigError, with the number of the line, if there is none, or a line is wrong.
         """

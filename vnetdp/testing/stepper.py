@@ -72,7 +72,7 @@ class Stepper(Owned):
         before = self.device.last_error
         self._steps.append(step)
         moved, violations = self._stepped.run(step)
-        self._trail = zlib.crc32(self.memory.mem, self._trail)
+        self._trail = self._stepped.memory_crc(self._trail)
         error = self.device.last_error
         new_error = reason(error) if error is not None and error is not before else ""
         self._notes.append("; ".join(filter(None, (f"{moved} moved", self.device.owner.value, new_error))))
@@ -95,7 +95,7 @@ class Stepper(Owned):
             notes=tuple(self._notes),
             violations=self._violations,
             trail=self._trail,
-            memory=zlib.crc32(self.memory.mem),
+            memory=stepped.memory_crc(),
             frames=zlib.crc32(struct.pack("<II", stepped.to_wire.crc, stepped.to_guest.crc)),
             dirty=stepped.dirty,
             to_wire=stepped.to_wire.ledger(),

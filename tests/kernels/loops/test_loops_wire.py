@@ -264,9 +264,7 @@ def test_frames_longer_than_a_transmit_buffer() -> None:
 
 # --- both sides together ---
 
-FRAMES = st.lists(
-    st.tuples(hostile_headers(length=10), st.integers(14, 900), st.integers(0, 255)), max_size=12
-)
+FRAMES = st.lists(st.tuples(hostile_headers(length=10), st.integers(14, 900), st.integers(0, 255)), max_size=12)
 
 
 KINDS = (0, 1, 3, 4, 5)  # of gso_type
