@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
+from tests.support.by_hand import CAMPAIGN
 from vnetdp import ConfigError
 from vnetdp.testing import Schedule, Setup, Step
 from vnetdp.testing.strategies import schedules
@@ -12,6 +13,7 @@ from vnetdp.testing.strategies import schedules
 GOOD = Schedule.of(Setup(2, 4, 3, 0), ["send guest 1 3 64", "fault set_backend:0,1:once", "settle"])
 
 
+@settings(max_examples=1000 if CAMPAIGN else 30)
 @given(schedules())
 def test_its_text_is_read_back(schedule: Schedule) -> None:
     assert Schedule.parse(str(schedule)) == schedule

@@ -119,7 +119,7 @@ class Stepped(Owned):
 
     def memory_crc(self, before: int = 0) -> int:
         """Return the CRC-32 of guest memory, continued from *before*."""
-        return zlib.crc32(memoryview(self.memory.mem), before)
+        return zlib.crc32(self.memory.mem.data, before)
 
     def close(self) -> None:
         self._made.close()
