@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 
 from tests.support.by_hand import CAMPAIGN, no_descriptor_leaks, scaled
 from tests.testing import wires
@@ -69,7 +69,7 @@ def test_a_vhost_that_is_killed_between_two_steps_costs_no_frame() -> None:
         assert outcome.to_guest.clean
 
 
-@settings(max_examples=1000 if CAMPAIGN else scaled(25, 3), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000 if CAMPAIGN else scaled(25, 3))
 @given(schedules())
 def test_whatever_is_done_in_whatever_order_every_frame_arrives_once(schedule: Schedule) -> None:
     replay(schedule).check()
@@ -78,7 +78,9 @@ def test_whatever_is_done_in_whatever_order_every_frame_arrives_once(schedule: S
 def found_by_hypothesis() -> str:
     """Return the text of the failure that hypothesis finds, and makes small, on a wire that loses frames."""
 
-    @settings(max_examples=100, derandomize=True, database=None, report_multiple_bugs=False)
+    phases = (Phase.generate, Phase.shrink)
+
+    @settings(phases=phases, derandomize=True, database=None, report_multiple_bugs=False)
     @given(schedules(LOSSY, max_steps=8))
     def no_frame_is_lost(schedule: Schedule) -> None:
         replay(schedule).check()

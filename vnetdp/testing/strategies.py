@@ -15,7 +15,7 @@ from ..backends.names import FAULT_POINTS, UNBIND
 from ..errors import ConfigError
 from ..virtio import features as f
 from ..virtio.queue import queues_of
-from .schedule import Schedule, Setup, Step
+from .schedule import STEPS, Schedule, Setup, Step
 
 try:
     from hypothesis import strategies as st
@@ -143,30 +143,29 @@ def schedules(draw: st.DrawFn, setup: st.SearchStrategy[Setup] | Setup | None = 
     and raises the failure with the text that replays it.
     """
     chosen = draw(setups() if setup is None else setup) if not isinstance(setup, Setup) else setup
-    steps = draw(st.lists(_steps(chosen.pairs), max_size=max_steps))
+    least = draw(st.sampled_from((0, max_steps // 2)))  # or lists have five or so on average, whatever their limit
+    steps = draw(st.lists(_steps(chosen.pairs), min_size=least, max_size=max_steps))
     return Schedule(chosen, (*steps, Step("settle")))
 
 
 @cache  # made anew for each example, it took longer than the steps
 def _steps(n_pairs: int) -> st.SearchStrategy[Step]:
-    """Return a strategy for a step of a device with *n_pairs* queue pairs: frames and budgets half of the time, and each other kind as often as the next."""
+    """Return a strategy for a step of a device with *n_pairs* queue pairs, `send` and runs more often than the others."""
     ends, pairs = st.sampled_from(("guest", "wire")), st.integers(0, n_pairs - 1)
-    lengths = st.sampled_from((60, 61, 1514)) | st.integers(60, 1514)
-    sent = _step("send", ends, pairs, st.integers(1, 64), lengths)
-    runs = [_step(name, st.sampled_from((64, 1, 2, 3)) | st.integers(1, 64)) for name in ("guest", "device", "vhost")]
+    budgets = st.sampled_from((64, 1, 2, 3)) | st.integers(1, 64)
     any_headers, any_frames = hostile_headers() | headers(), hostile_frames(2000) | frames()
-    raw = st.builds(lambda header, frame: (header + frame).hex(), any_headers, any_frames)
-    others = [
-        _step("frame", ends, pairs, raw),
-        _step("use", st.sampled_from(("vhost", "userspace"))),
-        _step("queue", st.integers(0, queues_of(n_pairs) - 1)),
-        _step("link", st.sampled_from(("up", "down"))),
-        _step("log", st.sampled_from(("on", "read", "off"))),
-        _step("fault", faults(pairs=n_pairs).map(_fault_text)),
-        *(_step(name) for name in ("status", "reset", "mend", "kill", "revive", "settle")),
-    ]
-    return st.one_of(sent, *runs) | st.one_of(others)
-
-
-def _step(name: str, *args: st.SearchStrategy[str] | st.SearchStrategy[int]) -> st.SearchStrategy[Step]:
-    return st.tuples(*args).map(lambda drawn: Step(name, drawn))
+    drawn: dict[str, tuple[st.SearchStrategy[str] | st.SearchStrategy[int], ...]] = {
+        "send": (ends, pairs, st.integers(1, 64), st.sampled_from((60, 61, 1514)) | st.integers(60, 1514)),
+        "frame": (ends, pairs, st.builds(lambda header, frame: (header + frame).hex(), any_headers, any_frames)),
+        "guest": (budgets,),
+        "device": (budgets,),
+        "vhost": (budgets,),
+        "use": (st.sampled_from(("vhost", "userspace")),),
+        "queue": (st.integers(0, queues_of(n_pairs) - 1),),
+        "link": (st.sampled_from(("up", "down")),),
+        "log": (st.sampled_from(("on", "read", "off")),),
+        "fault": (faults(pairs=n_pairs).map(_fault_text),),
+    }
+    steps = {name: st.builds(Step, st.just(name), st.tuples(*drawn.get(name, ()))) for name in STEPS}
+    often = [name for name in steps for _ in range({"send": 6, "guest": 3, "device": 2, "vhost": 3}.get(name, 1))]
+    return st.sampled_from(often).flatmap(steps.__getitem__)
