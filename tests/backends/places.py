@@ -10,7 +10,7 @@ from typing import Protocol
 
 import pytest
 
-from tests.support.by_hand import Ring, wait_for
+from tests.support.by_hand import wait_for
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.process import WorkerProcess
@@ -21,6 +21,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import rows as r
@@ -101,11 +102,11 @@ class Place:
         self.runs = KINDS[kind](spare)
         self.memory = GuestMemory.create([(LOW_GPA, REGION_LEN), (HIGH_GPA, REGION_LEN)])
         self.endpoint = GenerateEndpoint(2, count=0)
-        low = Ring(self.memory, LOW_GPA)
-        high = Ring(self.memory, HIGH_GPA)
+        low = HandRing(self.memory, LOW_GPA)
+        high = HandRing(self.memory, HIGH_GPA)
         self.rings = [
-            (low, Ring(self.memory, low.end)),
-            (high, Ring(self.memory, high.end)),
+            (low, HandRing(self.memory, low.end)),
+            (high, HandRing(self.memory, high.end)),
         ]
         self.kicks = [EventFd() for _ in range(4)]
         self.calls = [EventFd() for _ in range(4)]
@@ -155,7 +156,7 @@ class Place:
 
         wait_for(pump, what)
 
-    def wait_used(self, ring: Ring, used_idx: int) -> None:
+    def wait_used(self, ring: HandRing, used_idx: int) -> None:
         self.wait_for(lambda: ring.used_idx == used_idx, f"used.idx == {used_idx}, not {ring.used_idx}")
 
     def pass_by(self, pair: int = 1) -> None:

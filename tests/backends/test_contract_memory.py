@@ -9,9 +9,10 @@ from functools import partial
 import pytest
 
 from tests.backends.places import FEATURES, HIGH_GPA, LOW_GPA, Place, Stepped, refused
-from tests.support.by_hand import NEXT, WRITE, Ring, frame
+from tests.support.by_hand import NEXT, WRITE, frame
 from vnetdp.backends.base import Backend
 from vnetdp.shared.memory import DirtyLog, GuestMemory, Region, page_of
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, VRINGS
 from vnetdp_kernels import rows as r
@@ -20,7 +21,7 @@ from vnetdp_kernels import spec
 LOGGED = FEATURES | f.VHOST_F_LOG_ALL
 
 
-def log_ring(backend: Backend, index: int, ring: Ring, under: int | None) -> None:
+def log_ring(backend: Backend, index: int, ring: HandRing, under: int | None) -> None:
     backend.set_vring_addr(index, ring.desc, ring.avail, ring.used, under)
 
 

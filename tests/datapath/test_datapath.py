@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.support.by_hand import Ring, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
+from tests.support.by_hand import frame, no_descriptor_leaks, scaled, wait_equal, wait_for
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath.datapath import Datapath
 from vnetdp.datapath.loop_thread import LoopThread
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.shared.memory import GuestMemory, Words
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import rows as r
@@ -27,8 +28,8 @@ class Bench:
 
     def __init__(self, num: int = 64) -> None:
         self.memory = GuestMemory.create([(0, 1 << 20)])
-        self.receiveq = Ring(self.memory, 0, num)
-        self.transmitq = Ring(self.memory, self.receiveq.end, num)
+        self.receiveq = HandRing(self.memory, 0, num)
+        self.transmitq = HandRing(self.memory, self.receiveq.end, num)
         self.endpoint = MailboxEndpoint()
         self.datapath = Datapath(1)
         self.backend = UserspaceBackend(self.datapath, 0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.by_hand import NEEDS_RESET, READY, Ring, bring_up, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.by_hand import NEEDS_RESET, frame, no_descriptor_leaks, wait_equal, wait_for
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice
@@ -14,6 +14,7 @@ from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.errors import GuestError
 from vnetdp.shared.memory import DirtyLog, GuestMemory
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
@@ -40,7 +41,7 @@ def device(request: pytest.FixtureRequest, memory: GuestMemory) -> Iterator[NetD
         assert endpoint.polls_started == endpoint.polls_stopped
 
 
-def send_one(device: NetDevice, ring: Ring, index: int) -> None:
+def send_one(device: NetDevice, ring: HandRing, index: int) -> None:
     """Send a frame by a queue, and wait until it is used."""
     then = ring.used_idx
     ring.send(then % ring.num, frame(then))
@@ -48,7 +49,7 @@ def send_one(device: NetDevice, ring: Ring, index: int) -> None:
     wait_equal(lambda: ring.used_idx, then + 1)
 
 
-def break_one(device: NetDevice, ring: Ring, index: int) -> None:
+def break_one(device: NetDevice, ring: HandRing, index: int) -> None:
     """Make a chain available that no device may touch, and wait until the queue has stopped for it."""
     ring.put_desc(15, 1 << 50, 60)
     ring.offer(15)
@@ -99,7 +100,7 @@ def test_a_queue_that_was_reset_is_not_broken(device: NetDevice) -> None:
     device.reset_queue(1)
     assert device.ring_errors() == []
     device.check_rings()
-    fresh = Ring(device.memory, rings[-1].end)
+    fresh = HandRing(device.memory, rings[-1].end)
     fresh.send(0, frame(0))
     device.set_queue(1, fresh.num, fresh.desc, fresh.avail, fresh.used)
     device.enable_queue(1)
@@ -142,7 +143,7 @@ def test_a_broken_queue_stays_broken_and_the_others_go_on_when_the_owner_changes
     # Reset, it runs under the owner of the day.
     device.reset_queue(1)
     assert device.ring_errors() == []
-    fresh = Ring(device.memory, rings[-1].end)
+    fresh = HandRing(device.memory, rings[-1].end)
     device.set_queue(1, fresh.num, fresh.desc, fresh.avail, fresh.used)
     device.enable_queue(1)
     send_one(device, fresh, 1)

@@ -14,9 +14,6 @@ from tests.support.by_hand import (
     DRIVER,
     FEATURES_OK,
     NEEDS_RESET,
-    READY,
-    Ring,
-    bring_up,
     frame,
     no_descriptor_leaks,
     wait_equal,
@@ -30,6 +27,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint, NullEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.errors import ConfigError, EndpointError
 from vnetdp.shared.memory import GuestMemory
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
@@ -365,7 +363,7 @@ def test_a_queue_may_be_left_out(device: NetDevice) -> None:
     assert device.owner is owner_of(device)
     assert list(device.endpoint.polled_by) == [0]
     # It may come later (a driver that has DRIVER_OK already).
-    late = Ring(device.memory, 0x200000, 8)
+    late = HandRing(device.memory, 0x200000, 8)
     late.send(0, frame(0))
     device.set_queue(3, 8, late.desc, late.avail, late.used)
     device.enable_queue(3)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.by_hand import INDIRECT, NEXT, WRITE, Ring, scaled, wait_for
+from tests.support.by_hand import INDIRECT, NEXT, WRITE, scaled, wait_for
 from vnetdp.backends.base import Backend
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.userspace import UserspaceBackend
@@ -28,6 +28,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint, MacswapEnd
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, Virtqueue
 from vnetdp_kernels import rows as r
@@ -61,8 +62,8 @@ class Guest:
         self.random = Random(seed)
         self.features = features
         self.memory = GuestMemory.create(REGIONS)
-        receiveq = Ring(self.memory, REGIONS[0][0], num, start)
-        transmitq = Ring(self.memory, receiveq.buffer(0), num, start)
+        receiveq = HandRing(self.memory, REGIONS[0][0], num, start)
+        transmitq = HandRing(self.memory, receiveq.buffer(0), num, start)
         self.rings = (receiveq, transmitq)
         self.free_descs = [list(range(num)), list(range(num))]
         self.in_flight: list[dict[int, Chain]] = [{}, {}]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.support.by_hand import NEEDS_RESET, READY, Traffic, no_descriptor_leaks, scaled, wait_for
+from tests.support.by_hand import NEEDS_RESET, Traffic, no_descriptor_leaks, scaled, wait_for
 from vnetdp.backends.faulty import Fault, Faults
 from vnetdp.backends.names import VERBS
 from vnetdp.backends.process import WorkerProcess
@@ -24,6 +24,7 @@ from vnetdp.errors import BackendError, ConfigError
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.programs.link import Link
 from vnetdp.shared.memory import DirtyLog
+from vnetdp.testing import READY
 
 PAIRS = 2
 RATE = scaled(20_000, 300)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.by_hand import READY
 from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import ConfigError, EndpointError
 from vnetdp.shared.memory import GuestMemory
+from vnetdp.testing import READY
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import Virtqueue
 from vnetdp.virtio.state import VIRTIO_CONFIG_S_DRIVER_OK, Control, DeviceState, StateDelta

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tests.support.by_hand import Ring, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.by_hand import frame, no_descriptor_leaks, wait_equal, wait_for
 from tests.support.owner_bed import (
     A_DEVICE,
     A_RING,
@@ -30,6 +30,7 @@ from vnetdp.backends.faulty import Fault
 from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.errors import BackendError
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import VRINGS, Virtqueue
 from vnetdp_kernels import rows as r
@@ -78,7 +79,7 @@ def _features(bed: Bed) -> list[Call]:
 
 
 def _moved(bed: Bed) -> list[Call]:
-    ring = Ring(bed.memory, bed.free, NUM, BASE)
+    ring = HandRing(bed.memory, bed.free, NUM, BASE)
     bed.queues[3] = Virtqueue(NUM, ring.desc, ring.avail, ring.used, True, BASE)
     return of_rings(A_RING, 3)
 
@@ -90,7 +91,7 @@ def _resized(bed: Bed) -> list[Call]:
 
 def _used_elsewhere(bed: Bed) -> list[Call]:
     """One of the three addresses alone."""
-    bed.queues[5].used = Ring(bed.memory, bed.free, NUM, BASE).used
+    bed.queues[5].used = HandRing(bed.memory, bed.free, NUM, BASE).used
     return of_rings(A_RING, 5)
 
 
@@ -174,8 +175,8 @@ def test_the_base_is_given_when_the_ring_is_bound(one: Bed, at_once: bool) -> No
     """One ring went on since it was configured, and one was reset, and set up where it was."""
     one.vhost[0].at_once = at_once
     assert one.owners.prepare(one.rings)
-    one.ring_list[1] = Ring(one.memory, one.ring_list[1].desc, NUM, 0x1234)
-    one.ring_list[3] = Ring(one.memory, one.ring_list[3].desc, NUM, 0)
+    one.ring_list[1] = HandRing(one.memory, one.ring_list[1].desc, NUM, 0x1234)
+    one.ring_list[3] = HandRing(one.memory, one.ring_list[3].desc, NUM, 0)
     one.queues[1].last_avail_idx, one.queues[3].last_avail_idx = 0x1234, 0
     one.told()
     assert one.owners.prepare(one.rings)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.by_hand import READY, Traffic, no_descriptor_leaks, rebase, scaled
+from tests.support.by_hand import Traffic, no_descriptor_leaks, rebase, scaled
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
 from vnetdp.guest.driver import Driver, memory_for
+from vnetdp.testing import READY
 from vnetdp_kernels import rows as r
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.by_hand import Ring, frame, no_descriptor_leaks
+from tests.support.by_hand import frame, no_descriptor_leaks
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
 from vnetdp.backends.names import VERBS
@@ -20,6 +20,7 @@ from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.errors import BackendError
 from vnetdp.shared.memory import DirtyLog, GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ, Virtqueue
 from vnetdp_kernels import rows as r
@@ -53,10 +54,10 @@ class Bed:
         self.backends: list[Backend] = [
             FaultyBackend(UserspaceBackend(self.datapath, pair), pair, self.faults) for pair in range(PAIRS)
         ]
-        self.ring_list: list[Ring] = []
+        self.ring_list: list[HandRing] = []
         at = 0
         for _ in range(2 * PAIRS):
-            self.ring_list.append(Ring(self.memory, at, 8, BASE))
+            self.ring_list.append(HandRing(self.memory, at, 8, BASE))
             at = self.ring_list[-1].end
         self.events = [EventFd() for _ in range(4 * PAIRS)]
         self.log = DirtyLog(self.memory.end)

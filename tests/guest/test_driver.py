@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.by_hand import NEEDS_RESET, READY, Traffic, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
+from tests.support.by_hand import NEEDS_RESET, Traffic, frame, no_descriptor_leaks, scaled, wait_equal, wait_for
 from vnetdp.backends.worker import Worker
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
@@ -23,6 +23,8 @@ from vnetdp.errors import ConfigError, GuestError
 from vnetdp.guest.driver import BUFFER_LEN, Driver, memory_for
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import READY
+from vnetdp.testing.strategies import frames
 from vnetdp.virtio import features as f
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
@@ -82,7 +84,7 @@ def test_what_is_sent_comes_back(wanted: int | None) -> None:
         assert [queue["dropped"] for queue in counters] == [0, 0]
 
 
-@given(st.lists(st.binary(min_size=14, max_size=BUFFER_LEN - spec.NET_HDR_LEN), max_size=100))
+@given(st.lists(frames(max_len=BUFFER_LEN - spec.NET_HDR_LEN), max_size=100))
 def test_any_frames_come_back(sent: list[bytes]) -> None:
     with echoing(num=16) as (device, driver):
         for data in sent:

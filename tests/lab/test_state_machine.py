@@ -22,7 +22,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.lab.stepwise import END, RANK, FaultyMachine, Migration, assert_exact, assert_nothing_wrong
 from tests.support.by_hand import scaled, wait_for
 from vnetdp.backends.faulty import Fault
-from vnetdp.backends.names import FAULT_POINTS
 from vnetdp.device.owners import Owner
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.lab.changes import CHANGES, EVENTS
@@ -31,6 +30,7 @@ from vnetdp.migration.machine import MachineConfig, make_wire
 from vnetdp.migration.snapshot import decode_early, delta_between, encode_early
 from vnetdp.migration.source import Source
 from vnetdp.migration.target import Target
+from vnetdp.testing.strategies import faults
 from vnetdp.warmup import warm_up
 from vnetdp_kernels import rows as r
 
@@ -44,22 +44,12 @@ WHERE_TO = st.sampled_from((*Source.POINTS[1:], END, END, CANCEL))
 
 
 @st.composite
-def faults(draw: st.DrawFn, phases: st.SearchStrategy[str] | None = None) -> Fault:
-    """A verb that fails once or always, at one pair or ring, or at all of them."""
-    verb = draw(st.sampled_from(FAULT_POINTS))
-    pair = draw(st.none() | st.integers(0, 2))
-    ring = draw(st.none() | st.integers(0, 1)) if "vring" in verb or verb in ("set_backend", "unbind") else None
-    phase = draw(phases) if phases is not None else ""
-    return Fault(verb, pair, ring, draw(st.sampled_from((1, -1))), phase=phase)
-
-
-@st.composite
 def broken(draw: st.DrawFn) -> list[Fault]:
     """Nothing, faults, or one that strikes in the end and then strikes the retry, too."""
     kind = draw(st.integers(0, 3))
     if kind == 0:
         return []
-    fault = draw(faults(PHASES))
+    fault = draw(faults(phases=PHASES))
     if kind == 1:
         verb = draw(st.sampled_from(("set_backend", "set_vring_base")))
         fault = Fault(verb, fault.pair, draw(st.none() | st.integers(0, 1)), phase="final")
@@ -235,7 +225,7 @@ class MovingGuest(RuleBasedStateMachine):
         self.machine.struck.add(fault)
 
     @precondition(lambda self: self.may_fail)
-    @rule(fault=faults(PHASES))
+    @rule(fault=faults(phases=PHASES))
     def break_a_verb_at_the_destination(self, fault: Fault) -> None:
         assert self.other is not None
         self.other.struck.add(fault)

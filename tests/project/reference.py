@@ -16,16 +16,17 @@ def build(folder: Path) -> None:
     """
     import pdoc
 
-    for face in (vnetdp, vnetdp.testing):
-        for name in vars(face)["__all__"]:
-            getattr(face, name)  # pdoc looks for names that are loaded
+    for package in (vnetdp, vnetdp.testing):
+        for name in vars(package)["__all__"]:
+            getattr(package, name)  # pdoc looks for names that are loaded
     pdoc.render.configure(
         docformat="markdown",
         include_undocumented=False,
         show_source=False,
         footer_text=f"vnetdp {vnetdp.__version__}",
     )
-    pdoc.pdoc("vnetdp", vnetdp.features.__name__, vnetdp.testing.__name__, output_directory=folder)
+    modules = ("vnetdp", vnetdp.features.__name__, "vnetdp.testing", "vnetdp.testing.strategies")
+    pdoc.pdoc(*modules, output_directory=folder)
 
 
 if __name__ == "__main__":

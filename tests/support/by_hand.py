@@ -1,7 +1,4 @@
-"""What the tests share: rings by hand in guest memory, traffic in numbered frames, and ways to wait and to count.
-
-Rings are read and written here with `struct`, never with the accessors under test.
-"""
+"""What the tests share: traffic in numbered frames, and ways to wait and to count. Rings by hand are `HandRing`."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from numba import config
 from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.loopback import GenerateEndpoint
 from vnetdp.guest.driver import Driver
-from vnetdp.shared.memory import GuestMemory
 from vnetdp.virtio.queue import ring_len
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
@@ -31,13 +27,10 @@ CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"  # `make campaign`: everythi
 PATIENCE = 60.0  # seconds until a wait is given up: far more than anything here takes
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 0x40
-READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 
 NEXT = spec.VIRTQ_DESC_F_NEXT
 WRITE = spec.VIRTQ_DESC_F_WRITE
 INDIRECT = spec.VIRTQ_DESC_F_INDIRECT
-
-_BUFFER_LEN = 2048
 
 
 def scaled(compiled: int, plain: int) -> int:
@@ -102,107 +95,6 @@ def _descriptors() -> dict[str, str]:
 def frame(n: int, length: int = 60) -> bytes:
     """Return an Ethernet frame that tells its number, and each byte from those around it."""
     return bytes((37 * n + i + (i >> 8)) & 0xFF for i in range(length))
-
-
-class Field:
-    """A u16 of a ring: *skip* bytes into its part, and *entry* bytes more for each entry of the ring."""
-
-    def __init__(self, part: str, skip: int, entry: int) -> None:
-        self.part, self.skip, self.entry = part, skip, entry
-
-    def _gpa(self, ring: Ring) -> int:
-        return int(getattr(ring, self.part)) + self.skip + self.entry * ring.num
-
-    def __get__(self, ring: Ring, owner: type[Ring]) -> int:
-        return int.from_bytes(ring.memory.read(self._gpa(ring), 2), "little")
-
-    def __set__(self, ring: Ring, value: int) -> None:
-        ring.memory.write(self._gpa(ring), struct.pack("<H", value & 0xFFFF))
-
-
-class Ring:
-    """A split ring from guest address *at* on, parts and buffers on pages of their own; indices are at *start*."""
-
-    avail_flags = Field("avail", 0, 0)
-    avail_idx = Field("avail", 2, 0)
-    used_event = Field("avail", 4, 2)
-    used_flags = Field("used", 0, 0)
-    used_idx = Field("used", 2, 0)
-    avail_event = Field("used", 4, 8)
-
-    def __init__(self, memory: GuestMemory, at: int, num: int = 16, start: int = 0) -> None:
-        self.memory, self.num = memory, num
-        self.desc, self.avail, self.used, self._buffers = at, *self._behind(at, num)
-        self.end = self._buffers + num * spec.PAGE_SIZE
-        self.avail_idx = self.used_idx = start
-        self._seen = start
-
-    @staticmethod
-    def _behind(at: int, num: int) -> Iterator[int]:
-        for length in ring_len(num):
-            at += spec.align_up(length, spec.PAGE_SIZE)
-            yield at
-
-    def buffer(self, i: int) -> int:
-        """Return the guest address of buffer *i*: a page."""
-        return self._buffers + i * spec.PAGE_SIZE
-
-    def put_desc(self, i: int, gpa: int, length: int, flags: int = 0, following: int = 0) -> None:
-        self.memory.write(self.desc + 16 * i, struct.pack("<QIHH", gpa % (1 << 64), length, flags, following))
-
-    def offer(self, *heads: int) -> None:
-        """Make the chains at *heads* available."""
-        idx = self.avail_idx
-        for k, head in enumerate(heads):
-            self.memory.write(self.avail + 4 + 2 * ((idx + k) % self.num), struct.pack("<H", head))
-        self.avail_idx = idx + len(heads)
-
-    def send(self, head: int, data: bytes) -> None:
-        """Make a virtio_net_hdr of zeros and *data* available, in the one descriptor *head*."""
-        self.memory.write(self.buffer(head), bytes(spec.NET_HDR_LEN) + data)
-        self.put_desc(head, self.buffer(head), spec.NET_HDR_LEN + len(data))
-        self.offer(head)
-
-    def post(self, *heads: int) -> None:
-        """Make a receive buffer available in each of the descriptors *heads*."""
-        for head in heads:
-            self.put_desc(head, self.buffer(head), _BUFFER_LEN, WRITE)
-        self.offer(*heads)
-
-    def taken(self) -> list[tuple[int, int]]:
-        """Return the used elements (id, len) published since this was last asked."""
-        idx = self.used_idx
-        found = []
-        for k in range(self._seen, self._seen + ((idx - self._seen) & 0xFFFF)):
-            head, length = struct.unpack("<II", self.memory.read(self.used + 4 + 8 * (k % self.num), 8))
-            found.append((head, length))
-        self._seen = idx
-        return found
-
-    def taken_from(self, idx: int) -> None:
-        """Have `taken` begin at *idx*."""
-        self._seen = idx
-
-    def content(self) -> bytes:
-        """Return every byte of the ring and of its buffers."""
-        return self.memory.read(self.desc, self.end - self.desc)
-
-
-def bring_up(device: NetDevice, features: int, num: int = 16, at: int = 0x10000) -> list[Ring]:
-    """Do what a driver does until just before DRIVER_OK; return the rings of all queues, empty, from *at* on."""
-    device.set_status(0)
-    device.set_status(ACKNOWLEDGE)
-    device.set_status(ACKNOWLEDGE | DRIVER)
-    device.set_driver_features(features)
-    device.set_status(READY & ~DRIVER_OK)
-    rings: list[Ring] = []
-    for index in range(2 * device.queue_pairs):
-        ring = Ring(device.memory, at, num)
-        device.set_queue(index, num, ring.desc, ring.avail, ring.used)
-        device.enable_queue(index)
-        rings.append(ring)
-        at = ring.end
-    return rings
 
 
 def rebase(driver: Driver, start: int, queues: Sequence[int] | None = None) -> None:

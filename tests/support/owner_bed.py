@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from tests.support.by_hand import Ring, frame, wait_equal
+from tests.support.by_hand import frame, wait_equal
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend, FaultyNotifiers, point_of
 from vnetdp.backends.userspace import UserspaceBackend
@@ -17,6 +17,7 @@ from vnetdp.device.owners import Owner, Owners
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.shared.memory import DirtyLog, GuestMemory
+from vnetdp.testing import HandRing
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import TRANSMITQ, VRINGS, Virtqueue
 from vnetdp_kernels import rows as r
@@ -97,10 +98,10 @@ class Bed:
         self.notifiers = FaultyNotifiers(PAIRS, self.faults)
         userspace = [UserspaceBackend(self.stepped, pair) for pair in range(PAIRS)]
         self.owners = Owners(userspace, self.vhost, self.notifiers)
-        self.ring_list: list[Ring] = []
+        self.ring_list: list[HandRing] = []
         at = 0
         for _ in range(QUEUES):
-            self.ring_list.append(Ring(self.memory, at, NUM, BASE))
+            self.ring_list.append(HandRing(self.memory, at, NUM, BASE))
             at = self.ring_list[-1].end
         self.free = at  # guest memory from here on
         self.log: DirtyLog | None = None

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, Self
 
-from tests.support.by_hand import PATIENCE, Ring, frame, wait_for
+from tests.support.by_hand import PATIENCE, frame, wait_for
 from tests.support.zygote import popen
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
@@ -30,6 +30,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint, NullEndpoint
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import HandRing
 from vnetdp.vhost_user.back_end.server import Server
 from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
 from vnetdp.vhost_user.message import ProtocolFeature, Request
@@ -189,10 +190,10 @@ class Guest:
 
             self.memory = GuestMemory([Region(GPA, MEMORY_LEN, fd)], foreign=True)
             self._own.callback(os.close, fd)
-        self.rings: list[Ring] = []
+        self.rings: list[HandRing] = []
         at = GPA
         for _ in range(2 * pairs):
-            self.rings.append(Ring(self.memory, at, NUM))
+            self.rings.append(HandRing(self.memory, at, NUM))
             at = self.rings[-1].end
         self.kicks = [EventFd() for _ in self.rings]
         self.calls = [EventFd() for _ in self.rings]

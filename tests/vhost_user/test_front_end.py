@@ -16,18 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.programs.test_drive_serve import served
-from tests.support.by_hand import (
-    CAMPAIGN,
-    NEEDS_RESET,
-    PATIENCE,
-    READY,
-    Ring,
-    bring_up,
-    frame,
-    no_descriptor_leaks,
-    wait_equal,
-    wait_for,
-)
+from tests.support.by_hand import CAMPAIGN, NEEDS_RESET, PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
 from tests.support.vhost_user import PAIRS, VERSION_1, serve
 from tests.vhost_user.card import NUM, Card, attached, hang, in_thread
 from tests.vhost_user.test_recovery import supervised
@@ -39,6 +28,7 @@ from vnetdp.guest.driver import Driver
 from vnetdp.programs import drive as drive_module
 from vnetdp.programs.drive import drive
 from vnetdp.shared.memory import GuestMemory
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.vhost_user.back_end.session import Session
 from vnetdp.vhost_user.back_end.vrings import Vrings
 from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
@@ -287,7 +277,7 @@ def test_a_ring_that_was_refused_after_its_kick_is_taken_back(tmp_path: Path, mo
         served_by(Owner.VHOST, 3)
         device.reset_queue(1)
         refused.add(1)
-        rings[1] = Ring(memory, rings[1].end)
+        rings[1] = HandRing(memory, rings[1].end)
         device.set_queue(1, rings[1].num, rings[1].desc, rings[1].avail, rings[1].used)
         device.enable_queue(1)
         assert device.owner is Owner.USERSPACE

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.by_hand import NEEDS_RESET, READY, Ring, bring_up, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.by_hand import NEEDS_RESET, frame, no_descriptor_leaks, wait_equal, wait_for
 from tests.support.vhost_user import MOVABLE, NEED_REPLY, NO_FD, PAIRS, UNTOLD, VERSION_1
 from tests.vhost_user.card import NUM, Card, attached, in_thread
 from vnetdp.device.device import NetDevice
@@ -22,6 +22,7 @@ from vnetdp.endpoints.loopback import EchoEndpoint
 from vnetdp.errors import BackendError, RemoteProtocolError
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.shared.memory import GuestMemory, Region
+from vnetdp.testing import READY, HandRing, bring_up
 from vnetdp.vhost_user.back_end.session import Session
 from vnetdp.vhost_user.connection import Message
 from vnetdp.vhost_user.front_end.backend_requests import BackendRequests
@@ -150,7 +151,7 @@ def test_both_queues_are_reset_one_after_the_other(tmp_path: Path, spoken: Proto
             assert memory.read(receiveq.buffer(0) + spec.NET_HDR_LEN, 60) == frame(n)
             for index in range(2):
                 device.reset_queue(index)
-            rings = [Ring(memory, rings[1].end), Ring(memory, rings[1].end + 0x20000)]
+            rings = [HandRing(memory, rings[1].end), HandRing(memory, rings[1].end + 0x20000)]
             for index, ring in enumerate(rings):
                 device.set_queue(index, ring.num, ring.desc, ring.avail, ring.used)
                 device.enable_queue(index)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.by_hand import COMPILED, Ring, no_descriptor_leaks
+from tests.support.by_hand import COMPILED, no_descriptor_leaks
 from tests.support.vhost_user import (
     ALL,
     FEATURES,
@@ -42,6 +42,7 @@ from tests.support.vhost_user import (
     u64,
 )
 from tests.vhost_user.test_hostile_messages import SHAPES
+from vnetdp.testing import HandRing
 from vnetdp.vhost_user.message import RULES, ProtocolFeature, Request
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
@@ -268,7 +269,7 @@ class Stage:
 
     guest: Guest
     fds: dict[str, int]
-    rings: list[Ring] = field(default_factory=list)
+    rings: list[HandRing] = field(default_factory=list)
 
     @property
     def _shrinks(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.by_hand import Ring, frame, no_descriptor_leaks
+from tests.support.by_hand import frame, no_descriptor_leaks
 from tests.support.vhost_user import NUM, ByHand, Guest, InThread, inflight
 from vnetdp.backends.userspace import UserspaceBackend
 from vnetdp.datapath.datapath import NO_LOG, Datapath, scratch_for
@@ -28,6 +28,7 @@ from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.loopback import EchoEndpoint, MacswapEndpoint, ReflectEndpoint
 from vnetdp.errors import ConfigError, RequestRefused
 from vnetdp.shared.memory import Bytes, GuestMemory
+from vnetdp.testing import HandRing
 from vnetdp.vhost_user.inflight import InflightArea
 from vnetdp.vhost_user.message import Inflight, Request
 from vnetdp.virtio import features as f
@@ -55,8 +56,8 @@ class Scene:
         parts = GuestMemory.create([(0, LEN)])
         self.memory = self.stack.enter_context(GuestMemory(parts.regions, beside=self.area.region()))
         parts.close()
-        self.receiveq = Ring(self.memory, 0, NUM, self.start)
-        self.transmitq = Ring(self.memory, LEN // 2, NUM, self.start)
+        self.receiveq = HandRing(self.memory, 0, NUM, self.start)
+        self.transmitq = HandRing(self.memory, LEN // 2, NUM, self.start)
 
     @property
     def window(self) -> Bytes:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.by_hand import READY, Ring, frame, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.by_hand import frame, no_descriptor_leaks, wait_equal, wait_for
 from tests.support.vhost_user import GPA, NUM, SPOKEN, UNTOLD, ByHand, Guest, InThread, inflight, state, u64
 from vnetdp.programs.bridge import Bridge
 from vnetdp.shared.notify import EventFd
+from vnetdp.testing import READY, HandRing
 from vnetdp.vhost_user.message import Inflight, ProtocolFeature, Request
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
@@ -80,7 +81,7 @@ def test_a_guest_that_comes_back_with_smaller_rings(tmp_path: Path, how: tuple[R
                     guest.end.ask(R.GET_VRING_BASE, state(index, 0))
         at = GPA
         for index in (0, 1):
-            guest.rings[index] = Ring(guest.memory, at, NUM // 2)
+            guest.rings[index] = HandRing(guest.memory, at, NUM // 2)
             at = guest.rings[index].end
             assert guest.end.tell(R.SET_VRING_NUM, state(index, NUM // 2))
             assert guest.end.tell(R.SET_VRING_BASE, state(index, 0))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.by_hand import DRIVER_OK, READY
+from tests.support.by_hand import DRIVER_OK
 from tests.support.vhost_user import (
     FEATURES,
     GPA,
@@ -26,6 +26,7 @@ from tests.support.vhost_user import (
     state,
     u64,
 )
+from vnetdp.testing import READY
 from vnetdp.vhost_user.message import ProtocolFeature, Request
 
 R = Request

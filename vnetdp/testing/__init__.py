@@ -2,6 +2,7 @@
 
 Every name here is public; docs/testing.md shows their use, and docs/api.md lists them. Names are loaded when they are first
 used, so that pytest, which loads `vnetdp.testing.plugin` in every project, starts as fast as before.
+`vnetdp.testing.strategies` needs hypothesis: `pip install 'vnetdp[testing]'`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ _HOME = {
     "Fate": "frames",
     "History": "history",
     "BackEndProcess": "back_end",
+    "HandRing": "hand_ring",
+    "Chain": "hand_ring",
+    "Descriptor": "hand_ring",
+    "bring_up": "hand_ring",
+    "READY": "hand_ring",
+    "Setup": "schedule",
+    "Step": "schedule",
+    "Schedule": "schedule",
+    "Stepper": "stepper",
+    "Outcome": "outcome",
+    "ScheduleError": "outcome",
+    "replay": "stepper",
 }
 
 if TYPE_CHECKING:
@@ -29,11 +42,23 @@ if TYPE_CHECKING:
     from .checks import check as check
     from .frames import Fate as Fate
     from .frames import FrameLedger as FrameLedger
+    from .hand_ring import Chain as Chain
+    from .hand_ring import Descriptor as Descriptor
+    from .hand_ring import HandRing as HandRing
+    from .hand_ring import READY as READY
+    from .hand_ring import bring_up as bring_up
     from .history import History as History
     from .net import OWNERS as OWNERS
     from .net import VERBS as VERBS
     from .net import Vnet as Vnet
-else:  # as in vnetdp/__init__.py
+    from .outcome import Outcome as Outcome
+    from .outcome import ScheduleError as ScheduleError
+    from .schedule import Schedule as Schedule
+    from .schedule import Setup as Setup
+    from .schedule import Step as Step
+    from .stepper import Stepper as Stepper
+    from .stepper import replay as replay
+else:  # not for type checkers, as in vnetdp/__init__.py
     __all__ = [*_HOME]
 
     def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.rig import INDIRECT, NEXT, WRITE, Rig, pattern, scaled
+from vnetdp.testing.strategies import hostile_headers
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.platform.atomic import Words
@@ -263,9 +264,7 @@ def test_frames_longer_than_a_transmit_buffer() -> None:
 
 # --- both sides together ---
 
-FRAMES = st.lists(
-    st.tuples(st.binary(min_size=10, max_size=10), st.integers(14, 900), st.integers(0, 255)), max_size=12
-)
+FRAMES = st.lists(st.tuples(hostile_headers(length=10), st.integers(14, 900), st.integers(0, 255)), max_size=12)
 
 
 KINDS = (0, 1, 3, 4, 5)  # of gso_type

@@ -6,7 +6,6 @@ moves, which receive buffers each takes, and what the guest finds in them.
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.kernels.rig import CAMPAIGN, Arena, Rig, pages_of, pattern, scaled
+from vnetdp.testing.strategies import headers
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.virtq import split_driver
@@ -23,13 +23,7 @@ from vnetdp_kernels.virtq import split_driver
 WIRE_SLOTS = 4
 LENGTHS = st.integers(14, 1600) | st.sampled_from((0, 1, 13, 14, 60, 1514, 3000))
 OFFSETS = st.integers(0, 300)
-# Headers that make sense for every frame that is long enough: they go on as they are.
-HEADERS = st.just(bytes(10)) | st.builds(
-    lambda gso, ecn, size: struct.pack("<BBHHHH", 1, gso | ecn if gso else 0, gso and 14, gso and size, 6, 4),
-    st.sampled_from((0, 1, 3, 4, 5)),
-    st.sampled_from((0, 0x80)),
-    st.integers(1, 0xFFFF),
-)
+HEADERS = headers(length=10)
 CUTS = st.lists(st.integers(1, 2000), max_size=14)
 KINDS = st.sampled_from((r.KIND_PYTHON, r.KIND_PYTHON, r.KIND_ECHO, r.KIND_MACSWAP))
 
