@@ -1,0 +1,100 @@
+"""A scenario, put up: its image, its actors, and the check of each end of a schedule."""
+
+from __future__ import annotations
+
+import struct
+
+from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
+
+from .actors import Actor
+from .layout import LOG_LEN, QUEUES, Layout
+from .operations import Direct, Running
+from .parties import RX, TX, Device, DeviceKept, DeviceOutcome, Driver, Reader
+from .scenarios import Scenario
+from .search import Search, State
+
+_VERSION = 1
+
+
+class World:
+    """The actors of a scenario. Hooks have to be in place (`operations.hooked`) as long as it is used."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+        self.layout = layout = Layout(scenario.num, scenario.reader > 0, scenario.kills > 0)
+        image = bytearray(layout.length)
+        Running.record = Direct(image)
+        driver = Driver(layout, scenario.event_idx, scenario.sent)
+        if layout.area is not None:
+            for queue in range(len(QUEUES)):
+                at = layout.inflight + layout.area.area_at(queue) + spec.INFLIGHT_VERSION
+                image[at : at + 4] = struct.pack("<HH", _VERSION, layout.num)
+        kind = r.KIND_ECHO if scenario.echo else r.KIND_PYTHON
+        kept = DeviceKept(kills=scenario.kills, hand_overs=scenario.hand_overs)
+        self.actors: list[Actor] = [Device(layout, scenario.event_idx, kind, scenario.received, kept)]
+        if scenario.driver:
+            self.actors.append(driver)
+        if scenario.reader:
+            image[layout.log.base : layout.log.base + LOG_LEN] = bytes(LOG_LEN)
+            self.actors.append(Reader(layout, scenario.reader, bytes(image)))
+        self._image = bytes(image)
+
+    def search(self) -> Search:
+        """Return the search of all its schedules."""
+        first = [actor.first() for actor in self.actors]
+        return Search(first, self._image, self.layout, self._scenario.model, self._check)
+
+    def _idx(self, image: bytes, queue: int, part: str) -> int:
+        at = self.layout.part(queue, part).at + spec.VIRTQ_RING_IDX
+        return int.from_bytes(image[at : at + 2], "little")
+
+    def _check(self, state: State) -> str:
+        """Return the rule that is broken where no actor can go on: all sleep, or have ended."""
+        scenario = self._scenario
+        outcomes = {place.node.actor.name: place.node.outcome for place in state.places}
+        device: DeviceOutcome = outcomes["device"]
+        sent = tuple(range(sum(scenario.sent)))
+        used, avail = self._idx(state.image, TX, "used"), self._idx(state.image, TX, "avail")
+        if used != avail:
+            return f"all sleep while the transmitq has chains: avail.idx {avail}, used.idx {used}"
+        if scenario.driver:
+            fault = _compare("received", outcomes["driver"], sent if scenario.echo else device.due)
+            if fault:
+                return fault
+        if not scenario.echo:
+            wire = tuple(dict.fromkeys(device.got)) if scenario.kills else device.got
+            fault = _compare("sent", wire, sent)
+            if fault:
+                return fault
+        return self._check_log(state.image, outcomes["reader"]) if scenario.reader else ""
+
+    def _check_log(self, image: bytes, copies: dict[int, bytes]) -> str:
+        """Return the page that a device wrote, and that neither the copy nor the dirty log has."""
+        layout = self.layout
+        published = self._idx(image, RX, "used")
+        for page, ranges in layout.pages().items():
+            base = layout.log.base + page // 8
+            if image[base] >> page % 8 & 1:
+                continue
+            done = 0
+            for at, length in ranges:
+                copied = copies[page][done : done + length]
+                done += length
+                name = layout.name(at)
+                part = name.partition(".")[2]
+                if part.startswith("buffer") and int(part.split("[")[1].split("]")[0]) >= published:
+                    continue  # written, and never shown to the driver
+                if part.startswith(("used", "buffer")) and image[at : at + length] != copied:
+                    return f"page {page} ({name}) was written after it was copied, and the dirty log does not have it"
+        return ""
+
+
+def _compare(what: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    if found == wanted:
+        return ""
+    for number in wanted:
+        if found.count(number) != wanted.count(number):
+            how = "lost" if number not in found else "doubled"
+            return f"frame {number} is {how}: {what} {list(found)}, and not {list(wanted)}"
+    return f"frames {what}: {list(found)}, and not {list(wanted)}"
