@@ -82,7 +82,7 @@ class Actor:
         self._block: npt.NDArray[np.uint8] = np.zeros(_BLOCK, np.uint8)
         self._used = 0
         self._known: dict[Hashable, Node] = {}
-        self.doorbell = Doorbell()
+        self.doorbell: Any = Doorbell()
         self.kept: Any = ()
 
     def carve(self, dtype: Any, *shape: int) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from .operations import Shared
 
 BUFFER_LEN: Final = 32  # bytes of a buffer: a frame, and its virtio_net_hdr
 LOG_LEN: Final = 8
+_IN_FIRST_PAGE: Final = 2
 QUEUES: Final = ("rx", "tx")
 KICKS: Final = (0, 2)  # the event of each queue's kick
 CALLS: Final = (1, 3)
@@ -32,8 +34,8 @@ class Place(NamedTuple):
 class Layout:
     """Where in the image everything is, for rings of *num* descriptors.
 
-    Each part has pages of its own in guest memory, and lies close to the others in the window. Of the buffers of a queue, one
-    lies in one page and the rest in the next.
+    Each part has pages of its own in guest memory, and lies close to the others in the window. The first two buffers of
+    a queue lie in one page, and the rest in the next.
     """
 
     def __init__(self, num: int, logs: bool, inflight: bool) -> None:
@@ -50,14 +52,14 @@ class Layout:
             ):
                 self._parts[queue, part] = self._place(f"{queue}.{part}", length, page * spec.PAGE_SIZE)
                 page += 1
-            gpa = (page + 1) * spec.PAGE_SIZE - BUFFER_LEN
+            gpa = (page + 1) * spec.PAGE_SIZE - _IN_FIRST_PAGE * BUFFER_LEN
             self._parts[queue, "buffer"] = self._place(f"{queue}.buffer", BUFFER_LEN * num, gpa)
             page += 2
         size = spec.align_up(len(QUEUES) * r.JOURNAL_LEN, spec.PAGE_SIZE)  # the least that has journals
         self.area = InflightArea(-1, 0, size, len(QUEUES), num) if inflight else None
         self.inflight = self._place("inflight", self._inflight_len()).at
-        self.memory = Shared(0, self._end())
-        self.log = Shared(self._place("log", LOG_LEN).at, LOG_LEN if logs else 0)
+        self.memory: Any = Shared(0, self._end())
+        self.log: Any = Shared(self._place("log", LOG_LEN).at, LOG_LEN if logs else 0)
         self.length = self._end()
 
     def _end(self) -> int:
@@ -90,6 +92,20 @@ class Layout:
                 found.setdefault(page, []).append((place.at + done, part))
                 done += part
         return found
+
+    def written(self, at: int, length: int, published: int) -> Iterator[tuple[int, int]]:
+        """Return the parts of a range that the device writes, and the driver may look at: the offsets of begin and end.
+
+        published: the used.idx of the receiveq. Each of its buffers has been used once at most, in order.
+        """
+        for queue in range(len(QUEUES)):
+            used = self.part(queue, "used")
+            if used.at == at:
+                yield at, at + length
+        buffer = self.part(0, "buffer")
+        begin, end = max(at, buffer.at), min(at + length, buffer.at + BUFFER_LEN * published)
+        if begin < end:
+            yield begin, end
 
     def name(self, at: int) -> str:
         """Return the name of the byte at offset *at*, such as tx.avail.idx."""

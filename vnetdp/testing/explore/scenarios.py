@@ -41,10 +41,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "receive-event-idx": Scenario("the same with EVENT_IDX", event_idx=True, received=(1, 1)),
     "transmit-weak": Scenario("driver sends, device drains", model="weak", event_idx=True, sent=(1, 1)),
     "receive-weak": Scenario("device fills, driver receives", model="weak", event_idx=True, received=(1, 1)),
-    "hand-over": Scenario("driver sends and receives; the device changes its owner", sent=(1, 1), hand_overs=1),
-    "dirty-log": Scenario("device fills two batches; a reader takes the log twice", driver=False, received=(1, 1), reader=2),
+    "hand-over": Scenario("driver sends; the device changes its owner", sent=(1, 1), hand_overs=1),
+    "dirty-log": Scenario(
+        "device fills two batches; a reader takes the log twice", num=4, driver=False, received=(1, 2), reader=2
+    ),
     "dirty-log-killed": Scenario(
-        "the same, and the device is killed", driver=False, received=(1, 1), reader=1, kills=1
+        "device fills two batches, and is killed; a reader takes the log", driver=False, received=(1, 1), reader=1, kills=1
     ),
     "transmit-killed": Scenario("driver sends; the device is killed", sent=(1, 1), kills=1),
     "receive-killed": Scenario("driver receives; the device is killed", received=(1, 1), kills=1),

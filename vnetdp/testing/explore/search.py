@@ -12,6 +12,7 @@ killed. Two things are left out, as they lead to nothing else:
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from .operations import DOORBELL, FENCE, Answer, Operation, Wrong
 from .recovery import recoveries
 
 _PROGRESS_S = 1.0
+_SCOUTS = 16  # schedules at random, before a search, that learn most of the memory that is shared
+_SCOUT_STEPS = 300
 
 
 class Place(NamedTuple):
@@ -48,6 +51,16 @@ class Step(NamedTuple):
     which: int
 
 
+class Done(NamedTuple):
+    """An operation of a schedule. step: the choice that it is, if every operation is one; at: -1 = no place."""
+
+    who: int
+    verb: str
+    at: int
+    data: bytes
+    step: Step | None
+
+
 class Found(NamedTuple):
     """The result of a search."""
 
@@ -59,28 +72,40 @@ class Found(NamedTuple):
     schedule: tuple[Step, ...]
 
 
-Trace = Callable[[int, str, int, bytes], None]
-
-
-class _Learnt(Exception):
-    """Two actors share memory that was not known to be shared."""
+_NOTHING = Step(0, "", 0)
 
 
 class Search:
-    """A search from one state. check: returns the fault of a state where no actor can go on, "" if there is none."""
+    """A search from one state.
+
+    check: returns the fault of a state where no actor can go on, "" if there is none. every: every operation is a step, for
+    a schedule that has to be the same whatever memory is shared.
+    """
 
     def __init__(
-        self, first: list[Node], image: bytes, layout: Layout, model: str, check: Callable[[State], str]
+        self,
+        first: list[Node],
+        image: bytes,
+        layout: Layout,
+        model: str,
+        check: Callable[[State], str],
+        every: bool = False,
     ) -> None:
         self._first = first
         self._image = image
         self._layout = layout
         self._model = model
         self._check = check
+        self._every = every
         self._users: list[list[int]] = [[0, 0] for _ in image]  # by byte: actors that read it, that write it
         self._shared = bytearray(len(image))
         self._private: dict[tuple[int, int, int, bool], bool] = {}
-        self.trace: Trace = _untold
+        self._has_learnt = False
+        self._told: list[Done] | None = None
+
+    def _tell(self, who: int, verb: str, at: int = -1, data: bytes = b"", step: Step | None = None) -> None:
+        if self._told is not None:
+            self._told.append(Done(who, verb, at, data, step))
 
     # --- memory that actors share ---
 
@@ -88,30 +113,29 @@ class Search:
         key = (who, at, length, writes)
         known = self._private.get(key)
         if known is None:
-            grown = False
             for byte in range(at, at + length):
+                before = sum(self._users[byte])
                 self._users[byte][writes] |= 1 << who
                 readers, writers = self._users[byte]
-                if writers and (readers | writers).bit_count() > 1 and not self._shared[byte]:
-                    self._shared[byte] = grown = True
-            if grown:
-                self._private.clear()
-                raise _Learnt
-            known = self._private[key] = not any(self._shared[at : at + length])
+                if writers and (readers | writers).bit_count() > 1 and readers + writers != before:
+                    self._shared[byte] = self._has_learnt = True
+                    self._private.clear()
+            known = self._private[key] = not self._every and not any(self._shared[at : at + length])
         return known
 
     # --- one actor's moves ---
 
     def _arrive(self, state: State, who: int, indices: list[int]) -> State:
         """Let stores of the buffer reach memory, in this order."""
+        if not indices:
+            return state
         buffer = state.places[who].buffer
-        for index in indices:
+        for gone, index in enumerate(indices):
             at, data, _ = buffer[index].store
             self._is_private(who, at, len(data), True)
-            self.trace(who, "arrives", at, data)
+            self._tell(who, "arrives", at, data, Step(who, "store", index - gone))
             state = self._write(state, who, at, data)
-        place = state.places[who]
-        return _put(state, who, place._replace(buffer=order.without(buffer, indices))) if indices else state
+        return _put(state, who, state.places[who]._replace(buffer=order.without(buffer, indices)))
 
     def _drain(self, state: State, who: int) -> State:
         return self._arrive(state, who, list(range(len(state.places[who].buffer))))
@@ -140,7 +164,7 @@ class Search:
             if done < len(node.effects):
                 effect = node.effects[done]
                 if effect is not FENCE:
-                    self.trace(who, "stores", effect.at, effect.data)
+                    self._tell(who, "stores", effect.at, effect.data)
                     state = _put(state, who, place._replace(done=done + 1, buffer=(*buffer, order.Held(effect, False))))
                     continue
                 if not buffer:
@@ -178,25 +202,31 @@ class Search:
         kind, at, length, argument = operation
         if kind == "load":
             self._is_private(who, at, length, False)
-            for value, before in order.values(state.image, place.buffer, place.past, at, length):
-                self.trace(who, "loads", at, value)
+            found = order.values(state.image, place.buffer, place.past, at, length)
+            for which, (value, before) in enumerate(found):
+                self._tell(who, "loads", at, value, Step(who, "go", which))
                 yield self._go(state, who, value, order.past_after(place.past, before, at, length, bool(argument)))
         elif kind == "poll":
-            events, others, called_away = argument
-            woken = tuple(event for event in events if state.image[event])
-            if woken or others:
-                self.trace(who, "is woken by" if woken else "is woken", woken[0] if woken else -1, b"")
-                yield self._go(state, who, woken, ())
-            if called_away:
-                self.trace(who, "is called away", -1, b"")
-                yield self._go(state, who, (*woken, DOORBELL), ())
+            yield from self._poll(state, who, argument)
         elif kind == "choose":
-            for value in (0, 1):
-                if value:
-                    self.trace(who, "is called away", -1, b"")
-                yield self._go(state, who, value, place.past)
+            for which, verb in enumerate(("is left alone", "is called away")):
+                self._tell(who, verb, step=Step(who, "go", which))
+                yield self._go(state, who, which, place.past)
         else:
             yield from self._change(self._drain(state, who), who, operation)
+
+    def _poll(self, state: State, who: int, argument: tuple[tuple[int, ...], bool, bool]) -> Iterator[State]:
+        """Return the states after a sleep. argument: of `Operation`."""
+        events, others, called_away = argument
+        woken = tuple(event for event in events if state.image[event])
+        which = 0
+        if woken or others:
+            self._tell(who, "is woken by" if woken else "is woken", woken[0] if woken else -1, step=Step(who, "go", 0))
+            yield self._go(state, who, woken, ())
+            which = 1
+        if called_away:
+            self._tell(who, "is called away", step=Step(who, "go", which))
+            yield self._go(state, who, (*woken, DOORBELL), ())
 
     def _change(self, state: State, who: int, operation: Operation) -> Iterator[State]:
         """Return the states after an atomic operation that writes."""
@@ -213,7 +243,8 @@ class Search:
             after = bytes([kind == "signal"])
         self._is_private(who, at, length, True)
         self._is_private(who, at, length, False)
-        self.trace(who, {"or": "sets", "exchange": "swaps", "signal": "signals", "take": "takes"}[kind], at, after)
+        verb = {"or": "ors", "exchange": "swaps", "signal": "signals", "take": "takes"}[kind]
+        self._tell(who, verb, at, after, Step(who, "go", 0))
         answer: Answer = before[0] if kind == "take" else before
         yield self._go(self._write(state, who, at, after), who, answer, ())
 
@@ -222,15 +253,15 @@ class Search:
         try:
             broken_off, image, base = recoveries(self._layout, state.image, queue)
         except Wrong as e:
+            self._tell(who, f"can't recover queue {queue}", step=Step(who, "go", 0))
             yield _put(state, who, Place(place.node.with_fault(str(e)), 0, (), ()))
             return
-        self.trace(who, f"recovers queue {queue} at index {base}", -1, b"")
+        self._tell(who, f"recovers queue {queue}: index {base}", step=Step(who, "go", 0))
         yield self._go(State(image, state.places), who, base, ())
         successor = place.node.actor.killed(place.node)
-        if successor is not None:
-            for k, image in enumerate(broken_off):
-                self.trace(who, f"is killed at store {k} of the recovery of queue {queue}", -1, b"")
-                yield _put(State(image, state.places), who, Place(successor, 0, (), ()))
+        for k, image in enumerate(broken_off if successor is not None else ()):
+            self._tell(who, f"is killed at store {k} of the recovery of queue {queue}", step=Step(who, "go", k + 1))
+            yield _put(State(image, state.places), who, Place(successor or place.node, 0, (), ()))
 
     def _go(self, state: State, who: int, answer: Answer, past: order.Past) -> State:
         place = state.places[who]
@@ -245,23 +276,15 @@ class Search:
         executed = max((k + 1 for k, held in enumerate(place.buffer) if held.bound), default=0)
         for n in range(executed, len(place.buffer) + 1):
             after = self._arrive(state, who, list(range(n)))
-            self.trace(who, "is killed", -1, b"")
+            self._tell(who, "is killed", step=Step(who, "kill", 0))
             yield _put(after, who, Place(successor, 0, (), ()))
 
     def _stores(self, state: State, who: int) -> Iterator[int]:
         """Return the indices of the stores in the buffer whose arrival another actor can tell at its next operation."""
         buffer = state.places[who].buffer
         for k, (store, _) in enumerate(buffer):
-            for other, (node, done, held, _) in enumerate(state.places):
-                if other == who:
-                    continue
-                operation = node.operation if done == len(node.effects) else None
-                if (
-                    (operation is not None and (operation.kind == "recover" or order.meet(store, *operation[1:3])))
-                    or any(order.meet(store, o.at, len(o.data)) for o, _ in held)
-                ):  # fmt: skip
-                    yield k
-                    break
+            if self._every or any(_sees(place, store) for o, place in enumerate(state.places) if o != who):
+                yield k
 
     def _steps(self, state: State) -> Iterator[tuple[Step, State]]:
         waits = True
@@ -291,56 +314,65 @@ class Search:
             state = self._settle(state, who)
         return state
 
-    def run(self, most_states: int, progress: Callable[[int, int], None]) -> Found:
-        """Look at all states, *most_states* at most. progress: called every second with (states, depth)."""
+    def run(self, most_states: int, progress: Callable[[int], None]) -> Found:
+        """Look at all states, *most_states* at most. progress: called about every second with their number so far."""
+        for scout in range(_SCOUTS):
+            self._scout(random.Random(scout))
         while True:
-            try:
-                return self._run(most_states, progress)
-            except _Learnt:
-                continue
+            self._has_learnt = False
+            found = self._run(most_states, progress)
+            if found is not None:
+                return found
 
-    def _run(self, most_states: int, progress: Callable[[int, int], None]) -> Found:
+    def _scout(self, choices: random.Random) -> None:
+        state = self.start()
+        for _ in range(_SCOUT_STEPS):
+            following = [after for _, after in self._steps(state)]
+            if not following:
+                return
+            state = choices.choice(following)
+
+    def _run(self, most_states: int, progress: Callable[[int], None]) -> Found | None:
+        """Return the result; None if the search has learnt that actors share more memory."""
         first = self.start()
-        came: dict[State, tuple[int, Step] | None] = {first: None}
         numbers = {first: 0}
-        order_of: list[State] = [first]
+        came: list[tuple[int, Step]] = [(-1, _NOTHING)]  # by state: the state before it, and the step from there
         edges: list[list[int]] = []
+        ends: list[int] = []
         steps = 0
         due = time.monotonic() + _PROGRESS_S
         queue = deque([first])
         while queue:
             state = queue.popleft()
+            number = len(edges)  # states are looked at in the order in which they were reached
             if time.monotonic() > due:
-                progress(len(numbers), steps)
+                progress(len(came))
                 due = time.monotonic() + _PROGRESS_S
-            number = numbers[state]
-            fault = next((place.node.fault for place in state.places if place.node.fault), "")
+            fault = _fault(state)
             after: list[int] = []
-            moved = False
+            moves = False
             for step, following in self._steps(state) if not fault else ():
-                steps += 1
-                moved |= step.verb != "kill"
-                known = numbers.get(following)
-                if known is None:
-                    known = numbers[following] = len(order_of)
-                    order_of.append(following)
-                    came[following] = (number, step)
+                moves |= step.verb != "kill"
+                known = numbers.setdefault(following, len(came))
+                if known == len(came):
+                    came.append((number, step))
                     queue.append(following)
                 after.append(known)
+            if self._has_learnt:
+                return None
             edges.append(after)
-            if not fault and not moved:
-                fault = self._check(state)
-            if fault:
-                return Found(len(numbers), steps, None, False, fault, _way(state, came, order_of))
-            if len(numbers) > most_states:
-                return Found(len(numbers), steps, None, False, "", ())
-        return Found(len(numbers), steps, _schedules(edges), True, "", ())
+            steps += len(after)
+            if not moves:
+                ends.append(number)
+                fault = fault or self._check(state)
+            if fault or len(came) > most_states:
+                return Found(len(came), steps, None, False, fault, _way(number, came) if fault else ())
+        return Found(len(came), steps, _schedules(edges, ends), True, "", ())
 
-    def follow(self, schedule: tuple[Step, ...]) -> list[tuple[int, str, int, bytes]]:
-        """Do the steps of a schedule; return the operations: actor, verb, offset (-1 = none), bytes. ValueError for a wrong step."""
-        done: list[tuple[int, str, int, bytes]] = []
-        told: list[tuple[int, str, int, bytes]] = []
-        self.trace = lambda *operation: told.append(operation)
+    def follow(self, schedule: tuple[Step, ...]) -> tuple[list[Done], str]:
+        """Do the steps of a schedule; return the operations, and the fault. ValueError for a step that can't be done."""
+        done: list[Done] = []
+        told = self._told = []
         try:
             state = self.start()
             for number, step in enumerate(schedule):
@@ -352,14 +384,21 @@ class Search:
                         break
                     told.clear()
                 else:
-                    raise ValueError(f"step {number + 1} of the schedule can't be done: {step}")
-            return done + told
+                    raise ValueError(f"step {number + 1}, {step.verb} {step.which} of actor {step.who}, can't be done")
+            done += told
         finally:
-            self.trace = _untold
+            self._told = None
+        ended = all(step.verb == "kill" for step, _ in self._steps(state))
+        return done, _fault(state) or (self._check(state) if ended else "")
 
 
-def _untold(who: int, verb: str, at: int, data: bytes) -> None:
-    """The trace of a search: none."""
+def _sees(place: Place, store: order.Store) -> bool:
+    """Return whether the next operation of an actor, or a store in its buffer, touches the place of *store*."""
+    operation = place.node.operation
+    if operation is not None and place.done == len(place.node.effects):
+        if operation.kind == "recover" or order.meet(store, operation.at, operation.length):
+            return True
+    return any(order.meet(store, held.at, len(held.data)) for held, _ in place.buffer)
 
 
 def _put(state: State, who: int, place: Place) -> State:
@@ -367,33 +406,35 @@ def _put(state: State, who: int, place: Place) -> State:
     return State(state.image, (*places[:who], place, *places[who + 1 :]))
 
 
-def _way(state: State, came: dict[State, tuple[int, Step] | None], order_of: list[State]) -> tuple[Step, ...]:
-    steps = []
-    while (link := came[state]) is not None:
-        steps.append(link[1])
-        state = order_of[link[0]]
+def _fault(state: State) -> str:
+    return next((place.node.fault for place in state.places if place.node.fault), "")
+
+
+def _way(number: int, came: list[tuple[int, Step]]) -> tuple[Step, ...]:
+    """Return the steps that lead to a state."""
+    steps: list[Step] = []
+    while number:
+        number, step = came[number]
+        steps.append(step)
     return tuple(reversed(steps))
 
 
-def _schedules(edges: list[list[int]]) -> int | None:
-    """Return the number of ways from the first state to one where nothing is left to do; None if a circle makes it endless."""
+def _schedules(edges: list[list[int]], ends: list[int]) -> int | None:
+    """Return the number of ways from the first state to an end; None if a circle makes it endless."""
     into = [0] * len(edges)
     for after in edges:
         for number in after:
             into[number] += 1
     ways = [0] * len(edges)
     ways[0] = 1
-    ready = [0] if not into[0] else []
+    ready = [] if into[0] else [0]
     done = 0
-    total = 0
     while ready:
         number = ready.pop()
         done += 1
-        if not edges[number]:
-            total += ways[number]
         for following in edges[number]:
             ways[following] += ways[number]
             into[following] -= 1
             if not into[following]:
                 ready.append(following)
-    return total if done == len(edges) else None
+    return sum(ways[number] for number in ends) if done == len(edges) else None
