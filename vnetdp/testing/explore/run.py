@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from .scenarios import SCENARIOS, Scenario
 from .search import Done, Found, Step
 from .world import World
 
+_STEP = re.compile(r"(?P<who>\w+)\.(?P<verb>go|store|kill)(?P<which>\d*)(\*(?P<times>\d+))?")
 _LISTED = 8  # bytes of a value that is printed as a number
 
 
@@ -38,7 +41,7 @@ def do(job: Job, progress: Callable[[str], None]) -> Report:
             changes.enter_context(MUTANTS[job.mutant].applied())
         changes.enter_context(operations.hooked())
         world = World(scenario)
-        search = world.search(model)
+        search = world.search(model, every=bool(job.schedule))
         names = [actor.name for actor in world.actors]
         if job.schedule:
             steps = _steps(job.schedule, names)
@@ -56,29 +59,31 @@ def do(job: Job, progress: Callable[[str], None]) -> Report:
             seconds=time.process_time() - began,
             whole=found.whole,
             fault=found.fault or fault,
-            schedule=" ".join(_text(step, names) for step in found.schedule),
+            schedule=_text([each.step for each in done if each.step is not None], names),
             operations=tuple(_line(each, names, world.layout) for each in done),
         )
 
 
-def _text(step: Step, names: list[str]) -> str:
-    return f"{names[step.who]}.{step.verb}" + (str(step.which) if step.which else "")
+def _text(steps: list[Step], names: list[str]) -> str:
+    """Return a schedule as text: ACTOR.go, ACTOR.store2, with *3 behind a step that is done three times."""
+    words = [f"{names[step.who]}.{step.verb}" + (str(step.which) if step.which else "") for step in steps]
+    runs = [(word, len(list(same))) for word, same in itertools.groupby(words)]
+    return " ".join(word + (f"*{times}" if times > 1 else "") for word, times in runs)
 
 
 def _steps(text: str, names: list[str]) -> tuple[Step, ...]:
     """Return the steps of a schedule as `_text` writes them; ValueError for one that names no actor or verb."""
-    steps = []
+    steps: list[Step] = []
     for word in text.split():
-        name, _, rest = word.partition(".")
-        verb = rest.rstrip("0123456789")
-        if name not in names or verb not in ("go", "store", "kill"):
+        match = _STEP.fullmatch(word)
+        if match is None or match["who"] not in names:
             raise ValueError(f"{word!r} is no step: one is ACTOR.go, ACTOR.store or ACTOR.kill, of {', '.join(names)}")
-        steps.append(Step(names.index(name), verb, int(rest[len(verb) :] or 0)))
+        steps += [Step(names.index(match["who"]), match["verb"], int(match["which"] or 0))] * int(match["times"] or 1)
     return tuple(steps)
 
 
 def _line(done: Done, names: list[str], layout: Layout) -> str:
-    who, verb, at, data = done
+    who, verb, at, data, _ = done
     text = f"{names[who]:<7} {verb}"
     if at >= 0:
         text += f" {layout.name(at)}"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from . import memory_model as order
 from .actors import Node
 from .layout import Layout
-from .operations import DOORBELL, FENCE, Answer, Operation, Wrong
+from .operations import DOORBELL, FENCE, Answer, Operation, Store, Wrong
 from .recovery import recoveries
 
 _PROGRESS_S = 1.0
@@ -147,7 +147,7 @@ class Search:
             return state
         image = image[:at] + data + image[at + len(data) :]
         if self._model == "weak":
-            readers = 0
+            readers = -1 if self._every else 0
             for byte in range(at, at + len(data)):
                 readers |= self._users[byte][0]
             places = tuple(
@@ -372,7 +372,8 @@ class Search:
     def follow(self, schedule: tuple[Step, ...]) -> tuple[list[Done], str]:
         """Do the steps of a schedule; return the operations, and the fault. ValueError for a step that can't be done."""
         done: list[Done] = []
-        told = self._told = []
+        told: list[Done] = []
+        self._told = told
         try:
             state = self.start()
             for number, step in enumerate(schedule):
@@ -392,7 +393,7 @@ class Search:
         return done, _fault(state) or (self._check(state) if ended else "")
 
 
-def _sees(place: Place, store: order.Store) -> bool:
+def _sees(place: Place, store: Store) -> bool:
     """Return whether the next operation of an actor, or a store in its buffer, touches the place of *store*."""
     operation = place.node.operation
     if operation is not None and place.done == len(place.node.effects):

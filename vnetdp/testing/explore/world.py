@@ -33,10 +33,10 @@ class World:
             self.actors.append(Reader(layout, scenario.reader, bytes(image)))
         self._image = bytes(image)
 
-    def search(self, model: str) -> Search:
-        """Return the search of all its schedules."""
+    def search(self, model: str, every: bool) -> Search:
+        """Return the search of all its schedules. every: of `Search`."""
         first = [actor.first() for actor in self.actors]
-        return Search(first, self._image, self.layout, model, self._check)
+        return Search(first, self._image, self.layout, model, self._check, every)
 
     def _idx(self, image: bytes, queue: int, part: str) -> int:
         at = self.layout.part(queue, part).at + spec.VIRTQ_RING_IDX
