@@ -173,7 +173,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
     ),
     "inflight-version-first": Mutant(
         "the inflight area's version is stored before its size",
-        "transmit-killed",
+        "recovery-killed",
         _INFLIGHT,
         "InflightArea.recover",
         ((_DESC_NUM, "pass\n"), (_VERSION, f"{_VERSION}            {_DESC_NUM}")),

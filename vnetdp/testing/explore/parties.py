@@ -13,11 +13,11 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.loops.drive import drive
 from vnetdp_kernels.loops.serve import serve
-from vnetdp_kernels.net.driver import post_receive
+from vnetdp_kernels.net.driver import post_receive, send
 from vnetdp_kernels.rows import Control, DriverRings, Guest, Limits, LoopScratch, Rings, Scratch, Wire
 from vnetdp_kernels.virtq import bind, split_driver
 from vnetdp_kernels.virtq.memory import take_dirty
-from vnetdp_kernels.wire.port import SCRATCH_WORDS
+from vnetdp_kernels.wire.port import SCRATCH_WORDS, source_of
 
 from ...errors import STATUS_TEXT
 from .actors import Actor, Node
@@ -35,6 +35,14 @@ RX, TX = range(2)
 def frame(number: int) -> bytes:
     """Return the frame of that number, without its virtio_net_hdr."""
     return bytes([0x10 + number]) * _FRAME_LEN
+
+
+def number_of(data: bytes) -> int:
+    """Return the number of a frame; `Wrong` for bytes that are no frame's."""
+    number = data[0] - frame(0)[0] if data else -1
+    if number < 0 or data != frame(number):
+        raise Wrong(f"a frame arrived as {data.hex(' ')}, which was never sent")
+    return number
 
 
 class Port:
@@ -84,16 +92,12 @@ class Port:
         return int(self.eps[0, r.EP_COUNT])
 
     def out(self) -> tuple[int, ...]:
-        """Return the numbers of the frames that went out in this turn; `Wrong` for bytes that are no frame's."""
+        """Return the numbers of the frames that went out in this turn; as `number_of`."""
         found = []
         for slot in range(int(self.eps[0, r.EP_OUT_COUNT])):
             length = int(self.wire.out_lengths[0, slot])
             at = slot * BUFFER_LEN + spec.NET_HDR_LEN
-            data = self.wire.out_frames[0, at : at - spec.NET_HDR_LEN + length].tobytes()
-            number = data[0] - 0x10 if data else -1
-            if number < 0 or data != frame(number):
-                raise Wrong(f"a frame arrived as {data.hex(' ')}, which was never sent")
-            found.append(number)
+            found.append(number_of(self.wire.out_frames[0, at : at - spec.NET_HDR_LEN + length].tobytes()))
         return tuple(found)
 
     def take(self) -> tuple[int, ...]:
@@ -157,6 +161,13 @@ class Driver(Actor):
         self._scratch = _scratch()
         self.kept = DriverKept()
 
+    def send(self) -> None:
+        """Send the first batch at once, while the scenario is set up."""
+        self._port.feed(0)
+        dvqs, states = self._rings.dvqs, self._rings.states
+        source = source_of(self._port.wire, 0)
+        send(self._rings.mem, dvqs[TX], states[TX], source, self._scratch.frames.words, _SLOTS)
+
     def turn(self) -> bool:
         fed = self._port.feed(self.kept.fed)
         drive(self._rings, self._port.wire, Control(self.doorbell, _CONTROL_FD), self._scratch, _FOR_EVER)
@@ -180,6 +191,7 @@ class DeviceKept(NamedTuple):
     owner: int = 0
     known: tuple[int, ...] = ()  # frames that owners before this one published to the guest
     begin: int = 0  # the first frame of this owner's
+    budget: int = -1  # frames that it moves at once
 
 
 class DeviceOutcome(NamedTuple):
@@ -237,7 +249,8 @@ class Device(Actor):
         self.doorbell.armed = self.kept.hand_overs > 0
         vqs = self._owners[self.kept.owner]
         rings = Rings(self._guest, vqs, self._notify)
-        serve(rings, self._port.wire, Control(self.doorbell, _CONTROL_FD), self._scratch, _FOR_EVER)
+        limits = _FOR_EVER._replace(budget=self.kept.budget)
+        serve(rings, self._port.wire, Control(self.doorbell, _CONTROL_FD), self._scratch, limits)
         _check(vqs, r.VQ_STATUS, "the driver")
         vqs[:, [r.VQ_CALLS, r.VQ_KICKS]] = 0
         self.kept = self.kept._replace(got=self.kept.got + self._port.take())

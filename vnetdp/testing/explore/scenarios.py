@@ -25,11 +25,15 @@ class Scenario:
     echo: bool = False
     """The device sends the guest's frames back."""
     driver: bool = True
-    """False: no driver runs; the receiveq has buffers."""
+    """False: no driver runs; the receiveq has buffers, and the transmitq the first batch of `sent`."""
+    budget: int = -1
+    """Frames that the device moves before it looks at its doorbell; -1 = any number."""
     reader: int = 0
     """Rounds of a reader of the dirty log; 0 = there is no log."""
     kills: int = 0
     """Deaths of the device, each at any operation; its successor goes on from the inflight area."""
+    fresh: bool = False
+    """The inflight area is empty: the first owner, too, begins with a recovery, and may be killed in it."""
     hand_overs: int = 0
     """Changes of owner, each whenever the loop looks at its doorbell."""
 
@@ -41,14 +45,27 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "receive-event-idx": Scenario("the same with EVENT_IDX", event_idx=True, received=(1, 1)),
     "transmit-weak": Scenario("driver sends, device drains", model="weak", event_idx=True, sent=(1, 1)),
     "receive-weak": Scenario("device fills, driver receives", model="weak", event_idx=True, received=(1, 1)),
-    "hand-over": Scenario("driver sends; the device changes its owner", sent=(1, 1), hand_overs=1),
+    "hand-over": Scenario(
+        "driver sends; the device changes its owner", event_idx=True, sent=(1, 1), hand_overs=1
+    ),
     "dirty-log": Scenario(
         "device fills two batches; a reader takes the log twice", num=4, driver=False, received=(1, 2), reader=2
     ),
     "dirty-log-killed": Scenario(
         "device fills two batches, and is killed; a reader takes the log", driver=False, received=(1, 1), reader=1, kills=1
     ),
-    "transmit-killed": Scenario("driver sends; the device is killed", sent=(1, 1), kills=1),
-    "receive-killed": Scenario("driver receives; the device is killed", received=(1, 1), kills=1),
-    "echo-killed": Scenario("driver sends, device sends back, and is killed twice", echo=True, sent=(1, 1), kills=2),
+    "recovery-killed": Scenario(
+        "driver sends; the device is killed, and its successor, too", event_idx=True, sent=(1,), kills=2, fresh=True
+    ),
+    "transmit-killed": Scenario("driver sends; the device is killed", event_idx=True, sent=(1, 1), kills=1),
+    "receive-killed": Scenario("driver receives; the device is killed", event_idx=True, received=(1, 1), kills=1),
+    "echo-killed": Scenario(
+        "device sends frames back one by one, and is killed twice",
+        num=4,
+        sent=(3,),
+        driver=False,
+        echo=True,
+        budget=1,
+        kills=2,
+    ),
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
 from .actors import Actor
-from .layout import LOG_LEN, Layout
-from .operations import Direct, Running
-from .parties import RX, TX, Device, DeviceKept, DeviceOutcome, Driver, Reader
+from .layout import BUFFER_LEN, LOG_LEN, QUEUES, Layout
+from .operations import Direct, Running, Wrong
+from .parties import RX, TX, Device, DeviceKept, DeviceOutcome, Driver, Reader, number_of
+from .recovery import recoveries
 from .scenarios import Scenario
 from .search import Search, State
 
@@ -23,11 +26,15 @@ class World:
         Running.record = Direct(image)
         driver = Driver(layout, scenario.event_idx, scenario.sent)
         kind = r.KIND_ECHO if scenario.echo else r.KIND_PYTHON
-        # With an inflight area the first owner, too, begins with a recovery: of an area that is empty.
-        kept = DeviceKept(kills=scenario.kills, hand_overs=scenario.hand_overs, dead=scenario.kills > 0)
+        if layout.area is not None and not scenario.fresh:
+            for queue in range(len(QUEUES)):
+                image[:] = recoveries(layout, bytes(image), queue)[1]
+        kept = DeviceKept(kills=scenario.kills, hand_overs=scenario.hand_overs, dead=scenario.fresh, budget=scenario.budget)
         self.actors: list[Actor] = [Device(layout, scenario.event_idx, kind, scenario.received, kept)]
         if scenario.driver:
             self.actors.append(driver)
+        elif scenario.sent:
+            driver.send()
         if scenario.reader:
             image[layout.log.base : layout.log.base + LOG_LEN] = bytes(LOG_LEN)
             self.actors.append(Reader(layout, scenario.reader, bytes(image)))
@@ -51,16 +58,30 @@ class World:
         used, avail = self._idx(state.image, TX, "used"), self._idx(state.image, TX, "avail")
         if used != avail:
             return f"all sleep while chains wait in the transmitq: avail.idx is {avail}, used.idx {used}"
-        if scenario.driver:
-            fault = _compare("received", outcomes["driver"], sent if scenario.echo else device.due)
-            if fault:
-                return fault
+        try:
+            got = outcomes["driver"] if scenario.driver else self._received(state.image)
+        except Wrong as e:
+            return str(e)
+        fault = _compare("received", got, sent if scenario.echo else device.due)
+        if fault:
+            return fault
         if not scenario.echo:
             wire = tuple(dict.fromkeys(device.got)) if scenario.kills else device.got
             fault = _compare("sent", wire, sent)
             if fault:
                 return fault
         return self._check_log(state.image, outcomes["reader"]) if scenario.reader else ""
+
+    def _received(self, image: bytes) -> tuple[int, ...]:
+        """Return the numbers of the frames in the receiveq's used buffers, for a scenario without a driver."""
+        used, buffer = self.layout.part(RX, "used").at, self.layout.part(RX, "buffer").at
+        found = []
+        for k in range(self._idx(image, RX, "used")):
+            at = used + spec.VIRTQ_RING_ENTRIES + spec.VIRTQ_USED_ELEM_SIZE * k
+            head, length = struct.unpack_from("<II", image, at)
+            data = image[buffer + BUFFER_LEN * head :][:length]
+            found.append(number_of(data[spec.NET_HDR_LEN :]))
+        return tuple(found)
 
     def _check_log(self, image: bytes, copies: dict[int, bytes]) -> str:
         """Return the page that the device wrote, and that neither the reader's copy nor the dirty log has."""
