@@ -60,6 +60,8 @@ _HOME = {
     "Control": "virtio.state",
     "DeviceState": "virtio.state",
     "StateDelta": "virtio.state",
+    "campaign": "lab.campaigns",
+    "Finding": "lab.campaigns",
     "VnetdpError": "errors",
     "ConfigError": "errors",
     "MachineError": "errors",
@@ -110,6 +112,8 @@ if TYPE_CHECKING:
     from .guest.driver import Driver as Driver
     from .guest.driver import driver_block as driver_block
     from .guest.driver import memory_for as memory_for
+    from .lab.campaigns import Finding as Finding
+    from .lab.campaigns import campaign as campaign
     from .shared.memory import DirtyLog as DirtyLog
     from .shared.memory import GuestMemory as GuestMemory
     from .shared.memory import Region as Region

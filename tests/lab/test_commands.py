@@ -194,6 +194,11 @@ def test_pairs_and_traffic_are_all_run_unless_named(shell: Shell) -> None:
     assert said.count("B13 (") == 4
 
 
+def test_rows_can_be_run_in_processes_of_their_own(shell: Shell) -> None:
+    report, _ = faults(shell, "--only", "E4", "--queue-pairs", "1", "--traffic", "idle", "--jobs", "2")
+    assert [(row["id"], row["ok"]) for row in report["rows"]] == [("E4", True)]
+
+
 def test_a_row_that_is_wrong_is_shown(shell: Shell) -> None:
     report, said = faults(
         shell, "--policy", "seed", "--only", "D2/1,0", "--queue-pairs", "3", "--traffic", "idle", exits=1

@@ -16,10 +16,10 @@ import pytest
 from scapy.utils import rdpcap
 
 from tests.migration.rig import migrate
-from tests.support.by_hand import no_descriptor_leaks, wait_for
+from tests.support.by_hand import wait_for
 from vnetdp.endpoints.announce import ROUNDS_S, rarp
 from vnetdp.lab.host import Host, Orders
-from vnetdp.lab.matrix import DEFECTS, RATE, Case, Matrix, Row, can_run, cases, chosen, run_all
+from vnetdp.lab.matrix import DEFECTS, RATE, Case, Matrix, can_run, cases, chosen
 from vnetdp.lab.taps import why_no_taps
 from vnetdp.migration.machine import Machine, MachineConfig, make_wire
 from vnetdp.shared.notify import EventFd
@@ -119,16 +119,6 @@ def test_a_guest_is_announced_where_it_comes_in(tmp_path: Path) -> None:
 
 def test_a_false_delta_is_counted(delta: Matrix) -> None:
     assert delta.run(case_of("A7"), config_of(1)).false_deltas == 5
-
-
-def test_cases_are_run_one_by_one_and_told() -> None:
-    told: list[tuple[Row, MachineConfig]] = []
-    with no_descriptor_leaks():
-        rows = run_all("delta", chosen((1,), ("idle", "both"), "E"), lambda row, config: told.append((row, config)))
-    assert rows == [(config, row) for row, config in told]
-    found = [(config.traffic, row.case.id) for config, row in rows]
-    assert found == [(traffic, f"E{n}") for traffic in ("idle", "both") for n in (3, 4, 5, 6, 7, 8, 9)]
-    assert all(row.ok for _, row in rows)
 
 
 @pytest.mark.skipif(why_no_taps() is not None, reason=str(why_no_taps()))

@@ -12,7 +12,7 @@ from packaging.version import Version
 _PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
-def oldest(extras: tuple[str, ...] = ("test", "testing", "plot", "sim")) -> dict[str, Version]:
+def oldest(extras: tuple[str, ...] = ("test", "testing", "campaign", "plot", "sim")) -> dict[str, Version]:
     """Return the lowest version that pyproject.toml allows of each package, on this Python."""
     project = tomllib.loads(_PYPROJECT.read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -13,11 +14,14 @@ from ..system.signals import Ending
 from .commands import compile_kernels, counted
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from ..lab.couple import Result
     from ..lab.matrix import Row
     from ..migration.machine import MachineConfig
 
 _PROGRESS_S = 10.0  # between two lines that say how far long work is
+_CONNECT_S = 10  # for a Dask scheduler to answer
 
 
 def migrate(args: argparse.Namespace, ending: Ending) -> int:
@@ -122,7 +126,9 @@ def _print_migration(report: dict[str, Any], tell: Callable[[str], None]) -> Non
 
 
 def faults(args: argparse.Namespace, ending: Ending) -> int:
-    from ..lab.matrix import cases, chosen, run_all
+    from ..lab.campaigns import Finding, campaign
+    from ..lab.fault_cases import FaultCase, give_up, lost_row, run_case
+    from ..lab.matrix import cases, chosen
 
     tell = human(args)
     traffics = ("idle", "both") if args.traffic is None else (args.traffic,)
@@ -137,8 +143,9 @@ def faults(args: argparse.Namespace, ending: Ending) -> int:
     began = said = time.monotonic()
     rows: list[tuple[MachineConfig, Row]] = []
 
-    def one(row: Row, config: MachineConfig) -> None:
+    def one(found: Finding[FaultCase, Row]) -> None:
         nonlocal said
+        config, row = found.case.config, found.result or lost_row(found)
         rows.append((config, row))
         if time.monotonic() - said > _PROGRESS_S:
             said = time.monotonic()
@@ -157,8 +164,26 @@ def faults(args: argparse.Namespace, ending: Ending) -> int:
 
     compile_kernels(ending)
     with ending.reporting(report, lambda _: _print_faults(args.policy, [row for _, row in rows], began, tell)):
-        run_all(args.policy, plan, one)
+        with _cluster(args.dask) as client:
+            each = [FaultCase(args.policy, config, case) for config, case in plan]
+            campaign(run_case, each, jobs=args.jobs, client=client, done=one)
+        give_up()
     return 0 if ending.finish()["ok"] else 1
+
+
+def _cluster(address: str | None) -> AbstractContextManager[Client | None]:
+    """Return the client of the Dask scheduler at *address*, or of none."""
+    if address is None:
+        return nullcontext()
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ConfigError("--dask needs Dask's distributed: pip install 'vnetdp[campaign]'") from None
+    try:
+        client: AbstractContextManager[Client] = Client(address, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"--dask {address}: no Dask scheduler answers there within {_CONNECT_S} s ({e})") from None
+    return client
 
 
 def _print_faults(policy: str, rows: list[Row], began: float, tell: Callable[[str], None]) -> None:

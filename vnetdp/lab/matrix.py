@@ -462,19 +462,3 @@ def _begins(case_id: str, only: str) -> bool:
     follows = row[len(wanted) : len(wanted) + 1]
     in_row = row == wanted or (not more and row.startswith(wanted) and follows.isdigit() != wanted[-1:].isdigit())
     return in_row and rest[: len(more)] == more
-
-
-def run_all(
-    policy: str, plan: Iterable[tuple[MachineConfig, Case]], tell: Callable[[Row, MachineConfig], None]
-) -> list[tuple[MachineConfig, Row]]:
-    """Run the cases of *plan*, one after the other; *tell* is told each row."""
-    rows = []
-    matrix = Matrix(policy)
-    try:
-        for config, case in plan:
-            row = matrix.run(case, config)
-            rows.append((config, row))
-            tell(row, config)
-    finally:
-        matrix.close()
-    return rows
