@@ -53,8 +53,9 @@ _SAME_MEMORY = "same memory"  # set_memory with the table that the child has
 class _RemoteEndpoint(Endpoint):
     """The child's view of an endpoint: the same rows and slots, its own copies of the descriptors."""
 
-    def __init__(self, kind: int, queues: int, block_fd: int, fds: list[int], name: str) -> None:
+    def __init__(self, kind: int, lines: int, queues: int, block_fd: int, fds: list[int], name: str) -> None:
         self.kind = kind
+        self.lines = lines
         self.name = name
         super().__init__(queues, block_fd)
         self.fds[:] = np.array(fds)
@@ -90,7 +91,7 @@ def _pack(message: object) -> tuple[bytes, list[int]]:
                 return ("log", obj.length, beside(obj.fd))
             if isinstance(obj, Endpoint):
                 queue_fds = [beside(fd) for fd in obj.fds.tolist()]
-                return ("endpoint", obj.kind, obj.queues, beside(obj.block.fd), queue_fds, obj.name)
+                return ("endpoint", obj.kind, obj.lines, obj.queues, beside(obj.block.fd), queue_fds, obj.name)
             return None
 
     buffer = io.BytesIO()
@@ -113,9 +114,9 @@ def _unpack(data: bytes, fds: list[int]) -> Any:
                 return memory
             if kind == "log":
                 return DirtyLog(rest[0] * 8 * spec.PAGE_SIZE, fds[rest[1]])
-            endpoint_kind, queues, block, queue_fds, name = rest
+            endpoint_kind, lines, queues, block, queue_fds, name = rest
             own = [fds[fd] if fd >= 0 else -1 for fd in queue_fds]
-            return _RemoteEndpoint(endpoint_kind, queues, fds[block], own, name)
+            return _RemoteEndpoint(endpoint_kind, lines, queues, fds[block], own, name)
 
     try:
         return Unpickler(io.BytesIO(data)).load()
@@ -320,7 +321,7 @@ class ProcessBackend(Backend, Owned):
         return answer
 
     def _bind(self, verb: SetBackend, endpoint: Endpoint) -> int:
-        if endpoint.kind == r.KIND_PYTHON:
+        if endpoint.kind >= r.KIND_PYTHON:
             raise refusal(
                 verb, errno.EOPNOTSUPP, f"{endpoint.name} runs in Python, in the process of the device: take a Worker"
             )
