@@ -50,7 +50,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_ledger_has_as_many_as_were_struck_whatever_the_budget(fault: str) -> None:
     settings, counted = FAULTS[fault]
-    n = scaled(5_000, 150)
+    n = scaled(2_000, 100)
     seen = []
     for budget in (1, 7, 64):
         with (
@@ -60,17 +60,14 @@ def test_the_ledger_has_as_many_as_were_struck_whatever_the_budget(fault: str) -
         ):
             bed.run(budget)
             ledger, struck = fates(wire, guest), wire.struck
+            # A damaged mark makes a frame one of nobody's.
+            foreign = sum(int(end.ledger[0, r.LEDGER_FOREIGN]) for end in (wire, guest))
         assert {name for name, times in struck.items() if times} == {fault}
-        lost = struck[fault] if counted in ("lost", "corrupted") else 0
-        expected = {
-            "sent": 2 * n,
-            "delivered": 2 * n - lost,
-            "lost": lost,
-            "duplicated": 0,
-            "reordered": 0,
-            "corrupted": 0,
-        }
-        assert ledger.as_dict() == expected | {counted: struck[fault]}
+        assert ledger.sent == 2 * n
+        assert ledger.lost == (struck[fault] if counted in ("lost", "corrupted") else 0)
+        assert ledger.duplicated == (struck[fault] if counted == "duplicated" else 0)
+        assert ledger.reordered == (struck[fault] if counted == "reordered" else 0)
+        assert ledger.corrupted + foreign == (struck[fault] if counted == "corrupted" else 0)
         seen.append((ledger, struck))
     assert seen[0] == seen[1] == seen[2]
 
@@ -219,7 +216,7 @@ def test_a_worker_process_injects_them_too() -> None:
     with (
         GenerateEndpoint(count=n) as guest,
         FaultEndpoint(FaultEndpoint(GenerateEndpoint(count=n), drop=0.1), duplicate=0.1) as wire,
-        WorkerProcess() as worker,
+        WorkerProcess(1) as worker,
         memory_for() as memory,
         NetDevice(memory, wire, vhost=worker.backends) as device,
         Driver(device, memory, guest) as driver,

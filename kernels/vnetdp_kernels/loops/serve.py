@@ -15,6 +15,7 @@ from ..platform.peer import tell
 from ..rows import Control, Limits, LoopScratch, Rings, Wire
 from ..virtq import split_device as ring
 from ..wire.answer import answers
+from ..wire.faulty import TO_WIRE, takes
 from ..wire.port import send_on, sink_of, source_of
 from . import wait
 
@@ -121,6 +122,8 @@ def _watch_device(
                 no_room = forwards
                 if ep[r.EP_KIND] < r.KIND_FAULT:
                     events |= POLLOUT
+                elif ep[r.EP_KIND] != r.KIND_PYTHON:
+                    again |= takes(ep, TO_WIRE)  # frames that were due have made room
             else:
                 again |= ring.enable_kicks(guest.mem, txq, guest.log)
                 n = wait.add_pollfd(pollfds, n, notify[2 * q + 1, 0], POLLIN, 2 * q + 1)
