@@ -145,7 +145,7 @@ EP_NEXT_NS: Final = 6  # generate: when the next frame is due (CLOCK_MONOTONIC)
 EP_FIRST: Final = 7  # first frame slot, wire to guest, not yet delivered
 EP_COUNT: Final = 8  # frame slots, wire to guest, not yet delivered
 EP_OUT_FIRST: Final = 9  # the same, guest to wire, for endpoints in Python
-EP_OUT_COUNT: Final = 10
+EP_OUT_COUNT: Final = 10  # also the frames that faulty wires hold back, as EP_COUNT has those of the other way
 EP_CHECK: Final = 11  # 1: frames from the guest are checked against the ledger
 EP_DROP_SHORT: Final = 12  # counters of frames dropped, by reason
 EP_DROP_LONG: Final = 13
@@ -160,16 +160,75 @@ EP_PENDING: Final = 21  # bytes of the frame in hand, wire to guest, that found 
 EP_DROP_OFFLOAD: Final = 22  # the frame needs an offload that its receiver did not negotiate
 EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled; not polled any more
 EP_BLOCKED: Final = 24  # 1: an endpoint in Python takes no more frames now, and does not say when it will
+EP_LINES: Final = 25  # faulty wires from here to the endpoint behind them; 0 = it is that endpoint
 EP_SLOTS: Final = 32
 
-# EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches.
+# EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches. From KIND_FAULT on, an
+# endpoint may take no frame for reasons of its own (`port.takes`).
 KIND_NULL: Final = 0
 KIND_ECHO: Final = 1
 KIND_MACSWAP: Final = 2
 KIND_REFLECT: Final = 3
 KIND_GENERATE: Final = 4
 KIND_TAP: Final = 5
-KIND_PYTHON: Final = 6
+KIND_FAULT: Final = 6  # a faulty wire, and behind it an endpoint of the kinds above
+KIND_PYTHON: Final = 7
+KIND_FAULT_PYTHON: Final = 8  # a faulty wire, and behind it an endpoint in Python
+
+# A faulty wire has a line each way: int64[LINE_SLOTS]. The row of an endpoint behind faulty wires has STAGE_SLOTS for each
+# of them, the outermost first: its EP_ slots, its line to the wire, its line from the wire. Then come the EP_SLOTS of the
+# endpoint itself.
+LINE_HEAD: Final = 0  # entry of the oldest frame held
+LINE_HELD: Final = 1  # frames held, but for the one that is overtaken
+LINE_TAIL: Final = 2  # byte where the next frame goes
+LINE_FIRST: Final = 3  # byte where the oldest frame lies
+LINE_DUE_NS: Final = 4  # when the oldest frame is due (CLOCK_MONOTONIC); 0 = at once
+LINE_RETRY_NS: Final = 5  # not before then, since it was put off; 0 = at once
+LINE_TRIES: Final = 6  # how often the oldest frame was put off by a fault
+LINE_SEEN: Final = 7  # frames that came to the line: the number of the last one
+LINE_KEY: Final = 8  # u32: from the seed, the queue and the way
+LINE_AT: Final = 9  # the one frame that faults strike, by its number; 0 = any
+LINE_DELAY_NS: Final = 10
+LINE_JITTER_NS: Final = 11  # a frame is held back so much longer or shorter, at most
+LINE_RATE: Final = 12  # bits a second; 0 = no limit
+LINE_FREE_NS: Final = 13  # when the last frame has been sent at that rate
+LINE_BAD: Final = 14  # burst: 1 in the bad state
+LINE_ASIDE_LEN: Final = 15  # reorder: bytes of the frame that the next one is to overtake; 0 = none
+LINE_ASIDE_NUMBER: Final = 16
+LINE_ASIDE_COPIES: Final = 17
+LINE_ASIDE_NS: Final = 18  # when it waits no longer
+LINE_CLOCK: Final = 19  # two words: scratch of a clock
+LINE_CHANCE: Final = 21  # CHANCE_…: a probability, in parts of 2^32
+LINE_STRUCK: Final = 32  # STRUCK_…: how often each fault struck
+LINE_SLOTS: Final = 48
+STAGE_SLOTS: Final = EP_SLOTS + 2 * LINE_SLOTS
+
+CHANCE_DROP: Final = 0
+CHANCE_CORRUPT: Final = 1
+CHANCE_DUPLICATE: Final = 2
+CHANCE_REORDER: Final = 3
+CHANCE_EIO: Final = 4
+CHANCE_EAGAIN: Final = 5
+CHANCE_TO_BAD: Final = 6  # burst: from the good state to the bad one, and back
+CHANCE_TO_GOOD: Final = 7
+CHANCE_LOSS_BAD: Final = 8  # burst: a frame is lost, in either state
+CHANCE_LOSS_GOOD: Final = 9
+
+STRUCK_BURST: Final = 6  # the first six are those of CHANCE_
+STRUCK_DELAY: Final = 7
+STRUCK_RATE: Final = 8
+
+# The frames of a line: a table int64[LINE_TABLE] of entries, a ring of bytes, and the place of the frame that is overtaken.
+# Tables and bytes lie one after the other, as the lines do; behind them an endpoint in Python has its slots, out first.
+ENTRY_OFFSET: Final = 0
+ENTRY_LEN: Final = 1
+ENTRY_DUE_NS: Final = 2
+ENTRY_NUMBER: Final = 3
+ENTRY_SLOTS: Final = 4
+LINE_FRAMES: Final = 4096
+LINE_TABLE: Final = LINE_FRAMES * ENTRY_SLOTS
+LINE_RING: Final = 1 << 23
+LINE_BYTES: Final = LINE_RING + FRAME_SLOT
 
 # A row of the ledger: int64[LEDGER_SLOTS] a flow, and its window of numbers seen: uint8[LEDGER_WINDOW].
 LEDGER_NEXT: Final = 0  # the lowest number above all seen
@@ -252,7 +311,9 @@ class Wire(NamedTuple):
     eps: Words  # int64[pairs, EP_SLOTS]
     fds: Words  # int64[pairs]; -1 = none
     pending: Bytes  # uint8[pairs, FRAME_SLOT]: the frame from the wire that found no receive buffer yet
-    in_frames: Bytes  # uint8[pairs, slots * slot_len]: frames from an endpoint in Python
+    in_frames: (
+        Bytes  # uint8[pairs, slots * slot_len]: frames from an endpoint in Python; lines of faulty wires lie before
+    )
     in_lengths: Words  # int64[pairs, slots]
     out_frames: Bytes  # uint8[pairs, slots * slot_len]: frames for an endpoint in Python
     out_lengths: Words  # int64[pairs, slots]
@@ -282,6 +343,14 @@ class Sink(NamedTuple):
     out_lengths: Words
     ledger: Words
     windows: Bytes
+
+
+class Line(NamedTuple):
+    """One way of a faulty wire."""
+
+    words: Words  # int64[LINE_SLOTS]
+    table: Words  # int64[LINE_TABLE]
+    data: Bytes  # uint8[LINE_BYTES]
 
 
 class Frame(NamedTuple):

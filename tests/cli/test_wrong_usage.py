@@ -176,7 +176,10 @@ WRONG: dict[str, tuple[list[str | bytes], str]] = {
     "TAP name not UTF-8": (["link", b"tap:\xff", "null"], "\\udcff"),
     "rate too small": (["link", "generate:rate=0.00000000001", "null"], "rate 1e-11"),
     "count too large": (["link", f"generate:count={'9' * 400}", "null"], "is not a finite number"),
-    "Python in another process": (["link", "fault::echo", "null", "--datapath=vhost-process"], "runs in Python"),
+    "Python in another process": (
+        ["link", "fault::pcap:,a.pcap", "null", "--datapath=vhost-process"],
+        "runs in Python",
+    ),
     "picture nowhere": (["bench", "ring", "--plot", "no/such/folder/picture.png"], "no/such/folder"),
 }
 

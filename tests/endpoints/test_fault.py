@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from scapy.layers.inet import ICMP, IP
 from scapy.layers.l2 import ARP, Ether
 from scapy.utils import wrpcap
 
-from tests.endpoints.joined import guest_of, receive_all, send_all
+from tests.endpoints.joined import Stepped, frame, guest_of, receive_all, send_all
 from tests.support.by_hand import no_descriptor_leaks, scaled, wait_for
 from vnetdp.bench.netns import NetnsPair
+from vnetdp.datapath.loop_thread import Runnable
 from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.base import Endpoint
 from vnetdp.endpoints.fault import FaultEndpoint
@@ -32,25 +32,12 @@ from vnetdp_kernels import spec
 HEADER = bytes(spec.NET_HDR_LEN)
 
 
-def frame(n: int, length: int = 60) -> bytes:
-    """Return an Ethernet frame that no other number has."""
-    return bytes(6) + n.to_bytes(8, "big") + bytes((n + i) & 0xFF for i in range(length - 14))
-
-
-def through(fault: FaultEndpoint, frames: list[bytes], batch: int = 64) -> list[bytes]:
-    """Send frames in batches, try again while any is put off, and return what reached the inner mailbox."""
+def through(fault: FaultEndpoint, frames: list[bytes], budget: int = 64) -> list[bytes]:
+    """Send frames from a guest, step by step, and return what reached the inner mailbox."""
     assert isinstance(fault.inner, MailboxEndpoint)
-    got: list[bytes] = []
-    for at in range(0, len(frames), batch):
-        fault.transmit_frames(0, [HEADER + one for one in frames[at : at + batch]])
-        got.extend(fault.inner.take())
-    tries = 0
-    while fault._to_wire[0].waiting:
-        fault.service()
-        got.extend(fault.inner.take())
-        tries += 1
-        assert tries < 100_000
-    return got
+    with Stepped(fault) as bed:
+        bed.send(frames, budget)
+    return fault.inner.take()
 
 
 def mailbox() -> MailboxEndpoint:
@@ -60,7 +47,7 @@ def mailbox() -> MailboxEndpoint:
 # --- how often ---
 
 
-KINDS = ("drop", "corrupt", "eio", "eagain")
+KINDS = ("drop", "corrupt", "eio", "eagain", "duplicate", "reorder")
 
 
 @pytest.mark.parametrize(
@@ -68,22 +55,23 @@ KINDS = ("drop", "corrupt", "eio", "eagain")
     [(kind, chance) for kind in KINDS for chance in (0.0, 0.01, 0.3, 1.0) if (kind, chance) != ("eagain", 1.0)],
 )
 def test_a_fault_strikes_as_often_as_asked(kind: str, chance: float) -> None:
-    n = scaled(10_000, 2_000)
+    n = scaled(1_000 if kind == "eagain" else 10_000, 300)
     with FaultEndpoint(mailbox(), **{kind: chance}) as fault:  # type: ignore[arg-type]
         got = through(fault, [frame(k) for k in range(n)])
         struck = fault.struck[kind]
-        expected = n * chance / (1 - chance) if kind == "eagain" else n * chance
+        expected = n * (chance / (1 - chance) if kind == "eagain" else chance / (1 + chance * (kind == "reorder")))
         assert abs(struck - expected) <= 6 * (expected + 1) ** 0.5
         assert {name for name, times in fault.struck.items() if times} <= {kind}
-        assert len(got) == n - (struck if kind in ("drop", "eio") else 0)
+        assert len(got) == n - {"drop": struck, "eio": struck, "duplicate": -struck}.get(kind, 0)
         assert fault.counters()[f"fault_{kind}"] == struck
 
 
 def test_corruption_is_one_bit_of_the_frame() -> None:
-    frames = [frame(k, 14 + k % 100) for k in range(1000)]
+    frames = [frame(k, 14 + k % 100) for k in range(scaled(1000, 200))]
     with FaultEndpoint(mailbox(), corrupt=0.5) as fault:
         assert isinstance(fault.inner, MailboxEndpoint)
-        fault.transmit_frames(0, [HEADER + one for one in frames])
+        with Stepped(fault) as bed:
+            bed.send(frames)
         after = fault.inner.take_raw()
         differing = 0
         for before, now in zip(frames, after, strict=True):
@@ -95,11 +83,11 @@ def test_corruption_is_one_bit_of_the_frame() -> None:
 
 
 def test_eio_costs_its_frames_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    frames = [frame(k) for k in range(1000)]
+    frames = [frame(k) for k in range(scaled(1000, 200))]
     with caplog.at_level(logging.WARNING), FaultEndpoint(mailbox(), eio=0.1) as fault:
         got = through(fault, frames)
         lost = fault.struck["eio"]
-        assert len(got) == 1000 - lost
+        assert len(got) == len(frames) - lost
         assert got == [one for one in frames if one in set(got)]
         assert fault.errors == fault.counters()["dropped_error"] == lost > 0
     assert [r.getMessage() for r in caplog.records] == [
@@ -112,11 +100,14 @@ def test_eio_costs_its_frames_and_is_said_once(caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize("seed", [0, 1, 77])
 def test_a_seed_decides_whatever_the_batches(seed: int) -> None:
-    frames = [frame(k) for k in range(1500)]
+    frames = [frame(k) for k in range(scaled(800, 100))]
 
-    def run(batch: int) -> tuple[list[bytes], dict[str, int]]:
-        with FaultEndpoint(mailbox(), drop=0.1, corrupt=0.1, eio=0.1, eagain=0.2, seed=seed) as fault:
-            return through(fault, frames, batch), dict(fault.struck)
+    def run(budget: int) -> tuple[list[bytes], dict[str, int]]:
+        faults = FaultEndpoint(
+            mailbox(), 0.1, 0.1, eio=0.1, eagain=0.1, seed=seed, duplicate=0.1, reorder=0.1, burst=(0.02, 0.3)
+        )
+        with faults:
+            return through(faults, frames, budget), dict(faults.struck)
 
     first = run(64)
     assert run(64) == first
@@ -125,23 +116,24 @@ def test_a_seed_decides_whatever_the_batches(seed: int) -> None:
 
 
 def test_seeds_queues_and_ways_differ() -> None:
-    frames = [HEADER + frame(k) for k in range(64)]
+    frames = [frame(k) for k in range(64)]
     seen = []
     for seed in (1, 2):
-        with FaultEndpoint(MailboxEndpoint(queues=2), drop=0.5, seed=seed) as fault:
+        with FaultEndpoint(MailboxEndpoint(queues=2), drop=0.5, seed=seed) as fault, Stepped(fault) as bed:
             assert isinstance(fault.inner, MailboxEndpoint)
             for queue in (0, 1):
-                fault.transmit_frames(queue, frames)
-                seen.append(tuple(fault.inner.take_raw()))
+                bed.send(frames, queue=queue)
+                seen.append(tuple(fault.inner.take()))
                 for one in frames:
-                    fault.inner.put(one[spec.NET_HDR_LEN :], queue=queue)
-                seen.append(tuple(fault.receive_frames(queue, 64)))
+                    fault.inner.put(one, queue=queue)
+                bed.run()
+                seen.append(tuple(bed.guest.take()))
     assert len(set(seen)) == len(seen) == 8
 
 
 def test_one_chance_leaves_the_other_faults_alone() -> None:
     """What corrupt does to the frames left is the same with and without eio."""
-    frames = [frame(k) for k in range(500)]
+    frames = [frame(k) for k in range(scaled(500, 100))]
     with FaultEndpoint(mailbox(), corrupt=0.2, seed=5) as only:
         corrupted = through(only, frames)
     with FaultEndpoint(mailbox(), corrupt=0.2, eio=0.3, seed=5) as more:
@@ -156,8 +148,8 @@ def test_one_chance_leaves_the_other_faults_alone() -> None:
 )
 @pytest.mark.parametrize("kind", [EchoEndpoint, mailbox])
 def test_nothing_is_lost_that_was_not_to_be(kind: Callable[[], Endpoint], faults: dict[str, float]) -> None:
-    n = scaled(300, 50)
-    frames = [frame(k, 60 + k) for k in range(n)]
+    n = scaled(100, 30)
+    frames = [frame(k, 60 + 3 * k) for k in range(n)]
     with FaultEndpoint(kind(), **faults) as fault, guest_of(fault) as driver:  # type: ignore[arg-type]
         send_all(driver, frames)
         if isinstance(fault.inner, MailboxEndpoint):
@@ -177,9 +169,11 @@ def test_nothing_is_lost_that_was_not_to_be(kind: Callable[[], Endpoint], faults
             assert fault.struck["delay"] == 2 * n
 
 
-@pytest.mark.parametrize("faults", [{}, {"eagain": 0.3}, {"delay_ms": 2}])
+@pytest.mark.parametrize(
+    "faults", [{}, {"eagain": 0.3}, {"delay_ms": 2}, {"delay_ms": 1, "jitter_ms": 2}, {"rate": 100e6}]
+)
 def test_numbered_frames_stay_in_order_both_ways(faults: dict[str, float]) -> None:
-    n = scaled(3000, 200)
+    n = scaled(2000, 200)
     inner = GenerateEndpoint(count=n)
     with FaultEndpoint(inner, **faults) as fault, GenerateEndpoint(count=n) as guest:  # type: ignore[arg-type]
 
@@ -196,42 +190,39 @@ def test_numbered_frames_stay_in_order_both_ways(faults: dict[str, float]) -> No
 def test_a_wire_that_never_takes_a_frame_fills_up_and_loses_none() -> None:
     with GenerateEndpoint() as guest, FaultEndpoint(NullEndpoint(), eagain=1.0) as fault:
         with guest_of(fault, guest):
-            wait_for(lambda: fault._to_wire[0].full, "it takes no more")
-            wait_for(lambda: fault.rows[0, r.EP_OUT_COUNT] == 64, "frames stay in the ring")
-            assert len(fault._to_wire[0].waiting) < 4096 + 64
-        taken = len(fault._to_wire[0].waiting) + int(fault.rows[0, r.EP_OUT_COUNT])
-        assert fault.counters()["to_wire"] == taken
+            wait_for(lambda: fault.held > 4000, "it takes no more")
+            wait_for(lambda: int(guest.rows[0, r.EP_SEQ]) == fault.held + 64, "frames stay in the ring")
+        assert fault.counters()["to_wire"] == fault.held < 4096 + 64
         assert fault.inner.counters()["to_wire"] == fault.errors == 0
 
 
-class Watched(FaultEndpoint):
-    """Counts how often it is served."""
+def rests(target: Runnable, seconds: float) -> bool:
+    """Return whether a loop passes over its rings no more often than a loop that looks each ms would."""
+    began, before = time.monotonic(), int(target.ctl[r.CTL_PASSES])
+    time.sleep(seconds)
+    return target.ctl[r.CTL_PASSES] - before < 2 * 1000 * (time.monotonic() - began) + 10
 
-    served = 0
 
-    def service(self) -> None:
-        self.served += 1
-        super().service()
-
-    def rests(self, seconds: float) -> bool:
-        """Return whether it is served no more often than somebody who looks each ms would."""
-        began, before = time.monotonic(), self.served
-        time.sleep(seconds)
-        return self.served - before < 1000 * (time.monotonic() - began) * 1.5 + 10
+def device_loop(driver: Driver) -> Runnable:
+    assert isinstance(driver.device, NetDevice)
+    worker = driver.device.userspace.worker
+    assert worker is not None
+    return worker.datapath
 
 
 @pytest.mark.parametrize("side", ["device", "guest"])
 def test_a_full_line_is_waited_for_and_not_spun_on(side: str) -> None:
-    with GenerateEndpoint() as source, Watched(NullEndpoint(), delay_ms=60_000) as fault:
+    with GenerateEndpoint() as source, FaultEndpoint(NullEndpoint(), delay_ms=60_000) as fault:
         ends = (fault, source) if side == "device" else (source, fault)
-        with guest_of(*ends):
-            wait_for(lambda: fault.rows[0, r.EP_OUT_COUNT] == 64, "the line is full, and the slots before it")
-            assert fault.rests(0.3)
+        with guest_of(*ends) as driver:
+            wait_for(lambda: fault.held > 4000, "the line is full")
+            wait_for(lambda: int(source.rows[0, r.EP_SEQ]) >= fault.held + 64, "frames stay in the ring")
+            assert rests(device_loop(driver) if side == "device" else driver, 0.3)
             delayed = fault.struck["delay"]
-            with fault._python_side:
-                line = fault._to_wire[0]
-                line.waiting = deque((0, one) for _, one in line.waiting)
-                fault._alarms[0].ring()
+            assert isinstance(driver.device, NetDevice)
+            with driver.device.paused(), driver.paused():
+                table = fault.out_lengths[0, : r.LINE_TABLE].reshape(-1, r.ENTRY_SLOTS)
+                table[:100, r.ENTRY_DUE_NS] = fault.rows[0, r.EP_SLOTS + r.LINE_DUE_NS] = 1
             wait_for(lambda: fault.struck["delay"] > delayed + 64, "it goes on once the first are due")
 
 
@@ -245,14 +236,14 @@ def test_a_step_ends_while_a_line_is_full() -> None:
     ):
         while driver.step(256) + device.step(256):
             pass
-        assert fault._to_wire[0].full
-        assert fault.rows[0, r.EP_OUT_COUNT] == 64
+        assert 4000 < fault.held <= 4096
+        assert guest.rows[0, r.EP_SEQ] == fault.held + 256
 
 
 def test_frames_of_our_own_may_come_from_any_thread() -> None:
-    """As an announcement does, while the datapath's thread sends on."""
+    """As an announcement does, while the datapath's thread sends on: it meets no fault."""
     n = scaled(2000, 200)
-    with FaultEndpoint(mailbox(), eagain=0.5) as fault:
+    with FaultEndpoint(mailbox(), drop=1) as fault:
 
         def announce() -> None:
             for k in range(n):
@@ -261,8 +252,8 @@ def test_frames_of_our_own_may_come_from_any_thread() -> None:
         announcers = [threading.Thread(target=announce) for _ in range(4)]
         for thread in announcers:
             thread.start()
-        while any(thread.is_alive() for thread in announcers) or fault._to_wire[0].waiting:
-            fault.service()
+        for thread in announcers:
+            thread.join()
         assert isinstance(fault.inner, MailboxEndpoint)
         assert len(fault.inner.take()) == 4 * n
         assert fault.errors == 0
@@ -335,10 +326,10 @@ def test_a_tap_behind_it(spaces: NetnsPair) -> None:
 
 def test_a_tap_that_is_deleted_behind_it(spaces: NetnsPair) -> None:
     tap = TapEndpoint("left", netns=spaces.names["a"])
-    with Watched(tap, drop=0.01) as fault, guest_of(fault) as driver:
+    with FaultEndpoint(tap, drop=0.01) as fault, guest_of(fault) as driver:
         spaces.ip("a", "link delete left")
-        wait_for(lambda: bool(tap.rows[0, r.EP_GONE]), "it is noticed")
-        assert fault.rests(0.3)
+        wait_for(lambda: bool(fault.rows[0, r.EP_GONE]), "it is noticed")
+        assert rests(device_loop(driver), 0.3)
         send_all(driver, [frame(n) for n in range(50)])
         wait_for(lambda: tap.counters()["dropped_error"] >= 50 - fault.struck["drop"], "all were refused")
         assert fault.counters()["dropped_error"] == tap.counters()["dropped_error"]
@@ -346,18 +337,15 @@ def test_a_tap_that_is_deleted_behind_it(spaces: NetnsPair) -> None:
 
 def test_a_queue_is_put_to_rest_behind_it_and_woken(spaces: NetnsPair) -> None:
     tap = TapEndpoint("left", 2, spaces.names["a"])
-    with Watched(tap) as fault, guest_of(fault) as driver:
+    with FaultEndpoint(tap) as fault, guest_of(fault) as driver:
         device = driver.device
         assert isinstance(device, NetDevice)
         device.set_control(curr_queue_pairs=1)
         assert "numdisabled 1" in spaces.ip("a", "-details link show dev left")
-        tap.rows[1, r.EP_GONE] = 1  # as once its descriptor was looked at meanwhile
-        fault._alarms[1].ring()
-        wait_for(lambda: not fault._alarms[1]._watched, "it is watched no more")
-        assert fault.rests(0.3)
+        fault.rows[1, r.EP_GONE] = 1  # as once its descriptor was looked at meanwhile
+        assert rests(device_loop(driver), 0.3)
         device.set_control(curr_queue_pairs=2)
-        wait_for(lambda: fault._alarms[1]._watched, "it is watched again")
-        assert not tap.rows[1, r.EP_GONE]
+        assert not fault.rows[1, r.EP_GONE]
         assert "numdisabled 0" in spaces.ip("a", "-details link show dev left")
 
 

@@ -63,6 +63,15 @@ def test_fault_wraps_any_other() -> None:
         assert outer.name == "fault:fault:generate"
 
 
+def test_fault_takes_every_fault() -> None:
+    text = "fault:duplicate=.1,reorder=.2,jitter_ms=3,rate=10M,burst=0.01/0.3/0.9,at=7:null"
+    with parse_endpoint(text) as endpoint:
+        assert isinstance(endpoint, FaultEndpoint)
+        assert endpoint.faults == FrameFaults(
+            duplicate=0.1, reorder=0.2, jitter_ms=3, rate=10e6, burst=(0.01, 0.3, 0.9), at=7
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -116,6 +125,9 @@ def test_fault_wraps_any_other() -> None:
         ("fault:lose=0.1:echo", "fault: unknown option 'lose=0.1'; known are drop=, corrupt=, eio="),
         ("fault:drop=1.1:echo", "fault: drop 1.1 is not a probability between 0 and 1"),
         ("fault:delay_ms=1G:echo", "fault: delay_ms 1000000000.0 is not between 0 and 60000"),
+        ("fault:burst=0.1:echo", "fault: burst 0.1 is not 2 to 4 probabilities between 0 and 1, as in burst=0.01/0.3"),
+        ("fault:burst=a/b:echo", "fault: burst=a/b is not 2 to 4 probabilities with / between them, such as 0.01/0.3"),
+        ("fault:rate=10:echo", "fault: rate 10.0 is not between 1e3 and 1e12 bits a second, nor 0"),
         ("fault:drop=0.1:", "unknown endpoint ''"),
         ("fault:drop=0.1:ech", "unknown endpoint 'ech'"),
     ],

@@ -25,8 +25,9 @@ MAX_FDS: Final = 250  # SCM_MAX_FD is 253
 class _RemoteEndpoint(Endpoint):
     """The child's view of an endpoint: the same rows and slots, its own copies of the descriptors."""
 
-    def __init__(self, kind: int, queues: int, block_fd: int, fds: list[int], name: str) -> None:
+    def __init__(self, kind: int, lines: int, queues: int, block_fd: int, fds: list[int], name: str) -> None:
         self.kind = kind
+        self.lines = lines
         self.name = name
         super().__init__(queues, block_fd)
         self.fds[:] = np.array(fds)
@@ -62,7 +63,7 @@ def pack(message: object) -> tuple[bytes, list[int]]:
                 return ("log", obj.length, beside(obj.fd))
             if isinstance(obj, Endpoint):
                 queue_fds = [beside(fd) for fd in obj.fds.tolist()]
-                return ("endpoint", obj.kind, obj.queues, beside(obj.block.fd), queue_fds, obj.name)
+                return ("endpoint", obj.kind, obj.lines, obj.queues, beside(obj.block.fd), queue_fds, obj.name)
             return None
 
     buffer = io.BytesIO()
@@ -85,9 +86,9 @@ def _unpack(data: bytes, fds: list[int]) -> Any:
                 return memory
             if kind == "log":
                 return DirtyLog(rest[0] * 8 * spec.PAGE_SIZE, fds[rest[1]])
-            endpoint_kind, queues, block, queue_fds, name = rest
+            endpoint_kind, lines, queues, block, queue_fds, name = rest
             own = [fds[fd] if fd >= 0 else -1 for fd in queue_fds]
-            return _RemoteEndpoint(endpoint_kind, queues, fds[block], own, name)
+            return _RemoteEndpoint(endpoint_kind, lines, queues, fds[block], own, name)
 
     try:
         return Unpickler(io.BytesIO(data)).load()

@@ -264,7 +264,7 @@ class ProcessBackend(Backend, Owned):
         return answer
 
     def _bind(self, verb: SetBackend, endpoint: Endpoint) -> int:
-        if endpoint.kind == r.KIND_PYTHON:
+        if endpoint.kind >= r.KIND_PYTHON:
             raise refusal(
                 verb, errno.EOPNOTSUPP, f"{endpoint.name} runs in Python, in the process of the device: take a Worker"
             )

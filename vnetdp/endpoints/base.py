@@ -18,7 +18,7 @@ import numpy as np
 
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
-from vnetdp_kernels.rows import Sink, Source, Wire
+from vnetdp_kernels.rows import Wire
 
 from ..errors import ConfigError, EndpointError, place
 from ..shared.memory import Bytes, SharedBlock, Words
@@ -56,13 +56,18 @@ class Endpoint(Owned):
     """True if frames may come and go with offloads in virtio_net_hdr: checksums and segmentation left to do."""
     name = "endpoint"
     """The name that errors, logs and reports have."""
+    lines = 0
+    """The number of faulty wires before it. @private"""
 
     def __init__(self, queues: int = 1, block_fd: int | None = None) -> None:
         if not 1 <= queues <= 0x8000:
             raise EndpointError(f"{queues} queues: an endpoint has 1 to 32768")
-        slots = PYTHON_SLOTS if self.kind == r.KIND_PYTHON else 1
-        words = queues * (r.EP_SLOTS + r.LEDGER_SLOTS + 2 * slots)
-        frames = queues * (r.FRAME_SLOT * (1 + 2 * slots) + r.LEDGER_WINDOW)
+        slots = PYTHON_SLOTS if self.kind >= r.KIND_PYTHON else 1
+        row_slots = self.lines * r.STAGE_SLOTS + r.EP_SLOTS
+        lengths = 2 * (self.lines * r.LINE_TABLE + slots)
+        frame_bytes = 2 * (self.lines * r.LINE_BYTES + slots * r.FRAME_SLOT)
+        words = queues * (row_slots + r.LEDGER_SLOTS + lengths)
+        frames = queues * (r.FRAME_SLOT + frame_bytes + r.LEDGER_WINDOW)
         self.queues = queues
         """The number of queues."""
         with ExitStack() as made:
@@ -77,14 +82,20 @@ class Endpoint(Owned):
             self._wakes = [made.enter_context(EventFd()) for _ in range(queues if asked else 0)]
             made.pop_all()
         self.close_on_fork()
-        self.rows: Words = self.block.carve(np.int64, queues, r.EP_SLOTS)
+        self.rows: Words = self.block.carve(np.int64, queues, row_slots)
         self.ledger: Words = self.block.carve(np.int64, queues, r.LEDGER_SLOTS)
-        self.in_lengths: Words = self.block.carve(np.int64, queues, slots)
-        self.out_lengths: Words = self.block.carve(np.int64, queues, slots)
         self.windows: Bytes = self.block.carve(np.uint8, queues, r.LEDGER_WINDOW)
         self.pending: Bytes = self.block.carve(np.uint8, queues, r.FRAME_SLOT)
-        self.in_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
-        self.out_frames: Bytes = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
+        self.in_lengths: Words
+        self.in_frames: Bytes
+        if self.lines:  # an answer goes from one way to the other: both ways are in one array
+            self.in_lengths = self.out_lengths = self.block.carve(np.int64, queues, lengths)
+            self.in_frames = self.out_frames = self.block.carve(np.uint8, queues, frame_bytes)
+        else:
+            self.in_lengths = self.block.carve(np.int64, queues, slots)
+            self.out_lengths = self.block.carve(np.int64, queues, slots)
+            self.in_frames = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
+            self.out_frames = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
         self.fds: Words = np.array([wake.fd for wake in self._wakes] or [-1] * queues, np.int64)
         self._woken: set[int] = set()  # queues whose descriptor of `wake` may be readable
         self.wire = Wire(
@@ -100,6 +111,7 @@ class Endpoint(Owned):
         )
         if block_fd is None:
             self.rows[:, r.EP_KIND] = self.kind
+            self.rows[:, r.EP_LINES] = self.lines
             self.rows[:, r.EP_FLOW] = np.arange(queues)
             self.rows[:, r.EP_LIMIT] = -1
         # The owner that polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
@@ -115,28 +127,18 @@ class Endpoint(Owned):
         self.last_error: BaseException | None = None
         """The last error, such as an exception in `receive_frames`; None if there was none."""
 
-    def source(self, queue: int) -> Source:
-        """Return the rows of one queue from which kernels take frames.
+    def lie_in(self, rows: Words, lengths: Words, frames: Bytes, ledger: Words, windows: Bytes) -> None:
+        """Go on in arrays of the faulty wire before it, which is about to be given frames. @private
 
-        @private
+        lengths and frames: the out slots of each queue, then its in slots.
         """
-        return Source(
-            self.rows[queue], int(self.fds[queue]), self.pending[queue], self.in_frames[queue], self.in_lengths[queue]
-        )
-
-    def sink(self, queue: int) -> Sink:
-        """Return the rows of one queue to which kernels give frames.
-
-        @private
-        """
-        return Sink(
-            self.rows[queue],
-            int(self.fds[queue]),
-            self.out_frames[queue],
-            self.out_lengths[queue],
-            self.ledger,
-            self.windows,
-        )
+        rows[:] = self.rows
+        if self.ledger.any():
+            ledger[:], windows[:] = self.ledger, self.windows
+        slots = lengths.shape[1] // 2
+        self.rows, self.ledger, self.windows = rows, ledger, windows
+        self.out_lengths, self.in_lengths = lengths[:, :slots], lengths[:, slots:]
+        self.out_frames, self.in_frames = frames[:, : slots * r.FRAME_SLOT], frames[:, slots * r.FRAME_SLOT :]
 
     # --- the owner that polls it ---
 

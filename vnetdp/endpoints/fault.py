@@ -1,52 +1,57 @@
-"""FaultEndpoint: another endpoint, behind a wire that loses, damages, delays and refuses frames as told.
+"""FaultEndpoint: another endpoint, behind a wire that loses, damages, doubles, delays and refuses frames as told.
 
-The faults to inject (`FrameFaults`) and each way's frames held back (`_Way`) are kept apart. Each fault of each way
-of each queue has a random sequence of its own, so the n-th frame meets the same fate however frames are batched.
+Kernels serve it (`wire/faulty.py`): the rows of the endpoint behind, its ledger and its frame slots move into the block of
+the wire. The faults to inject (`FrameFaults`) are words of that block, so that they can change while frames pass.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import hashlib
+import logging
 import os
-import random
-import select
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
 from vnetdp_kernels import rows as r
-from vnetdp_kernels import spec
-from vnetdp_kernels.rows import Frame
-from vnetdp_kernels.wire import answer, port
+from vnetdp_kernels.wire.faulty import FROM_WIRE, TO_WIRE
 
 from ..errors import EndpointError
 from ..shared.memory import Bytes, Words
-from ..system import limits
 from .base import Endpoint
 
-_LINE = 4096  # frames that a queue holds back each way; those beyond stay where they are
-_RETRY_NS = 1_000_000  # after EAGAIN
-_NOW = 1  # as a time on the clock: long past
-_NEVER = 0
+_log = logging.getLogger("vnetdp.endpoints")
 
-_CLOCK_MONOTONIC = 1
-_TFD_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
-_TFD_TIMER_ABSTIME = 1
-_libc = ctypes.CDLL(None, use_errno=True)
+_STRUCK: Final = {
+    "drop": r.CHANCE_DROP,
+    "corrupt": r.CHANCE_CORRUPT,
+    "duplicate": r.CHANCE_DUPLICATE,
+    "reorder": r.CHANCE_REORDER,
+    "eio": r.CHANCE_EIO,
+    "eagain": r.CHANCE_EAGAIN,
+    "burst": r.STRUCK_BURST,
+    "delay": r.STRUCK_DELAY,
+    "rate": r.STRUCK_RATE,
+}
+_CHANCES: Final = ("drop", "corrupt", "duplicate", "reorder", "eio", "eagain")  # by CHANCE_…
+_WAYS: Final = {TO_WIRE: "to wire", FROM_WIRE: "from wire"}
+_MAX_MS: Final = 60_000
+_SEED_BYTES: Final = 4
 
 
 @dataclass(frozen=True)
 class FrameFaults:
-    """The faults to inject: probabilities for each frame each way; eio and eagain only on the way to the wire.
+    """The faults to inject, for each frame each way; eio and eagain only on the way to the wire.
 
     drop: it vanishes. corrupt: one bit of it is flipped. eio: sending fails, the frame is lost, and an error
-    is counted. eagain: sending is put off, and the frames behind wait too. delay_ms: each frame is held back.
+    is counted. eagain: sending is put off, and the frames behind wait too. delay_ms: each frame is held back, jitter_ms:
+    so much longer or shorter. duplicate: it comes twice. reorder: the next one overtakes it. burst: the Gilbert–Elliott
+    model. rate: bits a second. at: the one frame that is struck.
     """
 
     drop: float = 0.0
@@ -55,70 +60,60 @@ class FrameFaults:
     eagain: float = 0.0
     delay_ms: float = 0.0
     seed: int = 0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    jitter_ms: float = 0.0
+    rate: float = 0.0
+    burst: tuple[float, ...] = ()
+    at: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("drop", "corrupt", "eio", "eagain"):
+        for name in _CHANCES:
             chance = getattr(self, name)
             if not 0 <= chance <= 1:
                 raise EndpointError(f"fault: {name} {chance} is not a probability between 0 and 1")
-        if not 0 <= self.delay_ms <= 60_000:
-            raise EndpointError(f"fault: delay_ms {self.delay_ms} is not between 0 and 60000")
-
-
-class _Way:
-    """One way of one queue: the frames held back, oldest first, with the time each is due."""
-
-    def __init__(self, faults: FrameFaults, queue: int, way: str, struck: Counter[str]) -> None:
-        self.waiting: deque[tuple[int, bytes]] = deque()
-        self._faults = faults
-        self._struck = struck
-        self._random = {
-            name: random.Random(f"{faults.seed} {queue} {way} {name}")
-            for name in ("drop", "corrupt", "eio", "eagain", "bit")
-        }
-
-    def strikes(self, fault: str) -> bool:
-        """Decide whether a fault strikes now, and count it."""
-        struck: bool = self._random[fault].random() < getattr(self._faults, fault)
-        self._struck[fault] += struck
-        return struck
-
-    def admit(self, frame: bytes) -> None:
-        """Take a frame in, unless it is dropped."""
-        if self.strikes("drop"):
-            return
-        if self.strikes("corrupt"):
-            bit = self._random["bit"].randrange(8 * spec.NET_HDR_LEN, 8 * len(frame))
-            damaged = bytearray(frame)
-            damaged[bit // 8] ^= 1 << bit % 8
-            frame = bytes(damaged)
-        due = _NOW
-        if self._faults.delay_ms:
-            self._struck["delay"] += 1
-            due = time.monotonic_ns() + round(self._faults.delay_ms * 1e6)
-        self.waiting.append((due, frame))
-
-    def due(self) -> bytes | None:
-        """Return the oldest frame if its time has come; it stays."""
-        if self.waiting and self.waiting[0][0] <= time.monotonic_ns():
-            return self.waiting[0][1]
-        return None
+        for name in ("delay_ms", "jitter_ms"):
+            if not 0 <= getattr(self, name) <= _MAX_MS:
+                raise EndpointError(f"fault: {name} {getattr(self, name)} is not between 0 and {_MAX_MS}")
+        if self.rate and not 1e3 <= self.rate <= 1e12:
+            raise EndpointError(f"fault: rate {self.rate} is not between 1e3 and 1e12 bits a second, nor 0")
+        if self.burst and not (2 <= len(self.burst) <= 4 and all(0 <= chance <= 1 for chance in self.burst)):
+            shown = "/".join(f"{chance:g}" for chance in self.burst)
+            raise EndpointError(
+                f"fault: burst {shown} is not 2 to 4 probabilities between 0 and 1, as in burst=0.01/0.3"
+            )
+        if not 0 <= self.at < 1 << 62:
+            raise EndpointError(f"fault: at {self.at} is not between 1, the first frame, and 2^62, nor 0")
 
     @property
-    def full(self) -> bool:
-        return len(self.waiting) >= _LINE
+    def chances(self) -> list[int]:
+        """The probabilities in the order of CHANCE_…, in parts of 2^32. A burst loses all in the bad state, unless told."""
+        told = len(self.burst)
+        burst = (*self.burst, *(0.0, 0.0, 1.0, 0.0)[told:]) if told else (0.0,) * 4
+        return [round(chance * 2**32) for chance in (*(getattr(self, name) for name in _CHANCES), *burst)]
 
 
 class FaultEndpoint(Endpoint):
-    """Another endpoint, behind a wire that loses, damages, delays and refuses frames. It closes *inner* with itself.
+    """Another endpoint, behind a wire that loses, damages, doubles, delays and refuses frames. It closes *inner* itself.
 
     - `drop`, `corrupt`: the probability, 0 to 1, that a frame, either way, is lost, or has one bit flipped.
     - `delay_ms`: how long each frame, either way, is held back, 0 to 60000 ms.
     - `eio`: the probability that sending a frame to the wire fails: it is lost, and an error is counted.
     - `eagain`: the probability that sending is put off for 1 ms; frames behind it wait, too.
     - `seed`: the same seed strikes the same frames, however they are batched.
+    - `duplicate`: the probability that a frame, either way, comes twice, one right after the other.
+    - `reorder`: the probability that the next frame that is not lost overtakes a frame; it waits for that 1 s at most.
+    - `jitter_ms`: each frame is held back up to so much longer or shorter, evenly distributed, 0 to 60000 ms. Frames keep
+      their order.
+    - `rate`: bits of frames a second, each way of each queue, 1e3 to 1e12; 0 is no limit. The frames of 10 ms are on the
+      wire, further ones wait before it.
+    - `burst`: losses in bursts (Gilbert–Elliott, as netem's `gemodel`): the probabilities of going from the good state to
+      the bad one and back, and, if given, of losing a frame in the bad state (else 1), and in the good one (else 0).
+    - `at`: faults strike frame number *at* alone, of each way of each queue, the first is 1; 0 strikes any. It leaves delay,
+      jitter and rate alone.
 
-    Frames that echo, macswap or reflect send back meet the faults twice.
+    Frames that echo, macswap or reflect send back meet the faults twice, those of the device's own (`send_to_wire`) none.
+    EndpointError if a value is outside its range, or a device has *inner* already.
     """
 
     def __init__(
@@ -130,131 +125,112 @@ class FaultEndpoint(Endpoint):
         eio: float = 0.0,
         eagain: float = 0.0,
         seed: int = 0,
+        *,
+        duplicate: float = 0.0,
+        reorder: float = 0.0,
+        jitter_ms: float = 0.0,
+        rate: float = 0.0,
+        burst: tuple[float, ...] = (),
+        at: int = 0,
     ) -> None:
-        self.faults = FrameFaults(drop, corrupt, eio, eagain, delay_ms, seed)
-        with ExitStack() as made:
-            super().__init__(inner.queues)
-            made.callback(super().close)
-            self._alarms: list[_Alarm] = []
-            for fd in inner.fds:
-                self._alarms.append(_Alarm(int(fd)))
-                made.callback(self._alarms[-1].close)
-            made.pop_all()
+        faults = FrameFaults(
+            drop, corrupt, eio, eagain, delay_ms, seed, duplicate, reorder, jitter_ms, rate, tuple(burst), at
+        )
+        if inner.polled_by:
+            raise EndpointError(f"fault: {inner.name} is in use: put the faults around it before a device has it")
+        self.kind = r.KIND_FAULT_PYTHON if inner.kind >= r.KIND_PYTHON else r.KIND_FAULT
+        self.lines = inner.lines + 1
+        super().__init__(inner.queues)
         self.inner = inner
         self.name = f"fault:{inner.name}"
         self.vnet_hdr = inner.vnet_hdr
-        self.struck: Counter[str] = Counter(dict.fromkeys(("drop", "corrupt", "delay", "eio", "eagain"), 0))
-        """How often each fault struck, by name."""
-        self._to_wire = [_Way(self.faults, q, "to wire", self.struck) for q in range(inner.queues)]
-        self._from_wire = [_Way(self.faults, q, "from wire", self.struck) for q in range(inner.queues)]
-        self._frame: Bytes = np.zeros(r.FRAME_SLOT, np.uint8)
-        self._iov: Words = np.zeros((1, r.IOV_SLOTS), np.int64)
-        self._words: Words = np.zeros(port.SCRATCH_WORDS, np.int64)
-        self._sources = [inner.source(queue) for queue in range(inner.queues)]
-        self._sinks = [inner.sink(queue) for queue in range(inner.queues)]
-        self._ended = False
-        self.fds[:] = np.array([alarm.fileno() for alarm in self._alarms])
+        self.fds[:] = inner.fds
+        self._move_inner(self.ledger, self.windows)
+        self.faults = faults
+        """The faults that are injected now; `set` changes them."""
+        self._tell_kernels()
 
-    # --- frames, to the inner endpoint and from it ---
+    def lie_in(self, rows: Words, lengths: Words, frames: Bytes, ledger: Words, windows: Bytes) -> None:
+        rows[:] = self.rows
+        self.rows, self.in_lengths, self.in_frames = rows, lengths, frames
+        self._move_inner(ledger, windows)
+
+    def _move_inner(self, ledger: Words, windows: Bytes) -> None:
+        self.inner.lie_in(
+            self.rows[:, r.STAGE_SLOTS :],
+            self.in_lengths[:, 2 * r.LINE_TABLE :],
+            self.in_frames[:, 2 * r.LINE_BYTES :],
+            ledger,
+            windows,
+        )
+
+    # --- the faults ---
+
+    def set(self, **changes: Any) -> None:
+        """Inject other faults from the next frame on: `set(drop=0.5, delay_ms=0)`; those not named stay as they are.
+
+        It may be called while frames pass, in any thread. Frames on the wire come when they were due, and frames behind
+        them not before. EndpointError, and nothing is changed, if a value is outside its range.
+        """
+        self.faults = replace(self.faults, **changes)
+        self._tell_kernels()
+
+    def _tell_kernels(self) -> None:
+        faults = self.faults
+        for way, name in _WAYS.items():
+            lines = self._lines(way)
+            for queue, line in enumerate(lines):
+                named = f"{faults.seed} {queue} {name}".encode()
+                line[r.LINE_KEY] = int.from_bytes(hashlib.blake2b(named, digest_size=_SEED_BYTES).digest(), "little")
+            chances = np.array(faults.chances)
+            if way == FROM_WIRE:
+                chances[[r.CHANCE_EIO, r.CHANCE_EAGAIN]] = 0
+            lines[:, r.LINE_CHANCE : r.LINE_CHANCE + chances.size] = chances
+            lines[:, r.LINE_AT] = faults.at
+            lines[:, r.LINE_DELAY_NS] = round(faults.delay_ms * 1e6)
+            lines[:, r.LINE_JITTER_NS] = round(faults.jitter_ms * 1e6)
+            if (lines[:, r.LINE_RATE] != round(faults.rate)).any():
+                lines[:, r.LINE_FREE_NS] = 0
+                lines[:, r.LINE_RATE] = round(faults.rate)
+
+    def _lines(self, way: int) -> Words:
+        """Return the lines of one way, int64[queues, LINE_SLOTS]."""
+        at = r.EP_SLOTS + way * r.LINE_SLOTS
+        return self.rows[:, at : at + r.LINE_SLOTS]
+
+    @property
+    def struck(self) -> Counter[str]:
+        """How often each fault struck, by name."""
+        lines = np.concatenate([self._lines(way) for way in _WAYS])
+        total = lines[:, r.LINE_STRUCK :].sum(axis=0)
+        return Counter({name: int(total[at]) for name, at in _STRUCK.items()})
+
+    @property
+    def held(self) -> int:
+        """The number of frames on the wire, both ways."""
+        held = 0
+        for way in _WAYS:
+            lines = self._lines(way)
+            aside = lines[:, r.LINE_ASIDE_COPIES] * (lines[:, r.LINE_ASIDE_LEN] > 0)
+            held += int((lines[:, r.LINE_HELD] + aside).sum())
+        return held
+
+    # --- frames ---
 
     def service(self) -> None:
-        with self._python_side:
-            for queue in range(self.queues):
-                self._send_on(queue)
-            super().service()
-            for queue, alarm in enumerate(self._alarms):
-                inner = self.inner.rows[queue]
-                if alarm.broke:
-                    inner[r.EP_GONE] = 1
-                alarm.set(self._next_ns(queue), not self._from_wire[queue].full and not inner[r.EP_GONE])
-            waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
-            self._ended = self.inner.finished and not waiting and not self.rows[:, r.EP_COUNT].any()
-
-    def takes_frames(self, queue: int) -> bool:
-        return not self._to_wire[queue].full
-
-    def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
-        for frame in frames:
-            self._to_wire[queue].admit(frame)
-        self._send_on(queue)
-
-    def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         self.inner.service()
-        way = self._from_wire[queue]
-        room = limit
-        while room and not way.full and (taken := self._take(queue)):
-            way.admit(taken)
-            room -= 1
-        frames: list[bytes] = []
-        while len(frames) < limit and (frame := way.due()) is not None:
-            way.waiting.popleft()
-            frames.append(frame)
-        return frames
+        self.rows[:, r.EP_BLOCKED] = self.inner.rows[:, r.EP_BLOCKED]
+        self._tell_errors()
 
-    def _send_on(self, queue: int) -> None:
-        """Give the inner endpoint the frames that are due, as far as it takes them."""
-        way = self._to_wire[queue]
-        while (frame := way.due()) is not None:
-            if way.strikes("eagain"):
-                break
-            if way.strikes("eio"):
-                self._failed(queue, 1, OSError(errno.EIO, os.strerror(errno.EIO)))
-            elif not self._give(queue, frame):
-                self.inner.service()
-                if not self._give(queue, frame):
-                    break
-            way.waiting.popleft()
-        self.inner.service()
+    def _tell_errors(self) -> None:
+        struck = self.struck["eio"]
+        if struck and not self.errors:
+            error = OSError(errno.EIO, os.strerror(errno.EIO))
+            _log.warning("%s: OSError: %s (logged once; counted from now on)", self.name, error)
+        self.errors = struck
 
-    def _give(self, queue: int, frame: bytes) -> bool:
-        """Send one frame as the loop would; False if the inner endpoint takes none now."""
-        inner = self.inner
-        self._frame[: len(frame)] = np.frombuffer(frame, np.uint8)
-        if inner.answers:
-            if self._from_wire[queue].full:
-                return False
-            self._loop_back(queue, len(frame))
-            return True
-        frame_len = len(frame) - spec.NET_HDR_LEN
-        self._iov[0] = spec.NET_HDR_LEN, frame_len, 0
-        whole = Frame(self._frame, self._iov, 0, 1, frame_len)
-        return int(port.emit(whole, self._frame, self._sinks[queue], self._words)) != r.E_BLOCKED
-
-    def _take(self, queue: int) -> bytes:
-        """Return one frame of the inner endpoint's, empty if there is none now."""
-        length = port.produce(self._sources[queue], self._frame, 0, r.FRAME_SLOT, time.monotonic_ns())
-        return self._frame[:length].tobytes()
-
-    def _loop_back(self, queue: int, length: int) -> None:
-        """Have echo, macswap or reflect turn the frame at hand around."""
-        row = self.inner.rows[queue]
-        row[r.EP_TO_WIRE] += 1
-        row[r.EP_BYTES_TO_WIRE] += length - spec.NET_HDR_LEN
-        if not answer.answer(self.inner.kind, self._frame, spec.NET_HDR_LEN, length - spec.NET_HDR_LEN):
-            return
-        row[r.EP_FROM_WIRE] += 1
-        row[r.EP_BYTES_FROM_WIRE] += length - spec.NET_HDR_LEN
-        self._from_wire[queue].admit(self._frame[:length].tobytes())
-
-    def _next_ns(self, queue: int) -> int:
-        """Return when (CLOCK_MONOTONIC) there is work that no descriptor tells of; _NEVER if none will be."""
-        times = []
-        if self._to_wire[queue].waiting:
-            due = self._to_wire[queue].waiting[0][0]
-            now = time.monotonic_ns()
-            times.append(due if due > now else now + _RETRY_NS)
-        if self._from_wire[queue].waiting:
-            times.append(self._from_wire[queue].waiting[0][0])
-        if self.rows[queue, r.EP_COUNT] and self.inner.finished:
-            times.append(_NOW)  # to see the last frames taken
-        row = self.inner.rows[queue]
-        if (
-            self.inner.kind == r.KIND_GENERATE
-            and not self._from_wire[queue].full
-            and not 0 <= row[r.EP_LIMIT] <= row[r.EP_SEQ]
-        ):
-            times.append(int(row[r.EP_NEXT_NS]) or _NOW)
-        return min(times, default=_NEVER)
+    def send_to_wire(self, frame: bytes) -> None:
+        self.inner.send_to_wire(frame)
 
     # --- calls by the device ---
 
@@ -263,7 +239,7 @@ class FaultEndpoint(Endpoint):
 
     def set_queue_active(self, queue: int, active: bool) -> None:
         self.inner.set_queue_active(queue, active)
-        self._alarms[queue].ring()  # whether it is to be watched is looked at in `service`
+        self.rows[queue, r.EP_GONE] = self.inner.rows[queue, r.EP_GONE]
 
     @property
     def files(self) -> Sequence[Path]:
@@ -289,8 +265,7 @@ class FaultEndpoint(Endpoint):
 
     @property
     def idle(self) -> bool:
-        waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
-        return not waiting and self.inner.idle and super().idle
+        return not self.held and self.inner.idle and super().idle
 
     @property
     def innermost(self) -> Endpoint:
@@ -306,73 +281,15 @@ class FaultEndpoint(Endpoint):
 
     @property
     def finished(self) -> bool:
-        # Seen in `service`, where no frame is between two places.
-        return self._ended and not self.rows[:, r.EP_PENDING].any()
+        return self.inner.finished and not self.held and not self.rows[:, r.EP_PENDING].any()
 
     def counters(self) -> dict[str, int]:
         """Return the counts of an endpoint, with the drops of *inner*, and `fault_NAME`: how often each fault struck."""
+        self._tell_errors()
         own, inner = super().counters(), self.inner.counters()
         lost = {key: n + inner[key] for key, n in own.items() if key.startswith("dropped_") or key == "errors"}
         return own | lost | {f"fault_{name}": n for name, n in self.struck.items()}
 
     def close(self) -> None:
-        for alarm in self._alarms:
-            alarm.close()
-        self._sources.clear()  # their descriptors may soon be another file's
-        self._sinks.clear()
         self.inner.close()
         super().close()
-
-
-class _Alarm:
-    """A descriptor that is readable when another one (-1 = none) is, or from a given time on."""
-
-    def __init__(self, fd: int) -> None:
-        # os.timerfd_create exists from Python 3.13 on only.
-        self._timer = _libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC)
-        if self._timer < 0:
-            code = ctypes.get_errno()
-            with limits.giving("a timer"):
-                raise OSError(code, os.strerror(code))
-        self._fd = fd
-        self._watched = fd >= 0
-        self._at = _NEVER
-        with ExitStack() as made:
-            made.callback(os.close, self._timer)
-            self._poll = made.enter_context(limits.epoll())
-            self._poll.register(self._timer, select.EPOLLIN)
-            if fd >= 0:
-                self._poll.register(fd, select.EPOLLIN)
-            made.pop_all()
-
-    def fileno(self) -> int:
-        return self._poll.fileno()
-
-    def set(self, at_ns: int, watch: bool) -> None:
-        """Ring at *at_ns* (CLOCK_MONOTONIC; _NEVER = not); if *watch*, also when the other is readable."""
-        if watch != self._watched and self._fd >= 0:
-            if watch:
-                self._poll.register(self._fd, select.EPOLLIN)
-            else:
-                self._poll.unregister(self._fd)  # an error would be reported with any events asked for
-            self._watched = watch
-        if at_ns != self._at:
-            # struct itimerspec: interval, value. Setting it also makes the descriptor unreadable until then.
-            when = (ctypes.c_long * 4)(0, 0, *divmod(at_ns, 1_000_000_000))
-            _libc.timerfd_settime(self._timer, _TFD_TIMER_ABSTIME, when, None)
-            self._at = at_ns
-
-    def ring(self) -> None:
-        """Ring now."""
-        self.set(_NOW, self._watched)
-
-    @property
-    def broke(self) -> bool:
-        """True if the other descriptor reports an error, as that of a TAP that was deleted does for good."""
-        return any(events & (select.EPOLLERR | select.EPOLLHUP) for _, events in self._poll.poll(0))
-
-    def close(self) -> None:
-        self._poll.close()
-        fd, self._timer = self._timer, -1
-        if fd >= 0:
-            os.close(fd)

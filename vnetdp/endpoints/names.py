@@ -32,10 +32,15 @@ ENDPOINTS: Final = {
         ),
     ),
     "fault": (
-        "fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT",
         (
-            "another endpoint, with faults: P is a probability from 0 to 1 for each frame (default: 0); eio (the frame is "
-            "lost) and eagain (it is sent 1 ms later) on the way to the wire alone; delay_ms: N ms (default: 0)"
+            "fault:drop=P,corrupt=P,duplicate=P,reorder=P,burst=P/P,eio=P,eagain=P,"
+            "delay_ms=N,jitter_ms=N,rate=N,at=N,seed=N:ENDPOINT"
+        ),
+        (
+            "another endpoint, with faults: P is a probability from 0 to 1 for each frame (default: 0); reorder: the next "
+            "frame overtakes it; burst: P of going into a burst of losses and P of leaving it; eio (the frame is lost) and "
+            "eagain (it is sent 1 ms later) on the way to the wire alone; delay_ms, jitter_ms: N ms, give or take N ms "
+            "(default: 0); rate: N bits a second (default: no limit); at: faults strike frame N alone (default: any frame)"
         ),
     ),
     "vhost-user": ("vhost-user:SOCKET", "in link, on both sides: two guests; each frame is copied once"),

@@ -199,8 +199,7 @@ def _fault(rest: str, queues: int) -> Opener:
     options, colon, inner_text = rest.partition(":")
     if not colon:
         raise ConfigError("fault: no endpoint is named: write fault:drop=0.1:ENDPOINT")
-    probability = dict.fromkeys(("drop", "corrupt", "eio", "eagain"), _number)
-    faults = _options("fault", _parts(options), {**probability, "delay_ms": _number, "seed": _whole})
+    faults = _options("fault", _parts(options), _FAULTS)
     FrameFaults(**faults)
     open_inner = endpoint_opener(inner_text, queues)
 
@@ -213,6 +212,13 @@ def _fault(rest: str, queues: int) -> Opener:
             raise
 
     return Opener(make, open_inner.tap)
+
+
+def _burst(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(_number(part) for part in text.split("/"))
+    except ValueError as e:
+        raise ValueError("2 to 4 probabilities with / between them, such as 0.01/0.3") from e
 
 
 def _vhost_user(rest: str, _queues: int) -> NoReturn:
@@ -282,3 +288,13 @@ def _whole(text: str) -> int:
     if number != int(number):
         raise ValueError("a whole number")
     return int(number)
+
+
+_FAULTS: Final[dict[str, Callable[[str], Any]]] = {
+    **dict.fromkeys(
+        ("drop", "corrupt", "eio", "eagain", "duplicate", "reorder", "delay_ms", "jitter_ms", "rate"), _number
+    ),
+    "burst": _burst,
+    "at": _whole,
+    "seed": _whole,
+}

@@ -32,7 +32,7 @@ def check_datapath(datapath: str, left: Endpoint) -> None:
     """Raise ConfigError if the device's rings can't be served so."""
     if datapath not in DATAPATHS:
         raise ConfigError(f"datapath {datapath!r} is not one of {', '.join(DATAPATHS)}")
-    if datapath == "vhost-process" and left.kind == r.KIND_PYTHON:
+    if datapath == "vhost-process" and left.kind >= r.KIND_PYTHON:
         raise ConfigError(
             f"{left.name} runs in Python, in this process: a worker process can't serve it; take --datapath vhost"
         )

@@ -10,7 +10,7 @@ from ..platform.jit import inlined, kernel
 from ..rows import Control, DriverRings, Limits, LoopScratch, Wire
 from ..virtq import split_driver
 from ..wire.answer import answers
-from ..wire.port import sink_of, source_of
+from ..wire.port import send_on, sink_of, source_of, takes
 from . import wait
 
 
@@ -33,7 +33,7 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: LoopScratch, left: int)
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             continue
         ep = wire.eps[q]
-        if ep[r.EP_KIND] == r.KIND_PYTHON:
+        if ep[r.EP_KIND] >= r.KIND_PYTHON:
             found |= wait.JOINS_PYTHON
         turn = wait.turn(left - moved)
         moved += driver.receive(mem, rxq, states[2 * q], txq, states[2 * q + 1], sink_of(wire, q), scratch.frames, turn)
@@ -43,7 +43,7 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: LoopScratch, left: int)
         _kick(mem, rxq, notify[2 * q, 0], scratch.one)
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             return moved, wait.BROKEN
-        if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
+        if ep[r.EP_OUT_COUNT] > 0 and send_on(sink_of(wire, q), scratch.frames.words):
             found |= wait.PYTHON
     return moved, found
 
@@ -66,6 +66,8 @@ def _watch_driver(
         if ep[r.EP_BLOCKED]:
             found = wait.PYTHON  # received frames wait in the ring
             wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
+        elif ep[r.EP_KIND] >= r.KIND_FAULT and not takes(ep, wire.out_lengths.shape[1]):
+            pass  # received frames wait in the ring until a frame that is held back was due
         elif txq[r.DVQ_NUM_FREE] or not answers(ep):
             again |= split_driver.enable_calls(rings.mem, rxq)
             n = wait.add_pollfd(pollfds, n, rings.notify[2 * q, 1], POLLIN, 2 * q)
@@ -78,6 +80,8 @@ def _watch_driver(
             wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
             if wait.is_polled(ep):
                 n = wait.add_endpoint(pollfds, n, wire.fds[q], POLLIN, q)
+        if ep[r.EP_OUT_COUNT]:
+            wait_ms = wait.held_ms(ep, scratch.frames.words, wait_ms)
     return again, n, wait_ms, found
 
 

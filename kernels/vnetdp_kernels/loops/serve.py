@@ -15,7 +15,8 @@ from ..platform.peer import tell
 from ..rows import Control, Limits, LoopScratch, Rings, Wire
 from ..virtq import split_device as ring
 from ..wire.answer import answers
-from ..wire.port import sink_of, source_of
+from ..wire.faulty import TO_WIRE, takes
+from ..wire.port import send_on, sink_of, source_of
 from . import wait
 
 
@@ -58,7 +59,7 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: LoopScratch, left: int) -> tu
         ep = wire.eps[q]
         if rxq[r.VQ_BOUND] or txq[r.VQ_BOUND]:
             found |= wait.SERVED
-            if ep[r.EP_KIND] == r.KIND_PYTHON:
+            if ep[r.EP_KIND] >= r.KIND_PYTHON:
                 found |= wait.JOINS_PYTHON
         turn = wait.turn(left - moved)
         serve_tx = _serves(txq)
@@ -81,7 +82,7 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: LoopScratch, left: int) -> tu
             if serve_rx and turn:
                 frames_rx = fill_receiveq(guest, rxq, source_of(wire, q), scratch.frames, turn)
                 moved += frames_rx
-            if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
+            if ep[r.EP_OUT_COUNT] > 0 and txq[r.VQ_BOUND] and send_on(sink_of(wire, q), scratch.frames.words):
                 found |= wait.PYTHON
         if serve_tx and (chains_tx or txq[r.VQ_CALL_DUE]):
             call(guest.mem, txq, rings.notify[2 * q + 1, 1], scratch.one, scratch.pollfds)
@@ -119,8 +120,10 @@ def _watch_device(
             # for enable_kicks to find: taken for held up, they would be slept on.
             if ring.known_available(txq) > 0:
                 no_room = forwards
-                if ep[r.EP_KIND] != r.KIND_PYTHON:
+                if ep[r.EP_KIND] < r.KIND_FAULT:
                     events |= POLLOUT
+                elif ep[r.EP_KIND] != r.KIND_PYTHON:
+                    again |= takes(ep, TO_WIRE)  # frames that were due have made room
             else:
                 again |= ring.enable_kicks(guest.mem, txq, guest.log)
                 n = wait.add_pollfd(pollfds, n, notify[2 * q + 1, 0], POLLIN, 2 * q + 1)
@@ -136,6 +139,8 @@ def _watch_device(
                 wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
         if events and wait.is_polled(ep):
             n = wait.add_endpoint(pollfds, n, wire.fds[q], events, q)
+        if txq[r.VQ_BOUND] and ep[r.EP_OUT_COUNT]:
+            wait_ms = wait.held_ms(ep, scratch.frames.words, wait_ms)
         if txq[r.VQ_BOUND] and ep[r.EP_BLOCKED]:
             found = wait.PYTHON
             wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)

@@ -13,7 +13,8 @@ from ..platform.io import EAGAIN, EINTR, POLLGONE, POLLIN, clock_ns, poll
 from ..platform.jit import inlined, kernel
 from ..platform.peer import take
 from ..rows import Control, Limits, LoopScratch
-from ..wire.port import CLOCK_AT, due_in_ns
+from ..wire.faulty import FROM_WIRE, takes
+from ..wire.port import CLOCK_AT, due_in_ns, out_due_ns
 
 BATCH = 64  # frames a queue moves before the next has its turn, and before its indices are published
 NO_END = 1 << 62  # frames of a pass without a budget
@@ -97,13 +98,27 @@ def add_endpoint(pollfds: Words, n: int, fd: int, events: int, pair: int) -> int
 
 @inlined
 def is_polled(ep: Words) -> bool:
-    return (ep[r.EP_KIND] == r.KIND_TAP or ep[r.EP_KIND] == r.KIND_PYTHON) and not ep[r.EP_GONE]
+    """Return whether the endpoint's descriptor tells of frames that can be taken: a faulty wire may be full."""
+    if ep[r.EP_KIND] < r.KIND_TAP or ep[r.EP_GONE]:
+        return False
+    return ep[r.EP_KIND] == r.KIND_TAP or ep[r.EP_KIND] == r.KIND_PYTHON or takes(ep, FROM_WIRE)
 
 
 @kernel
 def due_ms(ep: Words, words: Words, timeout_ms: int) -> int:
-    """Shorten a timeout to when a generator's next frame is due: whole ms, since below that a loop looks again."""
-    due = due_in_ns(ep, words)
+    """Shorten a timeout to when the next frame from the wire is due: whole ms, since below that a loop looks again."""
+    return _shortened(timeout_ms, due_in_ns(ep, words))
+
+
+@kernel
+def held_ms(ep: Words, words: Words, timeout_ms: int) -> int:
+    """Shorten a timeout to when a frame that faulty wires hold back may go to the wire."""
+    return _shortened(timeout_ms, out_due_ns(ep, words))
+
+
+@inlined
+def _shortened(timeout_ms: int, due: int) -> int:
+    """Return a timeout of ms, -1 = none, that ends within *due* ns, -1 = never."""
     if due < 0:
         return timeout_ms
     due_ms = due // 1_000_000
@@ -179,6 +194,6 @@ def leave_awake(woken: int, eps: Words) -> int:
 def _joins_python(eps: Words) -> bool:
     """Return whether one of the pairs has an endpoint in Python."""
     for q in range(eps.shape[0]):  # noqa: SIM110 - compiled code has no any()
-        if eps[q, r.EP_KIND] == r.KIND_PYTHON:
+        if eps[q, r.EP_KIND] >= r.KIND_PYTHON:
             return True
     return False

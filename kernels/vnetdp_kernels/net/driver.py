@@ -22,7 +22,7 @@ from ..virtq import split_driver as ring
 from ..virtq.memory import prefetch_write
 from ..wire.answer import answer, answers
 from ..wire.frame import linearize, split_header, tidy
-from ..wire.port import emit, now_ns, produce
+from ..wire.port import emit, now_ns, produce, takes
 
 
 @kernel
@@ -151,7 +151,7 @@ def receive(
     frames = 0
     size = 0
     while frames < budget and dvq[r.DVQ_STATUS] == 0:
-        if ep[r.EP_KIND] == r.KIND_PYTHON and ep[r.EP_OUT_COUNT] >= sink.out_lengths.size:
+        if ep[r.EP_KIND] >= r.KIND_FAULT and not takes(ep, sink.out_lengths.size):
             break
         if sends_back and tx[r.DVQ_NUM_FREE] == 0 and reclaim(mem, tx, tx_state) <= 0:
             break

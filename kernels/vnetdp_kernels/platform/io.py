@@ -46,6 +46,7 @@ _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32
 
 EAGAIN = 11
 EINTR = 4
+EIO = 5
 EOPNOTSUPP = 95
 _RWF_NOWAIT = 8
 POLLIN = 1

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from .. import rows as r
 from .. import spec
-from ..platform.atomic import Bytes, Words, address, copy, store_u16_unaligned, store_u64_unaligned
-from ..platform.io import EAGAIN, clock_ns, read, writev
-from ..platform.jit import inlined
+from ..platform.atomic import Bytes, Words, address, copy, store_u16_unaligned
+from ..platform.io import clock_ns, writev
+from ..platform.jit import inlined, kernel
 from ..rows import Frame, Sink, Source, Wire
+from . import faulty
 from .frame import linearize
-from .ledger import enter, stamp
+from .kinds import ended, from_slots, from_tap, generate, sent_to_tap, slot_for
+from .ledger import enter
 
 _MAX_IOVECS = 64  # a frame in more pieces is made whole first: writev takes 1,024 at most
 CLOCK_AT = 2 * (_MAX_IOVECS + 2)  # where the clock's scratch begins behind the iovecs
@@ -50,28 +52,20 @@ def emit(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
         return 0
     kind = ep[r.EP_KIND]
     if kind == r.KIND_TAP:
-        written = _write_to_tap(frame, hdr, sink, words)
-        if written == -EAGAIN:
-            return r.E_BLOCKED
-        if written < 0:
-            # A TAP that is down (EIO) or dislikes a header (EINVAL) costs this frame, nothing else.
-            ep[r.EP_LAST_ERRNO] = -written
-            ep[r.EP_DROP_ERROR] += 1
-            return 0
-    elif kind == r.KIND_PYTHON:
-        slot = ep[r.EP_OUT_COUNT]
-        if slot >= sink.out_lengths.size:
-            return r.E_BLOCKED
-        slot_len = sink.out_frames.size // sink.out_lengths.size
-        if frame.length + spec.NET_HDR_LEN > slot_len:
-            ep[r.EP_DROP_LONG] += 1
-            return 0
-        at = slot * slot_len
-        store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
-        copy(sink.out_frames, at, hdr, 0, spec.NET_HDR_LEN)
-        linearize(frame, sink.out_frames, at + spec.NET_HDR_LEN)
-        sink.out_lengths[slot] = frame.length + spec.NET_HDR_LEN
-        ep[r.EP_OUT_COUNT] = slot + 1
+        sent = sent_to_tap(ep, _write_to_tap(frame, hdr, sink, words))
+        if sent <= 0:
+            return sent
+    elif kind >= r.KIND_FAULT:
+        if kind != r.KIND_PYTHON:
+            if faulty.hold(frame, hdr, sink) < 0:
+                return r.E_BLOCKED
+        else:
+            at = slot_for(ep, sink.out_frames, sink.out_lengths, spec.NET_HDR_LEN + frame.length)
+            if at < 0:
+                return r.E_BLOCKED if at == r.E_BLOCKED else 0
+            store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
+            copy(sink.out_frames, at, hdr, 0, spec.NET_HDR_LEN)
+            linearize(frame, sink.out_frames, at + spec.NET_HDR_LEN)
     elif ep[r.EP_CHECK]:
         if frame.n_rows - frame.row == 1:
             enter(frame.mem, frame.iov[frame.row, r.IOV_OFFSET], frame.length, sink.ledger, sink.windows)
@@ -115,39 +109,15 @@ def produce(source: Source, dst: Bytes, at: int, room: int, now: int) -> int:
     kind = ep[r.EP_KIND]
     length = 0
     if kind == r.KIND_TAP:
-        length = read(source.fd, dst, at, room)
-        if length < 0:
-            if length != -EAGAIN:
-                ep[r.EP_LAST_ERRNO] = -length
-                ep[r.EP_DROP_ERROR] += 1
-            return 0
-        if length < spec.NET_HDR_LEN + spec.ETH_HLEN:
-            ep[r.EP_DROP_SHORT] += 1
-            return 0
-        if length >= room:
-            # The TAP cuts off bytes that do not fit: a frame that fills all the room may be a part of one.
-            ep[r.EP_DROP_LONG] += 1
-            return 0
+        length = from_tap(ep, source.fd, dst, at, room)
     elif kind == r.KIND_GENERATE:
-        length = _generate(ep, dst, at, room, now)
-        if length == 0:
-            return 0
-    elif kind == r.KIND_PYTHON:
-        while length == 0:
-            if ep[r.EP_COUNT] == 0:
-                return 0
-            slot = ep[r.EP_FIRST]
-            length = source.in_lengths[slot]
-            ep[r.EP_FIRST] = slot + 1
-            ep[r.EP_COUNT] -= 1
-            if length > room:
-                ep[r.EP_DROP_LONG] += 1
-                length = 0
-            elif length < spec.NET_HDR_LEN + spec.ETH_HLEN:
-                ep[r.EP_DROP_SHORT] += 1
-                length = 0
-        copy(dst, at, source.in_frames, slot * (source.in_frames.size // source.in_lengths.size), length)
-    else:
+        length = generate(ep, dst, at, room, now)
+    elif kind >= r.KIND_FAULT:
+        if kind != r.KIND_PYTHON:
+            length = faulty.bring(source, dst, at, room)
+        else:
+            length = from_slots(ep, source.in_frames, source.in_lengths, dst, at, room)
+    if length == 0:
         return 0
     ep[r.EP_FROM_WIRE] += 1
     ep[r.EP_BYTES_FROM_WIRE] += length - spec.NET_HDR_LEN
@@ -155,36 +125,46 @@ def produce(source: Source, dst: Bytes, at: int, room: int, now: int) -> int:
 
 
 @inlined
-def _generate(ep: Words, dst: Bytes, at: int, room: int, now: int) -> int:
-    """Write the generator's next frame to *dst* at *at*; return its bytes, 0 if none is due or it has no room."""
-    if ep[r.EP_LIMIT] >= 0 and ep[r.EP_SEQ] >= ep[r.EP_LIMIT]:
-        return 0
-    if ep[r.EP_INTERVAL_NS]:
-        if now < ep[r.EP_NEXT_NS]:
-            return 0
-        # A generator that was held back does not catch up: it goes on from now.
-        ep[r.EP_NEXT_NS] = max(ep[r.EP_NEXT_NS] + ep[r.EP_INTERVAL_NS], now - 1_000_000)
-    length = spec.NET_HDR_LEN + ep[r.EP_SIZE]
-    if length > room:
-        ep[r.EP_DROP_LONG] += 1
-        return 0
-    store_u64_unaligned(dst, at, 0)
-    store_u64_unaligned(dst, at + 4, 0)
-    stamp(dst, at + spec.NET_HDR_LEN, ep[r.EP_SIZE], ep[r.EP_FLOW], ep[r.EP_SEQ])
-    ep[r.EP_SEQ] += 1
-    return int(length)
-
-
-@inlined
 def due_in_ns(ep: Words, scratch: Words) -> int:
-    """Return the ns until a generator's next frame is due, 0 if it is; -1 if no clock will make one."""
-    if ep[r.EP_KIND] != r.KIND_GENERATE:
-        return -1
-    if ep[r.EP_LIMIT] >= 0 and ep[r.EP_SEQ] >= ep[r.EP_LIMIT]:
+    """Return the ns until the next frame from the wire is due, 0 if it is; -1 if no clock will bring one."""
+    kind = ep[r.EP_KIND]
+    if kind == r.KIND_FAULT or kind == r.KIND_FAULT_PYTHON:
+        return int(faulty.in_due_ns(ep, clock_ns(scratch[CLOCK_AT:])))
+    if kind != r.KIND_GENERATE or ended(ep):
         return -1
     if not ep[r.EP_INTERVAL_NS]:
         return 0
     return max(0, ep[r.EP_NEXT_NS] - clock_ns(scratch[CLOCK_AT:]))
+
+
+@inlined
+def out_due_ns(ep: Words, scratch: Words) -> int:
+    """Return the ns until a frame that a faulty wire holds back may go to the wire, 0 if it may; -1 if there is none."""
+    kind = ep[r.EP_KIND]
+    if kind == r.KIND_FAULT or kind == r.KIND_FAULT_PYTHON:
+        return int(faulty.out_due_ns(ep, clock_ns(scratch[CLOCK_AT:])))
+    return -1
+
+
+@kernel
+def takes(ep: Words, slots: int) -> bool:
+    """Return whether an endpoint in Python, with so many slots, or one behind faulty wires takes a frame now."""
+    if ep[r.EP_KIND] == r.KIND_PYTHON:
+        return bool(ep[r.EP_OUT_COUNT] < slots)
+    return bool(faulty.takes(ep, faulty.TO_WIRE))
+
+
+@kernel
+def send_on(sink: Sink, words: Words) -> bool:
+    """Have faulty wires hand on the frames that are due; return whether an endpoint in Python has frames to take.
+
+    For an endpoint that has frames waiting (EP_OUT_COUNT). words: of `Scratch`.
+    """
+    ep = sink.ep
+    waiting = ep[r.EP_OUT_COUNT]
+    if ep[r.EP_KIND] != r.KIND_PYTHON:
+        waiting = faulty.send_on(sink, words)
+    return bool(waiting and ep[r.EP_KIND] >= r.KIND_PYTHON and not ep[r.EP_BLOCKED])
 
 
 @inlined
