@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from .checks import check as check
     from .frames import Fate as Fate
     from .frames import FrameLedger as FrameLedger
+    from .hand_ring import READY as READY
     from .hand_ring import Chain as Chain
     from .hand_ring import Descriptor as Descriptor
     from .hand_ring import HandRing as HandRing
-    from .hand_ring import READY as READY
     from .hand_ring import bring_up as bring_up
     from .history import History as History
     from .net import OWNERS as OWNERS

@@ -135,7 +135,10 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "dirty-log-killed",
         _DEVICE,
         "publish_used",
-        ((_FLUSH, "        pass  # "), (_PUBLISHED, f"{_PUBLISHED}    if log.size > 0:\n        mark_noted(vq, log)\n")),
+        (
+            (_FLUSH, "        pass  # "),
+            (_PUBLISHED, f"{_PUBLISHED}    if log.size > 0:\n        mark_noted(vq, log)\n"),
+        ),
     ),
     "mark-looks-first": Mutant(
         "mark_dirty leaves out a bit that is set already",

@@ -25,7 +25,9 @@ class Operation(NamedTuple):
     kind: str  # load, exchange, or, signal, take, poll, choose, recover
     at: int = 0
     length: int = 0
-    argument: Any = 0  # load: 1 = acquire; exchange and or: the value; poll: (events, another is ready, can be called away)
+    argument: Any = (
+        0  # load: 1 = acquire; exchange and or: the value; poll: (events, another is ready, can be called away)
+    )
 
 
 class Store(NamedTuple):

@@ -29,7 +29,9 @@ class World:
         if layout.area is not None and not scenario.fresh:
             for queue in range(len(QUEUES)):
                 image[:] = recoveries(layout, bytes(image), queue)[1]
-        kept = DeviceKept(kills=scenario.kills, hand_overs=scenario.hand_overs, dead=scenario.fresh, budget=scenario.budget)
+        kept = DeviceKept(
+            kills=scenario.kills, hand_overs=scenario.hand_overs, dead=scenario.fresh, budget=scenario.budget
+        )
         self.actors: list[Actor] = [Device(layout, scenario.event_idx, kind, scenario.received, kept)]
         if scenario.driver:
             self.actors.append(driver)
