@@ -217,7 +217,7 @@ def test_every_endpoint_is_in_the_table() -> None:
 
 def test_every_public_name_is_in_the_list() -> None:
     names = re.findall(r"^- `(\w+)`: ", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    assert names == [*vars(vnetdp)["_HOME"], *vars(vnetdp.testing)["_HOME"]]
+    assert names == [*vars(vnetdp)["_HOME"], *vars(vnetdp.testing)["__all__"]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="pdoc isn't installed: pip install 'vnetdp[docs]'")
@@ -225,7 +225,7 @@ def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
     reference.build(tmp_path)
     for face, path in ((vnetdp, "vnetdp.html"), (vnetdp.testing, "vnetdp/testing.html")):
         page = (tmp_path / path).read_text()
-        for name in vars(face)["_HOME"]:
+        for name in {*vars(face)["__all__"]} - {"__version__"}:
             assert f'<section id="{name}">' in page or [*tmp_path.rglob(f"{name}.html")], name
         assert "@private" not in page
 
