@@ -215,6 +215,20 @@ def test_link_for_a_time_while_the_rings_change_hands(shell: Shell) -> None:
     assert not report["ledger"]["reordered"]
 
 
+def test_link_tells_how_often_each_fault_struck(shell: Shell) -> None:
+    end = "generate:count=100"
+    faults = ("set_vring_base:#2:ENOMEM", "set_memory:delay=0.01", "set_backend")
+    options = [word for fault in faults for word in ("--fault", fault)]
+    done = shell.run_forked("link", end, end, *options, "--json", "report.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((shell.folder / "report.json").read_text())
+    assert report["faults"] == [{"fault": fault, "hits": hits} for fault, hits in zip(faults, (1, 1, 0), strict=True)]
+    assert (report["owner"], report["fallbacks"]) == ("userspace", 1)
+    assert "ENOMEM" in report["fallback"]
+    assert "fault set_vring_base:#2:ENOMEM: struck 1 time\n" in done.stdout
+    assert "fault set_backend: struck 0 times\n" in done.stdout
+
+
 def test_link_of_two_guests_for_a_time(shell: Shell) -> None:
     done = shell.run_forked("link", "vhost-user:left", "vhost-user:right", "--seconds", "0.3")
     assert done.returncode == 0, done.stderr

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
-import signal
-from collections.abc import Iterator, Sequence
+import re
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 
 from tests.support.by_hand import NEEDS_RESET, READY, Traffic, no_descriptor_leaks, scaled, wait_for
-from vnetdp.backends.base import Backend
-from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
+from vnetdp.backends.faulty import Fault, Faults
 from vnetdp.backends.names import VERBS
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
@@ -73,10 +72,8 @@ def faulty(vhost_first: bool, worker_type: type[Worker | WorkerProcess] = Worker
         traffic = Traffic(PAIRS, rate=RATE)
         worker = worker_type(PAIRS)
         faults = Faults()
-        inner: Sequence[Backend] = worker.backends
-        backends = [FaultyBackend(backend, pair, faults) for pair, backend in enumerate(inner)]
         memory = memory_for(PAIRS, 64)
-        with NetDevice(memory, traffic.device, queue_pairs=PAIRS, vhost=backends, mtu=1500) as device:
+        with NetDevice(memory, traffic.device, queue_pairs=PAIRS, vhost=faults.wrap(worker), mtu=1500) as device:
             device.set_use_vhost(vhost_first)
             with Driver(device, memory, traffic.guest, queue_pairs=PAIRS, num=64) as driver:
                 driver.start()
@@ -96,7 +93,7 @@ def faulty(vhost_first: bool, worker_type: type[Worker | WorkerProcess] = Worker
 
 def test_a_device_that_may_not_fall_back_says_that_nobody_has_the_rings(caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(1)
-    vhost = [FaultyBackend(worker.backends[0], 0, Faults([Fault("set_backend")]))]
+    vhost = Faults([Fault("set_backend")]).wrap(worker)
     with (
         memory_for() as memory,
         NullEndpoint() as wire,
@@ -224,9 +221,7 @@ def test_many_failures_leak_nothing(verb: str) -> None:
 
 
 @pytest.mark.parametrize("datapath", ["vhost", "vhost-process"])
-def test_a_worker_that_dies_under_traffic_leaves_the_rings_to_userspace(
-    datapath: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_dies_under_traffic_leaves_the_rings_to_userspace(datapath: str) -> None:
     with no_descriptor_leaks():
         traffic = Traffic(PAIRS, rate=scaled(1000, 100))
         with Link(traffic.device, traffic.guest, datapath, queue_pairs=PAIRS, num=64) as link:
@@ -235,10 +230,9 @@ def test_a_worker_that_dies_under_traffic_leaves_the_rings_to_userspace(
             worker = link.worker
             if isinstance(worker, WorkerProcess):
                 with worker.backends[0].hold():  # it has no frame in hand: what became of that one nobody would know
-                    os.kill(worker.pid, signal.SIGKILL)
+                    worker.kill()
             elif worker is not None:
-                monkeypatch.setattr(worker.datapath, "run", _fails)
-                worker.datapath.bell.signal()
+                worker.fail(RuntimeError("a defect"))
             wait_for(lambda: link.device.owner is Owner.USERSPACE, "userspace has the rings")
             traffic.wait_for_more(20)
             assert link.device.fallbacks == 1
@@ -283,18 +277,55 @@ def _fails(*_args: int) -> tuple[int, int]:
         ("set_vring_num:0,1:once", Fault("set_vring_num", 0, 1, 1)),
         ("get_vring_base:always", Fault("get_vring_base", times=-1)),
         ("get_vring_base:12,1:always", Fault("get_vring_base", 12, 1, -1)),
+        ("set_vring_base:0,1:#2:EBUSY", Fault("set_vring_base", 0, 1, 1, errno.EBUSY, nth=2)),
+        ("set_memory:ENOMEM:always:#3", Fault("set_memory", times=-1, code=errno.ENOMEM, nth=3)),
+        ("set_backend:delay=0.5", Fault("set_backend", code=0, delay_s=0.5)),
+        ("early.set_backend:1:EIO:delay=2", Fault("set_backend", 1, phase="early", delay_s=2.0)),
     ],
 )
 def test_faults_are_read(text: str, fault: Fault) -> None:
     assert Fault.parse(text) == fault
 
 
-@pytest.mark.parametrize(
-    "text", ["", "set", "set_mtu:", "set_mtu:x", "set_mtu:1,", "set_mtu:twice", "set_mtu:1:1", "SET_MTU"]
-)
-def test_what_is_no_fault_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "set", "SET_MTU", "set-mtu", ".set_mtu", "a.b.set_mtu", ":EIO"])
+def test_a_fault_of_no_verb_is_refused_and_the_verbs_are_named(text: str) -> None:
     with pytest.raises(ConfigError, match="set_mtu, set_features"):
         Fault.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("parts", "wrong"),
+    [
+        ("", ""),
+        ("x", "x"),
+        ("1,", "1,"),
+        ("twice", "twice"),
+        ("1:1", "1"),
+        ("#0", "#0"),
+        ("#", "#"),
+        ("2#", "2#"),
+        ("EBUSSY", "EBUSSY"),
+        ("ebusy", "ebusy"),
+        ("delay=", "delay="),
+        ("delay=-1", "delay=-1"),
+        ("delay=inf", "delay=inf"),
+        ("once:0", "0"),
+        ("9" * 5000, "9" * 5000),
+    ],
+)
+def test_a_part_that_no_fault_has_is_named_with_the_parts_that_there_are(parts: str, wrong: str) -> None:
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{wrong!r} is none of the parts of [PHASE.]VERB[:PAIR[,VRING]][:#N]")
+    ):
+        Fault.parse(f"set_mtu:{parts}")
+
+
+def test_a_part_that_is_given_twice_and_a_delay_without_end_are_refused() -> None:
+    for parts in ("once:always", "#1:#2", "EIO:EBUSY", "delay=1:delay=2"):
+        with pytest.raises(ConfigError, match="says again what a part before it says"):
+            Fault.parse(f"set_mtu:{parts}")
+    with pytest.raises(ConfigError, match="a delay has at most 60 seconds"):
+        Fault.parse("set_mtu:delay=61")
 
 
 def test_a_fault_strikes_where_and_as_often_as_it_says() -> None:
@@ -304,3 +335,48 @@ def test_a_fault_strikes_where_and_as_often_as_it_says() -> None:
     assert not fault.strikes("set_backend", 1, 1)
     assert [fault.strikes("set_backend", 1, 0) for _ in range(4)] == [True, True, False, False]
     assert fault.hits == 2
+
+
+def test_a_fault_strikes_from_the_call_on_that_it_names() -> None:
+    second, later = Fault("set_mtu", nth=2), Fault("set_mtu", times=-1, nth=3)
+    assert [second.strikes("set_mtu", 0, None) for _ in range(4)] == [False, True, False, False]
+    assert [later.strikes("set_mtu", 0, None) for _ in range(4)] == [False, False, True, True]
+    assert (second.hits, later.hits) == (1, 2)
+
+
+def test_a_fault_has_the_errno_that_it_names() -> None:
+    with faulty(vhost_first=False) as setup:
+        setup.faults.append(Fault.parse("set_vring_addr:1,0:ENOMEM"))
+        setup.device.set_use_vhost(True)
+        setup.check(Owner.USERSPACE)
+        assert isinstance(setup.device.last_error, BackendError)
+        assert (setup.device.last_error.verb, setup.device.last_error.errno) == ("set_vring_addr", errno.ENOMEM)
+
+
+def test_a_verb_that_is_slow_is_no_failure() -> None:
+    with faulty(vhost_first=False) as setup:
+        setup.faults.append(Fault.parse("set_vring_base:delay=0.05:always"))
+        began = time.monotonic()
+        setup.device.set_use_vhost(True)
+        assert time.monotonic() - began >= 2 * PAIRS * 0.05
+        setup.check(Owner.VHOST)
+        assert setup.faults[0].hits == 2 * PAIRS
+        assert setup.device.fallbacks == 0
+
+
+def test_a_verb_may_be_slow_and_then_fail() -> None:
+    with faulty(vhost_first=False) as setup:
+        setup.faults.append(Fault.parse("set_memory:1:EIO:delay=0.05"))
+        began = time.monotonic()
+        setup.device.set_use_vhost(True)
+        assert time.monotonic() - began >= 0.05
+        setup.check(Owner.USERSPACE)
+
+
+def test_no_fault_strikes_that_is_not_armed() -> None:
+    with faulty(vhost_first=False) as setup:
+        setup.faults.append(Fault("set_memory", times=-1))
+        setup.faults.armed = False
+        setup.device.set_use_vhost(True)
+        setup.check(Owner.VHOST)
+        assert setup.faults[0].hits == 0

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.by_hand import PATIENCE, frame, no_descriptor_leaks, wait_equal, wait_for
 from vnetdp import Driver, NetDevice
-from vnetdp.backends.faulty import Fault, Faults, FaultyBackend
+from vnetdp.backends.faulty import Fault, Faults
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.backends.worker import Worker
 from vnetdp.device.owners import Owner
@@ -295,11 +295,10 @@ def test_the_exit_status_of_a_worker_process_is_said() -> None:
 
 def test_why_vhost_cannot_start_is_said_again_once_it_could(caplog: pytest.LogCaptureFixture) -> None:
     worker, faults = Worker(1), Faults()
-    vhost = [FaultyBackend(worker.backends[0], 0, faults)]
     with (
         memory_for() as memory,
         MacswapEndpoint() as wire,
-        NetDevice(memory, wire, vhost=vhost) as device,
+        NetDevice(memory, wire, vhost=faults.wrap(worker)) as device,
         Driver(device, memory),
     ):
 
@@ -335,10 +334,9 @@ def test_a_device_hears_through_backends_that_are_wrapped() -> None:
     with ExitStack() as stack:
         worker = Worker(2)
         stack.callback(worker.close)
-        wrapped = [FaultyBackend(backend, pair, Faults()) for pair, backend in enumerate(worker.backends)]
         memory = stack.enter_context(memory_for(2))
         wire = stack.enter_context(MacswapEndpoint(2))
-        device = stack.enter_context(NetDevice(memory, wire, queue_pairs=2, vhost=wrapped))
+        device = stack.enter_context(NetDevice(memory, wire, queue_pairs=2, vhost=Faults().wrap(worker)))
         stack.enter_context(Driver(device, memory, queue_pairs=2))
         assert device.owner is Owner.VHOST
         worker.fail(RuntimeError("a defect"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,16 @@ def test_fault_wraps_any_other() -> None:
         ("scapy:no_such_module:f", "scapy: cannot import no_such_module: ModuleNotFoundError"),
         ("scapy:json:no_such_name", "scapy: module json has no no_such_name"),
         ("scapy:json:__name__", "scapy: json:__name__ is no callable"),
+        ("python:json", "python: 'json' is not python:MODULE:CLASS"),
+        ("python:,times=2", "python: '' is not python:MODULE:CLASS"),
+        ("python:mk.py:Echo", "python: a module is named without .py: python:mk:Echo"),
+        ("python:no_such_module:Echo", "python: cannot import no_such_module: ModuleNotFoundError"),
+        ("python:json:Echo", "python: module json has no Echo; the endpoints of"),
+        ("python:json:loads", "python: json:loads is no class of endpoints, but of type function; the endpoints of"),
+        ("python:json:JSONDecoder", "python: json:JSONDecoder is no class of endpoints, but another class; the end"),
+        ("python:vnetdp:FrameEndpoint,size=2", "python: unknown option 'size=2'; known are limit="),
+        ("python:vnetdp:FrameEndpoint,limit=2,limit=3", "python: limit is given twice"),
+        ("python:vnetdp:NullEndpoint,1", "python: unknown option '1'; known are block_fd="),
         ("fault", "fault: no endpoint is named: write fault:drop=0.1:ENDPOINT"),
         ("fault:drop=0.1", "fault: no endpoint is named: write fault:drop=0.1:ENDPOINT"),
         ("fault:lose=0.1:echo", "fault: unknown option 'lose=0.1'; known are drop=, corrupt=, eio="),
@@ -165,6 +176,72 @@ def test_a_scapy_module_is_found_where_one_stands(tmp_path: Path, monkeypatch: p
         parse_endpoint("scapy:broken_of_mine:f")
     with pytest.raises(ConfigError, match="cannot import script_of_mine: SystemExit: this is a script"):
         parse_endpoint("scapy:script_of_mine:f")
+
+
+ENDPOINTS_OF_MINE = """
+from vnetdp import EndpointError, FrameEndpoint
+
+class Mine(FrameEndpoint):
+    def __init__(self, queues, times=1, *, word="", **others):
+        super().__init__(queues)
+        self.got = times, word, others
+
+class Plain(FrameEndpoint):
+    name = "plain"
+
+class Broken(FrameEndpoint):
+    def __init__(self, queues, how):
+        if how == "raises":
+            raise ValueError("no such\\nhost")
+        if how == "exits":
+            raise SystemExit(3)
+        if how == "refuses":
+            raise EndpointError("broken: take another")
+"""
+
+
+@pytest.fixture
+def endpoints_of_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "endpoints_of_mine.py").write_text(ENDPOINTS_OF_MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "endpoints_of_mine", raising=False)
+
+
+@pytest.mark.usefixtures("endpoints_of_mine")
+def test_an_endpoint_of_one_s_own_gets_its_queues_and_its_options() -> None:
+    for options, got in {
+        "": (1, "", {}),
+        ",times=2,word=a,,b": (2, "a,b", {}),
+        ",times=-1.5e3,word=": (-1500.0, "", {}),
+        ",word=1_0,other=nan,third=1k": (1, "1_0", {"other": "nan", "third": "1k"}),
+    }.items():
+        with parse_endpoint(f"python:endpoints_of_mine:Mine{options}", 3) as endpoint:
+            assert endpoint.queues == 3
+            assert endpoint.name == "python:endpoints_of_mine:Mine"
+            assert vars(endpoint)["got"] == got
+    with parse_endpoint("fault:drop=0:python:endpoints_of_mine:Plain,limit=2") as endpoint:
+        assert endpoint.name == "fault:plain"
+        assert vars(endpoint.innermost)["limit"] == 2
+
+
+@pytest.mark.usefixtures("endpoints_of_mine")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("Broken,how=raises", r"python: cannot make .*_of_mine:Broken: ValueError: no such host at .*_of_mine.py:\d+"),
+        ("Broken,how=exits", r"python: cannot make .*_of_mine:Broken: SystemExit: 3 at .*_of_mine.py:\d+"),
+        ("Broken,how=refuses", "broken: take another"),
+        ("Broken", r"python: cannot make .*_of_mine:Broken: TypeError: .*'how'"),
+        ("Broken,how=", r"python: .*_of_mine:Broken is no endpoint yet: .* super\(\).__init__\(queues\)"),
+        ("Other", "python: module .*_of_mine has no Other; the endpoints of .*_of_mine.py are Broken, Mine, Plain"),
+        ("Mine,1x=2", "python: unknown option '1x=2'; known are times=, word="),
+    ],
+)
+def test_an_endpoint_of_one_s_own_that_cannot_be_made_is_said_in_one_line(options: str, says: str) -> None:
+    with no_descriptor_leaks(), pytest.raises(VnetdpError) as raised:
+        parse_endpoint(f"python:endpoints_of_mine:{options}")
+    assert re.fullmatch(says, str(raised.value)), raised.value
 
 
 @pytest.mark.parametrize("text", ["null", "generate:count=3", "pcap:,out.pcap", "tap:never0", "fault:drop=1:pcap:,o"])

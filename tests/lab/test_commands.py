@@ -238,7 +238,7 @@ def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
         (("migrate", "--repeat", "0"), "a count is between 1 and"),
         (("migrate", "--change", "colour"), "invalid choice: 'colour'"),
         (("migrate", "--churn", "colour"), "invalid choice: 'colour'"),
-        (("migrate", "--fault", "set_colour"), "fault 'set_colour' is not [PHASE.]VERB[:PAIR[,VRING]][:once|always]"),
+        (("migrate", "--fault", "set_colour"), "fault 'set_colour' is not [PHASE.]VERB[:PAIR[,VRING]][:#N]"),
         (("migrate", "--fault", "late.set_log"), "fault 'late.set_log': the phase late is not early, final or retry"),
         (("migrate", "--endpoint", "colour"), "unknown endpoint 'colour'"),
         (("migrate", "--json", "nowhere/report"), "there is no folder nowhere: mkdir -p nowhere"),
@@ -257,6 +257,7 @@ def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
             "pcap: its frames stay in their process, and do not migrate: take",
         ),
         (("migrate", "--endpoint", "scapy:json:loads"), "scapy: its frames stay in their process, and do not migrate"),
+        (("migrate", "--endpoint", "python:json:C"), "python: its frames stay in their process, and do not migrate"),
         (("migrate", "--endpoint", "vhost-user:s"), "vhost-user:SOCKET is an endpoint of link, on both sides"),
         (("migrate", "--endpoint", "tap:t0"), "source and destination need a TAP each, both in one bridge"),
         (

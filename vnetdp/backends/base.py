@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from ..endpoints.base import Endpoint
-from ..errors import ConfigError
 from ..shared.memory import DirtyLog, GuestMemory, Words
 from ..shared.notify import EventFd
 from . import verbs
@@ -33,12 +32,10 @@ class HasBackends(Protocol):
     def backends(self) -> Sequence[Backend]: ...
 
 
-def backends_of(vhost: HasBackends | Sequence[Backend], pairs: int) -> Sequence[Backend]:
-    """Return the backends of a worker, or *vhost* if it is a sequence of them; ConfigError unless there are *pairs*."""
+def backends_of(vhost: HasBackends | Sequence[Backend]) -> Sequence[Backend]:
+    """Return the backends of a worker; a sequence of backends as it is."""
     anything: Any = vhost
     found: Sequence[Backend] = getattr(anything, "backends", anything)
-    if len(found) != pairs:
-        raise ConfigError(f"{len(found)} vhost backends for {pairs} queue pairs: one for each is needed")
     return found
 
 

@@ -1,24 +1,33 @@
-"""Faults: make any verb of any backend fail by name, without a line of it in the product's path."""
+"""Faults: make any verb of any backend fail, or take longer, by name, without a line of it in the product's path."""
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 from ..datapath.notifiers import Notifiers
 from ..errors import BackendError, ConfigError
 from ..shared.memory import Words
-from .base import Backend
-from .names import FAULT_POINTS, UNBIND
+from .base import Backend, HasBackends, backends_of
+from .names import FAULT, FAULT_POINTS, UNBIND
 from .verbs import SetBackend, Verb
+
+_ERRNOS: Final = {name: code for code, name in errno.errorcode.items()}
+_MAX_DELAY_S: Final = 60.0
 
 
 @dataclass
 class Fault:
-    """A vhost verb that is to fail. Written as text: `[PHASE.]VERB[:PAIR[,VRING]][:once|always]`."""
+    """A vhost verb that is to fail, or to take longer.
+
+    Written as text: `[PHASE.]VERB[:PAIR[,VRING]][:#N][:ERRNO][:delay=S][:once|always]`, such as
+    `set_vring_base:0,1:#2:EBUSY`. The parts behind the place may come in any order.
+    """
 
     verb: str
     """The verb's name, such as `set_backend`, or `unbind`. Names of notifiers are for `vnetdp migrate` alone."""
@@ -29,33 +38,49 @@ class Fault:
     times: int = 1
     """How often it fails from now on; -1 for always."""
     code: int = errno.EIO
-    """The errno of the BackendError."""
+    """The errno of the BackendError; 0 lets the verb succeed, after its delay."""
     phase: str = ""
     """It fails only while `Faults.phase` is this; empty for any phase."""
     hits: int = field(default=0, compare=False)
-    """How often it has failed."""
+    """How often it has struck."""
+    nth: int = field(default=1, kw_only=True)
+    """It strikes from the *nth* call on that it fits."""
+    delay_s: float = field(default=0.0, kw_only=True)
+    """Seconds that the call takes longer."""
+    text: str = field(default="", compare=False, repr=False, kw_only=True)
+    """The text that it was parsed from, if any."""
+    _calls: int = field(default=0, init=False, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Return the fault that *text* describes, for one time unless it says always; ConfigError if none."""
-        match = re.fullmatch(r"(?:(\w+)\.)?(\w+)(?::(\d+)(?:,(\d+))?)?(?::(once|always))?", text)
-        if not match or match[2] not in FAULT_POINTS:
-            raise ConfigError(
-                f"fault {text!r} is not [PHASE.]VERB[:PAIR[,VRING]][:once|always]; verbs are {', '.join(FAULT_POINTS)}"
-            )
-        return cls(
-            match[2],
-            int(match[3]) if match[3] else None,
-            int(match[4]) if match[4] else None,
-            -1 if match[5] == "always" else 1,
-            phase=match[1] or "",
-        )
+        """Return the fault that *text* describes; ConfigError if none.
+
+        It strikes once, unless the text says always, with EIO, unless the text has an errno or a delay.
+        """
+        head, *parts = text.split(":")
+        phase, dot, verb = head.rpartition(".")
+        if verb not in FAULT_POINTS or (dot and not phase.isidentifier()):
+            raise ConfigError(f"fault {text!r} is not {FAULT}; verbs are {', '.join(FAULT_POINTS)}")
+        found: dict[str, Any] = {}
+        for n, part in enumerate(parts):
+            values = _values(part, first=n == 0)
+            if not values:
+                raise ConfigError(f"fault {text!r}: {part!r} is none of the parts of {FAULT}, nor the name of an errno")
+            if not found.keys().isdisjoint(values):
+                raise ConfigError(f"fault {text!r}: {part!r} says again what a part before it says: leave one out")
+            found |= values
+        if found.get("delay_s", 0.0) > _MAX_DELAY_S:
+            raise ConfigError(f"fault {text!r}: a delay has at most {_MAX_DELAY_S:g} seconds")
+        if "delay_s" in found:
+            found.setdefault("code", 0)
+        return cls(verb, phase=phase, text=text, **found)
 
     def strikes(self, verb: str, pair: int, index: int | None) -> bool:
-        """Return whether this call fails, and count it if so. @private"""
+        """Return whether it strikes this call, and count that if so. @private"""
         if verb != self.verb or self.pair not in (None, pair) or self.index not in (None, index):
             return False
-        if self.times == 0:
+        self._calls += 1
+        if self.times == 0 or self._calls < self.nth:
             return False
         self.times -= self.times > 0
         self.hits += 1
@@ -67,12 +92,38 @@ class Faults(list[Fault]):
 
     phase = ""
     """The present phase, which its user sets; a fault with another phase does not strike."""
+    armed = True
+    """False: none strikes."""
+
+    def wrap(self, vhost: HasBackends | Sequence[Backend]) -> list[Backend]:
+        """Return the backends of a worker, or a sequence of backends, each as a `FaultyBackend` with these faults."""
+        return [FaultyBackend(backend, pair, self) for pair, backend in enumerate(backends_of(vhost))]
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return how often each has struck, for a report. @private"""
+        return [{"fault": fault.text or str(fault), "hits": fault.hits} for fault in self]
 
     def strike(self, verb: str, pair: int, index: int | None) -> None:
-        """Raise BackendError if a fault strikes this verb of this queue pair and ring. @private"""
-        for fault in self:
+        """Delay this verb of this queue pair and ring, or raise BackendError, if a fault strikes it. @private"""
+        for fault in self if self.armed else ():
             if (not fault.phase or fault.phase == self.phase) and fault.strikes(verb, pair, index):
-                raise BackendError(verb, fault.code, index, "injected fault")
+                if fault.delay_s:
+                    time.sleep(fault.delay_s)
+                if fault.code:
+                    raise BackendError(verb, fault.code, index, "injected fault")
+
+
+def _values(part: str, first: bool) -> dict[str, Any]:
+    """Return the fields of `Fault` that a part of its text sets; empty if it is no part of one."""
+    if first and (place := re.fullmatch(r"(\d{1,6})(?:,(\d{1,6}))?", part, re.ASCII)):
+        return {"pair": int(place[1]), "index": int(place[2]) if place[2] else None}
+    if nth := re.fullmatch(r"#([1-9]\d{0,8})", part, re.ASCII):
+        return {"nth": int(nth[1])}
+    if delay := re.fullmatch(r"delay=(\d{1,6}\.?\d{0,6}|\.\d{1,6})", part, re.ASCII):
+        return {"delay_s": float(delay[1])}
+    if part in ("once", "always"):
+        return {"times": 1 if part == "once" else -1}
+    return {"code": _ERRNOS[part]} if part in _ERRNOS else {}
 
 
 class FaultyNotifiers(Notifiers):

@@ -18,6 +18,9 @@ VERBS: Final = (
     "set_backend",
     "get_vring_base",
 )
+# The spelling of a fault. The parts behind the place may come in any order.
+FAULT: Final = "[PHASE.]VERB[:PAIR[,VRING]][:#N][:ERRNO][:delay=S][:once|always]"
+FAULT_PARTS: Final = "#N: the N-th call; ERRNO: such as ENOMEM; delay=S: S seconds longer, and without ERRNO no failure"
 UNBIND: Final = "unbind"  # set_backend without an endpoint, which the kernel's vhost never fails
 FAULT_POINTS: Final = (
     *VERBS,

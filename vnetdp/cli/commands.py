@@ -17,6 +17,7 @@ from ..system.output import human, is_same_file, say
 from ..system.signals import Asked, Ending
 
 if TYPE_CHECKING:
+    from ..backends.faulty import Faults
     from ..endpoints.base import Endpoint
     from ..programs.link import Link
 
@@ -43,6 +44,33 @@ def _check_report(args: argparse.Namespace, *others: Path | str) -> None:
     for other in others:
         if args.json not in (None, "-") and is_same_file(Path(args.json), Path(other)):
             raise ConfigError(f"--json {args.json} and {other} are one file: name another file for the report")
+
+
+def _faults(args: argparse.Namespace) -> Faults | None:
+    """Return the faults of `--fault`; None if there is none. ConfigError if one could never strike."""
+    if args.fault is None:
+        return None
+    from ..backends.faulty import Fault, Faults
+    from ..backends.names import UNBIND, VERBS
+
+    faults = Faults(Fault.parse(text) for text in args.fault)
+    for fault in faults:
+        if fault.phase or fault.verb not in (*VERBS, UNBIND):
+            raise ConfigError(
+                f"fault {fault.text!r}: phases, and verbs that are not vhost's, are for vnetdp migrate; verbs here are "
+                f"{', '.join((*VERBS, UNBIND))}"
+            )
+        if (fault.pair or 0) >= args.queue_pairs or (fault.index or 0) > 1:
+            raise ConfigError(
+                f"fault {fault.text!r}: its ring is none of 0,0 to {args.queue_pairs - 1},1 (PAIR,VRING) with "
+                f"--queue-pairs {args.queue_pairs}"
+            )
+    return faults
+
+
+def _print_faults(report: dict[str, Any], tell: Callable[[str], None]) -> None:
+    for fault in report.get("faults", ()):
+        tell(f"fault {fault['fault']}: struck {counted(fault['hits'], 'time')}")
 
 
 def demo(args: argparse.Namespace, ending: Ending) -> int:
@@ -74,7 +102,7 @@ def _bridge(args: argparse.Namespace, ending: Ending) -> int:
             raise ConfigError(
                 f"{text!r} names no socket: write {VHOST_USER}:SOCKET, such as {VHOST_USER}:/tmp/net.sock"
             )
-    for option in ("datapath", "ring", "mtu", "switch_ms", "switches", "worker_timeout"):
+    for option in ("datapath", "ring", "mtu", "switch_ms", "switches", "worker_timeout", "fault"):
         if getattr(args, option) is not None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} means nothing between two guests, which bring their own rings: leave it out"
@@ -111,6 +139,9 @@ def link(args: argparse.Namespace, ending: Ending) -> int:
         return _bridge(args, ending)
     if args.switches is not None and args.switch_ms is None:
         raise ConfigError("--switches needs --switch-ms N, the time between two hand-overs in ms")
+    faults = _faults(args)
+    if faults is not None and args.datapath == "userspace" and args.switch_ms is None:
+        raise ConfigError("--fault needs vhost, whose verbs fail: take --datapath vhost, or --switch-ms N")
     from ..endpoints.spec import endpoint_opener
     from ..programs.link import Link, check_datapath
 
@@ -139,6 +170,7 @@ def link(args: argparse.Namespace, ending: Ending) -> int:
                 switchable=args.switch_ms is not None,
                 worker_timeout_s=args.worker_timeout or 10.0,
                 ending=ending.asked.is_set,
+                faults=faults,
             )
         )
         with ending.at_work(link.report, lambda report: _print_link(report, human(args), _failures(left, right))):
@@ -196,6 +228,7 @@ def serve(args: argparse.Namespace, ending: Ending) -> int:
     features = None if args.features is None else with_needs(parse(args.features))
     known = {str(feature.name).lower(): feature.value for feature in ProtocolFeature}
     protocol_features = parse(args.protocol_features, known, USUAL_PROTOCOL_FEATURES)
+    faults = _faults(args)
     (why_not_there if args.connect else check_free)(args.socket)
     with ExitStack() as stack:
         endpoint = stack.enter_context(parse_endpoint(args.endpoint, args.queue_pairs))
@@ -213,11 +246,13 @@ def serve(args: argparse.Namespace, ending: Ending) -> int:
                 poll_us=-1 if args.poll else args.poll_us,
                 inband=args.inband,
                 worker_timeout_s=args.worker_timeout or 10.0,
+                faults=faults,
             )
         )
 
         def report() -> dict[str, Any]:
-            return {
+            struck = {} if faults is None else {"faults": faults.report()}
+            return struck | {
                 "served": server.served,
                 "refused": server.refused,
                 "errors": _failures(endpoint),
@@ -235,6 +270,7 @@ def _print_served(report: dict[str, Any], tell: Callable[[str], None]) -> None:
     counters = report["endpoint"]
     tell(f"served {counted(report['served'], 'front end')}, {counted(counters['to_wire'], 'frame')} to the "
          f"endpoint, {counters['from_wire']:,} from it")  # fmt: skip
+    _print_faults(report, tell)
 
 
 def drive(args: argparse.Namespace, ending: Ending) -> int:
@@ -305,6 +341,7 @@ def _print_link(report: dict[str, Any], tell: Callable[[str], None], said: Seque
         tell("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
     changes = f"{counted(report['handovers'], 'hand-over')}, {counted(report['fallbacks'], 'fallback')}"
     tell(f"owner {report['owner']}, {changes}")
+    _print_faults(report, tell)
     if "ledger" in report:
         tell("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
     for error in report["errors"]:

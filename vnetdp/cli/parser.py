@@ -158,6 +158,14 @@ def _offered_mtu(command: argparse.ArgumentParser) -> None:
                          help="offer VIRTIO_NET_F_MTU, with N bytes (default: not offered)")  # fmt: skip
 
 
+def _fault(command: argparse.ArgumentParser, what: str) -> None:
+    from ..backends.names import FAULT, FAULT_PARTS, UNBIND, VERBS
+
+    command.add_argument("--fault", action="append", metavar="FAULT",
+                         help=f"{what}: {FAULT.removeprefix('[PHASE.]')}; {FAULT_PARTS}; may be repeated; verbs are "
+                              f"{', '.join((*VERBS, UNBIND))} (default: none)")  # fmt: skip
+
+
 def _socket(command: argparse.ArgumentParser) -> None:
     command.add_argument("--socket", required=True, metavar="PATH", help="the Unix socket of vhost-user (required)")
 
@@ -196,6 +204,7 @@ def _link(command: _Command) -> None:
     _offered_mtu(link)
     _polling(link)
     _worker_timeout(link, "userspace goes on with its rings; once the link is to end, a worker process has 2 seconds")
+    _fault(link, "make a verb of the vhost worker fail")
     link.add_argument("--switch-ms", type=_number(1, 3_600_000, "a time in ms"), metavar="N",
                       help="hand the rings to the other owner every N ms (default: never)")  # fmt: skip
     link.add_argument("--switches", type=_number(1, 1 << 62, "a count"), metavar="N",
@@ -231,6 +240,7 @@ def _serve(command: _Command) -> None:
                        help="offer notifications as messages, for UML's time travel; they are slow")  # fmt: skip
     _polling(serve)
     _worker_timeout(serve, "the front end's connection is closed, and the front end is served anew when it comes back")
+    _fault(serve, "make a verb of the worker fail, and with it the front end's request")
 
 
 def _drive(command: _Command) -> None:
@@ -284,7 +294,7 @@ def _bench(command: _Command) -> None:
 
 
 def _migrate(command: _Command) -> None:
-    from ..backends.names import FAULT_POINTS
+    from ..backends.names import FAULT, FAULT_PARTS, FAULT_POINTS
     from ..lab.names import CHANGES
     from ..migration.names import POLICIES, TRAFFIC
 
@@ -309,8 +319,8 @@ def _migrate(command: _Command) -> None:
     migrate.add_argument("--churn", choices=CHANGES, metavar="FIELD",
                          help="change a field 1,000 times a second until the stop (default: none)")  # fmt: skip
     migrate.add_argument("--fault", action="append", default=[], metavar="FAULT",
-                         help="make a verb fail at the destination: [PHASE.]VERB[:PAIR[,VRING]][:once|always], or, as "
-                              "source:FAULT, at the source; may be repeated; phases are early, final and retry; verbs are "
+                         help=f"make a verb fail at the destination: {FAULT}, or, as source:FAULT, at the source; "
+                              f"{FAULT_PARTS}; may be repeated; phases are early, final and retry; verbs are "
                               f"{', '.join(FAULT_POINTS)} (default: none)")  # fmt: skip
     migrate.add_argument("--endpoint", default="generate", metavar="ENDPOINT",
                          help="the device's endpoint: generate, echo or tap:NAME (default: generate)")  # fmt: skip

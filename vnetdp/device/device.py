@@ -75,6 +75,9 @@ class NetDevice(Owned):
         running: bool = True,
         notifiers: Notifiers | None = None,
     ) -> None:
+        backends = None if vhost is None else backends_of(vhost)
+        if backends is not None and len(backends) != queue_pairs:
+            raise ConfigError(f"{len(backends)} vhost backends for {queue_pairs} queue pairs: one for each is needed")
         self._registers = Registers(endpoint, queue_pairs, mac, mtu, offered, max_num)
         self.queues = self._registers.queues
         """Size, addresses and state of each queue, for reading: a list of `Virtqueue`."""
@@ -85,7 +88,7 @@ class NetDevice(Owned):
         self.fallback = fallback
         self.log: DirtyLog | None = None
         """The dirty log that `set_log` set; None while writes to guest memory are not logged."""
-        self.vhost = None if vhost is None else backends_of(vhost, queue_pairs)
+        self.vhost = backends
         """The backends that the device was given, one for each queue pair; None: userspace alone."""
         self.use_vhost = vhost is not None
         """True while vhost is the owner to choose (`set_use_vhost`), whether or not it has the rings."""

@@ -59,11 +59,11 @@ class FrameEndpoint(QueuedEndpoint):
     """
 
     def frame_received(self, frame: bytes, queue: int) -> bytes | Iterable[bytes] | None:
-        """Take an Ethernet frame that came off the ring of queue pair *queue*. Return frames to send back: one, several, none.
+        """Take an Ethernet frame that came off the ring of queue pair *queue*, and return frames to send back, or None.
 
-        It is called in the thread that runs the rings, one call at a time, and must not block. An exception, or a
-        return value of another type, drops this frame alone, and is counted (`errors`, `last_error`). Frames sent back
-        while `limit` frames wait are dropped and counted.
+        It returns one frame, several frames or None. It is called in the thread that runs the rings, one call at a time,
+        and must not block. An exception, or a return value of another type, drops this frame alone, and is counted
+        (`errors`, `last_error`). Frames sent back while `limit` frames wait are dropped and counted.
         """
         return None
 

@@ -24,6 +24,13 @@ ENDPOINTS: Final = {
     "tap": ("tap:NAME[,netns=NS]", "a TAP interface, made if it is not there"),
     "pcap": ("pcap:IN[,OUT]", "frames from one capture file, and into another"),
     "scapy": ("scapy:MODULE:CALLABLE", "a Python function on Scapy packets"),
+    "python": (
+        "python:MODULE:CLASS[,KEY=VALUE,...]",
+        (
+            "an endpoint of your own, a subclass of FrameEndpoint or Endpoint: CLASS(queues, KEY=VALUE, ...); VALUE is a "
+            "number if it reads as one, else text"
+        ),
+    ),
     "fault": (
         "fault:drop=P,corrupt=P,eio=P,eagain=P,delay_ms=N,seed=N:ENDPOINT",
         (

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from inspect import isroutine
+from inspect import isroutine, signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NoReturn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EndpointError, VnetdpError, place
 from .base import Endpoint
 from .loopback import EchoEndpoint, GenerateEndpoint, MacswapEndpoint, NullEndpoint, ReflectEndpoint
 from .names import KNOWN, VHOST_USER
@@ -104,27 +104,8 @@ def _pcap(rest: str, queues: int) -> Opener:
 
 
 def _scapy(rest: str, queues: int) -> Opener:
-    module, _, name = rest.partition(":")
-    if not module or not name:
-        raise ConfigError(f"scapy: {rest!r} is not scapy:MODULE:CALLABLE")
-    if module.endswith(".py"):
-        raise ConfigError(f"scapy: a module is named without .py: scapy:{module.removesuffix('.py')}:{name}")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does
+    function = _imported("scapy", rest, "CALLABLE", callable)
     from .scapy import ScapyEndpoint
-
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as e:
-        where = f" (looked for in {here} and PYTHONPATH)" if isinstance(e, ModuleNotFoundError) else ""
-        raise ConfigError(f"scapy: cannot import {module}: {type(e).__name__}: {e}{where}") from e
-    try:
-        function = reduce(getattr, name.split("."), found)
-    except AttributeError as e:
-        raise ConfigError(f"scapy: module {module} has no {name}; {_callables(found)}") from e
-    if not callable(function):
-        kind = type(function).__name__
-        raise ConfigError(f"scapy: {module}:{name} is no callable, but of type {kind}; {_callables(found)}")
 
     def make() -> Endpoint:
         endpoint = ScapyEndpoint(function, queues)
@@ -134,16 +115,82 @@ def _scapy(rest: str, queues: int) -> Opener:
     return Opener(make)
 
 
-def _callables(module: ModuleType) -> str:
-    """Return the names of the functions of *module*, and its file: another module may have the name."""
+def _python(rest: str, queues: int) -> Opener:
+    named, *parts = _parts(rest)
+    made = _imported("python", named, "CLASS", _is_endpoint)
+    parameters = [*signature(made.__init__).parameters.values()][2:]  # behind self and queues
+    known = dict.fromkeys((p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)), _literal)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known |= {key: _literal for key in (part.partition("=")[0] for part in parts) if key.isidentifier()}
+    options = _options("python", parts, known)
+
+    def make() -> Endpoint:
+        try:
+            endpoint = made(queues, **options)
+        except VnetdpError:
+            raise
+        except (Exception, SystemExit) as e:
+            raise EndpointError(f"python: cannot make {named}: {_one_line(e)}{place(e)}") from e
+        if not (isinstance(endpoint, Endpoint) and hasattr(endpoint, "wire")):
+            raise EndpointError(
+                f"python: {named} is no endpoint yet: its __init__ has to call super().__init__(queues)"
+            )
+        if endpoint.name == Endpoint.name:
+            endpoint.name = f"python:{named}"
+        return endpoint
+
+    return Opener(make)
+
+
+def _is_endpoint(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Endpoint)
+
+
+def _imported(kind: str, text: str, what: str, fits: Callable[[object], bool]) -> Any:
+    """Return the object that MODULE:NAME names; ConfigError if there is none, or it is not *what*, as *fits* tells.
+
+    MODULE is imported, from the current folder, too.
+    """
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise ConfigError(f"{kind}: {text!r} is not {kind}:MODULE:{what}")
+    if module.endswith(".py"):
+        raise ConfigError(f"{kind}: a module is named without .py: {kind}:{module.removesuffix('.py')}:{name}")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does
+    try:
+        imported = importlib.import_module(module)
+    except (Exception, SystemExit) as e:
+        where = f" (looked for in {here} and PYTHONPATH)" if isinstance(e, ModuleNotFoundError) else ""
+        raise ConfigError(f"{kind}: cannot import {module}: {_one_line(e)}{where}") from e
+    try:
+        found = reduce(getattr, name.split("."), imported)
+    except AttributeError as e:
+        raise ConfigError(f"{kind}: module {module} has no {name}; {_choices(imported, fits)}") from e
+    if not fits(found):
+        wanted = "callable" if fits is callable else "class of endpoints"
+        but = "another class" if isinstance(found, type) else f"of type {type(found).__name__}"
+        raise ConfigError(f"{kind}: {module}:{name} is no {wanted}, but {but}; {_choices(imported, fits)}")
+    return found
+
+
+def _choices(module: ModuleType, fits: Callable[[object], bool]) -> str:
+    """Return the names of the functions or endpoints of *module*, and its file: another module may have the name."""
+    functions = fits is callable
     own = sorted(
         name
         for name, value in vars(module).items()
-        if isroutine(value) and not name.startswith("_") and value.__module__ == module.__name__
+        if (isroutine(value) if functions else fits(value))
+        and not name.startswith("_")
+        and value.__module__ == module.__name__
     )
     where = getattr(module, "__file__", None) or module.__name__
     more = f" and {len(own) - _SHOWN} more" if len(own) > _SHOWN else ""
-    return f"the functions of {where} are {', '.join(own[:_SHOWN]) or 'none'}{more}"
+    return f"the {'functions' if functions else 'endpoints'} of {where} are {', '.join(own[:_SHOWN]) or 'none'}{more}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _fault(rest: str, queues: int) -> Opener:
@@ -184,6 +231,7 @@ _KINDS: Final[dict[str, Callable[[str, int], Opener]]] = {
     "tap": _tap,
     "pcap": _pcap,
     "scapy": _scapy,
+    "python": _python,
     "fault": _fault,
     VHOST_USER: _vhost_user,
 }
@@ -200,7 +248,7 @@ def _options(kind: str, parts: Sequence[str], known: Mapping[str, Callable[[str]
     for part in () if parts == [""] else parts:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
-            names = ", ".join(f"{name}=" for name in known)
+            names = ", ".join(f"{name}=" for name in known) or "none"
             raise ConfigError(f"{kind}: unknown option {part!r}; known are {names}")
         if key in found:
             raise ConfigError(f"{kind}: {key} is given twice")
@@ -219,6 +267,14 @@ def _number(text: str) -> float:
     if math.isinf(number):
         raise ValueError("a finite number")
     return number
+
+
+def _literal(text: str) -> int | float | str:
+    """Return the number that *text* reads as, as Python has it, else *text*."""
+    if re.fullmatch(r"[+-]?\d+", text, re.ASCII):
+        return int(text)
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE | re.ASCII)
+    return float(text) if number else text
 
 
 def _whole(text: str) -> int:

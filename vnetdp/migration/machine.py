@@ -11,7 +11,7 @@ import os
 import select
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
 from ..backends.base import Backend
-from ..backends.faulty import Faults, FaultyBackend, FaultyNotifiers
+from ..backends.faulty import Faults, FaultyNotifiers
 from ..backends.process import WorkerProcess
 from ..backends.worker import Worker
 from ..device.device import NetDevice
@@ -49,7 +49,7 @@ _CONSTANT = [
         *(r.EP_DROP_OFFLOAD, r.EP_BYTES_TO_WIRE, r.EP_BYTES_FROM_WIRE),
     )
 ]
-_OF_ONE_PROCESS = ("fault", "pcap", "scapy")  # their state does not reach a destination
+_OF_ONE_PROCESS = ("fault", "pcap", "python", "scapy")  # their state does not reach a destination
 _HEADROOM = 64 + spec.NET_HDR_LEN
 
 
@@ -164,12 +164,10 @@ class Machine(Owned):
         self.memory: GuestMemory = enter(self._guest_memory())
         kind = WorkerProcess if config.process else Worker
         self.worker: Worker | WorkerProcess | None = kind(pairs) if config.vhost else None
-        vhost: list[Backend] | None = None
+        vhost: Sequence[Backend] | None = None
         if self.worker is not None:
             self._stack.callback(self.worker.close)
-            vhost = [*self.worker.backends]
-            if config.faulty:
-                vhost = [FaultyBackend(backend, pair, self.faults) for pair, backend in enumerate(vhost)]
+            vhost = self.faults.wrap(self.worker) if config.faulty else self.worker.backends
         self.notifiers = FaultyNotifiers(pairs, self.faults)
         self.device: NetDevice = enter(
             NetDevice(

@@ -10,7 +10,7 @@ from typing import Any
 
 from vnetdp_kernels import rows as r
 
-from ..backends.faulty import Fault, Faults, FaultyBackend
+from ..backends.faulty import Fault, Faults
 from ..backends.worker import Worker
 from ..device.device import NetDevice
 from ..endpoints.loopback import GenerateEndpoint, Ledger, drained
@@ -34,8 +34,7 @@ def run(seconds: float, say: Callable[[str], None], report: dict[str, Any]) -> N
         guest = stack.enter_context(GenerateEndpoint(size=_FRAME_LEN))
         worker = Worker(1)
         stack.callback(worker.close)
-        vhost = [FaultyBackend(backend, pair, faults) for pair, backend in enumerate(worker.backends)]
-        device = stack.enter_context(NetDevice(memory, wire, vhost=vhost))
+        device = stack.enter_context(NetDevice(memory, wire, vhost=faults.wrap(worker)))
         device.set_use_vhost(False)
         driver = stack.enter_context(Driver(device, memory, guest))
         driver.start()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from vnetdp_kernels import rows as r
 
-from ..backends.base import Backend
+from ..backends.base import Backend, HasBackends
+from ..backends.faulty import Faults
 from ..backends.process import WorkerProcess
 from ..backends.worker import Worker
 from ..device.device import NetDevice
@@ -42,7 +43,8 @@ class Link(Owned):
 
     datapath: "userspace", "vhost" (a worker thread), or "vhost-process" (a worker process). poll_us: busy-poll so long
     before sleeping, -1 = for ever. worker_timeout_s: a worker that does not answer for so long loses its rings to userspace;
-    a worker process has 2 s once *ending* returns True, or the link drains. The endpoints stay the caller's, and are closed
+    a worker process has 2 s once *ending* returns True, or the link drains. faults: the worker's verbs that are to fail.
+    The endpoints stay the caller's, and are closed
     by it after the link.
     """
 
@@ -59,26 +61,28 @@ class Link(Owned):
         switchable: bool = False,
         worker_timeout_s: float = 10.0,
         ending: Callable[[], bool] = lambda: False,
+        faults: Faults | None = None,
     ) -> None:
         check_datapath(datapath, left)
+        self.faults = faults
         self._draining = False
         with ExitStack() as stack:
             self.memory = stack.enter_context(memory_for(queue_pairs, num))
             self.worker: Worker | WorkerProcess | None = None
-            backends: list[Backend] | None = None
+            vhost: HasBackends | Sequence[Backend] | None = None
             if datapath == "vhost-process":
                 self.worker = WorkerProcess(queue_pairs, poll_us, worker_timeout_s, lambda: self._draining or ending())
             elif datapath == "vhost" or switchable:
                 self.worker = Worker(queue_pairs, poll_us, timeout_s=worker_timeout_s)
             if self.worker is not None:
                 stack.callback(self.worker.close)
-                backends = list(self.worker.backends)
+                vhost = self.worker if faults is None else faults.wrap(self.worker)
             self.device = NetDevice(
                 self.memory,
                 left,
                 queue_pairs=queue_pairs,
                 mtu=mtu,
-                vhost=backends,
+                vhost=vhost,
                 poll_us=poll_us,
                 max_num=max(num, 1024),
             )
@@ -125,6 +129,8 @@ class Link(Owned):
             "right": self._counters("right"),
             "queues": self.device.counters(),
         }
+        if self.faults is not None:
+            report["faults"] = self.faults.report()
         if (ledger := self._ledger()) is not None:
             report["ledger"] = ledger.as_dict()
         return report

@@ -11,11 +11,12 @@ import logging
 import select
 import socket
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from vnetdp_kernels import rows as r
 
+from ...backends.faulty import Faults
 from ...backends.worker import Worker
 from ...endpoints.base import Endpoint
 from ...errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
@@ -46,6 +47,15 @@ def check_queue_pairs(queue_pairs: int) -> None:
         raise ConfigError(f"{queue_pairs} queue pairs: vhost-user has 1 to {MAX_VRINGS // VRINGS}")
 
 
+class _Faulty:
+    """A worker whose verbs fail as *faults* say."""
+
+    def __init__(self, worker: Served, faults: Faults) -> None:
+        self.loop_thread = worker.loop_thread
+        self.datapath = worker.datapath
+        self.backends = faults.wrap(worker)
+
+
 class Server(Owned):
     """A vhost-user back end: it serves *endpoint* to one front end after another, on the Unix socket *path*.
 
@@ -57,6 +67,7 @@ class Server(Owned):
     - `mtu`, `mac`: as in `NetDevice`.
     - `worker`: internal; None makes a `Worker`, with `poll_us` and, as its `timeout_s`, `worker_timeout_s`.
     - `inband`: True offers notifications as messages. Linux takes them wherever it can, and is slower then.
+    - `faults`: verbs of the worker that are to fail, for tests. The request that a verb is a part of is then refused.
 
     ConfigError if *path* can't be listened on or an argument cannot be. The endpoint stays the caller's.
     """
@@ -76,6 +87,7 @@ class Server(Owned):
         worker: Served | None = None,
         inband: bool = False,
         worker_timeout_s: float = 10.0,
+        faults: Faults | None = None,
     ) -> None:
         if endpoint.queues < queue_pairs:
             raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, {queue_pairs} pairs are asked for")
@@ -88,6 +100,7 @@ class Server(Owned):
         self.mtu = mtu
         self.mac = mac
         self.inband = inband
+        self.faults = faults
         self.served = 0
         """The number of front ends served so far, the present one included."""
         self.refused = 0
@@ -180,7 +193,8 @@ class Server(Owned):
         transport.sock.settimeout(_MESSAGE_TIMEOUT_S)
         usual = USUAL_PROTOCOL_FEATURES if self.protocol_features is None else ProtocolFeature(self.protocol_features)
         offer = usual | (ProtocolFeature.INBAND_NOTIFICATIONS if self.inband else 0)
-        session = Session(transport, self.worker, self.endpoint, self.features, self.mtu, self.mac, offer)
+        worker = self.worker if self.faults is None else _Faulty(self.worker, self.faults)
+        session = Session(transport, worker, self.endpoint, self.features, self.mtu, self.mac, offer)
         self._worker_ended.clear()
         forget = self.worker.loop_thread.listeners.add(session.ring_broke, self._worker_ended.signal)
         visit = Visit(transport.sock, self.worker, self._listener)
@@ -215,8 +229,21 @@ class Server(Owned):
         finally:
             forget()
             visit.close()
-            session.close()
+            with self._unarmed():
+                session.close()
             transport.close()
+
+    @contextmanager
+    def _unarmed(self) -> Iterator[None]:
+        """Have no fault strike for the length of the block: the next session needs the rings that this one gives back."""
+        if self.faults is None:
+            yield
+            return
+        armed, self.faults.armed = self.faults.armed, False
+        try:
+            yield
+        finally:
+            self.faults.armed = armed
 
     def _worker_has_ended(self) -> bool:
         """Say so if the worker has ended: no ring moves any more.

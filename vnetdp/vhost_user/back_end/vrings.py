@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from vnetdp_kernels import rows as r
 
-from ...backends.worker import WorkerBackend
+from ...backends.base import Backend
 from ...datapath.datapath import Datapath
 from ...datapath.loop_thread import LoopThread
 from ...endpoints.base import Endpoint
@@ -41,7 +41,9 @@ class Served(Protocol):
 
     loop_thread: LoopThread
     datapath: Datapath
-    backends: list[WorkerBackend]
+
+    @property
+    def backends(self) -> Sequence[Backend]: ...
 
 
 @dataclass
@@ -93,7 +95,7 @@ class Vrings:
             raise RequestRefused(f"vring {index}: there are vrings 0 to {len(self.rings) - 1}")
         return self.rings[index]
 
-    def backend(self, index: int) -> tuple[WorkerBackend, int]:
+    def backend(self, index: int) -> tuple[Backend, int]:
         """Return the backend of a ring, and the ring's index there."""
         pair, vring = pair_of(index), vring_of(index)
         return self._worker.backends[pair], vring
