@@ -20,7 +20,10 @@ import vnetdp.testing
 import vnetdp_kernels
 from tests.project.oldest import oldest
 
-FACES = {vnetdp: [*vars(vnetdp)["_HOME"], "__version__"], vnetdp.testing: [*vars(vnetdp.testing)["_HOME"]]}
+FACES = {
+    vnetdp: [*vars(vnetdp)["_HOME"], "__version__"],
+    vnetdp.testing: [*vars(vnetdp.testing)["_HOME"], "OWNERS", "VERBS"],
+}
 
 
 def home_of(face: ModuleType) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The pytest plugin, in a project of its own that has vnetdp installed: fixtures, marker and reports, also with pytest-xdist."""
+"""The pytest plugin in a project of its own that has vnetdp installed: fixtures, marker, reports; also with pytest-xdist."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loses(Mine):
         return None if self.seen == 100 else frame
 
 
-@pytest.mark.vnet(endpoint=Mine, owner=["userspace", "thread", "vhost-user"], num=[16, 64])
+@pytest.mark.vnet(endpoint=Mine, owner=["userspace", "thread", "vhost-user"], num=[16])
 def test_passes(vnet, ledger):
     vnet.wait_for(50)
     assert (vnet.device.owner is Owner.USERSPACE) is (vnet.owner == "userspace")
@@ -88,14 +88,14 @@ def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.mark.parametrize("args", [(), ("-n", "2")], ids=["alone", "xdist"])
+@pytest.mark.parametrize("args", [(), ("-n", "2", "-k", "not vhost-user")], ids=["alone", "xdist"])
 def test_a_project_of_its_own_gets_fixtures_marker_and_reports(tmp_path: Path, args: tuple[str, ...]) -> None:
     done = run(tmp_path, "--vnet-history", "histories", *args)
     said = done.stdout
     outcomes = {
         (name, kind) for kind, name in re.findall(r"^(PASSED|FAILED|ERROR) test_project\.py::(\S+)", said, re.MULTILINE)
     }
-    passed = {f"test_passes[{owner}-{num}]" for owner in ("userspace", "thread", "vhost-user") for num in (16, 64)}
+    passed = {f"test_passes[{owner}-16]" for owner in ("userspace", "thread", *([] if args else ["vhost-user"]))}
     passed |= {"test_has_faults", "TestOfAClass::test_without_an_endpoint", "test_of_something_else"}
     assert outcomes == {(name, "PASSED") for name in passed} | {
         ("TestOfAClass::test_loses_a_frame", "FAILED"),

@@ -7,13 +7,18 @@ used, so that pytest, which loads `vnetdp.testing.plugin` in every project, star
 
 from __future__ import annotations
 
+from ..backends.names import VERBS as _VERBS
+
 TYPE_CHECKING = False
+
+OWNERS = ("userspace", "thread", "process", "vhost-user")
+"""The owners that `Vnet` can give the rings to."""
+VERBS = _VERBS
+"""The names of vhost's verbs, for `vnetdp.Fault`, in the order of a start."""
 
 # Public name: the module of this package that has it. The order is that of docs/api.md and of the reference.
 _HOME = {
     "Vnet": "net",
-    "OWNERS": "net",
-    "VERBS": "net",
     "check": "checks",
     "Check": "checks",
     "FrameLedger": "frames",
@@ -48,8 +53,6 @@ if TYPE_CHECKING:
     from .hand_ring import HandRing as HandRing
     from .hand_ring import bring_up as bring_up
     from .history import History as History
-    from .net import OWNERS as OWNERS
-    from .net import VERBS as VERBS
     from .net import Vnet as Vnet
     from .outcome import Outcome as Outcome
     from .outcome import ScheduleError as ScheduleError
@@ -59,7 +62,7 @@ if TYPE_CHECKING:
     from .stepper import Stepper as Stepper
     from .stepper import replay as replay
 else:  # not for type checkers, as in vnetdp/__init__.py
-    __all__ = [*_HOME]
+    __all__ = [*_HOME, "OWNERS", "VERBS"]
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:

@@ -10,13 +10,12 @@ from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from vnetdp_kernels import rows as r
 
 from ..backends.base import Backend
 from ..backends.faulty import Fault, Faults
-from ..backends.names import VERBS as _VERBS
 from ..backends.process import WorkerProcess
 from ..backends.worker import Worker
 from ..device import vhost_net
@@ -32,16 +31,12 @@ from ..vhost_user.front_end.watch import Watch
 from ..virtio import features as f
 from ..virtio.queue import RECEIVEQ, TRANSMITQ, queue_of
 from ..warmup import warm_up
+from . import OWNERS
 from .back_end import BackEndProcess
 from .checks import Check
 from .frames import FrameLedger, Way
 from .hang import where_hung
 from .history import History, Recorder
-
-OWNERS: Final = ("userspace", "thread", "process", "vhost-user")
-"""The owners that `Vnet` can give the rings to."""
-VERBS: Final = _VERBS
-"""The names of vhost's verbs, for `Fault`, in the order of a start."""
 
 _LOOK_S = 0.0005
 _SHOWN = 10  # frames in an error
