@@ -18,13 +18,17 @@ _NEXT, _WRITE, _INDIRECT = HandRing.NEXT, HandRing.WRITE, HandRing.INDIRECT
 _HALF: Final = spec.PAGE_SIZE // 2  # of a buffer: the first is for frames, the second for an indirect table
 
 
-@st.composite
-def chains(draw: st.DrawFn, ring: HandRing, *, writable: bool, indirect: bool = False) -> Chain:
+def chains(ring: HandRing, *, writable: bool, indirect: bool = False) -> st.SearchStrategy[Chain]:
     """Return a strategy for a valid `Chain` of up to 8 descriptors of *ring*, in buffers of the same numbers.
 
     - `writable`: True for a receiveq, whose buffers the device writes; False for a transmitq.
     - `indirect`: True if VIRTIO_RING_F_INDIRECT_DESC was negotiated: some chains then lie in a table, or end in one.
     """
+    return _chains(ring, writable, indirect)
+
+
+@st.composite
+def _chains(draw: st.DrawFn, ring: HandRing, writable: bool, indirect: bool) -> Chain:
     ids = draw(st.lists(st.integers(0, ring.num - 1), min_size=1, max_size=min(8, ring.num), unique=True))
     direct = draw(st.integers(0, len(ids))) if indirect else len(ids)
     last = len(ids) - 1

@@ -83,9 +83,12 @@ class Flow:
     def violations(self) -> list[str]:
         """Return what can't be put right any more: frames that arrived twice, late or damaged."""
         ledger = self.ledger()
-        found = {"I1": ("duplicated", ledger.duplicated), "I10": ("reordered", ledger.reordered)}
-        found["I8"] = ("corrupted", ledger.corrupted)
-        return [f"{name}: {n} frames {self.name} {what}" for name, (what, n) in found.items() if n]
+        counts = (
+            ("I1", "duplicated", ledger.duplicated),
+            ("I10", "reordered", ledger.reordered),
+            ("I8", "corrupted", ledger.corrupted),
+        )
+        return [f"{name}: {n} frames {self.name} {what}" for name, what, n in counts if n]
 
     def missing(self) -> list[str]:
         """Return which frames are lost without an excuse, once all have arrived that can."""

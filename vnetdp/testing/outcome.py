@@ -9,6 +9,8 @@ from typing import Any
 from ..endpoints.loopback import Ledger
 from .schedule import Schedule
 
+_HINT = "Replay this schedule with `python -m vnetdp.testing replay FILE`, or vnetdp.testing.replay(TEXT):"
+
 
 class ScheduleError(AssertionError):
     """A step of a schedule broke an invariant. The text has the violations, and the schedule that replays them."""
@@ -18,10 +20,7 @@ class ScheduleError(AssertionError):
         """One line each, which begins with the invariant's name."""
         self.schedule = schedule
         """The steps up to the one that broke it."""
-        super().__init__("\n".join((*self.violations, "", HINT, "", schedule.text(notes))))
-
-
-HINT = "Replay this schedule with `python -m vnetdp.testing replay FILE`, or vnetdp.testing.replay(TEXT):"
+        super().__init__("\n".join((*self.violations, "", _HINT, "", schedule.text(notes))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ..backends.verbs import Verb, refusal
 from ..datapath.datapath import Datapath
 from ..device.device import NetDevice
 from ..device.owners import Owner
+from ..device.vhost_net import used_idx
 from ..endpoints.mailbox import MailboxEndpoint
 from ..errors import BackendError, ConfigError, reason
 from ..guest.driver import BUFFER_LEN, Driver, memory_for
@@ -110,7 +111,7 @@ class Stepped(Owned):
             found.append(f"{step.name}: {reason(e)}")
         self._collect()
         found += self.to_wire.violations() + self.to_guest.violations()
-        found += device_violations(self.device, still=True) + self._unlogged()
+        found += device_violations(self.device, still=True) + self._inexact() + self._unlogged()
         if step.name == "settle":
             found += self.to_wire.missing() + self.to_guest.missing()
             if self.device.owner is Owner.NOBODY:
@@ -251,6 +252,17 @@ class Stepped(Owned):
         for gpa, length in self.guest.private_ranges():
             pages -= {*range(gpa // spec.PAGE_SIZE, (gpa + length - 1) // spec.PAGE_SIZE + 1)}
         return [f"I8: page {page} was written, and is not in the dirty log" for page in sorted(pages)]
+
+    def _inexact(self) -> list[str]:
+        """Return the queues of a device without an owner that do not go on where their used ring ends (I3)."""
+        device = self.device
+        if device.owner is not Owner.NOBODY:
+            return []
+        return [
+            f"I3: queue {n} goes on at {queue.last_avail_idx}, and used.idx is {used}"
+            for n, queue in enumerate(device.queues)
+            if queue.enabled and queue.last_avail_idx != (used := used_idx(self.memory, queue))
+        ]
 
     _RUN: ClassVar[dict[str, Callable[..., Any]]] = {
         "send": _send,

@@ -95,23 +95,27 @@ def feature_sets(offered: int = f.RING_FEATURES | f.VIRTIO_NET_F_MRG_RXBUF | f.O
 # --- faults ---
 
 
-@st.composite
 def faults(
-    draw: st.DrawFn,
-    points: Sequence[str] = FAULT_POINTS,
-    phases: st.SearchStrategy[str] | None = None,
-    pairs: int = 3,
-) -> Fault:
+    points: Sequence[str] = FAULT_POINTS, phases: st.SearchStrategy[str] | None = None, pairs: int = 3
+) -> st.SearchStrategy[Fault]:
     """Return a strategy for a `Fault`: a verb of *points* that fails once or always, at one pair or ring or at all of them.
 
     - `phases`: a strategy for `Fault.phase`; None: any phase.
     - `pairs`: queue pairs of the device.
     """
-    verb = draw(st.sampled_from(points))
-    pair = draw(st.none() | st.integers(0, pairs - 1))
-    ring = draw(st.none() | st.integers(0, 1)) if "vring" in verb or verb in ("set_backend", UNBIND) else None
-    phase = draw(phases) if phases is not None else ""
-    return Fault(verb, pair, ring, draw(st.sampled_from((1, -1))), phase=phase)
+
+    def at(verb: str) -> st.SearchStrategy[Fault]:
+        has_ring = "vring" in verb or verb in ("set_backend", UNBIND)
+        return st.builds(
+            Fault,
+            verb=st.just(verb),
+            pair=st.none() | st.integers(0, pairs - 1),
+            index=st.none() | st.integers(0, 1) if has_ring else st.none(),
+            times=st.sampled_from((1, -1)),
+            phase=st.just("") if phases is None else phases,
+        )
+
+    return st.sampled_from(points).flatmap(at)
 
 
 def _fault_text(fault: Fault) -> str:
@@ -135,17 +139,24 @@ def setups(pairs: int = 2, wire: str = "vnetdp:MailboxEndpoint") -> st.SearchStr
     )
 
 
-@st.composite
-def schedules(draw: st.DrawFn, setup: st.SearchStrategy[Setup] | Setup | None = None, max_steps: int = 40) -> Schedule:
+def schedules(
+    setup: st.SearchStrategy[Setup] | Setup | None = None, max_steps: int = 40
+) -> st.SearchStrategy[Schedule]:
     """Return a strategy for a `Schedule` of up to *max_steps* steps of any kind, and `settle` as its last.
 
     `setup`: a strategy for its setup, or the setup itself; None: any of `setups()`. `replay(schedule).check()` runs one,
     and raises the failure with the text that replays it.
     """
-    chosen = draw(setups() if setup is None else setup) if not isinstance(setup, Setup) else setup
+    chosen = st.just(setup) if isinstance(setup, Setup) else setups() if setup is None else setup
+    return _schedules(chosen, max_steps)
+
+
+@st.composite
+def _schedules(draw: st.DrawFn, setups: st.SearchStrategy[Setup], max_steps: int) -> Schedule:
+    setup = draw(setups)
     least = draw(st.sampled_from((0, max_steps // 2)))  # or lists have five or so on average, whatever their limit
-    steps = draw(st.lists(_steps(chosen.pairs), min_size=least, max_size=max_steps))
-    return Schedule(chosen, (*steps, Step("settle")))
+    steps = draw(st.lists(_steps(setup.pairs), min_size=least, max_size=max_steps))
+    return Schedule(setup, (*steps, Step("settle")))
 
 
 @cache  # made anew for each example, it took longer than the steps
