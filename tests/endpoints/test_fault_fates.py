@@ -1,4 +1,4 @@
-"""Faults one by one: the ledger counts those that struck, at the frame that was asked for, as they are set at that moment."""
+"""Faults one by one: the ledger counts those that struck, at the frame that was asked for, and as they are set just then."""
 
 from __future__ import annotations
 
