@@ -200,7 +200,7 @@ def rests(target: Runnable, seconds: float) -> bool:
     """Return whether a loop passes over its rings no more often than a loop that looks each ms would."""
     began, before = time.monotonic(), int(target.ctl[r.CTL_PASSES])
     time.sleep(seconds)
-    return target.ctl[r.CTL_PASSES] - before < 2 * 1000 * (time.monotonic() - began) + 10
+    return int(target.ctl[r.CTL_PASSES]) - before < 2 * 1000 * (time.monotonic() - began) + 10
 
 
 def device_loop(driver: Driver) -> Runnable:

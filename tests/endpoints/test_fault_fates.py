@@ -1,4 +1,4 @@
-"""Faults one by one: the ledger counts those that struck, at the frame that was asked for, as they are set at that moment."""
+"""Faults one by one: the ledger counts those that struck, at the frame that was asked for, and as they are set just then."""
 
 from __future__ import annotations
 
@@ -175,8 +175,23 @@ def test_faults_change_under_traffic() -> None:
             wire.set(**{name: 0})
         wire.set(delay_ms=1, jitter_ms=1)
         wait_for(lambda: wire.struck["delay"] > 10, "frames are delayed")
-        wire.set(delay_ms=0, jitter_ms=0, rate=1e9)
+        wire.set(delay_ms=0, jitter_ms=0, rate=1e5)
         wait_for(lambda: wire.struck["rate"] > 10, "frames wait for those before them")
+
+
+def test_a_wire_that_loses_all_keeps_no_loop() -> None:
+    with (
+        GenerateEndpoint() as guest,
+        FaultEndpoint(GenerateEndpoint(), drop=1) as wire,
+        guest_of(wire, guest) as driver,
+    ):
+        wait_for(lambda: wire.struck["drop"] > 1000, "frames are lost")
+        assert isinstance(driver.device, NetDevice)
+        with driver.device.paused():  # its loop leaves the kernel
+            struck = wire.struck["drop"]
+            assert wire.struck["drop"] == struck
+        wire.set(drop=0)
+        wait_for(lambda: int(guest.ledger[0, r.LEDGER_DELIVERED]) > 100, "frames arrive again")
 
 
 # --- the clock ---

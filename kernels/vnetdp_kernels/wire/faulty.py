@@ -26,6 +26,7 @@ from .kinds import ended, from_slots, from_tap, generate, sent_to_tap, slot_for
 from .ledger import enter
 from .line import LOST, WAIT, admit, drop_oldest, is_due, may_go, move, oldest, put_off, room
 
+_MOST = 256  # frames that are moved for one that is due, lest a wire that loses all keeps a loop: more than Python has slots
 TO_WIRE = 0  # the ways: which of a wire's two lines
 FROM_WIRE = 1
 
@@ -234,15 +235,15 @@ def bring(source: Source, dst: Bytes, at: int, room: int) -> int:
     last = ep[r.EP_LINES] - 1
     line = _line(ep, table, data, 0, FROM_WIRE)
     length = 0
-    while length == 0:
+    for _ in range(_MOST):
         if is_due(line):
             first, length = oldest(line)
+            drop_oldest(line)
             if length <= room:
                 copy(dst, at, line.data, first, length)
-            else:
-                ep[r.EP_DROP_LONG] += 1
-                length = 0
-            drop_oldest(line)
+                break
+            ep[r.EP_DROP_LONG] += 1
+            length = 0
             continue
         moved = False
         for stage in range(last):
@@ -267,7 +268,7 @@ def _rise(ep: Words, table: Words, data: Bytes, stage: int) -> bool:
     return True
 
 
-@kernel
+@inlined
 def _pull(source: Source, stage: int) -> bool:
     """Take the endpoint's next frame on the line of the innermost wire, *stage*; return whether there was one, and room."""
     line = _line(source.ep, source.in_lengths, source.in_frames, stage, FROM_WIRE)
