@@ -20,11 +20,11 @@ from ...backends.worker import Worker
 from ...endpoints.base import Endpoint
 from ...errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
 from ...shared.notify import EventFd
+from ...system.dial import NobodyYetError, dial
+from ...system.listener import Listener
 from ...system.owned import Owned
 from ...virtio.queue import VRINGS, queues_of
 from ...virtio.state import DEFAULT_MAC
-from ..dial import NobodyYetError, dial
-from ..listener import Listener
 from ..message import MAX_VRINGS, ProtocolFeature
 from ..transport import Transport
 from .session import USUAL_PROTOCOL_FEATURES, Session

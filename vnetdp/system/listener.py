@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..system import signals
-from ..system.limits import giving, of_path
-from ..system.owned import Owned
+from . import signals
+from .limits import giving, of_path
+from .owned import Owned
 from .socket_path import check_path
 
 _LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a millisecond
