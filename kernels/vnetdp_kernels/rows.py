@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MIN_CHAIN_CAP: Final = 1024
 
 FRAME_SLOT: Final = 65600  # bytes a frame slot has: virtio_net_hdr, frame, and up to a multiple of 64
+STREAM_SLOTS: Final = 2  # frame slots a stream has each way: its bytes are moved to the front without overlap
 
 # The device's row of a queue: int64[VQ_SLOTS]. Private to the owner of the ring, readable by all.
 VQ_NUM: Final = 0
@@ -159,17 +160,25 @@ EP_BYTES_FROM_WIRE: Final = 20
 EP_PENDING: Final = 21  # bytes of the frame in hand, wire to guest, that found no receive buffer yet; 0 = none
 EP_DROP_OFFLOAD: Final = 22  # the frame needs an offload that its receiver did not negotiate
 EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled; not polled any more
-EP_BLOCKED: Final = 24  # 1: an endpoint in Python takes no more frames now, and does not say when it will
+EP_BLOCKED: Final = 24  # 1: it takes no more frames now. Python does not say when it will again; a socket is polled, or lost
+EP_LOST: Final = 31  # socket: 0 = connected; else LOST_*, or -errno: no frame passes
 EP_SLOTS: Final = 32
 
-# EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches.
+# EP_LOST, besides -errno. Kernels set it, and no one else while a queue is bound; the endpoint's thread clears it.
+LOST_END: Final = 1  # the peer closed the connection, or there was none yet
+LOST_LENGTH: Final = 1 << 32  # + the length that the peer announced: no frame has so many bytes, or none
+
+# EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches. From KIND_TAP on they have a
+# descriptor.
 KIND_NULL: Final = 0
 KIND_ECHO: Final = 1
 KIND_MACSWAP: Final = 2
 KIND_REFLECT: Final = 3
 KIND_GENERATE: Final = 4
 KIND_TAP: Final = 5
-KIND_PYTHON: Final = 6
+KIND_STREAM: Final = 6
+KIND_DGRAM: Final = 7
+KIND_PYTHON: Final = 8
 
 # A row of the ledger: int64[LEDGER_SLOTS] a flow, and its window of numbers seen: uint8[LEDGER_WINDOW].
 LEDGER_NEXT: Final = 0  # the lowest number above all seen

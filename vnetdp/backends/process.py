@@ -63,6 +63,12 @@ class _RemoteEndpoint(Endpoint):
         """True: the parent, whose child this is, has the lock."""
         return True
 
+    def renew(self, endpoint: Endpoint) -> None:
+        """Put the files of *endpoint*, a newer view of the same endpoint, behind the descriptors here."""
+        for own, new in zip(self.fds.tolist(), endpoint.fds.tolist(), strict=True):
+            if new >= 0:
+                os.dup2(new, own, inheritable=False)
+
     def close(self) -> None:
         fds = set(self.fds.tolist()) - {-1}
         super().close()
@@ -192,11 +198,11 @@ class WorkerProcess(Owned):
         """The id of the worker process."""
         return self._child.pid
 
-    def call(self, pair: int, request: Verb | str) -> int:
-        """Have the child run a verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
+    def call(self, pair: int, request: Verb | Endpoint | str) -> int:
+        """Have the child run a verb, or renew the descriptors of an endpoint; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
         self.check_maker()
         data, fds = _pack((pair, request))
-        name = request if isinstance(request, str) else request.name
+        name = request if isinstance(request, str) else request.name  # of an endpoint, too
         if len(fds) > _MAX_FDS or len(data) > _MAX_MESSAGE:
             why = (
                 f"a message of {len(data)} bytes and {len(fds)} descriptors; at most {_MAX_MESSAGE} and {_MAX_FDS} fit"
@@ -335,6 +341,11 @@ class ProcessBackend(Backend, Owned):
                 endpoint.stop_polling(self._pair, self)
             raise
 
+    def renew(self, endpoint: Endpoint) -> None:
+        """Give the child an endpoint's descriptors anew: there are other files behind them now."""
+        with suppress(BackendError):  # a child that is gone needs none
+            self._worker.call(self._pair, endpoint)
+
     def _let_go(self, index: int) -> None:
         endpoint = self._bound.pop(index, None)
         if endpoint is not None and not self._bound:
@@ -393,15 +404,18 @@ class _Child:
         self._loop_thread.start()
         self._backends = [UserspaceBackend(self._datapath, pair) for pair in range(pairs)]
         self._kept: dict[tuple[object, ...], Any] = {}
-        self._endpoints: dict[int, Endpoint] = {}
+        self._endpoints: dict[int, _RemoteEndpoint] = {}
         self._holds: list[ExitStack] = []
 
     def _broken(self) -> None:
         with suppress(ConnectionError):
             self._events.send(_BROKEN.encode())
 
-    def apply(self, pair: int, request: Verb | str) -> int:
+    def apply(self, pair: int, request: Verb | _RemoteEndpoint | str) -> int:
         if request == _PING:
+            return 0
+        if isinstance(request, _RemoteEndpoint):
+            self._same_endpoint(request)
             return 0
         if request == _HOLD:
             self._holds.append(ExitStack())
@@ -413,6 +427,7 @@ class _Child:
         verb = SetMemory(self._kept[(SetMemory,)]) if isinstance(request, str) else request
         with self._loop_thread.paused():
             if isinstance(verb, SetBackend) and verb.endpoint is not None:
+                assert isinstance(verb.endpoint, _RemoteEndpoint)
                 verb = replace(verb, endpoint=self._same_endpoint(verb.endpoint))
             answer = self._backends[pair].apply(verb)
             match verb:
@@ -429,11 +444,12 @@ class _Child:
         if before is not None and before is not thing:
             before.close()
 
-    def _same_endpoint(self, endpoint: Endpoint) -> Endpoint:
-        """Return the view made when this endpoint was first bound: all pairs must work on one."""
+    def _same_endpoint(self, endpoint: _RemoteEndpoint) -> Endpoint:
+        """Return the view made when this endpoint was first bound, with its present files: all pairs must work on one."""
         inode = os.fstat(endpoint.block.fd).st_ino
         known = self._endpoints.get(inode)
         if known is not None:
+            known.renew(endpoint)
             endpoint.close()
             return known
         for other in list(self._endpoints):

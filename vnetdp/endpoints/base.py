@@ -59,7 +59,7 @@ class Endpoint(Owned):
     def __init__(self, queues: int = 1, block_fd: int | None = None) -> None:
         if not 1 <= queues <= 0x8000:
             raise EndpointError(f"{queues} queues: an endpoint has 1 to 32768")
-        slots = PYTHON_SLOTS if self.kind == r.KIND_PYTHON else 1
+        slots = {r.KIND_PYTHON: PYTHON_SLOTS, r.KIND_STREAM: r.STREAM_SLOTS}.get(self.kind, 1)
         words = queues * (r.EP_SLOTS + r.LEDGER_SLOTS + 2 * slots)
         frames = queues * (r.FRAME_SLOT * (1 + 2 * slots) + r.LEDGER_WINDOW)
         self.queues = queues

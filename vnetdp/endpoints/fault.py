@@ -14,7 +14,7 @@ import select
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from .base import Endpoint
 
 _LINE = 4096  # frames that a queue holds back each way; those beyond stay where they are
 _RETRY_NS = 1_000_000  # after EAGAIN
+_LOST_NS = 20_000_000  # between two looks at a socket without a connection
 _NOW = 1  # as a time on the clock: long past
 _NEVER = 0
 
@@ -137,7 +138,7 @@ class FaultEndpoint(Endpoint):
             made.callback(super().close)
             self._alarms: list[_Alarm] = []
             for fd in inner.fds:
-                self._alarms.append(_Alarm(int(fd)))
+                self._alarms.append(_Alarm(int(fd), inner.innermost.kind == r.KIND_STREAM))
                 made.callback(self._alarms[-1].close)
             made.pop_all()
         self.inner = inner
@@ -164,7 +165,7 @@ class FaultEndpoint(Endpoint):
             super().service()
             for queue, alarm in enumerate(self._alarms):
                 inner = self.inner.rows[queue]
-                if alarm.broke:
+                if not inner[r.EP_LOST] and alarm.broke:
                     inner[r.EP_GONE] = 1
                 alarm.set(self._next_ns(queue), not self._from_wire[queue].full and not inner[r.EP_GONE])
             waiting = any(way.waiting for way in (*self._to_wire, *self._from_wire))
@@ -248,6 +249,8 @@ class FaultEndpoint(Endpoint):
         if self.rows[queue, r.EP_COUNT] and self.inner.finished:
             times.append(_NOW)  # to see the last frames taken
         row = self.inner.rows[queue]
+        if row[r.EP_LOST]:
+            times.append(time.monotonic_ns() + _LOST_NS)
         if (
             self.inner.kind == r.KIND_GENERATE
             and not self._from_wire[queue].full
@@ -327,7 +330,8 @@ class FaultEndpoint(Endpoint):
 class _Alarm:
     """A descriptor that is readable when another one (-1 = none) is, or from a given time on."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, renewed: bool = False) -> None:
+        """*renewed*: other files are put behind the descriptor, of which each has to be registered."""
         # os.timerfd_create exists from Python 3.13 on only.
         self._timer = _libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC)
         if self._timer < 0:
@@ -336,6 +340,7 @@ class _Alarm:
                 raise OSError(code, os.strerror(code))
         self._fd = fd
         self._watched = fd >= 0
+        self._renewed = renewed
         self._at = _NEVER
         with ExitStack() as made:
             made.callback(os.close, self._timer)
@@ -350,11 +355,12 @@ class _Alarm:
 
     def set(self, at_ns: int, watch: bool) -> None:
         """Ring at *at_ns* (CLOCK_MONOTONIC; _NEVER = not); if *watch*, also when the other is readable."""
-        if watch != self._watched and self._fd >= 0:
-            if watch:
-                self._poll.register(self._fd, select.EPOLLIN)
-            else:
-                self._poll.unregister(self._fd)  # an error would be reported with any events asked for
+        if (watch != self._watched or (watch and self._renewed)) and self._fd >= 0:
+            with suppress(FileExistsError, FileNotFoundError):  # of a file that is there since, or no more
+                if watch:
+                    self._poll.register(self._fd, select.EPOLLIN)
+                else:
+                    self._poll.unregister(self._fd)  # an error would be reported with any events asked for
             self._watched = watch
         if at_ns != self._at:
             # struct itimerspec: interval, value. Setting it also makes the descriptor unreadable until then.

@@ -43,8 +43,8 @@ def _drive_pass(rings: DriverRings, wire: Wire, scratch: LoopScratch, left: int)
         _kick(mem, rxq, notify[2 * q, 0], scratch.one)
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             return moved, wait.BROKEN
-        if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
-            found |= wait.PYTHON
+        if ep[r.EP_OUT_COUNT] > 0:
+            found |= wait.hand_on(sink_of(wire, q))
     return moved, found
 
 
@@ -63,10 +63,12 @@ def _watch_driver(
         ep = wire.eps[q]
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             continue
+        events = 0
+        held = 0
         if ep[r.EP_BLOCKED]:
-            found = wait.PYTHON  # received frames wait in the ring
-            wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
-        elif txq[r.DVQ_NUM_FREE] or not answers(ep):
+            events, wait_ms, held = wait.held_up(ep, events, wait_ms)
+            found |= held  # received frames wait in the ring
+        if not held and (txq[r.DVQ_NUM_FREE] or not answers(ep)):
             again |= split_driver.enable_calls(rings.mem, rxq)
             n = wait.add_pollfd(pollfds, n, rings.notify[2 * q, 1], POLLIN, 2 * q)
             wait_ms = wait_ms if rings.notify[2 * q, 1] >= 0 else wait.POLL_UNNOTIFIED_MS
@@ -76,8 +78,9 @@ def _watch_driver(
             wait_ms = wait_ms if rings.notify[2 * q + 1, 1] >= 0 else wait.POLL_UNNOTIFIED_MS
         else:
             wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
-            if wait.is_polled(ep):
-                n = wait.add_endpoint(pollfds, n, wire.fds[q], POLLIN, q)
+            events |= POLLIN
+        if events and wait.is_polled(ep):
+            n = wait.add_endpoint(pollfds, n, wire.fds[q], events, q)
     return again, n, wait_ms, found
 
 

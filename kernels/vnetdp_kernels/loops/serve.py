@@ -81,8 +81,8 @@ def _serve_pass(rings: Rings, wire: Wire, scratch: LoopScratch, left: int) -> tu
             if serve_rx and turn:
                 frames_rx = fill_receiveq(guest, rxq, source_of(wire, q), scratch.frames, turn)
                 moved += frames_rx
-            if ep[r.EP_OUT_COUNT] > 0 and ep[r.EP_KIND] == r.KIND_PYTHON and not ep[r.EP_BLOCKED]:
-                found |= wait.PYTHON
+            if ep[r.EP_OUT_COUNT] > 0:
+                found |= wait.hand_on(sink_of(wire, q))
         if serve_tx and (chains_tx or txq[r.VQ_CALL_DUE]):
             call(guest.mem, txq, rings.notify[2 * q + 1, 1], scratch.one, scratch.pollfds)
         if serve_rx and (frames_rx or rxq[r.VQ_CALL_DUE]):
@@ -134,11 +134,11 @@ def _watch_device(
             else:
                 events |= POLLIN
                 wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
+        if txq[r.VQ_BOUND] and ep[r.EP_BLOCKED]:
+            events, wait_ms, held = wait.held_up(ep, events, wait_ms)
+            found |= held
         if events and wait.is_polled(ep):
             n = wait.add_endpoint(pollfds, n, wire.fds[q], events, q)
-        if txq[r.VQ_BOUND] and ep[r.EP_BLOCKED]:
-            found = wait.PYTHON
-            wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
     return again, n, wait_ms, found
 
 

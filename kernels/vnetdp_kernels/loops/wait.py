@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from .. import rows as r
 from ..platform.atomic import Words, load_i64_acquire
-from ..platform.io import EAGAIN, EINTR, POLLGONE, POLLIN, clock_ns, poll
+from ..platform.io import EAGAIN, EINTR, POLLGONE, POLLIN, POLLOUT, clock_ns, poll
 from ..platform.jit import inlined, kernel
 from ..platform.peer import take
-from ..rows import Control, Limits, LoopScratch
+from ..rows import Control, Limits, LoopScratch, Sink
 from ..wire.port import CLOCK_AT, due_in_ns
+from ..wire.sock import flush
 
 BATCH = 64  # frames a queue moves before the next has its turn, and before its indices are published
 NO_END = 1 << 62  # frames of a pass without a budget
 POLL_UNNOTIFIED_MS = 1  # a ring whose other side has no descriptor to notify is looked at this often
 BLOCKED_MS = 1  # an endpoint in Python that takes no frames is asked this often
+LOST_MS = 20  # a socket without a connection is looked at this often
 
 GO_ON = -1  # beside LOOP_*: the loop does not return
 
@@ -96,8 +98,30 @@ def add_endpoint(pollfds: Words, n: int, fd: int, events: int, pair: int) -> int
 
 
 @inlined
+def hand_on(sink: Sink) -> int:
+    """Hand on the frames that an endpoint holds after a pass: a stream sends them; PYTHON if they are Python's to take."""
+    if sink.ep[r.EP_KIND] == r.KIND_PYTHON:
+        return 0 if sink.ep[r.EP_BLOCKED] else PYTHON
+    flush(sink)
+    return 0
+
+
+@inlined
 def is_polled(ep: Words) -> bool:
-    return (ep[r.EP_KIND] == r.KIND_TAP or ep[r.EP_KIND] == r.KIND_PYTHON) and not ep[r.EP_GONE]
+    return ep[r.EP_KIND] >= r.KIND_TAP and not ep[r.EP_GONE]
+
+
+@kernel
+def held_up(ep: Words, events: int, wait_ms: int) -> tuple[int, int, int]:
+    """Return (events to poll an endpoint for that takes no frames now, *events* at least; ms to wait at most; PYTHON or 0)."""
+    if ep[r.EP_KIND] == r.KIND_PYTHON:
+        return events, BLOCKED_MS if wait_ms < 0 else min(wait_ms, BLOCKED_MS), PYTHON
+    if load_i64_acquire(ep, r.EP_LOST):
+        return events, LOST_MS if wait_ms < 0 else min(wait_ms, LOST_MS), 0
+    if ep[r.EP_OUT_COUNT]:
+        return events | POLLOUT, wait_ms, 0
+    ep[r.EP_BLOCKED] = 0  # it has another connection
+    return events, wait_ms, 0
 
 
 @kernel
@@ -131,7 +155,8 @@ def sleep(control: Control, limits: Limits, pollfds: Words, n: int, wait_ms: int
 def take_woken(pollfds: Words, n: int, eps: Words) -> int:
     """Return CONTROL if the control descriptor is ready, and PYTHON if an endpoint is.
 
-    A TAP whose interface was deleted is not polled again (EP_GONE): it would never let the loop sleep.
+    A TAP whose interface was deleted, or a socket whose peer is gone, is not polled again (EP_GONE): it would never let the
+    loop sleep.
     """
     woken = 0
     for k in range(n):

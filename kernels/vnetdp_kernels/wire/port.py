@@ -15,6 +15,7 @@ from ..platform.jit import inlined
 from ..rows import Frame, Sink, Source, Wire
 from .frame import linearize
 from .ledger import enter, stamp
+from .sock import receive, transmit
 
 _MAX_IOVECS = 64  # a frame in more pieces is made whole first: writev takes 1,024 at most
 CLOCK_AT = 2 * (_MAX_IOVECS + 2)  # where the clock's scratch begins behind the iovecs
@@ -81,6 +82,10 @@ def emit(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
         else:
             ep[r.EP_DROP_LONG] += 1
             return 0
+    elif kind >= r.KIND_STREAM:
+        taken = transmit(frame, sink, words)
+        if taken <= 0:
+            return taken
     ep[r.EP_TO_WIRE] += 1
     ep[r.EP_BYTES_TO_WIRE] += frame.length
     return 0
@@ -147,6 +152,10 @@ def produce(source: Source, dst: Bytes, at: int, room: int, now: int) -> int:
                 ep[r.EP_DROP_SHORT] += 1
                 length = 0
         copy(dst, at, source.in_frames, slot * (source.in_frames.size // source.in_lengths.size), length)
+    elif kind >= r.KIND_STREAM:
+        length = receive(source, dst, at, room)
+        if length == 0:
+            return 0
     else:
         return 0
     ep[r.EP_FROM_WIRE] += 1

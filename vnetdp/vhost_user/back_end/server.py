@@ -163,7 +163,7 @@ class Server(Owned):
         The endpoint says by itself that it is gone. A guest keeps its card, and may be shut down in its own time.
         """
         looks = [] if visit is None or visit.patience_s is None else [visit.patience_s]
-        if self.endpoint.innermost.kind == r.KIND_TAP and not self.endpoint.gone:
+        if r.KIND_TAP <= self.endpoint.innermost.kind < r.KIND_PYTHON and not self.endpoint.gone:
             looks.append(_ENDPOINT_S)
         return min(looks, default=None)
 
