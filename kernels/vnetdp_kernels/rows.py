@@ -160,9 +160,15 @@ EP_BYTES_FROM_WIRE: Final = 20
 EP_PENDING: Final = 21  # bytes of the frame in hand, wire to guest, that found no receive buffer yet; 0 = none
 EP_DROP_OFFLOAD: Final = 22  # the frame needs an offload that its receiver did not negotiate
 EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled; not polled any more
-EP_BLOCKED: Final = 24  # 1: it takes no more frames now. Python does not say when it will again; a socket is polled, or lost
+EP_BLOCKED: Final = (
+    24  # 1: it takes no more frames now. Python does not say when it will again; a socket is polled, or lost
+)
 EP_LOST: Final = 31  # socket: 0 = connected; else LOST_*, or -errno: no frame passes
 EP_SLOTS: Final = 32
+
+# Of a stream, in slots that otherwise only a generator has.
+EP_OUT_FRAMES: Final = EP_NEXT_NS  # frames in out_frames, not wholly sent
+EP_OUT_PART: Final = EP_SEQ  # bytes of the first of them that were sent
 
 # EP_LOST, besides -errno. Kernels set it, and no one else while a queue is bound; the endpoint's thread clears it.
 LOST_END: Final = 1  # the peer closed the connection, or there was none yet

@@ -199,7 +199,11 @@ class WorkerProcess(Owned):
         return self._child.pid
 
     def call(self, pair: int, request: Verb | Endpoint | str) -> int:
-        """Have the child run a verb, or renew the descriptors of an endpoint; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
+        """Have the child run a verb, or take the descriptors of an endpoint anew; BackendError as it raised it.
+
+        ESRCH if there is no child any more.
+        @private
+        """
         self.check_maker()
         data, fds = _pack((pair, request))
         name = request if isinstance(request, str) else request.name  # of an endpoint, too

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, Self
 
 from vnetdp_kernels import rows as r
 
@@ -19,6 +20,8 @@ from ..system import limits
 from .base import Endpoint
 from .sock import SocketBase
 from .tap import TapEndpoint
+
+_log = logging.getLogger("vnetdp.endpoints")
 
 _TUNGETIFF: Final = 0x800454D2
 _IFREQ: Final = struct.Struct("16sH22x")
@@ -41,7 +44,7 @@ class FdEndpoint(Endpoint):
     EndpointError if the descriptor is none of these.
     """
 
-    def __new__(cls, fd: int, queues: int = 1) -> FdEndpoint:
+    def __new__(cls, fd: int, queues: int = 1) -> Self:  # noqa: ARG004 - of __init__
         """Return an instance of the class for the kind of descriptor. @private"""
         return super().__new__(cls if cls is not FdEndpoint else _kind_of(fd))
 

@@ -275,7 +275,7 @@ class StreamEndpoint(_Reconnecting):
                 return False
         fd = int(self.fds[0])
         with connection:
-            if self.connections:
+            with suppress(OSError):  # the first time, there was no connection
                 self._poll.unregister(fd)
             os.dup2(connection.fileno(), fd, inheritable=False)
         self._poll.register(fd, _HANG_UP)
@@ -304,9 +304,7 @@ class DgramEndpoint(_Reconnecting):
 
     kind = r.KIND_DGRAM
 
-    def __init__(
-        self, path: str, remote: str | None = None, reconnect: float = RECONNECT_S, queues: int = 1
-    ) -> None:
+    def __init__(self, path: str, remote: str | None = None, reconnect: float = RECONNECT_S, queues: int = 1) -> None:
         self._remote = remote
         self._peer: str | bytes = ""
         self._sock: socket.socket | None = None
@@ -357,7 +355,7 @@ class DgramEndpoint(_Reconnecting):
         return self._sock
 
     def _first_sender(self) -> str | bytes:
-        """Return the address of the sender of the oldest datagram; "" if there is none. One without an address is dropped."""
+        """Return the address of the oldest datagram's sender; "" if there is none. One without an address is dropped."""
         self._watch(True)
         while True:
             try:

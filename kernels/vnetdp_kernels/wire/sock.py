@@ -1,4 +1,4 @@
-"""Sockets as the wire, in compiled code: stream and datagram sockets that carry Ethernet frames, as QEMU and passt have them.
+"""Sockets as the wire, in compiled code: stream and datagram sockets that carry frames as QEMU and passt have them.
 
 On a stream each frame follows its length, four bytes, big endian; a datagram is a frame. Neither has a virtio_net_hdr.
 No call waits, whatever the flags of the descriptor, which may be another program's, too.
@@ -8,7 +8,7 @@ alone. Kernels set it, with the reason. The endpoint's thread then puts the next
 clears it: so neither sees the other's half-done work.
 
 The bytes of a stream lie in frame slots: in in_frames EP_COUNT bytes from EP_FIRST on, received and not yet delivered; in
-out_frames EP_OUT_COUNT bytes from EP_OUT_FIRST on, not yet sent, the first frame of which was sent up to EP_SEQ.
+out_frames EP_OUT_COUNT bytes from EP_OUT_FIRST on: EP_OUT_FRAMES frames, of the first of which EP_OUT_PART bytes were sent.
 """
 
 from __future__ import annotations
@@ -49,13 +49,21 @@ def _swapped(n: int) -> int:
 
 @kernel
 def lose(ep: Words, reason: int) -> None:
-    """Let the connection alone from now on, and forget half a frame received; count those not wholly sent as dropped."""
-    ep[r.EP_FIRST] = ep[r.EP_COUNT] = ep[r.EP_OUT_FIRST] = ep[r.EP_OUT_COUNT] = ep[r.EP_SEQ] = 0
+    """Let the connection alone from now on: forget half a frame received, and drop and count the frames not wholly sent."""
+    ep[r.EP_FIRST] = ep[r.EP_COUNT] = 0
+    _drop(ep)
     ep[r.EP_GONE] = 1  # it is polled no more: it would never let the loop sleep
     ep[r.EP_BLOCKED] = 1  # but looked at again and again
     if reason < 0:
         ep[r.EP_LAST_ERRNO] = -reason
     store_i64_release(ep, r.EP_LOST, reason)
+
+
+@inlined
+def _drop(ep: Words) -> None:
+    """Drop the frames that wait to be sent."""
+    ep[r.EP_DROP_ERROR] += ep[r.EP_OUT_FRAMES]
+    ep[r.EP_OUT_FIRST] = ep[r.EP_OUT_COUNT] = ep[r.EP_OUT_PART] = ep[r.EP_OUT_FRAMES] = 0
 
 
 @kernel
@@ -133,6 +141,7 @@ def _append(frame: Frame, sink: Sink) -> int:
     store_u32_unaligned(slots, at, _swapped(frame.length))
     linearize(frame, slots, at + LENGTH_LEN)
     ep[r.EP_OUT_COUNT] += need
+    ep[r.EP_OUT_FRAMES] += 1
     return 1
 
 
@@ -143,54 +152,39 @@ def flush(sink: Sink) -> int:
     if load_i64_acquire(ep, r.EP_LOST):
         return 0
     while ep[r.EP_OUT_COUNT] > 0:
-        sent = ep[r.EP_SEQ]
-        n = send(sink.fd, slots, ep[r.EP_OUT_FIRST] + sent, ep[r.EP_OUT_COUNT] - sent)
-        if n == -EINTR:
-            continue
-        if n < 0:
-            if -n in _NO_ROOM:
-                ep[r.EP_BLOCKED] = 1
-                return int(ep[r.EP_OUT_COUNT])
-            ep[r.EP_DROP_ERROR] += _frames(ep, slots)
-            if n == -_EPIPE:
-                # The peer is gone. It may have left frames to receive, and the connection is lost only after the last one.
-                ep[r.EP_LAST_ERRNO] = _EPIPE
-                n = ep[r.EP_OUT_COUNT] - sent
-            else:
-                _cut(ep, sink.fd, n)
-                return 0
-        _sent(ep, slots, n)
+        part = ep[r.EP_OUT_PART]
+        n = send(sink.fd, slots, ep[r.EP_OUT_FIRST] + part, ep[r.EP_OUT_COUNT] - part)
+        if n > 0:
+            _take_off(ep, slots, part + n)
+        elif n == -_EPIPE:
+            # The peer is gone. It may have left frames to receive: the connection is lost behind the last of them.
+            ep[r.EP_LAST_ERRNO] = _EPIPE
+            _drop(ep)
+        elif -n in _NO_ROOM:
+            ep[r.EP_BLOCKED] = 1
+            return int(ep[r.EP_OUT_COUNT])
+        elif n != -EINTR:
+            _cut(ep, sink.fd, n)
+            return 0
     ep[r.EP_BLOCKED] = 0
     return 0
 
 
 @inlined
-def _sent(ep: Words, slots: Bytes, n: int) -> None:
-    """Take *n* bytes more off the frames to be sent: whole frames, and as much of the next one."""
-    done = ep[r.EP_SEQ] + n
-    if done == ep[r.EP_OUT_COUNT]:
-        ep[r.EP_OUT_FIRST] = ep[r.EP_OUT_COUNT] = ep[r.EP_SEQ] = 0
+def _take_off(ep: Words, slots: Bytes, sent: int) -> None:
+    """Take the first *sent* bytes off those to be sent: whole frames, and a part of the next one."""
+    if sent == ep[r.EP_OUT_COUNT]:
+        ep[r.EP_OUT_FIRST] = ep[r.EP_OUT_COUNT] = ep[r.EP_OUT_PART] = ep[r.EP_OUT_FRAMES] = 0
         return
-    while done >= LENGTH_LEN:
+    while sent >= LENGTH_LEN:
         whole = LENGTH_LEN + _swapped(load_u32_unaligned(slots, ep[r.EP_OUT_FIRST]))
-        if done < whole:
+        if sent < whole:
             break
         ep[r.EP_OUT_FIRST] += whole
         ep[r.EP_OUT_COUNT] -= whole
-        done -= whole
-    ep[r.EP_SEQ] = done
-
-
-@inlined
-def _frames(ep: Words, slots: Bytes) -> int:
-    """Return the number of frames that were not wholly sent."""
-    at = ep[r.EP_OUT_FIRST]
-    end = at + ep[r.EP_OUT_COUNT]
-    n = 0
-    while at < end:
-        at += LENGTH_LEN + _swapped(load_u32_unaligned(slots, at))
-        n += 1
-    return n
+        ep[r.EP_OUT_FRAMES] -= 1
+        sent -= whole
+    ep[r.EP_OUT_PART] = sent
 
 
 # --- from the wire ---
