@@ -44,10 +44,11 @@ def exchange(driver: Driver, peer: Peer, n: int = 0) -> None:
 
 
 def test_a_program_that_listens_is_connected_to(path: Path) -> None:
-    with Listening(path) as program, StreamEndpoint(str(path)) as endpoint, program.accept() as peer:
-        with guest_of(endpoint) as driver:
-            assert endpoint.connected
-            exchange(driver, peer)
+    with Listening(path) as program, StreamEndpoint(str(path)) as endpoint, ExitStack() as stack:
+        peer = stack.enter_context(program.accept())
+        driver = stack.enter_context(guest_of(endpoint))
+        assert endpoint.connected
+        exchange(driver, peer)
         assert endpoint.counters()["to_wire"] == endpoint.counters()["from_wire"] == 5
         assert endpoint.name == f"stream:{path}"
         assert endpoint.vnet_hdr is False
@@ -134,25 +135,27 @@ def test_a_peer_that_announces_no_frame_is_let_go_with_one_line(
 
 
 def test_a_peer_that_takes_nothing_holds_up_its_own_way_alone(path: Path) -> None:
-    with Listening(path) as program, StreamEndpoint(str(path)) as endpoint, program.accept() as peer:
-        with guest_of(endpoint) as driver:
-            sent = 0
-            while not endpoint.rows[0, r.EP_OUT_COUNT]:
-                sent += driver.send(frame(sent, 1500))
-            peer.send(frame(1))
-            assert receive_all(driver, 1) == [frame(1)]
-            assert not endpoint.idle
-            assert peer.receive(1) == [frame(0, 1500)]
+    with Listening(path) as program, StreamEndpoint(str(path)) as endpoint, ExitStack() as stack:
+        peer = stack.enter_context(program.accept())
+        driver = stack.enter_context(guest_of(endpoint))
+        sent = 0
+        while not endpoint.rows[0, r.EP_OUT_COUNT]:
+            sent += driver.send(frame(sent, 1500))
+        peer.send(frame(1))
+        assert receive_all(driver, 1) == [frame(1)]
+        assert not endpoint.idle
+        assert peer.receive(1) == [frame(0, 1500)]
 
 
 def test_half_a_frame_is_no_frame_in_hand(path: Path) -> None:
-    with Listening(path) as program, StreamEndpoint(str(path)) as endpoint, program.accept() as peer:
-        with guest_of(endpoint) as driver:
-            peer.sock.sendall(framed(frame(1)) + framed(frame(2))[:30])
-            assert receive_all(driver, 1) == [frame(1)]
-            wait_for(lambda: endpoint.idle, "nothing is in hand")
-            peer.sock.sendall(framed(frame(2))[30:])
-            assert receive_all(driver, 1) == [frame(2)]
+    with Listening(path) as program, StreamEndpoint(str(path)) as endpoint, ExitStack() as stack:
+        peer = stack.enter_context(program.accept())
+        driver = stack.enter_context(guest_of(endpoint))
+        peer.sock.sendall(framed(frame(1)) + framed(frame(2))[:30])
+        assert receive_all(driver, 1) == [frame(1)]
+        wait_for(lambda: endpoint.idle, "nothing is in hand")
+        peer.sock.sendall(framed(frame(2))[30:])
+        assert receive_all(driver, 1) == [frame(2)]
 
 
 def test_a_worker_goes_on_in_the_middle_of_a_frame(path: Path) -> None:

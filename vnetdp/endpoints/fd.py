@@ -11,7 +11,7 @@ import stat
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final, Self
+from typing import Final
 
 from vnetdp_kernels import rows as r
 
@@ -44,7 +44,7 @@ class FdEndpoint(Endpoint):
     EndpointError if the descriptor is none of these.
     """
 
-    def __new__(cls, fd: int, queues: int = 1) -> Self:  # noqa: ARG004 - of __init__
+    def __new__(cls, fd: int, queues: int = 1) -> FdEndpoint:  # noqa: PYI034, ARG004 - a subclass, which takes both
         """Return an instance of the class for the kind of descriptor. @private"""
         return super().__new__(cls if cls is not FdEndpoint else _kind_of(fd))
 

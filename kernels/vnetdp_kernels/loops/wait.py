@@ -113,7 +113,7 @@ def is_polled(ep: Words) -> bool:
 
 @kernel
 def held_up(ep: Words, events: int, wait_ms: int) -> tuple[int, int, int]:
-    """Return (events to poll for, *events* at least; ms to wait at most; PYTHON or 0) for an endpoint that takes no frames."""
+    """Return (events to poll for, ms to wait at most, PYTHON or 0) of an endpoint that takes no frames now."""
     if ep[r.EP_KIND] == r.KIND_PYTHON:
         return events, BLOCKED_MS if wait_ms < 0 else min(wait_ms, BLOCKED_MS), PYTHON
     if load_i64_acquire(ep, r.EP_LOST):
