@@ -78,6 +78,7 @@ def talk(guest: Guest, mac: str, port: int, request: bytes, expected: int) -> by
     guest.send(segment("S"))
     answer = guest.wait(lambda p: ours_alone(p) and p[TCP].flags == "SA", "the connection is accepted")
     ours, theirs = answer[TCP].ack, answer[TCP].seq + 1
+    guest.send(segment("A"))  # passt takes no data with it
     guest.send(segment("PA", request))
     ours += len(request)
     got = b""
