@@ -37,6 +37,9 @@ _HOME = {
     "drained": "endpoints.loopback",
     "MailboxEndpoint": "endpoints.mailbox",
     "TapEndpoint": "endpoints.tap",
+    "StreamEndpoint": "endpoints.sock",
+    "DgramEndpoint": "endpoints.sock",
+    "FdEndpoint": "endpoints.fd",
     "PcapEndpoint": "endpoints.pcap",
     "ScapyEndpoint": "endpoints.scapy",
     "SocketEndpoint": "endpoints.scapy",
@@ -86,6 +89,7 @@ if TYPE_CHECKING:
     from .device.owners import Owner as Owner
     from .endpoints.base import Endpoint as Endpoint
     from .endpoints.fault import FaultEndpoint as FaultEndpoint
+    from .endpoints.fd import FdEndpoint as FdEndpoint
     from .endpoints.frames import FrameEndpoint as FrameEndpoint
     from .endpoints.loopback import EchoEndpoint as EchoEndpoint
     from .endpoints.loopback import FrameNumbers as FrameNumbers
@@ -100,6 +104,8 @@ if TYPE_CHECKING:
     from .endpoints.scapy import ScapyEndpoint as ScapyEndpoint
     from .endpoints.scapy import SocketEndpoint as SocketEndpoint
     from .endpoints.scapy import VnetdpSocket as VnetdpSocket
+    from .endpoints.sock import DgramEndpoint as DgramEndpoint
+    from .endpoints.sock import StreamEndpoint as StreamEndpoint
     from .endpoints.spec import parse_endpoint as parse_endpoint
     from .endpoints.tap import TapEndpoint as TapEndpoint
     from .errors import BackendError as BackendError

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MIN_CHAIN_CAP: Final = 1024
 
 FRAME_SLOT: Final = 65600  # bytes a frame slot has: virtio_net_hdr, frame, and up to a multiple of 64
+STREAM_SLOTS: Final = 2  # frame slots a stream has each way: its bytes are moved to the front without overlap
 
 # The device's row of a queue: int64[VQ_SLOTS]. Private to the owner of the ring, readable by all.
 VQ_NUM: Final = 0
@@ -159,21 +160,33 @@ EP_BYTES_FROM_WIRE: Final = 20
 EP_PENDING: Final = 21  # bytes of the frame in hand, wire to guest, that found no receive buffer yet; 0 = none
 EP_DROP_OFFLOAD: Final = 22  # the frame needs an offload that its receiver did not negotiate
 EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled; not polled any more
-EP_BLOCKED: Final = 24  # 1: an endpoint in Python takes no more frames now, and does not say when it will
+# 1: it takes no more frames now. An endpoint in Python does not say when it will again; a socket is polled, or is lost.
+EP_BLOCKED: Final = 24
 EP_LINES: Final = 25  # faulty wires from here to the endpoint behind them; 0 = it is that endpoint
+EP_LOST: Final = 26  # socket: 0 = connected; else LOST_*, or -errno: no frame passes
 EP_SLOTS: Final = 32
 
-# EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches. From KIND_FAULT on, an
-# endpoint may take no frame for reasons of its own (`port.takes`).
+# Of a stream, in slots that otherwise only a generator has.
+EP_OUT_FRAMES: Final = EP_NEXT_NS  # frames in out_frames, not wholly sent
+EP_OUT_PART: Final = EP_SEQ  # bytes of the first of them that were sent
+
+# EP_LOST, besides -errno. Kernels set it, and no one else while a queue is bound; the endpoint's thread clears it.
+LOST_END: Final = 1  # the peer closed the connection, or there was none yet
+LOST_LENGTH: Final = 1 << 32  # + the length that the peer announced: no frame has so many bytes, or none
+
+# EP_KIND. The kinds below KIND_PYTHON run inside the loop; Python serves the rest in batches. From KIND_TAP on they have a
+# descriptor. From KIND_FAULT on, an endpoint may take no frame for reasons of its own (`port.takes`).
 KIND_NULL: Final = 0
 KIND_ECHO: Final = 1
 KIND_MACSWAP: Final = 2
 KIND_REFLECT: Final = 3
 KIND_GENERATE: Final = 4
 KIND_TAP: Final = 5
-KIND_FAULT: Final = 6  # a faulty wire, and behind it an endpoint of the kinds above
-KIND_PYTHON: Final = 7
-KIND_FAULT_PYTHON: Final = 8  # a faulty wire, and behind it an endpoint in Python
+KIND_STREAM: Final = 6
+KIND_DGRAM: Final = 7
+KIND_FAULT: Final = 8  # a faulty wire, and behind it an endpoint of the kinds up to KIND_TAP
+KIND_PYTHON: Final = 9
+KIND_FAULT_PYTHON: Final = 10  # a faulty wire, and behind it an endpoint in Python
 
 # A faulty wire has a line each way: int64[LINE_SLOTS]. The row of an endpoint behind faulty wires has STAGE_SLOTS for each
 # of them, the outermost first: its EP_ slots, its line to the wire, its line from the wire. Then come the EP_SLOTS of the

@@ -38,9 +38,9 @@ def scaled(compiled: int, plain: int) -> int:
     return compiled if COMPILED else plain
 
 
-def wait_for(done: Callable[[], bool], what: str) -> None:
+def wait_for(done: Callable[[], bool], what: str, patience_s: float = PATIENCE) -> None:
     """Return once *done* says so. It is looked at, not slept for: how long it takes is no part of any test."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience_s
     while not done():
         if time.monotonic() > deadline:
             raise AssertionError(f"never happened: {what}")

@@ -23,7 +23,7 @@ from vnetdp.datapath.loop_thread import LoopThread
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.guest.driver import memory_for
 from vnetdp.system import signals
-from vnetdp.vhost_user.listener import Listener
+from vnetdp.system.listener import Listener
 
 _EVENTS = ("call", "line", "return")
 _PLACES = (f"{os.sep}vnetdp{os.sep}", f"{os.sep}contextlib.py")

@@ -19,10 +19,10 @@ from tests.support.by_hand import PATIENCE, no_descriptor_leaks, wait_for
 from tests.support.vhost_user import MOVABLE, ByHand, Guest, InThread, Left, u64
 from vnetdp.backends.worker import Worker
 from vnetdp.errors import RequestRefused
+from vnetdp.system.listener import Listener
 from vnetdp.vhost_user.back_end import server as server_module
 from vnetdp.vhost_user.back_end import visit
 from vnetdp.vhost_user.back_end.descriptors import check_event, check_socket
-from vnetdp.vhost_user.listener import Listener
 from vnetdp.vhost_user.message import Request
 from vnetdp.vhost_user.transport import close_fds
 

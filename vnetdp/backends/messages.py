@@ -22,7 +22,7 @@ MAX_LEN: Final = 1 << 16
 MAX_FDS: Final = 250  # SCM_MAX_FD is 253
 
 
-class _RemoteEndpoint(Endpoint):
+class RemoteEndpoint(Endpoint):
     """The child's view of an endpoint: the same rows and slots, its own copies of the descriptors."""
 
     def __init__(self, kind: int, lines: int, queues: int, block_fd: int, fds: list[int], name: str) -> None:
@@ -35,6 +35,12 @@ class _RemoteEndpoint(Endpoint):
     def _claim(self, queue: int, n: int, kind: int) -> bool:
         """True: the parent, whose child this is, has the lock."""
         return True
+
+    def renew(self, endpoint: Endpoint) -> None:
+        """Put the files of *endpoint*, a newer view of the same endpoint, behind the descriptors here."""
+        for own, new in zip(self.fds.tolist(), endpoint.fds.tolist(), strict=True):
+            if new >= 0:
+                os.dup2(new, own, inheritable=False)
 
     def close(self) -> None:
         fds = set(self.fds.tolist()) - {-1}
@@ -88,7 +94,7 @@ def _unpack(data: bytes, fds: list[int]) -> Any:
                 return DirtyLog(rest[0] * 8 * spec.PAGE_SIZE, fds[rest[1]])
             endpoint_kind, lines, queues, block, queue_fds, name = rest
             own = [fds[fd] if fd >= 0 else -1 for fd in queue_fds]
-            return _RemoteEndpoint(endpoint_kind, lines, queues, fds[block], own, name)
+            return RemoteEndpoint(endpoint_kind, lines, queues, fds[block], own, name)
 
     try:
         return Unpickler(io.BytesIO(data)).load()

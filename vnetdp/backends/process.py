@@ -33,6 +33,7 @@ from ..system.owned import Owned
 from ..virtio.queue import VRINGS, receiveq
 from . import messages
 from .base import Backend
+from .messages import RemoteEndpoint
 from .userspace import COUNTERS, UserspaceBackend
 from .verbs import GetVringBase, SetBackend, SetLog, SetMemory, SetVringCall, SetVringKick, Verb, refusal
 
@@ -107,11 +108,15 @@ class WorkerProcess(Owned):
         """True until the process has ended. @private"""
         return self._child.process.poll() is None
 
-    def call(self, pair: int, request: Verb | VnetdpError | str) -> int:
-        """Have the child run a verb; BackendError as it raised it, or ESRCH if there is no child any more. @private"""
+    def call(self, pair: int, request: Verb | VnetdpError | Endpoint | str) -> int:
+        """Have the child run a verb, or take the descriptors of an endpoint anew; BackendError as it raised it.
+
+        ESRCH if there is no child any more.
+        @private
+        """
         self.check_maker()
         data, fds = messages.pack((pair, request))
-        name = request.name if isinstance(request, Verb) else "fail" if isinstance(request, VnetdpError) else request
+        name = "fail" if isinstance(request, VnetdpError) else request if isinstance(request, str) else request.name
         if len(fds) > messages.MAX_FDS or len(data) > messages.MAX_LEN:
             limit = f"at most {messages.MAX_LEN} and {messages.MAX_FDS} fit"
             why = f"a message of {len(data)} bytes and {len(fds)} descriptors; {limit}"
@@ -279,6 +284,11 @@ class ProcessBackend(Backend, Owned):
                 endpoint.stop_polling(self._pair, self)
             raise
 
+    def renew(self, endpoint: Endpoint) -> None:
+        """Give the child an endpoint's descriptors anew: there are other files behind them now."""
+        with suppress(BackendError):  # a child that is gone needs none
+            self._worker.call(self._pair, endpoint)
+
     def _let_go(self, index: int) -> None:
         endpoint = self._bound.pop(index, None)
         if endpoint is not None and not self._bound:
@@ -340,15 +350,18 @@ class _Child:
         self._loop_thread.start()
         self._backends = [UserspaceBackend(self._datapath, pair) for pair in range(pairs)]
         self._kept: dict[tuple[object, ...], Any] = {}
-        self._endpoints: dict[int, Endpoint] = {}
+        self._endpoints: dict[int, RemoteEndpoint] = {}
         self._holds: list[ExitStack] = []
 
     def _broken(self) -> None:
         with suppress(ConnectionError):
             self._events.send(_BROKEN.encode())
 
-    def apply(self, pair: int, request: Verb | VnetdpError | str) -> int:
+    def apply(self, pair: int, request: Verb | VnetdpError | RemoteEndpoint | str) -> int:
         if request == _PING:
+            return 0
+        if isinstance(request, RemoteEndpoint):
+            self._same_endpoint(request)
             return 0
         if request == _HOLD:
             self._holds.append(ExitStack())
@@ -363,6 +376,7 @@ class _Child:
         verb = SetMemory(self._kept[(SetMemory,)]) if isinstance(request, str) else request
         with self._loop_thread.paused():
             if isinstance(verb, SetBackend) and verb.endpoint is not None:
+                assert isinstance(verb.endpoint, RemoteEndpoint)
                 verb = replace(verb, endpoint=self._same_endpoint(verb.endpoint))
             answer = self._backends[pair].apply(verb)
             match verb:
@@ -379,11 +393,12 @@ class _Child:
         if before is not None and before is not thing:
             before.close()
 
-    def _same_endpoint(self, endpoint: Endpoint) -> Endpoint:
-        """Return the view made when this endpoint was first bound: all pairs must work on one."""
+    def _same_endpoint(self, endpoint: RemoteEndpoint) -> Endpoint:
+        """Return the view made when this endpoint was first bound, with its present files: all pairs must work on one."""
         inode = os.fstat(endpoint.block.fd).st_ino
         known = self._endpoints.get(inode)
         if known is not None:
+            known.renew(endpoint)
             endpoint.close()
             return known
         for other in list(self._endpoints):

@@ -218,10 +218,10 @@ def _run_link(link: Link, stop: Asked, args: argparse.Namespace, until: float) -
 
 def serve(args: argparse.Namespace, ending: Ending) -> int:
     from ..endpoints.spec import parse_endpoint
+    from ..system.dial import why_not_there
+    from ..system.listener import check_free
     from ..vhost_user.back_end.server import Server
     from ..vhost_user.back_end.session import USUAL_PROTOCOL_FEATURES
-    from ..vhost_user.dial import why_not_there
-    from ..vhost_user.listener import check_free
     from ..vhost_user.message import ProtocolFeature
     from ..virtio.features import parse, with_needs
 
@@ -276,8 +276,8 @@ def _print_served(report: dict[str, Any], tell: Callable[[str], None]) -> None:
 def drive(args: argparse.Namespace, ending: Ending) -> int:
     from ..endpoints.spec import parse_endpoint
     from ..programs.drive import drive
-    from ..vhost_user.dial import why_not_there
-    from ..vhost_user.listener import check_free
+    from ..system.dial import why_not_there
+    from ..system.listener import check_free
     from ..virtio.features import parse, with_needs
 
     spec = args.endpoint

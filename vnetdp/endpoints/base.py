@@ -62,7 +62,7 @@ class Endpoint(Owned):
     def __init__(self, queues: int = 1, block_fd: int | None = None) -> None:
         if not 1 <= queues <= 0x8000:
             raise EndpointError(f"{queues} queues: an endpoint has 1 to 32768")
-        slots = PYTHON_SLOTS if self.kind >= r.KIND_PYTHON else 1
+        slots = PYTHON_SLOTS if self.kind >= r.KIND_PYTHON else r.STREAM_SLOTS if self.kind == r.KIND_STREAM else 1
         row_slots = self.lines * r.STAGE_SLOTS + r.EP_SLOTS
         lengths = 2 * (self.lines * r.LINE_TABLE + slots)
         frame_bytes = 2 * (self.lines * r.LINE_BYTES + slots * r.FRAME_SLOT)

@@ -113,7 +113,8 @@ class FaultEndpoint(Endpoint):
       jitter and rate alone.
 
     Frames that echo, macswap or reflect send back meet the faults twice, those of the device's own (`send_to_wire`) none.
-    EndpointError if a value is outside its range, or a device has *inner* already.
+    EndpointError if a value is outside its range, a device has *inner* already, or it is a socket (`StreamEndpoint`,
+    `DgramEndpoint`).
     """
 
     def __init__(
@@ -138,6 +139,8 @@ class FaultEndpoint(Endpoint):
         )
         if inner.polled_by:
             raise EndpointError(f"fault: {inner.name} is in use: put the faults around it before a device has it")
+        if inner.innermost.kind in (r.KIND_STREAM, r.KIND_DGRAM):
+            raise EndpointError(f"fault: {inner.name} is a socket: put the faults around the endpoint at the other side")
         self.kind = r.KIND_FAULT_PYTHON if inner.kind >= r.KIND_PYTHON else r.KIND_FAULT
         self.lines = inner.lines + 1
         super().__init__(inner.queues)

@@ -22,6 +22,18 @@ ENDPOINTS: Final = {
         ),
     ),
     "tap": ("tap:NAME[,netns=NS]", "a TAP interface, made if it is not there"),
+    "stream": (
+        "stream:PATH[,listen,reconnect=1]",
+        (
+            "a UNIX stream socket, as of QEMU's -netdev stream or passt; listen: another program connects; reconnect: "
+            "seconds between two tries, 0 takes one peer (default: 1)"
+        ),
+    ),
+    "dgram": (
+        "dgram:PATH[,remote=PATH,reconnect=1]",
+        "a UNIX datagram socket, as of QEMU's -netdev dgram; without remote the first sender is the peer",
+    ),
+    "fd": ("fd:N", "an open descriptor: a stream or datagram socket, or a TAP"),
     "pcap": ("pcap:IN[,OUT]", "frames from one capture file, and into another"),
     "scapy": ("scapy:MODULE:CALLABLE", "a Python function on Scapy packets"),
     "python": (

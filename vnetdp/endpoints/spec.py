@@ -86,6 +86,37 @@ def _tap(rest: str, queues: int) -> Opener:
     return Opener(partial(TapEndpoint, name, queues, **found), (name, identity(**found)))
 
 
+def _stream(rest: str, queues: int) -> Opener:
+    from .sock import StreamEndpoint
+
+    path, *options = _parts(rest)
+    if not path:
+        raise ConfigError("stream: no socket is named: write stream:PATH[,listen][,reconnect=1]")
+    listens = "listen" in options
+    if listens:
+        options.remove("listen")
+    found = _options("stream", options, {"reconnect": _number})
+    return Opener(partial(StreamEndpoint, path, listens, queues=queues, **found))
+
+
+def _dgram(rest: str, queues: int) -> Opener:
+    from .sock import DgramEndpoint
+
+    path, *options = _parts(rest)
+    if not path:
+        raise ConfigError("dgram: no socket is named: write dgram:PATH[,remote=PATH][,reconnect=1]")
+    found = _options("dgram", options, {"remote": str, "reconnect": _number})
+    return Opener(partial(DgramEndpoint, path, queues=queues, **found))
+
+
+def _fd(rest: str, queues: int) -> Opener:
+    from .fd import FdEndpoint
+
+    if not re.fullmatch(r"\d{1,9}", rest, re.ASCII):
+        raise ConfigError(f"fd: {rest!r} is not the number of a descriptor: write fd:3")
+    return Opener(partial(FdEndpoint, int(rest), queues))
+
+
 def _pcap(rest: str, queues: int) -> Opener:
     from .pcap import PcapEndpoint
 
@@ -235,6 +266,9 @@ _KINDS: Final[dict[str, Callable[[str, int], Opener]]] = {
     "reflect": _plain(ReflectEndpoint),
     "generate": _generate,
     "tap": _tap,
+    "stream": _stream,
+    "dgram": _dgram,
+    "fd": _fd,
     "pcap": _pcap,
     "scapy": _scapy,
     "python": _python,

@@ -72,11 +72,7 @@ class TapEndpoint(Endpoint):
         if queues > MAX_QUEUES:
             raise EndpointError(f"tap:{name}: {queues} queues: a TAP has at most {MAX_QUEUES}")
         super().__init__(queues)
-        self.name = f"tap:{name}"
-        self._devices: list[pytun.TunTapDevice] = []
-        self._found_header_len = 0  # 0: as it was found
-        self._found_mtu = 0
-        self._failures: list[str] = []
+        self._begin(f"tap:{name}")
         try:
             if netns is None:
                 self._open(name, persist, "")
@@ -85,6 +81,13 @@ class TapEndpoint(Endpoint):
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, name: str) -> None:
+        self.name = name
+        self._devices: list[pytun.TunTapDevice] = []
+        self._found_header_len = 0  # 0: as it was found
+        self._found_mtu = 0
+        self._failures: list[str] = []
 
     def _open(self, name: str, persist: bool, where: str) -> None:
         existed = name in (existing for _, existing in socket.if_nameindex())
@@ -106,10 +109,7 @@ class TapEndpoint(Endpoint):
                 os.set_inheritable(fd, False)
                 os.set_blocking(fd, False)
                 self.fds[len(self._devices) - 1] = fd
-            found = fcntl.ioctl(self._devices[0].fileno(), _TUNGETVNETHDRSZ, bytes(4))
-            self._set_header_len(spec.NET_HDR_LEN)
-            (self._found_header_len,) = struct.unpack("i", found)
-            self.set_offloads(0)
+            self._set_up()
             if persist:
                 self._devices[0].persist(True)
             if not existed:
@@ -119,6 +119,13 @@ class TapEndpoint(Endpoint):
                 _log.warning("%s is down, and passes no frame: sudo ip %slink set %s up", self.name, where, name)
         except OSError as e:
             raise EndpointError(f"{self.name}: {_advice(name, self.queues, e)}") from e
+
+    def _set_up(self) -> None:
+        """Have an open TAP pass our virtio_net_hdr, and no offloads yet."""
+        found = fcntl.ioctl(self._devices[0].fileno(), _TUNGETVNETHDRSZ, bytes(4))
+        self._set_header_len(spec.NET_HDR_LEN)
+        (self._found_header_len,) = struct.unpack("i", found)
+        self.set_offloads(0)
 
     def _ask(self, function: Callable[[socket.socket, str], T]) -> T:
         """Return *function*'s result for a socket in the interface's namespace, and the interface's name there.

@@ -22,12 +22,12 @@ from ..endpoints.loopback import NullEndpoint
 from ..errors import ConfigError
 from ..shared.memory import Bytes, Words
 from ..shared.notify import EventFd
+from ..system.listener import check_free
 from ..system.owned import Owned
+from ..system.socket_path import check_path
 from ..vhost_user.back_end.server import Server
 from ..vhost_user.back_end.session import USUAL_PROTOCOL_FEATURES
-from ..vhost_user.listener import check_free
 from ..vhost_user.message import ProtocolFeature
-from ..vhost_user.socket_path import check_path
 from ..virtio.state import DEFAULT_MAC
 from ..warmup import compile_once
 

@@ -63,12 +63,14 @@ def _watch_driver(
         ep = wire.eps[q]
         if rxq[r.DVQ_STATUS] or txq[r.DVQ_STATUS]:
             continue
+        events = 0
+        held = 0
         if ep[r.EP_BLOCKED]:
-            found = wait.PYTHON  # received frames wait in the ring
-            wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
-        elif ep[r.EP_KIND] >= r.KIND_FAULT and not takes(ep, wire.out_lengths.shape[1]):
-            pass  # received frames wait in the ring until a frame that is held back was due
-        elif txq[r.DVQ_NUM_FREE] or not answers(ep):
+            events, wait_ms, held = wait.held_up(ep, events, wait_ms)
+            found |= held  # received frames wait in the ring
+        # With a full faulty wire they wait there until a frame that is held back was due.
+        full = ep[r.EP_KIND] >= r.KIND_FAULT and not takes(ep, wire.out_lengths.shape[1])
+        if not (held or full) and (txq[r.DVQ_NUM_FREE] or not answers(ep)):
             again |= split_driver.enable_calls(rings.mem, rxq)
             n = wait.add_pollfd(pollfds, n, rings.notify[2 * q, 1], POLLIN, 2 * q)
             wait_ms = wait_ms if rings.notify[2 * q, 1] >= 0 else wait.POLL_UNNOTIFIED_MS
@@ -78,8 +80,9 @@ def _watch_driver(
             wait_ms = wait_ms if rings.notify[2 * q + 1, 1] >= 0 else wait.POLL_UNNOTIFIED_MS
         else:
             wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
-            if wait.is_polled(ep):
-                n = wait.add_endpoint(pollfds, n, wire.fds[q], POLLIN, q)
+            events |= POLLIN
+        if events and wait.is_polled(ep):
+            n = wait.add_endpoint(pollfds, n, wire.fds[q], events, q)
         if ep[r.EP_OUT_COUNT]:
             wait_ms = wait.held_ms(ep, scratch.frames.words, wait_ms)
     return again, n, wait_ms, found

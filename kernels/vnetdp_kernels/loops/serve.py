@@ -137,13 +137,13 @@ def _watch_device(
             else:
                 events |= POLLIN
                 wait_ms = wait.due_ms(ep, scratch.frames.words, wait_ms)
+        if txq[r.VQ_BOUND] and ep[r.EP_BLOCKED]:
+            events, wait_ms, held = wait.held_up(ep, events, wait_ms)
+            found |= held
         if events and wait.is_polled(ep):
             n = wait.add_endpoint(pollfds, n, wire.fds[q], events, q)
         if txq[r.VQ_BOUND] and ep[r.EP_OUT_COUNT]:
             wait_ms = wait.held_ms(ep, scratch.frames.words, wait_ms)
-        if txq[r.VQ_BOUND] and ep[r.EP_BLOCKED]:
-            found = wait.PYTHON
-            wait_ms = wait.BLOCKED_MS if wait_ms < 0 else min(wait_ms, wait.BLOCKED_MS)
     return again, n, wait_ms, found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .. import rows as r
 from ..platform.atomic import Words, load_i64_acquire
-from ..platform.io import EAGAIN, EINTR, POLLGONE, POLLIN, clock_ns, poll
+from ..platform.io import EAGAIN, EINTR, POLLGONE, POLLIN, POLLOUT, clock_ns, poll
 from ..platform.jit import inlined, kernel
 from ..platform.peer import take
 from ..rows import Control, Limits, LoopScratch
@@ -20,6 +20,7 @@ BATCH = 64  # frames a queue moves before the next has its turn, and before its 
 NO_END = 1 << 62  # frames of a pass without a budget
 POLL_UNNOTIFIED_MS = 1  # a ring whose other side has no descriptor to notify is looked at this often
 BLOCKED_MS = 1  # an endpoint in Python that takes no frames is asked this often
+LOST_MS = 20  # a socket without a connection is looked at this often
 
 GO_ON = -1  # beside LOOP_*: the loop does not return
 
@@ -99,9 +100,23 @@ def add_endpoint(pollfds: Words, n: int, fd: int, events: int, pair: int) -> int
 @inlined
 def is_polled(ep: Words) -> bool:
     """Return whether the endpoint's descriptor tells of frames that can be taken: a faulty wire may be full."""
-    if ep[r.EP_KIND] < r.KIND_TAP or ep[r.EP_GONE]:
+    kind = ep[r.EP_KIND]
+    if kind < r.KIND_TAP or ep[r.EP_GONE]:
         return False
-    return ep[r.EP_KIND] == r.KIND_TAP or ep[r.EP_KIND] == r.KIND_PYTHON or takes(ep, FROM_WIRE)
+    return (kind != r.KIND_FAULT and kind != r.KIND_FAULT_PYTHON) or takes(ep, FROM_WIRE)
+
+
+@kernel
+def held_up(ep: Words, events: int, wait_ms: int) -> tuple[int, int, int]:
+    """Return (events to poll for, ms to wait at most, PYTHON or 0) of an endpoint that takes no frames now."""
+    if ep[r.EP_KIND] >= r.KIND_PYTHON:
+        return events, BLOCKED_MS if wait_ms < 0 else min(wait_ms, BLOCKED_MS), PYTHON
+    if load_i64_acquire(ep, r.EP_LOST):
+        return events, LOST_MS if wait_ms < 0 else min(wait_ms, LOST_MS), 0
+    if ep[r.EP_OUT_COUNT]:
+        return events | POLLOUT, wait_ms, 0
+    ep[r.EP_BLOCKED] = 0  # it has another connection
+    return events, wait_ms, 0
 
 
 @kernel
@@ -146,7 +161,8 @@ def sleep(control: Control, limits: Limits, pollfds: Words, n: int, wait_ms: int
 def take_woken(pollfds: Words, n: int, eps: Words) -> int:
     """Return CONTROL if the control descriptor is ready, and PYTHON if an endpoint is.
 
-    A TAP whose interface was deleted is not polled again (EP_GONE): it would never let the loop sleep.
+    A TAP whose interface was deleted, or a socket whose peer is gone, is not polled again (EP_GONE): it would never let the
+    loop sleep.
     """
     woken = 0
     for k in range(n):

@@ -1,4 +1,4 @@
-"""System calls from compiled code: eventfds, TAP queues, poll and the clock. For a peer's descriptors: see `peer`.
+"""System calls from compiled code: eventfds, TAP queues, sockets, poll and the clock. For a peer's descriptors: see `peer`.
 
 Each returns the result of the call, or -errno. The Python bodies go through ctypes, with the same arguments.
 Symbols are resolved by name when a kernel is loaded, so kernels that call them can be cached.
@@ -25,9 +25,13 @@ _libc.preadv2.argtypes = _libc.pwritev2.argtypes = (
     ctypes.c_int64,
     ctypes.c_int,
 )
+_libc.recv.argtypes = _libc.send.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.sendmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_libc.shutdown.argtypes = (ctypes.c_int, ctypes.c_int)
 _libc.syscall.argtypes = (ctypes.c_long,) + (ctypes.c_long,) * 5
 _libc.read.restype = _libc.write.restype = _libc.writev.restype = ctypes.c_ssize_t
 _libc.preadv2.restype = _libc.pwritev2.restype = ctypes.c_ssize_t
+_libc.recv.restype = _libc.send.restype = _libc.sendmsg.restype = ctypes.c_ssize_t
 _libc.syscall.restype = ctypes.c_long
 
 _errno_location = types.ExternalFunction("__errno_location", types.uintp())
@@ -40,6 +44,10 @@ _preadv2 = types.ExternalFunction(
 _pwritev2 = types.ExternalFunction(
     "pwritev2", types.intp(types.int32, types.uintp, types.int32, types.int64, types.int32)
 )
+_recv = types.ExternalFunction("recv", types.intp(types.int32, types.uintp, types.uintp, types.int32))
+_send = types.ExternalFunction("send", types.intp(types.int32, types.uintp, types.uintp, types.int32))
+_sendmsg = types.ExternalFunction("sendmsg", types.intp(types.int32, types.uintp, types.int32))
+_shutdown = types.ExternalFunction("shutdown", types.int32(types.int32, types.int32))
 _syscall = types.ExternalFunction("syscall", types.intp(*[types.intp] * 6))
 _poll = types.ExternalFunction("poll", types.int32(types.uintp, types.uintp, types.int32))
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uintp))
@@ -49,6 +57,10 @@ EINTR = 4
 EIO = 5
 EOPNOTSUPP = 95
 _RWF_NOWAIT = 8
+_MSG_TRUNC = 0x20
+_MSG_DONTWAIT = 0x40
+_MSG_NOSIGNAL = 0x4000
+_SHUT_RDWR = 2
 POLLIN = 1
 POLLOUT = 4
 POLLGONE = 8 | 16 | 32  # POLLERR, POLLHUP, POLLNVAL
@@ -139,6 +151,91 @@ def _writev_nowait_overload(fd: Any, iovecs: Any, at: Any) -> Any:
         if n < 0:
             return -peek_i32(_errno_location())
         return n
+
+    return compiled
+
+
+def recv(fd: int, buffer: Any, offset: int, length: int) -> int:
+    """Receive up to *length* bytes from a socket, -EAGAIN if that would wait, whatever the descriptor's flags."""
+    n = int(_libc.recv(fd, address(buffer, offset), length, _MSG_DONTWAIT))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(recv)
+def _recv_overload(fd: Any, buffer: Any, offset: Any, length: Any) -> Any:
+    def compiled(fd: int, buffer: Any, offset: int, length: int) -> int:
+        n = _recv(fd, address(buffer, offset), length, _MSG_DONTWAIT)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def recv_datagram(fd: int, buffer: Any, offset: int, length: int) -> int:
+    """`recv`, which returns the bytes of the whole datagram, even if those beyond *length* were cut off."""
+    n = int(_libc.recv(fd, address(buffer, offset), length, _MSG_DONTWAIT | _MSG_TRUNC))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(recv_datagram)
+def _recv_datagram_overload(fd: Any, buffer: Any, offset: Any, length: Any) -> Any:
+    def compiled(fd: int, buffer: Any, offset: int, length: int) -> int:
+        n = _recv(fd, address(buffer, offset), length, _MSG_DONTWAIT | _MSG_TRUNC)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def send(fd: int, buffer: Any, offset: int, length: int) -> int:
+    """Send up to *length* bytes to a socket, -EAGAIN if that would wait; without a SIGPIPE."""
+    n = int(_libc.send(fd, address(buffer, offset), length, _MSG_DONTWAIT | _MSG_NOSIGNAL))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(send)
+def _send_overload(fd: Any, buffer: Any, offset: Any, length: Any) -> Any:
+    def compiled(fd: int, buffer: Any, offset: int, length: int) -> int:
+        n = _send(fd, address(buffer, offset), length, _MSG_DONTWAIT | _MSG_NOSIGNAL)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def sendmsg(fd: int, msghdr: Words) -> int:
+    """Send the message of the struct msghdr at the beginning of *msghdr*; otherwise as `send`."""
+    n = int(_libc.sendmsg(fd, address(msghdr, 0), _MSG_DONTWAIT | _MSG_NOSIGNAL))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(sendmsg)
+def _sendmsg_overload(fd: Any, msghdr: Any) -> Any:
+    def compiled(fd: int, msghdr: Words) -> int:
+        n = _sendmsg(fd, address(msghdr, 0), _MSG_DONTWAIT | _MSG_NOSIGNAL)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return n
+
+    return compiled
+
+
+def shutdown(fd: int) -> int:
+    """End a connection both ways: its peer, and each poll() on it, see that."""
+    n = int(_libc.shutdown(fd, _SHUT_RDWR))
+    return n if n >= 0 else -ctypes.get_errno()
+
+
+@compiled_as(shutdown)
+def _shutdown_overload(fd: Any) -> Any:
+    def compiled(fd: int) -> int:
+        n = _shutdown(fd, _SHUT_RDWR)
+        if n < 0:
+            return -peek_i32(_errno_location())
+        return int(n)
 
     return compiled
 

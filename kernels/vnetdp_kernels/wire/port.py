@@ -17,6 +17,7 @@ from . import faulty
 from .frame import linearize
 from .kinds import ended, from_slots, from_tap, generate, sent_to_tap, slot_for
 from .ledger import enter
+from .sock import flush, receive, transmit
 
 _MAX_IOVECS = 64  # a frame in more pieces is made whole first: writev takes 1,024 at most
 CLOCK_AT = 2 * (_MAX_IOVECS + 2)  # where the clock's scratch begins behind the iovecs
@@ -75,6 +76,10 @@ def emit(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
         else:
             ep[r.EP_DROP_LONG] += 1
             return 0
+    elif kind >= r.KIND_STREAM:
+        taken = transmit(frame, sink, words)
+        if taken <= 0:
+            return taken
     ep[r.EP_TO_WIRE] += 1
     ep[r.EP_BYTES_TO_WIRE] += frame.length
     return 0
@@ -117,6 +122,8 @@ def produce(source: Source, dst: Bytes, at: int, room: int, now: int) -> int:
             length = faulty.bring(source, dst, at, room)
         else:
             length = from_slots(ep, source.in_frames, source.in_lengths, dst, at, room)
+    elif kind >= r.KIND_STREAM:
+        length = receive(source, dst, at, room)
     if length == 0:
         return 0
     ep[r.EP_FROM_WIRE] += 1
@@ -156,13 +163,15 @@ def takes(ep: Words, slots: int) -> bool:
 
 @kernel
 def send_on(sink: Sink, words: Words) -> bool:
-    """Have faulty wires hand on the frames that are due; return whether an endpoint in Python has frames to take.
+    """Send the frames of a stream, or those of faulty wires that are due; return whether Python has frames to take.
 
     For an endpoint that has frames waiting (EP_OUT_COUNT). words: of `Scratch`.
     """
     ep = sink.ep
     waiting = ep[r.EP_OUT_COUNT]
-    if ep[r.EP_KIND] != r.KIND_PYTHON:
+    if ep[r.EP_KIND] < r.KIND_FAULT:
+        flush(sink)
+    elif ep[r.EP_KIND] != r.KIND_PYTHON:
         waiting = faulty.send_on(sink, words)
     return bool(waiting and ep[r.EP_KIND] >= r.KIND_PYTHON and not ep[r.EP_BLOCKED])
 

@@ -137,7 +137,8 @@ def end(process: subprocess.Popen[bytes], first: int = signal.SIGTERM) -> int:
 class Uml(Guest):
     """User Mode Linux: virtio-net and a vhost-user front end as the kernel has them, at native speed."""
 
-    def __init__(self, folder: Path, sock: Path, memory_mb: int = 128) -> None:
+    def __init__(self, folder: Path, sock: Path, memory_mb: int = 128, prefix: Sequence[str] = ()) -> None:
+        """*prefix*: the words of a command that runs it."""
         super().__init__(folder, "uml")
         image = images.uml()
         ours, theirs = socket.socketpair()
@@ -145,7 +146,7 @@ class Uml(Guest):
         with self.log.open("wb") as log, theirs:
             self.process = subprocess.Popen(
                 [
-                    *(str(image.kernel), f"mem={memory_mb}M", f"initrd={image.initrd}"),
+                    *(*prefix, str(image.kernel), f"mem={memory_mb}M", f"initrd={image.initrd}"),
                     *(f"virtio_uml.device={sock}:1", f"uml_dir={folder}", "umid=uml", "net.ifnames=0", "panic=-1"),
                     *("con=null", "con0=null,fd:2", "con1=fd:0,fd:1", "ssl=null", "quiet", "loglevel=4"),
                     "vnetdp.commands",

@@ -21,11 +21,11 @@ from ...backends.worker import Worker
 from ...endpoints.base import Endpoint
 from ...errors import BackendError, ConfigError, ProtocolError, VnetdpError, reason
 from ...shared.notify import EventFd
+from ...system.dial import NobodyYetError, dial
+from ...system.listener import Listener
 from ...system.owned import Owned
 from ...virtio.queue import VRINGS, queues_of
 from ...virtio.state import DEFAULT_MAC
-from ..dial import NobodyYetError, dial
-from ..listener import Listener
 from ..message import MAX_VRINGS, ProtocolFeature
 from ..transport import Transport
 from .session import USUAL_PROTOCOL_FEATURES, Session
@@ -176,7 +176,7 @@ class Server(Owned):
         The endpoint says by itself that it is gone. A guest keeps its card, and may be shut down in its own time.
         """
         looks = [] if visit is None or visit.patience_s is None else [visit.patience_s]
-        if self.endpoint.innermost.kind == r.KIND_TAP and not self.endpoint.gone:
+        if r.KIND_TAP <= self.endpoint.innermost.kind < r.KIND_PYTHON and not self.endpoint.gone:
             looks.append(_ENDPOINT_S)
         return min(looks, default=None)
 

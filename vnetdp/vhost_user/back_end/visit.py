@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from vnetdp_kernels import rows as r
 
-from ..listener import Listener
+from ...system.listener import Listener
 from .vrings import Served
 
 _log = logging.getLogger("vnetdp.server")

@@ -16,12 +16,12 @@ from typing import NamedTuple, TypeVar
 from ...datapath.loop_thread import Listeners
 from ...errors import BackendError, ConfigError, RemoteProtocolError, RequestRefused
 from ...shared.memory import GuestMemory
+from ...system.dial import NobodyYetError, dial
+from ...system.listener import Listener
 from ...system.owned import Owned
 from ...virtio import features as f
 from ...virtio.queue import VRINGS, queues_of
-from ..dial import NobodyYetError, dial
 from ..inflight import InflightArea
-from ..listener import Listener
 from ..message import MAX_VRINGS, U64, BackendRequest, Config, Inflight, Payload, ProtocolFeature, Request
 from ..transport import close_fds
 from . import device_state

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..system import signals
-from ..system.limits import giving, of_path
-from ..system.owned import Owned
+from . import signals
+from .limits import giving, of_path
+from .owned import Owned
 from .socket_path import check_path
 
 _LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a millisecond
@@ -28,16 +28,16 @@ _LOCK_S = 2.0  # for the folder's lock; each of us holds it for less than a mill
 class Listener(Owned):
     """Listens on *path*; ConfigError if that can't be. A file that is no socket, or a socket in use, stays."""
 
-    def __init__(self, path: str, backlog: int | None) -> None:
-        """*backlog*: None only takes the path, and no connection."""
+    def __init__(self, path: str, backlog: int | None, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
+        """*backlog*: None only takes the path, and no connection. kind: SOCK_DGRAM takes datagrams there."""
         check_path(path, "cannot listen on")
         self._path = Path(path)
         with giving("a socket"):
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._sock = socket.socket(socket.AF_UNIX, kind)
         with signals.unbroken():
             try:
                 with _alone_in(self._path.parent):
-                    _remove_if_dead(self._path)
+                    _remove_if_dead(self._path, kind)
                     self._sock.bind(path)
                     if backlog is not None:
                         self._sock.listen(backlog)
@@ -107,15 +107,15 @@ def _remove(path: Path, known: os.stat_result) -> None:
             path.unlink()
 
 
-def _remove_if_dead(path: Path) -> None:
-    """Remove the socket at *path* if no program listens on it; ConfigError if one does, or the file is no socket."""
+def _remove_if_dead(path: Path, kind: socket.SocketKind) -> None:
+    """Remove the socket at *path* if no program has it; ConfigError if one does, or the file is no socket."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise ConfigError(f"{path} exists and is not a socket: take another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)  # a full backlog has a listener, too
         try:
             probe.connect(str(path))

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from ..errors import ConfigError, VnetdpError
-from ..system.limits import of_path
+from .limits import of_path
 from .socket_path import check_path
 
 _MAY_COME = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EINTR)
@@ -29,7 +29,7 @@ def dial(path: str) -> socket.socket:
     except OSError as e:
         sock.close()
         if e.errno not in _MAY_COME:
-            stream = f"{e.strerror}: it is not a stream socket, which vhost-user needs: take another path"
+            stream = f"{e.strerror}: it is not a stream socket: take another path"
             why = stream if e.errno == errno.EPROTOTYPE else of_path(path, e)
             raise ConfigError(f"cannot connect to {path}: {why}") from e
         if e.errno == errno.EAGAIN:

@@ -15,8 +15,8 @@ import pytest
 
 from tests.support.by_hand import no_descriptor_leaks
 from vnetdp.errors import ConfigError
+from vnetdp.system.listener import Listener
 from vnetdp.system.poll import readable
-from vnetdp.vhost_user.listener import Listener
 
 RIVALS = 8
 
@@ -102,7 +102,7 @@ def test_what_is_no_socket_stays(tmp_path: Path) -> None:
 def test_a_folder_whose_lock_somebody_keeps_can_be_used_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vnetdp.vhost_user.listener._LOCK_S", 0.01)
+    monkeypatch.setattr("vnetdp.system.listener._LOCK_S", 0.01)
     path = tmp_path / "net.sock"
     leave_behind(path)
     with ExitStack() as stack:

@@ -17,8 +17,8 @@ from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
 from vnetdp.errors import ConfigError
 from vnetdp.programs.drive import drive
 from vnetdp.shared.notify import EventFd
+from vnetdp.system.dial import NobodyYetError, dial, why_not_there
 from vnetdp.vhost_user.back_end.server import Server
-from vnetdp.vhost_user.dial import NobodyYetError, dial, why_not_there
 from vnetdp.vhost_user.front_end.front_end import VhostUserFrontEnd
 
 
