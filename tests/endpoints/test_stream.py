@@ -200,7 +200,10 @@ def test_a_reconnect_reaches_a_worker_process(path: Path) -> None:
 
 
 def test_no_faults_are_put_around_a_socket(path: Path) -> None:
-    with StreamEndpoint(path, listen=True) as wire, pytest.raises(EndpointError, match="is a socket: put the faults"):
+    with (
+        StreamEndpoint(str(path), listen=True) as wire,
+        pytest.raises(EndpointError, match="is a socket: put the faults"),
+    ):
         FaultEndpoint(wire, drop=0.5)
 
 

@@ -140,7 +140,9 @@ class FaultEndpoint(Endpoint):
         if inner.polled_by:
             raise EndpointError(f"fault: {inner.name} is in use: put the faults around it before a device has it")
         if inner.innermost.kind in (r.KIND_STREAM, r.KIND_DGRAM):
-            raise EndpointError(f"fault: {inner.name} is a socket: put the faults around the endpoint at the other side")
+            raise EndpointError(
+                f"fault: {inner.name} is a socket: put the faults around the endpoint at the other side"
+            )
         self.kind = r.KIND_FAULT_PYTHON if inner.kind >= r.KIND_PYTHON else r.KIND_FAULT
         self.lines = inner.lines + 1
         super().__init__(inner.queues)

@@ -130,9 +130,9 @@ class _Reconnecting(SocketBase):
         self._thread: threading.Thread | None = None
         self._closing = False
         with ExitStack() as made:
-            self._wake = made.enter_context(EventFd())
+            self._look_now = made.enter_context(EventFd())
             self._poll = made.enter_context(limits.epoll())
-            self._poll.register(self._wake.fd, select.EPOLLIN)
+            self._poll.register(self._look_now.fd, select.EPOLLIN)
             super().__init__(name, queues)
             made.pop_all()
 
@@ -150,7 +150,7 @@ class _Reconnecting(SocketBase):
         while not self._closing:
             timeout_s = self._look()
             self._poll.poll(-1 if timeout_s is None else timeout_s)
-            self._wake.clear()
+            self._look_now.clear()
 
     def _look(self) -> float | None:
         """Connect, if there is no peer and it is time to; return the seconds until the next look, None = at an event."""
@@ -211,7 +211,7 @@ class _Reconnecting(SocketBase):
     def close(self) -> None:
         if self._thread is not None and not self.inherited:
             self._closing = True
-            self._wake.signal()
+            self._look_now.signal()
             self._thread.join()
         self._thread = None
         super().close()
@@ -221,7 +221,7 @@ class _Reconnecting(SocketBase):
     def leave_to_parent(self) -> None:
         super().leave_to_parent()
         self._poll.close()
-        self._wake.close()
+        self._look_now.close()
 
 
 class StreamEndpoint(_Reconnecting):
