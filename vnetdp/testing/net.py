@@ -113,6 +113,7 @@ class Vnet:
         self._stack = ExitStack()
         self._open = False
         self._seen_hung = False
+        self._found: AssertionError | None = None  # it has the state of the device already
 
     # --- making it ---
 
@@ -281,9 +282,8 @@ class Vnet:
         if (frames or more) and (drops := self._drops()):
             wrong.append(f"the endpoint's own counters: {drops}")
         if last:
-            wrong += [
-                f"the fault {fault.verb} never struck: no such verb was run" for fault in self.faults if not fault.hits
-            ]
+            idle = [fault.text or fault.verb for fault in self.faults if not fault.hits]
+            wrong += [f"the fault {name} never struck: no such verb was run" for name in idle]
         if wrong:
             raise self._error(wrong)
 
@@ -298,7 +298,7 @@ class Vnet:
         try:
             if error is None:
                 self.settle()
-            elif not isinstance(error, _FoundError):
+            elif error is not self._found:
                 error.add_note(self._state())
         finally:
             for fate in self.ledger.fates:
@@ -387,8 +387,9 @@ class Vnet:
             f"{name} {n}" for name, n in counts.items() if n and (name.startswith("dropped") or name == "errors")
         )
 
-    def _error(self, lines: Sequence[str]) -> _FoundError:
-        return _FoundError("\n".join([*lines, self._state()]))
+    def _error(self, lines: Sequence[str]) -> AssertionError:
+        self._found = AssertionError("\n".join([*lines, self._state()]))
+        return self._found
 
     def _state(self) -> str:
         """Return a line about the device, its owner and its traffic."""
@@ -438,10 +439,6 @@ class Vnet:
 
     def _hung(self) -> str:
         return where_hung(self.endpoint, self._patience_s)
-
-
-class _FoundError(AssertionError):
-    """What a `Vnet` found wrong, with the state of its device."""
 
 
 def _died(worker: Worker | WorkerProcess | BackEndProcess) -> bool:
