@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 
@@ -24,7 +23,7 @@ from vnetdp.errors import BackendError, ConfigError
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.programs.link import Link
 from vnetdp.shared.memory import DirtyLog
-from vnetdp.testing import READY
+from vnetdp.testing import READY, Vnet
 
 PAIRS = 2
 RATE = scaled(20_000, 300)
@@ -41,13 +40,8 @@ POINTS = [
 START_POINTS = [point for point in POINTS if point[0] in AT_START]
 
 
-@dataclass
-class Faulty:
+class Faulty(Vnet):
     """A device under traffic whose vhost fails as `faults` says."""
-
-    traffic: Traffic
-    device: NetDevice
-    faults: Faults
 
     def strike(self, verb: str, pair: int, vring: int | None, times: str) -> Fault:
         fault = Fault(verb, pair, vring, TIMES[times])
@@ -57,39 +51,21 @@ class Faulty:
     def owned_by(self, owner: Owner) -> bool:
         return self.device.owner is owner
 
-    def check(self, owner: Owner) -> None:
-        """*owner* has all rings, polls each queue once, and moves packets on each pair, each way."""
+    def serves(self, owner: Owner) -> None:
+        """*owner* has all rings, violates no invariant, and moves packets on each pair, each way."""
         assert self.device.owner is owner, self.device.last_error
-        endpoint = self.traffic.device
-        assert endpoint.polls_started - endpoint.polls_stopped == len(endpoint.polled_by) == PAIRS
         assert self.device.status == READY
-        self.traffic.wait_for_more(3)
+        self.wait_for(3)
+        self.check()
 
 
 @contextmanager
-def faulty(vhost_first: bool, worker_type: type[Worker | WorkerProcess] = Worker) -> Iterator[Faulty]:
+def faulty(vhost_first: bool, owner: str = "thread") -> Iterator[Faulty]:
     """Run traffic; at the end it settles, every frame is accounted for, and every descriptor is closed."""
-    with no_descriptor_leaks():
-        traffic = Traffic(PAIRS, rate=RATE)
-        worker = worker_type(PAIRS)
-        faults = Faults()
-        memory = memory_for(PAIRS, 64)
-        with NetDevice(memory, traffic.device, queue_pairs=PAIRS, vhost=faults.wrap(worker), mtu=1500) as device:
-            device.set_use_vhost(vhost_first)
-            with Driver(device, memory, traffic.guest, queue_pairs=PAIRS, num=64) as driver:
-                driver.start()
-                setup = Faulty(traffic, device, faults)
-                setup.check(Owner.VHOST if vhost_first else Owner.USERSPACE)
-                yield setup
-                traffic.settle(device, driver)
-                driver.check()
-                assert device.ring_errors() == []
-        worker.close()
-        memory.close()
-        traffic.check()
-        assert traffic.device.polls_started == traffic.device.polls_stopped
-        assert not traffic.device.polled_by
-        traffic.close()
+    with no_descriptor_leaks(), Faulty(owner=owner, pairs=PAIRS, num=64, rate=RATE) as setup:
+        setup.device.set_use_vhost(vhost_first)
+        setup.serves(Owner.VHOST if vhost_first else Owner.USERSPACE)
+        yield setup
 
 
 def test_a_device_that_may_not_fall_back_says_that_nobody_has_the_rings(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,22 +90,22 @@ def test_a_verb_that_fails_at_the_start_means_userspace(verb: str, pair: int, vr
         device = setup.device
         fault = setup.strike(verb, pair, vring, times)
         device.set_use_vhost(True)
-        setup.check(Owner.USERSPACE)
+        setup.serves(Owner.USERSPACE)
         assert (device.fallbacks, fault.hits) == (1, 1)
         assert isinstance(device.last_error, BackendError)
         assert (device.last_error.verb, device.last_error.errno) == (verb, errno.EIO)
         # The next status set tries again.
         device.set_status(device.status)
         if times == "once":
-            setup.check(Owner.VHOST)
+            setup.serves(Owner.VHOST)
             assert (device.fallbacks, fault.hits) == (1, 1)
         else:
-            setup.check(Owner.USERSPACE)
+            setup.serves(Owner.USERSPACE)
             assert (device.fallbacks, fault.hits) == (2, 2)
             # The fault goes away, and so does its effect.
             setup.faults.clear()
             device.set_status(device.status)
-            setup.check(Owner.VHOST)
+            setup.serves(Owner.VHOST)
 
 
 @pytest.mark.parametrize("times", TIMES)
@@ -137,14 +113,14 @@ def test_a_verb_that_fails_at_the_start_means_userspace(verb: str, pair: int, vr
     ("verb", "pair", "vring"), [("set_vring_base", 1, 0), ("set_backend", 1, 1), ("set_memory", 1, None)]
 )
 def test_the_same_with_a_worker_process(verb: str, pair: int, vring: int | None, times: str) -> None:
-    with faulty(vhost_first=False, worker_type=WorkerProcess) as setup:
+    with faulty(vhost_first=False, owner="process") as setup:
         setup.strike(verb, pair, vring, times)
         setup.device.set_use_vhost(True)
-        setup.check(Owner.USERSPACE)
+        setup.serves(Owner.USERSPACE)
         setup.device.set_status(setup.device.status)
-        setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+        setup.serves(Owner.VHOST if times == "once" else Owner.USERSPACE)
         setup.device.set_use_vhost(False)
-        setup.check(Owner.USERSPACE)
+        setup.serves(Owner.USERSPACE)
 
 
 @pytest.mark.parametrize("times", TIMES)
@@ -154,10 +130,10 @@ def test_the_index_is_right_even_if_vhost_does_not_tell_it(pair: int, vring: int
         fault = setup.strike("get_vring_base", pair, vring, times)
         for hits in range(1, scaled(20, 4)):
             setup.device.set_use_vhost(False)
-            setup.check(Owner.USERSPACE)
+            setup.serves(Owner.USERSPACE)
             assert fault.hits == (hits if times == "always" else 1)
             setup.device.set_use_vhost(True)
-            setup.check(Owner.VHOST)
+            setup.serves(Owner.VHOST)
 
 
 def test_everything_fails_at_once_and_the_indices_are_right() -> None:
@@ -169,7 +145,7 @@ def test_everything_fails_at_once_and_the_indices_are_right() -> None:
             setup.device.set_link(False)
             setup.device.set_link(True)
             setup.device.set_status(setup.device.status)
-            setup.check(Owner.USERSPACE)
+            setup.serves(Owner.USERSPACE)
         assert setup.device.fallbacks == setup.faults[1].hits == 2 * scaled(20, 4)
 
 
@@ -188,19 +164,19 @@ def test_logging_that_cannot_start_stays_off_and_stops_in_any_case(on: bool, ver
             with pytest.raises(BackendError, match=verb):
                 device.set_log(log)
             assert device.log is None
-            setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+            setup.serves(Owner.VHOST if times == "once" else Owner.USERSPACE)
             setup.faults.clear()
             device.set_log(log)
         else:
             device.set_log(None)
             assert fault.hits == (1 if times == "once" else 2)
-            setup.check(Owner.VHOST if times == "once" else Owner.USERSPACE)
+            setup.serves(Owner.VHOST if times == "once" else Owner.USERSPACE)
             setup.faults.clear()
         device.set_status(device.status)
-        setup.check(Owner.VHOST)
+        setup.serves(Owner.VHOST)
         # Whoever owns the rings does, or does not, write the log that was asked for.
         log.take()
-        setup.traffic.wait_for_more(200)
+        setup.wait_for(200)
         pages = log.take()
         assert bool(pages) == on
         device.set_log(None)
@@ -218,7 +194,7 @@ def test_many_failures_leak_nothing(verb: str) -> None:
                 setup.device.set_status(setup.device.status)
                 assert setup.owned_by(Owner.VHOST)
                 setup.device.set_use_vhost(False)
-        setup.check(Owner.USERSPACE)
+        setup.serves(Owner.USERSPACE)
 
 
 @pytest.mark.parametrize("datapath", ["vhost", "vhost-process"])
@@ -349,7 +325,7 @@ def test_a_fault_has_the_errno_that_it_names() -> None:
     with faulty(vhost_first=False) as setup:
         setup.faults.append(Fault.parse("set_vring_addr:1,0:ENOMEM"))
         setup.device.set_use_vhost(True)
-        setup.check(Owner.USERSPACE)
+        setup.serves(Owner.USERSPACE)
         assert isinstance(setup.device.last_error, BackendError)
         assert (setup.device.last_error.verb, setup.device.last_error.errno) == ("set_vring_addr", errno.ENOMEM)
 
@@ -360,7 +336,7 @@ def test_a_verb_that_is_slow_is_no_failure() -> None:
         began = time.monotonic()
         setup.device.set_use_vhost(True)
         assert time.monotonic() - began >= 2 * PAIRS * 0.05
-        setup.check(Owner.VHOST)
+        setup.serves(Owner.VHOST)
         assert setup.faults[0].hits == 2 * PAIRS
         assert setup.device.fallbacks == 0
 
@@ -371,7 +347,7 @@ def test_a_verb_may_be_slow_and_then_fail() -> None:
         began = time.monotonic()
         setup.device.set_use_vhost(True)
         assert time.monotonic() - began >= 0.05
-        setup.check(Owner.USERSPACE)
+        setup.serves(Owner.USERSPACE)
 
 
 def test_no_fault_strikes_that_is_not_armed() -> None:
@@ -379,5 +355,6 @@ def test_no_fault_strikes_that_is_not_armed() -> None:
         setup.faults.append(Fault("set_memory", times=-1))
         setup.faults.armed = False
         setup.device.set_use_vhost(True)
-        setup.check(Owner.VHOST)
+        setup.serves(Owner.VHOST)
         assert setup.faults[0].hits == 0
+        setup.faults.clear()

@@ -25,9 +25,11 @@ from vnetdp.device import vhost_net
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
 from vnetdp.endpoints.base import Endpoint
+from vnetdp.endpoints.frames import FrameEndpoint
 from vnetdp.endpoints.mailbox import MailboxEndpoint
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.shared.memory import GuestMemory
+from vnetdp.testing import Vnet
 from vnetdp.virtio import features as f
 from vnetdp.virtio.queue import RECEIVEQ, TRANSMITQ
 from vnetdp_kernels import rows as r
@@ -295,8 +297,8 @@ def test_a_change_calls_the_driver_and_a_pending_call_stays() -> None:
 # --- endpoints in Python ---
 
 
-class OneServer(MailboxEndpoint):
-    """Checks that only the thread of whoever polls it comes by (I6)."""
+class OneServer(FrameEndpoint):
+    """Sends each frame back, and checks that only the thread of whoever polls it comes by (I6)."""
 
     vhost: Datapath | None = None
     strangers = 0
@@ -317,40 +319,19 @@ class OneServer(MailboxEndpoint):
         self._look()
         super().transmit_frames(queue, frames)
 
+    def frame_received(self, frame: bytes, queue: int) -> bytes:
+        return frame
+
 
 def test_an_endpoint_in_python_is_served_by_its_owner_alone() -> None:
-    frames = scaled(3000, 200)
-    with (
-        no_descriptor_leaks(),
-        memory_for() as memory,
-        OneServer(limit=2 * frames) as endpoint,
-    ):
-        worker = Worker(1)
-        endpoint.vhost = worker.datapath
-        with NetDevice(memory, endpoint, vhost=worker) as device, Driver(device, memory) as driver:
-            assert driver.mailbox is not None
-            driver.mailbox.limit = 2 * frames
-            driver.start()
-            out: list[bytes] = []
-            back: list[bytes] = []
-
-            def collect() -> bool:
-                out.extend(endpoint.take())
-                back.extend(driver.receive())
-                return len(out) >= frames and len(back) >= frames
-
-            for n in range(frames):
-                data = frame(n, 64) + n.to_bytes(4, "little")
-                assert driver.send(data)
-                assert endpoint.put(data)
-                if n % 10 == 0:
-                    device.set_use_vhost(device.owner is not Owner.VHOST)
-                    collect()
-            wait_for(collect, "every frame arrives")
-            expected = [frame(n, 64) + n.to_bytes(4, "little") for n in range(frames)]
-            assert out == expected
-            assert back == expected
-        worker.close()
+    with no_descriptor_leaks(), OneServer() as endpoint:
+        with Vnet(endpoint) as vnet:
+            assert isinstance(vnet.worker, Worker)
+            with vnet.device.paused():
+                endpoint.vhost, endpoint.strangers = vnet.worker.datapath, 0
+            for _ in range(scaled(100, 20)):
+                vnet.change_owner(1)
+                vnet.wait_for(10)
         assert endpoint.strangers == 0
         assert endpoint.visits > 0
         assert endpoint.polls_started == endpoint.polls_stopped

@@ -26,6 +26,7 @@ from vnetdp.endpoints.loopback import GenerateEndpoint, Ledger, MacswapEndpoint,
 from vnetdp.errors import BackendError, ConfigError
 from vnetdp.guest.driver import memory_for
 from vnetdp.shared.memory import DirtyLog
+from vnetdp.testing import Vnet
 from vnetdp_kernels import rows as r
 
 SHORT_S = 0.5  # until a worker that hangs is given up, in place of 10 s
@@ -483,15 +484,10 @@ def test_an_endpoint_that_changes_its_device_while_another_thread_does_waits_for
         worker.close()
 
 
-@pytest.mark.parametrize("make", [lambda: Worker(1), lambda: WorkerProcess(1)], ids=["thread", "process"])
-def test_a_worker_that_hangs_for_a_while_goes_on_with_its_rings(make: Callable[[], Worker | WorkerProcess]) -> None:
-    with ExitStack() as stack:
-        bed = Bed(make())
-        stack.callback(bed.close)
-        bed.serve()
-        bed.worker.hang(0.05)
-        bed.moves()
-        assert bed.device.owner is Owner.VHOST
-        assert not bed.device.last_error
-        ledger = bed.settle()
-        assert not (ledger.lost or ledger.duplicated or ledger.reordered or ledger.corrupted), ledger
+@pytest.mark.vnet(owner=["thread", "process"])
+def test_a_worker_that_hangs_for_a_while_goes_on_with_its_rings(vnet: Vnet) -> None:
+    vnet.wait_for(100)
+    vnet.worker.hang(0.05)
+    vnet.wait_for(100)
+    assert vnet.device.owner is Owner.VHOST
+    assert not vnet.device.last_error

@@ -90,13 +90,6 @@ class BackEndProcess(Owned):
         """True until the process has ended."""
         return self._child.process.poll() is None
 
-    @property
-    def died(self) -> bool:
-        """True if the process has ended, and was not asked to. A process that is just ending is waited for."""
-        with suppress(Exception):
-            self._child.process.wait(child.TO_END_S)
-        return self._child.process.poll() not in (None, 0)
-
     def _ask(self, request: object) -> Any:
         """Return the process's answer; WorkError if it is an error, or if there is no process any more."""
         with self._lock:

@@ -21,6 +21,7 @@ from ..shared.memory import Words
 from ..virtio.queue import TRANSMITQ, queue_of
 
 _REMEMBERED: Final = r.LEDGER_WINDOW - 4096  # numbers of the window, whose oldest may be overwritten during a look
+_BATCH: Final = 64  # frames that an owner has taken at most, and not used yet
 _WORDS: Final = {"lost": "was lost", "doubled": "came twice", "late": "came late", "corrupted": "came damaged"}
 
 
@@ -207,7 +208,8 @@ class FrameLedger:
             else:
                 first = before.number if before.index == index else placed
             if died or left_behind:
-                low, high = min(way.following(pair), first), way.sent(pair) if died else first
+                in_hand = min(way.sent(pair), first + _BATCH) if way.vring == TRANSMITQ else way.sent(pair)
+                low, high = min(way.following(pair), first), in_hand if died else first
                 self._under_way.setdefault((w, pair), []).append((low, high))
             self._log.add(pair, way.vring, _Bound(first, index, owner))
         self.look()

@@ -25,7 +25,6 @@ from ..endpoints.base import Endpoint
 from ..endpoints.loopback import GenerateEndpoint
 from ..errors import ConfigError, GuestError, place, reason
 from ..guest.driver import Driver, memory_for
-from ..system import child
 from ..vhost_user.front_end.front_end import VhostUserFrontEnd
 from ..vhost_user.front_end.watch import Watch
 from ..virtio import features as f
@@ -113,6 +112,8 @@ class Vnet:
         self._stack = ExitStack()
         self._open = False
         self._seen_hung = False
+        self._front_end: VhostUserFrontEnd | None = None
+        self._found: AssertionError | None = None  # it has the state of the device already
 
     # --- making it ---
 
@@ -162,7 +163,6 @@ class Vnet:
     def _make_device(self, made: ExitStack) -> NetDevice:
         backends: Sequence[Backend] = ()
         offered = None
-        front_end: VhostUserFrontEnd | None = None
         if self.owner == "thread":
             self.worker = worker = Worker(self.pairs)
             made.callback(worker.close)
@@ -172,8 +172,8 @@ class Vnet:
             made.callback(process.close)
             backends = process.backends
         elif self.owner == "vhost-user":
-            front_end = self._connect(made)
-            backends, offered = front_end.backends, front_end.features
+            self._front_end = self._connect(made)
+            backends, offered = self._front_end.backends, self._front_end.features
         vhost = [Recorder(backend, pair, self.faults, self.history) for pair, backend in enumerate(backends)]
         device = made.enter_context(
             NetDevice(
@@ -181,8 +181,8 @@ class Vnet:
                 max_num=max(1024, self._num),
             )
         )  # fmt: skip
-        if front_end is not None:
-            watch = Watch(front_end, device)
+        if self._front_end is not None:
+            watch = Watch(self._front_end, device)
             made.callback(watch.close)
         return device
 
@@ -281,9 +281,8 @@ class Vnet:
         if (frames or more) and (drops := self._drops()):
             wrong.append(f"the endpoint's own counters: {drops}")
         if last:
-            wrong += [
-                f"the fault {fault.verb} never struck: no such verb was run" for fault in self.faults if not fault.hits
-            ]
+            idle = [fault.text or fault.verb for fault in self.faults if not fault.hits]
+            wrong += [f"the fault {name} never struck: no such verb was run" for name in idle]
         if wrong:
             raise self._error(wrong)
 
@@ -298,7 +297,7 @@ class Vnet:
         try:
             if error is None:
                 self.settle()
-            elif not isinstance(error, _FoundError):
+            elif error is not self._found:
                 error.add_note(self._state())
         finally:
             for fate in self.ledger.fates:
@@ -323,7 +322,7 @@ class Vnet:
     def _owner_changed(self, gone: bool) -> None:
         device = self.device
         was, self._was = self._was, device.owner
-        died = was is Owner.VHOST and gone and _died(self.worker)
+        died = was is Owner.VHOST and self._lost(gone)
         elsewhere = (
             was is not Owner.NOBODY and self.owner == "vhost-user" and not isinstance(self.endpoint, GenerateEndpoint)
         )
@@ -337,6 +336,12 @@ class Vnet:
         self._check.owner_changed()
         for text in self._check.violations[seen:]:
             self.history.add("violation", owner=self._named(device.owner), text=text)
+
+    def _lost(self, gone: bool) -> bool:
+        """Return whether a process that had the rings died, rather than gave them back. gone: it did not answer."""
+        if self._front_end is not None:
+            return self._front_end.gone or not self._front_end.connected
+        return gone and isinstance(self.worker, WorkerProcess)
 
     def _named(self, owner: Owner) -> str:
         if owner is not Owner.VHOST:
@@ -387,8 +392,9 @@ class Vnet:
             f"{name} {n}" for name, n in counts.items() if n and (name.startswith("dropped") or name == "errors")
         )
 
-    def _error(self, lines: Sequence[str]) -> _FoundError:
-        return _FoundError("\n".join([*lines, self._state()]))
+    def _error(self, lines: Sequence[str]) -> AssertionError:
+        self._found = AssertionError("\n".join([*lines, self._state()]))
+        return self._found
 
     def _state(self) -> str:
         """Return a line about the device, its owner and its traffic."""
@@ -438,22 +444,6 @@ class Vnet:
 
     def _hung(self) -> str:
         return where_hung(self.endpoint, self._patience_s)
-
-
-class _FoundError(AssertionError):
-    """What a `Vnet` found wrong, with the state of its device."""
-
-
-def _died(worker: Worker | WorkerProcess | BackEndProcess) -> bool:
-    """Return whether a process has ended by itself, or by a signal; one that is just ending is waited for."""
-    if isinstance(worker, BackEndProcess):
-        return worker.died
-    if isinstance(worker, Worker):
-        return False
-    until = time.monotonic() + child.TO_END_S
-    while worker.alive and time.monotonic() < until:
-        time.sleep(_LOOK_S)
-    return not worker.alive
 
 
 def _raised(errors: int, text: str) -> str:
