@@ -10,7 +10,18 @@ import pytest
 from tests.programs.test_drive_serve import served
 from tests.support.by_hand import no_descriptor_leaks
 from tests.vhost_user.card import NUM, Card, attached
-from vnetdp import Driver, EchoEndpoint, Fault, Faults, MailboxEndpoint, NetDevice, Owner, memory_for
+from vnetdp import (
+    BackendError,
+    DirtyLog,
+    Driver,
+    EchoEndpoint,
+    Fault,
+    Faults,
+    MailboxEndpoint,
+    NetDevice,
+    Owner,
+    memory_for,
+)
 
 AT_START = [
     "set_features",
@@ -56,6 +67,24 @@ def test_a_ring_that_cannot_be_given_back_is_free_for_the_next_front_end(tmp_pat
             card.wait_for_more()
             card.close()
         faults.clear()
+        is_served(path)
+
+
+def test_a_dirty_log_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    faults = Faults()
+    path = tmp_path / "s"
+    with no_descriptor_leaks(), EchoEndpoint() as endpoint, served(endpoint, path, faults=faults):
+        with attached(str(path)) as front_end:
+            card = Card(front_end)
+            with DirtyLog(card.memory.end) as log:
+                faults.append(Fault("set_log"))
+                with pytest.raises(BackendError):
+                    card.device.set_log(log)
+                card.wait_for_more()
+                card.device.set_log(log)
+                card.wait_for_more()
+                card.device.set_log(None)
+                card.close()
         is_served(path)
 
 
