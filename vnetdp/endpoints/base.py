@@ -41,7 +41,8 @@ def frame_len(mtu: int) -> int:
 class Endpoint(Owned):
     """Where frames meet the outside: the base of all endpoints. Queue i serves queue pair i; there are 1 to 32768 queues.
 
-    An endpoint in Python is a subclass that overrides `receive_frames` and `transmit_frames`, and more as needed.
+    An endpoint in Python is a subclass that overrides `receive_frames` and `transmit_frames`, and more as needed; one of
+    `FrameEndpoint` needs neither batches nor headers.
     They are called in the thread that runs the rings, one call at a time. An exception drops the frames at hand, is
     counted (`errors`) and logged once, and stops nothing. A frame is virtio_net_hdr (12 bytes; zeros will do), then
     Ethernet without its FCS, 65600 bytes at most in all. `block_fd` is internal.

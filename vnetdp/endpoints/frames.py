@@ -36,7 +36,7 @@ class QueuedEndpoint(Endpoint):
             if len(self._to_ring[queue]) >= self.limit:
                 return False
             self._to_ring[queue].append(header + frame)
-        self.wake(queue)
+        self._wake(queue)
         return True
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:

@@ -8,7 +8,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from ...endpoints.announce import rarp
 from ...endpoints.base import Endpoint
@@ -51,6 +51,17 @@ _EVERY = _F(sum(_F))
 # as DPDK's; INBAND_NOTIFICATIONS is taken by Linux wherever it is offered, and slow.
 USUAL_PROTOCOL_FEATURES = _EVERY & ~(_F.DEVICE_STATE | _F.INBAND_NOTIFICATIONS)
 MAX_MEM_SLOTS = 509  # as many as the kernel's vhost has, and memory hot-plug asks for
+
+
+@contextmanager
+def _closed_unless_taken(event: EventFd | None) -> Iterator[None]:
+    """Close a descriptor, which no one else knows of, if the verb in the block fails."""
+    try:
+        yield
+    except BaseException:
+        if event is not None:
+            event.close()
+        raise
 
 
 class Session:
@@ -260,7 +271,8 @@ class Session:
         index, event = self._take_event(Request.SET_VRING_KICK, payload, fds)
         ring = self._vrings.rings[index]
         backend, vring = self._vrings.backend(index)
-        backend.set_vring_kick(vring, event)
+        with _closed_unless_taken(event):
+            backend.set_vring_kick(vring, event)
         if ring.kick is not None:
             ring.kick.close()
         ring.kick = event
@@ -273,7 +285,8 @@ class Session:
         event = event or self._inband_event(BackendRequest.VRING_CALL)
         backend, vring = self._vrings.backend(index)
         with self._vrings.standing_still():
-            backend.set_vring_call(vring, event)
+            with _closed_unless_taken(event):
+                backend.set_vring_call(vring, event)
             if ring.call is not None:
                 ring.call.close()
             ring.call = event

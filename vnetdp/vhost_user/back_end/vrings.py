@@ -393,12 +393,16 @@ class Vrings:
 
     def set_log(self, log: DirtyLog) -> None:
         """Mark writes to guest memory in *log*, which is ours from now on."""
-        before, self._log_area = self._log_area, log
+        before = self._log_area
         with self.standing_still():
-            for backend in self._worker.backends:
-                backend.set_log(log)
-        if before is not None:
-            before.close()
+            try:
+                for backend in self._worker.backends:
+                    backend.set_log(log)
+            finally:  # a verb that failed leaves the one before in use
+                taken = self._worker.datapath.log is log
+                self._log_area, other = (log, before) if taken else (before, log)
+                if other is not None:
+                    other.close()
 
     def close(self) -> None:
         """Stop all rings, and give up every mapping and descriptor of theirs."""
