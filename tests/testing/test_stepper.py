@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import Phase, given, settings
 
 from tests.support.by_hand import CAMPAIGN, no_descriptor_leaks, scaled
 from tests.testing import wires
-from vnetdp import ConfigError
+from vnetdp import ConfigError, UserspaceBackend
+from vnetdp.backends.verbs import GetVringBase, SetLog
 from vnetdp.testing import Schedule, ScheduleError, Setup, Stepper, replay
 from vnetdp.testing.__main__ import main
 from vnetdp.testing.strategies import schedules
@@ -122,6 +124,28 @@ def test_a_broken_wire_breaks_the_invariant_at_the_step_where_it_shows(wire: str
         outcome.check()
     assert caught.value.violations == outcome.violations
     assert replay(str(caught.value)) == outcome
+
+
+def one_too_few(backend: UserspaceBackend, verb: GetVringBase) -> int:
+    return (GOOD_BASE(backend, verb) or 0) - 1 & 0xFFFF
+
+
+GOOD_BASE = UserspaceBackend._RUN[GetVringBase]
+
+
+@pytest.mark.parametrize(
+    ("verb", "broken", "says"),
+    [
+        (GetVringBase, one_too_few, "I3: queue 1 goes on at 2, and used.idx is 3"),
+        (SetLog, lambda *_: 0, "I8: page 19 was written, and is not in the dirty log"),
+    ],
+)
+def test_a_verb_that_does_its_work_wrongly_is_found_at_once(
+    monkeypatch: pytest.MonkeyPatch, verb: type, broken: Callable[..., int], says: str
+) -> None:
+    monkeypatch.setitem(UserspaceBackend._RUN, verb, broken)
+    steps = ["send wire 0 1 60", "send guest 0 3 60", "log on", "guest 64", "vhost 64", "link down"]
+    assert says in replay(Schedule.of(Setup(), steps)).violations
 
 
 def test_a_page_that_is_written_past_the_dirty_log_is_found() -> None:
