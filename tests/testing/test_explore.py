@@ -82,7 +82,7 @@ def test_a_job_that_cannot_be_done_is_refused(job: Job, text: str) -> None:
 def test_a_search_whose_process_is_killed_says_so() -> None:
     killed: list[int] = []
 
-    def kill(line: str) -> None:
+    def kill(_: str) -> None:
         if not killed:
             killed.extend(children(os.getpid())[-1:])
             os.kill(killed[0], signal.SIGKILL)

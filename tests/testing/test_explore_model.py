@@ -49,7 +49,7 @@ def outcomes(model: str, *programs: str) -> set[tuple[int, ...]]:
     actors = [Program(f"p{k}", text) for k, text in enumerate(programs)]
     layout = Layout(2, False, False)
     search = Search([actor.first() for actor in actors], bytes(layout.length), layout, model, check)
-    assert search.run(100_000, lambda states: None).whole
+    assert search.run(100_000, lambda _: None).whole
     return found
 
 

@@ -1,8 +1,8 @@
 """All schedules of driver, device, hand-over and dirty-log reader over tiny rings, with the kernels that are shipped.
 
 A search runs in a process of its own, in which the kernels are plain Python: each of their operations on shared memory
-(`platform/atomic.py`) is a point where another actor may go on, where a store may be on its way to memory still, and where the
-device may be killed. docs/explore.md has the scenarios, the mutants that prove the search, and its size.
+(`platform/atomic.py`) is a point where another actor may go on, where a store may be on its way to memory still, and where
+the device may be killed. docs/explore.md has the scenarios, the mutants that prove the search, and its size.
 
 `python -m vnetdp.testing.explore` makes all searches; `explore` makes one, from Python.
 """

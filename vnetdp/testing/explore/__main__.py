@@ -17,9 +17,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Look at all schedules of tiny scenarios, with the kernels that are shipped. "
         "Exit status: 0 if no scenario has a fault and every mutant is found, 1 if not, 2 for wrong arguments.",
     )
-    parser.add_argument(
-        "scenario", nargs="*", metavar="SCENARIO", help=f"which (default: all): {', '.join(SCENARIOS)}"
-    )
+    parser.add_argument("scenario", nargs="*", metavar="SCENARIO", help=f"which (default: all): {', '.join(SCENARIOS)}")
     parser.add_argument(
         "--mutant",
         metavar="NAME",
@@ -28,7 +26,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=("tso", "weak"), help="the order of stores (default: that of the scenario)")
     parser.add_argument("--extra", type=int, default=0, metavar="N", help="N frames more in each direction")
     parser.add_argument(
-        "--most-states", type=int, default=MOST_STATES, metavar="N", help="give up after N states (default: %(default)s)"
+        "--most-states",
+        type=int,
+        default=MOST_STATES,
+        metavar="N",
+        help="give up after N states (default: %(default)s)",
     )
     parser.add_argument("--schedule", default="", metavar="STEPS", help="replay a schedule, as a report prints it")
     return parser

@@ -1,8 +1,8 @@
 """An actor's local states: what it does next, found by running its function with the answers that it got so far.
 
-An actor is a function, called turn after turn, whose whole state between two turns lies in one block of memory and one value.
-`Node` is a state of it: at an operation, with a value to come. The search is over nodes, not over threads: a node that
-was reached once is never computed again, in whatever state the other actors are.
+An actor is a function, called turn after turn, whose whole state between two turns lies in one block of memory and one
+value. `Node` is a state of it: at an operation, with a value to come. The search is over nodes, not over threads: a node
+that was reached once is never computed again, in whatever state the other actors are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .operations import Answer, Doorbell, Effect, Operation, Pause, Record, Running, Wrong
+from .operations import Answer, Doorbell, Effect, Operation, Pause, Record, RuleError, Running
 
 _BLOCK = 16384
 _Start = tuple[bytes, Hashable]
@@ -28,7 +28,7 @@ class _Run(NamedTuple):
 
 
 class Node:
-    """A state of an actor: it did *effects*, and is at *operation*; None = its program has ended, by *fault* if there is one.
+    """A state of an actor: it did *effects*, and is at *operation*; None = its program has ended, by *fault* if it has one.
 
     outcome: of `Actor.outcome`, as it is here.
     """
@@ -46,7 +46,7 @@ class Node:
         self.outcome: Any = None
         try:
             self.outcome = actor.outcome()
-        except Wrong as e:
+        except RuleError as e:
             self.operation, self.fault = None, f"{actor.name}: {e}"
         self._run = run
         self._next: dict[Answer, Node] = {}
@@ -93,7 +93,7 @@ class Actor:
         return array
 
     def turn(self) -> bool:
-        """Do a part of the program; False if that was the last one. `Wrong` if a rule is broken."""
+        """Do a part of the program; False if that was the last one. `RuleError` if a rule is broken."""
         raise NotImplementedError
 
     def outcome(self) -> Any:
@@ -122,7 +122,7 @@ class Actor:
             goes_on = self.turn()
         except Pause as pause:
             return Node(self, run, tuple(record.effects), pause.operation)
-        except (Wrong, IndexError) as e:
+        except (RuleError, IndexError) as e:
             return Node(self, run, tuple(record.effects), None, f"{self.name}: {e}")
         effects = tuple(record.effects)
         return self._begin(self.save(), effects) if goes_on else Node(self, run, effects, None)

@@ -143,5 +143,9 @@ class Layout:
             fields = {r.JOURNAL_RECEIVEQ_IDX: "receiveq_idx", r.JOURNAL_TRANSMITQ_IDX: "transmitq_idx"}
             return f"{QUEUES[queue]}.journal.{fields.get(rest, 'valid')}"
         queue, rest = divmod(into, self.area.area_at(1))
-        fields = {spec.INFLIGHT_VERSION: "version", spec.INFLIGHT_DESC_NUM: "desc_num", spec.INFLIGHT_USED_IDX: "used_idx"}
+        fields = {
+            spec.INFLIGHT_VERSION: "version",
+            spec.INFLIGHT_DESC_NUM: "desc_num",
+            spec.INFLIGHT_USED_IDX: "used_idx",
+        }
         return f"{QUEUES[queue]}.inflight.{fields.get(rest, f'+{rest}')}"

@@ -64,9 +64,7 @@ def before(buffer: Buffer, index: int, model: str) -> list[int]:
 
 def without(buffer: Buffer, gone: list[int]) -> Buffer:
     """Return the buffer once the stores at the indices *gone* have reached memory."""
-    return tuple(
-        Held(store, bound or k < gone[-1]) for k, (store, bound) in enumerate(buffer) if k not in gone
-    )
+    return tuple(Held(store, bound or k < gone[-1]) for k, (store, bound) in enumerate(buffer) if k not in gone)
 
 
 def values(image: bytes, buffer: Buffer, past: Past, at: int, length: int) -> Iterator[tuple[bytes, int]]:

@@ -45,14 +45,16 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "receive-event-idx": Scenario("the same with EVENT_IDX", event_idx=True, received=(1, 1)),
     "transmit-weak": Scenario("driver sends, device drains", model="weak", event_idx=True, sent=(1, 1)),
     "receive-weak": Scenario("device fills, driver receives", model="weak", event_idx=True, received=(1, 1)),
-    "hand-over": Scenario(
-        "driver sends; the device changes its owner", event_idx=True, sent=(1, 1), hand_overs=1
-    ),
+    "hand-over": Scenario("driver sends; the device changes its owner", event_idx=True, sent=(1, 1), hand_overs=1),
     "dirty-log": Scenario(
         "device fills two batches; a reader takes the log twice", num=4, driver=False, received=(1, 2), reader=2
     ),
     "dirty-log-killed": Scenario(
-        "device fills two batches, and is killed; a reader takes the log", driver=False, received=(1, 1), reader=1, kills=1
+        "device fills two batches, and is killed; a reader takes the log",
+        driver=False,
+        received=(1, 1),
+        reader=1,
+        kills=1,
     ),
     "recovery-killed": Scenario(
         "driver sends; the device is killed, and its successor, too", event_idx=True, sent=(1,), kills=2, fresh=True

@@ -1,10 +1,10 @@
 """The search: all schedules of a scenario's actors, breadth first, so that the first fault found has a shortest schedule.
 
-A state is the image and, for each actor, its node, its place among the node's effects, its store buffer, and the past of memory
-that it may still read. A step is one choice: an actor goes on from its operation, a store reaches memory, an actor is
+A state is the image and, for each actor, its node, its place among the node's effects, its store buffer, and the past of
+memory that it may still read. A step is one choice: an actor goes on from its operation, a store reaches memory, an actor is
 killed. Two things are left out, as they lead to nothing else:
 
-* Operations on memory that no two actors share (one of them writing) are no choice: they are done along with the step before.
+* Operations on memory that no two actors share (one of them writing) are no choice: the step before has them with it.
   The search learns which memory that is, and begins anew when it has learnt.
 * A store reaches memory no earlier than it has to: when its actor waits for that, or another actor is at an operation that
   can tell the difference.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from . import memory_model as order
 from .actors import Node
 from .layout import Layout
-from .operations import DOORBELL, FENCE, Answer, Operation, Store, Wrong
+from .operations import DOORBELL, FENCE, Answer, Operation, RuleError, Store
 from .recovery import recoveries
 
 _PROGRESS_S = 1.0
@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A choice: actor *who* goes on (its choice *which*), a store of its buffer arrives (at index *which*), or it is killed."""
+    """A choice: actor *who* goes on (to value *which*), a store of its buffer arrives (that at *which*), or it is killed."""
 
     who: int
     verb: str  # go, store, kill
@@ -252,7 +252,7 @@ class Search:
         place = state.places[who]
         try:
             broken_off, image, base = recoveries(self._layout, state.image, queue)
-        except Wrong as e:
+        except RuleError as e:
             self._tell(who, f"can't recover queue {queue}", step=Step(who, "go", 0))
             yield _put(state, who, Place(place.node.with_fault(str(e)), 0, (), ()))
             return
@@ -395,10 +395,9 @@ class Search:
 
 def _sees(place: Place, store: Store) -> bool:
     """Return whether the next operation of an actor, or a store in its buffer, touches the place of *store*."""
-    operation = place.node.operation
-    if operation is not None and place.done == len(place.node.effects):
-        if operation.kind == "recover" or order.meet(store, operation.at, operation.length):
-            return True
+    operation = place.node.operation if place.done == len(place.node.effects) else None
+    if operation and (operation.kind == "recover" or order.meet(store, operation.at, operation.length)):
+        return True
     return any(order.meet(store, held.at, len(held.data)) for held, _ in place.buffer)
 
 

@@ -9,7 +9,7 @@ from vnetdp_kernels import spec
 
 from .actors import Actor
 from .layout import BUFFER_LEN, LOG_LEN, QUEUES, Layout
-from .operations import Direct, Running, Wrong
+from .operations import Direct, RuleError, Running
 from .parties import RX, TX, Device, DeviceKept, DeviceOutcome, Driver, Reader, number_of
 from .recovery import recoveries
 from .scenarios import Scenario
@@ -29,7 +29,9 @@ class World:
         if layout.area is not None and not scenario.fresh:
             for queue in range(len(QUEUES)):
                 image[:] = recoveries(layout, bytes(image), queue)[1]
-        kept = DeviceKept(kills=scenario.kills, hand_overs=scenario.hand_overs, dead=scenario.fresh, budget=scenario.budget)
+        kept = DeviceKept(
+            kills=scenario.kills, hand_overs=scenario.hand_overs, dead=scenario.fresh, budget=scenario.budget
+        )
         self.actors: list[Actor] = [Device(layout, scenario.event_idx, kind, scenario.received, kept)]
         if scenario.driver:
             self.actors.append(driver)
@@ -60,7 +62,7 @@ class World:
             return f"all sleep while chains wait in the transmitq: avail.idx is {avail}, used.idx {used}"
         try:
             got = outcomes["driver"] if scenario.driver else self._received(state.image)
-        except Wrong as e:
+        except RuleError as e:
             return str(e)
         fault = _compare("received", got, sent if scenario.echo else device.due)
         if fault:
