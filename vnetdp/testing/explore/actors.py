@@ -33,7 +33,7 @@ class Node:
     outcome: of `Actor.outcome`, as it is here.
     """
 
-    __slots__ = ("_next", "_run", "actor", "effects", "fault", "kept", "operation", "outcome")
+    __slots__ = ("_next", "_run", "_successor", "actor", "effects", "fault", "kept", "operation", "outcome")
 
     def __init__(
         self, actor: Actor, run: _Run, effects: tuple[Effect, ...], operation: Operation | None, fault: str = ""
@@ -50,6 +50,7 @@ class Node:
             self.operation, self.fault = None, f"{actor.name}: {e}"
         self._run = run
         self._next: dict[Answer, Node] = {}
+        self._successor: tuple[Node | None] | None = None
 
     def after(self, answer: Answer) -> Node:
         """Return the state that the operation leads to, if its value is *answer*."""
@@ -57,6 +58,12 @@ class Node:
         if node is None:
             node = self._next[answer] = self.actor.run(_Run(self._run.start, (*self._run.answers, answer)))
         return node
+
+    def successor(self) -> Node | None:
+        """Return the first state of the actor's successor, if it is killed here; None if it is not to be killed here."""
+        if self._successor is None:
+            self._successor = (self.actor.killed(self),)
+        return self._successor[0]
 
     def behind(self, before: tuple[Effect, ...]) -> Node:
         """Return the same state, with the effects *before* still to be done."""
@@ -91,6 +98,10 @@ class Actor:
         array: npt.NDArray[Any] = np.frombuffer(self._block.data, dtype, count, self._used).reshape(shape)
         self._used += -(-array.nbytes // 8) * 8
         return array
+
+    def clear(self) -> None:
+        """Zero the block, for a successor."""
+        self._block[:] = 0
 
     def turn(self) -> bool:
         """Do a part of the program; False if that was the last one. `RuleError` if a rule is broken."""

@@ -284,7 +284,7 @@ class Device(Actor):
         kept: DeviceKept = node.kept
         if not kept.kills:
             return None
-        self._owners[:] = 0
+        self.clear()
         self._port.reset()
         seen: DeviceOutcome = node.outcome
         self.kept = kept._replace(kills=kept.kills - 1, dead=True, fed=seen.taken, got=seen.got)

@@ -12,6 +12,7 @@ killed. Two things are left out, as they lead to nothing else:
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections import deque
@@ -101,6 +102,7 @@ class Search:
         self._shared = bytearray(len(image))
         self._private: dict[tuple[int, int, int, bool], bool] = {}
         self._has_learnt = False
+        self._recoveries = functools.cache(functools.partial(recoveries, layout))
         self._told: list[Done] | None = None
 
     def _tell(self, who: int, verb: str, at: int = -1, data: bytes = b"", step: Step | None = None) -> None:
@@ -135,7 +137,8 @@ class Search:
             self._is_private(who, at, len(data), True)
             self._tell(who, "arrives", at, data, Step(who, "store", index - gone))
             state = self._write(state, who, at, data)
-        return _put(state, who, state.places[who]._replace(buffer=order.without(buffer, indices)))
+        node, done, _, past = state.places[who]
+        return _put(state, who, Place(node, done, order.without(buffer, indices), past))
 
     def _drain(self, state: State, who: int) -> State:
         return self._arrive(state, who, list(range(len(state.places[who].buffer))))
@@ -159,16 +162,15 @@ class Search:
     def _settle(self, state: State, who: int) -> State:
         """Have an actor do all that is no choice: its stores into the buffer, and what concerns no other actor."""
         while True:
-            place = state.places[who]
-            node, done, buffer, _ = place
+            node, done, buffer, past = state.places[who]
             if done < len(node.effects):
                 effect = node.effects[done]
                 if effect is not FENCE:
                     self._tell(who, "stores", effect.at, effect.data)
-                    state = _put(state, who, place._replace(done=done + 1, buffer=(*buffer, order.Held(effect, False))))
+                    state = _put(state, who, Place(node, done + 1, (*buffer, order.Held(effect, False)), past))
                     continue
                 if not buffer:
-                    state = _put(state, who, place._replace(done=done + 1, past=()))
+                    state = _put(state, who, Place(node, done + 1, (), ()))
                     continue
             if buffer and not node.actor.mortal:
                 indices = self._private_stores(who, buffer)
@@ -251,14 +253,14 @@ class Search:
     def _recover(self, state: State, who: int, queue: int) -> Iterator[State]:
         place = state.places[who]
         try:
-            broken_off, image, base = recoveries(self._layout, state.image, queue)
+            broken_off, image, base = self._recoveries(state.image, queue)
         except RuleError as e:
             self._tell(who, f"can't recover queue {queue}", step=Step(who, "go", 0))
             yield _put(state, who, Place(place.node.with_fault(str(e)), 0, (), ()))
             return
         self._tell(who, f"recovers queue {queue}: index {base}", step=Step(who, "go", 0))
         yield self._go(State(image, state.places), who, base, ())
-        successor = place.node.actor.killed(place.node)
+        successor = place.node.successor()
         for k, image in enumerate(broken_off if successor is not None else ()):
             self._tell(who, f"is killed at store {k} of the recovery of queue {queue}", step=Step(who, "go", k + 1))
             yield _put(State(image, state.places), who, Place(successor or place.node, 0, (), ()))
@@ -270,7 +272,7 @@ class Search:
     def _kills(self, state: State, who: int) -> Iterator[State]:
         """Kill the actor after each of the stores that are in its buffer: those before have been executed, and arrive."""
         place = state.places[who]
-        successor = place.node.actor.killed(place.node)
+        successor = place.node.successor()
         if successor is None:
             return
         executed = max((k + 1 for k, held in enumerate(place.buffer) if held.bound), default=0)
