@@ -138,6 +138,8 @@ class Search:
             self._tell(who, "arrives", at, data, Step(who, "store", index - gone))
             state = self._write(state, who, at, data)
         node, done, _, past = state.places[who]
+        gone_stores = [buffer[index].store for index in indices]
+        past = tuple(old for old in past if not any(order.meet(old, at, len(data)) for at, data, _ in gone_stores))
         return _put(state, who, Place(node, done, order.without(buffer, indices), past))
 
     def _drain(self, state: State, who: int) -> State:
