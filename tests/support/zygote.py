@@ -52,10 +52,12 @@ def popen(args: Sequence[str | bytes], **options: Any) -> subprocess.Popen[Any]:
     return subprocess.Popen(args, **options)
 
 
-def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
+def start(
+    code: str, parent: socket.socket, passed: Sequence[int], env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Be `vnetdp.system.child.start`."""
-    if not _serves(os.environ):
-        return _start(code, parent, passed)
+    if not _serves({**os.environ, **(env or {})}):
+        return _start(code, parent, passed, env)
     fd = parent.fileno()
     text = f"from {child.__name__} import follow; follow({fd}); {code}"
     return _Forked([sys.executable, "-c", text], pass_fds=(fd, *passed), process_group=0)

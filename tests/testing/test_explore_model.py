@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from tests.support.by_hand import CAMPAIGN
 from vnetdp.testing.explore.actors import Actor
 from vnetdp.testing.explore.layout import Layout
 from vnetdp.testing.explore.operations import Operation, Running
@@ -38,8 +41,8 @@ class Program(Actor):
         return False
 
 
-def outcomes(model: str, *programs: str) -> set[tuple[int, ...]]:
-    """Return the values that the programs' loads can have together."""
+def outcomes(model: str, *programs: str, every: bool = False) -> set[tuple[int, ...]]:
+    """Return the values that the programs' loads can have together. every: of `Search`."""
     found: set[tuple[int, ...]] = set()
 
     def check(state: State) -> str:
@@ -48,8 +51,8 @@ def outcomes(model: str, *programs: str) -> set[tuple[int, ...]]:
 
     actors = [Program(f"p{k}", text) for k, text in enumerate(programs)]
     layout = Layout(2, False, False)
-    search = Search([actor.first() for actor in actors], bytes(layout.length), layout, model, check)
-    assert search.run(100_000, lambda states: None).whole
+    search = Search([actor.first() for actor in actors], bytes(layout.length), layout, model, check, every)
+    assert search.run(100_000, lambda _: None).whole
     return found
 
 
@@ -82,6 +85,30 @@ def test_no_load_sees_an_older_value_than_the_one_before_it_from_the_same_place(
     assert outcomes(model, "x=1 x", "") == {(1,)}
 
 
+def test_no_load_sees_an_older_value_than_its_own_programs_store() -> None:
+    assert outcomes("weak", "y=1 +y", "y=1") == {(1,)}
+
+
 @pytest.mark.parametrize("model", ["tso", "weak"])
 def test_a_load_does_not_see_a_store_that_comes_later_in_its_own_program(model: str) -> None:
     assert (1, 1) not in outcomes(model, "x y=1", "y x=1")
+
+
+@pytest.mark.parametrize("model", ["tso", "weak"])
+def test_the_schedules_that_are_left_out_have_no_outcome_of_their_own(model: str) -> None:
+    choices = random.Random(model)
+    operations = [
+        *(before + place for place in PLACES for before in ("", "+")),
+        "x=1",
+        "y=1",
+        "x:=1",
+        "y:=1",
+        "|",
+        "x|=1",
+        "y|=1",
+    ]
+    for _ in range(500 if CAMPAIGN else 25):
+        programs = [
+            " ".join(choices.choices(operations, k=choices.randint(1, 4))) for _ in range(choices.choice((2, 2, 3)))
+        ]
+        assert outcomes(model, *programs) == outcomes(model, *programs, every=True), programs

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,18 +23,21 @@ _SLOW_S: Final = 20.0  # for a process that runs, on a busy machine
 LOOK_S: Final = 0.1  # between two looks at a process, while its answer is waited for
 
 
-def start(code: str, parent: socket.socket, passed: Sequence[int]) -> subprocess.Popen[bytes]:
+def start(
+    code: str, parent: socket.socket, passed: Sequence[int], env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a Python process that runs *code*, and has the descriptors of *parent* and *passed*.
 
-    parent: the child's end of a pair of sockets. The child is in a process group of its own: a signal from the terminal is
-    for us alone, and we end it. The group is in our session, so that the kernel wakes a child that is stopped when we die.
+    parent: the child's end of a pair of sockets. env: variables of its environment, beside ours. The child is in a process
+    group of its own: a signal from the terminal is for us alone, and we end it. The group is in our session, so that the
+    kernel wakes a child that is stopped when we die.
     """
     fd = parent.fileno()
     with limits.giving("a process"):
         return subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import follow; follow({fd}); {code}"],
             pass_fds=(fd, *passed),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, **(env or {}), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             process_group=0,
         )
 

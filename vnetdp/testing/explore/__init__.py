@@ -1,8 +1,8 @@
 """All schedules of driver, device, hand-over and dirty-log reader over tiny rings, with the kernels that are shipped.
 
 A search runs in a process of its own, in which the kernels are plain Python: each of their operations on shared memory
-(`platform/atomic.py`) is a point where another actor may go on, where a store may be on its way to memory still, and where the
-device may be killed. docs/explore.md has the scenarios, the mutants that prove the search, and its size.
+(`platform/atomic.py`) is a point where another actor may go on, where a store may be on its way to memory still, and where
+the device may be killed. docs/explore.md has the scenarios, the mutants that prove the search, and its size.
 
 `python -m vnetdp.testing.explore` makes all searches; `explore` makes one, from Python.
 """
@@ -28,7 +28,7 @@ from .scenarios import Scenario as Scenario
 __all__ = ["MUTANTS", "SCENARIOS", "Job", "Mutant", "Report", "Scenario", "explore", "explore_all"]
 
 _MODELS = ("tso", "weak")
-_CODE = "import os; os.environ['NUMBA_DISABLE_JIT'] = '1'; from {}.run import main; main({})"
+_PLAIN = {"NUMBA_DISABLE_JIT": "1"}
 
 
 def explore(job: Job, progress: Callable[[str], None] | None = None) -> Report:
@@ -55,7 +55,8 @@ def explore_all(jobs: Iterable[Job], progress: Callable[[str], None] | None = No
         ours, theirs = limits.socket_pair(socket.SOCK_STREAM)
         made.enter_context(ours)
         with theirs:
-            process = child.start(_CODE.format(__name__, theirs.fileno()), theirs, ())
+            code = f"from {__name__}.run import main; main({theirs.fileno()})"
+            process = child.start(code, theirs, (), _PLAIN)
         made.callback(process.wait)
         made.callback(process.kill)
         searcher = child.Child(process, ours)

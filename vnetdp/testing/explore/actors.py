@@ -1,8 +1,8 @@
 """An actor's local states: what it does next, found by running its function with the answers that it got so far.
 
-An actor is a function, called turn after turn, whose whole state between two turns lies in one block of memory and one value.
-`Node` is a state of it: at an operation, with a value to come. The search is over nodes, not over threads: a node that
-was reached once is never computed again, in whatever state the other actors are.
+An actor is a function, called turn after turn, whose whole state between two turns lies in one block of memory and one
+value. `Node` is a state of it: at an operation, with a value to come. The search is over nodes, not over threads: a node
+that was reached once is never computed again, in whatever state the other actors are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .operations import Answer, Doorbell, Effect, Operation, Pause, Record, Running, Wrong
+from .operations import Answer, Doorbell, Effect, Operation, Pause, Record, RuleError, Running
 
 _BLOCK = 16384
 _Start = tuple[bytes, Hashable]
@@ -28,12 +28,12 @@ class _Run(NamedTuple):
 
 
 class Node:
-    """A state of an actor: it did *effects*, and is at *operation*; None = its program has ended, by *fault* if there is one.
+    """A state of an actor: it did *effects*, and is at *operation*; None = its program has ended, by *fault* if it has one.
 
     outcome: of `Actor.outcome`, as it is here.
     """
 
-    __slots__ = ("_next", "_run", "actor", "effects", "fault", "kept", "operation", "outcome")
+    __slots__ = ("_next", "_run", "_successor", "actor", "effects", "fault", "kept", "operation", "outcome")
 
     def __init__(
         self, actor: Actor, run: _Run, effects: tuple[Effect, ...], operation: Operation | None, fault: str = ""
@@ -46,10 +46,11 @@ class Node:
         self.outcome: Any = None
         try:
             self.outcome = actor.outcome()
-        except Wrong as e:
+        except RuleError as e:
             self.operation, self.fault = None, f"{actor.name}: {e}"
         self._run = run
         self._next: dict[Answer, Node] = {}
+        self._successor: tuple[Node | None] | None = None
 
     def after(self, answer: Answer) -> Node:
         """Return the state that the operation leads to, if its value is *answer*."""
@@ -57,6 +58,12 @@ class Node:
         if node is None:
             node = self._next[answer] = self.actor.run(_Run(self._run.start, (*self._run.answers, answer)))
         return node
+
+    def successor(self) -> Node | None:
+        """Return the first state of the actor's successor, if it is killed here; None if it is not to be killed here."""
+        if self._successor is None:
+            self._successor = (self.actor.killed(self),)
+        return self._successor[0]
 
     def behind(self, before: tuple[Effect, ...]) -> Node:
         """Return the same state, with the effects *before* still to be done."""
@@ -92,8 +99,12 @@ class Actor:
         self._used += -(-array.nbytes // 8) * 8
         return array
 
+    def clear(self) -> None:
+        """Zero the block, for a successor."""
+        self._block[:] = 0
+
     def turn(self) -> bool:
-        """Do a part of the program; False if that was the last one. `Wrong` if a rule is broken."""
+        """Do a part of the program; False if that was the last one. `RuleError` if a rule is broken."""
         raise NotImplementedError
 
     def outcome(self) -> Any:
@@ -122,7 +133,7 @@ class Actor:
             goes_on = self.turn()
         except Pause as pause:
             return Node(self, run, tuple(record.effects), pause.operation)
-        except (Wrong, IndexError) as e:
+        except (RuleError, IndexError) as e:
             return Node(self, run, tuple(record.effects), None, f"{self.name}: {e}")
         effects = tuple(record.effects)
         return self._begin(self.save(), effects) if goes_on else Node(self, run, effects, None)

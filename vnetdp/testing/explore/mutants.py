@@ -1,4 +1,7 @@
-"""The mutants: the shipped kernels with one order taken away, each a change of a function's text, and the scenario that finds it."""
+"""The mutants: the shipped kernels with one order taken away.
+
+Each is a change of a function's text, for one scenario to find.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ class Mutant:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Have the change in place for the block, wherever a module has the function. The kernels have to be plain Python."""
+        """Have the change in place for the block, wherever a module has the function. Kernels have to be plain Python."""
         name = self.function.rpartition(".")[2]
         original = self._original()
         made: dict[str, Any] = {}

@@ -52,7 +52,7 @@ class Pause(BaseException):
         self.operation = operation
 
 
-class Wrong(Exception):
+class RuleError(Exception):
     """An actor found a rule broken: a frame that was never sent, a queue that broke."""
 
 
@@ -108,7 +108,7 @@ class Shared:
 
     def at(self, offset: int, length: int) -> int:
         if not 0 <= offset <= self.size - length:
-            raise Wrong(f"an access of {length} bytes at {offset:#x} is outside shared memory of {self.size} bytes")
+            raise RuleError(f"an access of {length} bytes at {offset:#x} is outside shared memory of {self.size} bytes")
         return self.base + offset
 
 
@@ -191,11 +191,11 @@ def fence() -> None:
     Running.record.fence()
 
 
-def _signal(fd: int, one: Any) -> None:
+def _signal(fd: int, _one: Any) -> None:
     Running.record.ask(Operation("signal", int(fd) - EVENT_FD, 1))
 
 
-def _take(fd: int, scratch: Any, at: int) -> int:
+def _take(fd: int, _scratch: Any, _at: int) -> int:
     return 8 if Running.record.ask(Operation("take", int(fd) - EVENT_FD, 1)) else -io.EAGAIN
 
 

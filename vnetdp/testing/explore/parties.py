@@ -22,7 +22,7 @@ from vnetdp_kernels.wire.port import SCRATCH_WORDS, source_of
 from ...errors import STATUS_TEXT
 from .actors import Actor, Node
 from .layout import BUFFER_LEN, CALLS, KICKS, QUEUES, Layout
-from .operations import EVENT_FD, SOURCE_FD, Operation, Running, Wrong, copy, fence
+from .operations import EVENT_FD, SOURCE_FD, Operation, RuleError, Running, copy, fence
 
 _FRAME_LEN = 16
 _SLOTS = 4
@@ -38,10 +38,10 @@ def frame(number: int) -> bytes:
 
 
 def number_of(data: bytes) -> int:
-    """Return the number of a frame; `Wrong` for bytes that are no frame's."""
+    """Return the number of a frame; `RuleError` for bytes that are no frame's."""
     number = data[0] - frame(0)[0] if data else -1
     if number < 0 or data != frame(number):
-        raise Wrong(f"a frame arrived as {data.hex(' ')}, which was never sent")
+        raise RuleError(f"a frame arrived as {data.hex(' ')}, which was never sent")
     return number
 
 
@@ -126,7 +126,7 @@ def _notify() -> Any:
 def _check(queues: Any, status: int, side: str) -> None:
     for queue, row in zip(QUEUES, queues, strict=True):
         if row[status]:
-            raise Wrong(f"{side} broke {queue}: {STATUS_TEXT.get(int(row[status]), int(row[status]))}")
+            raise RuleError(f"{side} broke {queue}: {STATUS_TEXT.get(int(row[status]), int(row[status]))}")
 
 
 class DriverKept(NamedTuple):
@@ -179,7 +179,8 @@ class Driver(Actor):
 
     def outcome(self) -> tuple[int, ...]:
         """Return the numbers of the frames received, in order."""
-        return self.kept.got + self._port.out()
+        kept: DriverKept = self.kept
+        return kept.got + self._port.out()
 
 
 class DeviceKept(NamedTuple):
@@ -283,7 +284,7 @@ class Device(Actor):
         kept: DeviceKept = node.kept
         if not kept.kills:
             return None
-        self._owners[:] = 0
+        self.clear()
         self._port.reset()
         seen: DeviceOutcome = node.outcome
         self.kept = kept._replace(kills=kept.kills - 1, dead=True, fed=seen.taken, got=seen.got)
@@ -321,8 +322,9 @@ class Reader(Actor):
                 copy(data, done, self._layout.memory, at, length)
                 done += length
             copies[page] = data.tobytes()
-        self.kept = ReaderKept(self.kept.rounds - 1, tuple(copies.items()))
-        return self.kept.rounds > 0
+        rounds = self.kept.rounds - 1
+        self.kept = ReaderKept(rounds, tuple(copies.items()))
+        return bool(rounds)
 
     def outcome(self) -> dict[int, bytes]:
         """Return the copies: page to bytes."""

@@ -11,10 +11,10 @@ import numpy as np
 from ...errors import ConfigError, RequestRefused
 from ...vhost_user import inflight
 from .layout import QUEUES, Layout
-from .operations import Wrong
+from .operations import RuleError
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     """The process that recovers was killed."""
 
 
@@ -48,7 +48,7 @@ def _killed_at(store: int) -> Iterator[None]:
         def stored(*args: Any) -> None:
             nonlocal left
             if left == 0:
-                raise _Killed
+                raise _KilledError
             left -= 1
             plain(*args)
 
@@ -64,11 +64,11 @@ def _killed_at(store: int) -> Iterator[None]:
 def recoveries(layout: Layout, image: bytes, queue: int) -> tuple[list[bytes], bytes, int]:
     """Return the images that a recovery of *queue* leaves if it is killed at each of its stores, its own, and its answer.
 
-    `Wrong` if it refuses the area.
+    `RuleError` if it refuses the area.
     """
     assert layout.area is not None
     used = [layout.part(each, "used").gpa for each in range(len(QUEUES))]
-    broken_off = []
+    broken_off: list[bytes] = []
     while True:
         memory: Any = _Memory(layout, image)
         try:
@@ -76,9 +76,9 @@ def recoveries(layout: Layout, image: bytes, queue: int) -> tuple[list[bytes], b
                 base = layout.area.recover(
                     queue, memory, layout.num, layout.part(queue, "avail").gpa, used[queue], used[1 - queue]
                 )
-        except _Killed:
+        except _KilledError:
             broken_off.append(memory.image())
             continue
         except RequestRefused as e:
-            raise Wrong(f"the successor can't go on from the inflight area: {e}") from e
+            raise RuleError(f"the successor can't go on from the inflight area: {e}") from e
         return broken_off, memory.image(), base

@@ -1,10 +1,10 @@
 """The search: all schedules of a scenario's actors, breadth first, so that the first fault found has a shortest schedule.
 
-A state is the image and, for each actor, its node, its place among the node's effects, its store buffer, and the past of memory
-that it may still read. A step is one choice: an actor goes on from its operation, a store reaches memory, an actor is
+A state is the image and, for each actor, its node, its place among the node's effects, its store buffer, and the past of
+memory that it may still read. A step is one choice: an actor goes on from its operation, a store reaches memory, an actor is
 killed. Two things are left out, as they lead to nothing else:
 
-* Operations on memory that no two actors share (one of them writing) are no choice: they are done along with the step before.
+* Operations on memory that no two actors share (one of them writing) are no choice: the step before has them with it.
   The search learns which memory that is, and begins anew when it has learnt.
 * A store reaches memory no earlier than it has to: when its actor waits for that, or another actor is at an operation that
   can tell the difference.
@@ -12,6 +12,7 @@ killed. Two things are left out, as they lead to nothing else:
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from typing import NamedTuple
 from . import memory_model as order
 from .actors import Node
 from .layout import Layout
-from .operations import DOORBELL, FENCE, Answer, Operation, Store, Wrong
+from .operations import DOORBELL, FENCE, Answer, Operation, RuleError, Store
 from .recovery import recoveries
 
 _PROGRESS_S = 1.0
@@ -44,7 +45,7 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A choice: actor *who* goes on (its choice *which*), a store of its buffer arrives (at index *which*), or it is killed."""
+    """A choice: actor *who* goes on (to value *which*), a store of its buffer arrives (that at *which*), or it is killed."""
 
     who: int
     verb: str  # go, store, kill
@@ -101,6 +102,7 @@ class Search:
         self._shared = bytearray(len(image))
         self._private: dict[tuple[int, int, int, bool], bool] = {}
         self._has_learnt = False
+        self._recoveries = functools.cache(functools.partial(recoveries, layout))
         self._told: list[Done] | None = None
 
     def _tell(self, who: int, verb: str, at: int = -1, data: bytes = b"", step: Step | None = None) -> None:
@@ -135,7 +137,10 @@ class Search:
             self._is_private(who, at, len(data), True)
             self._tell(who, "arrives", at, data, Step(who, "store", index - gone))
             state = self._write(state, who, at, data)
-        return _put(state, who, state.places[who]._replace(buffer=order.without(buffer, indices)))
+        node, done, _, past = state.places[who]
+        gone_stores = [buffer[index].store for index in indices]
+        past = tuple(old for old in past if not any(order.meet(old, at, len(data)) for at, data, _ in gone_stores))
+        return _put(state, who, Place(node, done, order.without(buffer, indices), past))
 
     def _drain(self, state: State, who: int) -> State:
         return self._arrive(state, who, list(range(len(state.places[who].buffer))))
@@ -159,16 +164,15 @@ class Search:
     def _settle(self, state: State, who: int) -> State:
         """Have an actor do all that is no choice: its stores into the buffer, and what concerns no other actor."""
         while True:
-            place = state.places[who]
-            node, done, buffer, _ = place
+            node, done, buffer, past = state.places[who]
             if done < len(node.effects):
                 effect = node.effects[done]
                 if effect is not FENCE:
                     self._tell(who, "stores", effect.at, effect.data)
-                    state = _put(state, who, place._replace(done=done + 1, buffer=(*buffer, order.Held(effect, False))))
+                    state = _put(state, who, Place(node, done + 1, (*buffer, order.Held(effect, False)), past))
                     continue
                 if not buffer:
-                    state = _put(state, who, place._replace(done=done + 1, past=()))
+                    state = _put(state, who, Place(node, done + 1, (), ()))
                     continue
             if buffer and not node.actor.mortal:
                 indices = self._private_stores(who, buffer)
@@ -251,14 +255,14 @@ class Search:
     def _recover(self, state: State, who: int, queue: int) -> Iterator[State]:
         place = state.places[who]
         try:
-            broken_off, image, base = recoveries(self._layout, state.image, queue)
-        except Wrong as e:
+            broken_off, image, base = self._recoveries(state.image, queue)
+        except RuleError as e:
             self._tell(who, f"can't recover queue {queue}", step=Step(who, "go", 0))
             yield _put(state, who, Place(place.node.with_fault(str(e)), 0, (), ()))
             return
         self._tell(who, f"recovers queue {queue}: index {base}", step=Step(who, "go", 0))
         yield self._go(State(image, state.places), who, base, ())
-        successor = place.node.actor.killed(place.node)
+        successor = place.node.successor()
         for k, image in enumerate(broken_off if successor is not None else ()):
             self._tell(who, f"is killed at store {k} of the recovery of queue {queue}", step=Step(who, "go", k + 1))
             yield _put(State(image, state.places), who, Place(successor or place.node, 0, (), ()))
@@ -270,7 +274,7 @@ class Search:
     def _kills(self, state: State, who: int) -> Iterator[State]:
         """Kill the actor after each of the stores that are in its buffer: those before have been executed, and arrive."""
         place = state.places[who]
-        successor = place.node.actor.killed(place.node)
+        successor = place.node.successor()
         if successor is None:
             return
         executed = max((k + 1 for k, held in enumerate(place.buffer) if held.bound), default=0)
@@ -395,10 +399,9 @@ class Search:
 
 def _sees(place: Place, store: Store) -> bool:
     """Return whether the next operation of an actor, or a store in its buffer, touches the place of *store*."""
-    operation = place.node.operation
-    if operation is not None and place.done == len(place.node.effects):
-        if operation.kind == "recover" or order.meet(store, operation.at, operation.length):
-            return True
+    operation = place.node.operation if place.done == len(place.node.effects) else None
+    if operation and (operation.kind == "recover" or order.meet(store, operation.at, operation.length)):
+        return True
     return any(order.meet(store, held.at, len(held.data)) for held, _ in place.buffer)
 
 

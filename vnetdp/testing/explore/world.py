@@ -9,7 +9,7 @@ from vnetdp_kernels import spec
 
 from .actors import Actor
 from .layout import BUFFER_LEN, LOG_LEN, QUEUES, Layout
-from .operations import Direct, Running, Wrong
+from .operations import Direct, RuleError, Running
 from .parties import RX, TX, Device, DeviceKept, DeviceOutcome, Driver, Reader, number_of
 from .recovery import recoveries
 from .scenarios import Scenario
@@ -62,7 +62,7 @@ class World:
             return f"all sleep while chains wait in the transmitq: avail.idx is {avail}, used.idx {used}"
         try:
             got = outcomes["driver"] if scenario.driver else self._received(state.image)
-        except Wrong as e:
+        except RuleError as e:
             return str(e)
         fault = _compare("received", got, sent if scenario.echo else device.due)
         if fault:
