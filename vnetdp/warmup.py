@@ -18,6 +18,7 @@ from vnetdp_kernels.loops.serve import serve
 from vnetdp_kernels.platform import cache, jit
 from vnetdp_kernels.virtq.bind import check_rings
 from vnetdp_kernels.virtq.memory import mark_dirty
+from vnetdp_kernels.wire.sock import flush
 
 from .datapath.datapath import NO_LOG
 from .device.device import NetDevice
@@ -131,3 +132,4 @@ def _run_all() -> None:
         driver.check_adopted(memory.end)
         check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
         mark_dirty(NO_LOG, 0, 1)
+        flush(left.sink(0))

@@ -229,7 +229,7 @@ class QemuGuest(Guest):
 
     device: more properties of virtio-net-pci. generic: QEMU's generic vhost-user device in its place, in the newest QEMU.
     machine: of the machine. listen: QEMU owns the socket. incoming: the guest is to arrive by migration, on a socket of
-    that path.
+    that path. more: arguments of QEMU.
     """
 
     def __init__(
@@ -247,6 +247,7 @@ class QemuGuest(Guest):
         listen: bool = False,
         incoming: Path | None = None,
         mac: str = "52:54:00:00:00:02",
+        more: Sequence[str] = (),
     ) -> None:
         super().__init__(folder, name)
         emulator, image = images.newest_qemu() if generic else images.qemu(), images.pc()
@@ -256,7 +257,7 @@ class QemuGuest(Guest):
             *("-smp", str(cpus), "-nodefaults", "-no-reboot", "-display", "none", "-monitor", "none"),
             *("-object", f"memory-backend-memfd,id=mem,size={memory_mb}M,share=on", "-numa", "node,memdev=mem"),
             *("-serial", f"file:{self.log}", "-serial", f"unix:{line},server=on,wait=off"),
-            *("-qmp", f"unix:{monitor},server=on,wait=off"),
+            *("-qmp", f"unix:{monitor},server=on,wait=off", *more),
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             *(
                 "-append",
