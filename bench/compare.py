@@ -3,9 +3,9 @@
     python bench/compare.py OLD NEW ring --rounds 9
 
 OLD and NEW are checkouts with an environment (`make .venv/installed`). A round of `ring` starts a process of each, and both
-measure each row a few times in turns; a round of `peers` runs the command of each. The time that a cache line takes from core
-to core changes within seconds on some machines: it is measured around each sample on two cores, and samples are compared
-only with samples of the same state of the line, near or far.
+measure each row a few times in turns; a round of `peers` runs the command of each. The time that a cache line takes from
+core to core changes within seconds on some machines: it is measured around each sample on two cores, and samples are
+compared only with samples of the same state of the line, near or far.
 """
 
 from __future__ import annotations

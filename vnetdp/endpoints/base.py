@@ -18,7 +18,7 @@ import numpy as np
 
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
-from vnetdp_kernels.rows import Wire
+from vnetdp_kernels.rows import Sink, Wire
 
 from ..errors import ConfigError, EndpointError, place
 from ..shared.memory import Bytes, SharedBlock, Words
@@ -127,6 +127,20 @@ class Endpoint(Owned):
         """The number of errors so far."""
         self.last_error: BaseException | None = None
         """The last error, such as an exception in `receive_frames`; None if there was none."""
+
+    def sink(self, queue: int) -> Sink:
+        """Return the rows of one queue to which kernels give frames.
+
+        @private
+        """
+        return Sink(
+            self.rows[queue],
+            int(self.fds[queue]),
+            self.out_frames[queue],
+            self.out_lengths[queue],
+            self.ledger,
+            self.windows,
+        )
 
     def lie_in(self, rows: Words, lengths: Words, frames: Bytes, ledger: Words, windows: Bytes) -> None:
         """Go on in arrays of the faulty wire before it, which is about to be given frames. @private
