@@ -57,9 +57,8 @@ def explore_all(jobs: Iterable[Job], progress: Callable[[str], None] | None = No
         with theirs:
             code = f"from {__name__}.run import main; main({theirs.fileno()})"
             process = child.start(code, theirs, (), _PLAIN)
-        made.callback(process.wait)
-        made.callback(process.kill)
         searcher = child.Child(process, ours)
+        made.callback(searcher.end)
         stream = made.enter_context(ours.makefile("rw"))
         for job in jobs:
             yield _report(job, stream, searcher, progress)
