@@ -89,10 +89,12 @@ def test_a_mutant_changes_text_that_is_there_once() -> None:
         (Job("transmission"), "scenario 'transmission' is none of: transmit, "),
         (Job("transmit", "no-fence"), "mutant 'no-fence' is none of: A-release, "),
         (Job("transmit", model="arm"), "model 'arm' is none of: tso, weak"),
-        (Job("transmit", extra=-1), "extra is -1: 0 is the least"),
+        (Job("transmit", extra=-1), "extra is -1: transmit can have 0 to 3 frames more"),
+        (Job("dirty-log", extra=2), "extra is 2: dirty-log can have 0 to 1 frames more"),
+        (Job("transmit", most_states=0), "most_states is 0: 1 is the least"),
         (Job("transmit", schedule="driver.go guest.go"), "'guest.go' is no step: one is ACTOR.go"),
     ],
-    ids=["scenario", "mutant", "model", "extra", "schedule"],
+    ids=["scenario", "mutant", "model", "negative", "extra", "states", "schedule"],
 )
 def test_a_job_that_cannot_be_done_is_refused(job: Job, text: str) -> None:
     with pytest.raises(ConfigError, match=text):

@@ -48,18 +48,19 @@ def explore_all(jobs: Iterable[Job], progress: Callable[[str], None] | None = No
         _check("scenario", job.scenario, SCENARIOS)
         _check("mutant", job.mutant or next(iter(MUTANTS)), MUTANTS)
         _check("model", job.model or _MODELS[0], _MODELS)
-        for name, least in (("extra", 0), ("most_states", 1)):
-            if getattr(job, name) < least:
-                raise ConfigError(f"{name} is {getattr(job, name)}: {least} is the least")
+        most = SCENARIOS[job.scenario].most_extra
+        if not 0 <= job.extra <= most:
+            raise ConfigError(f"extra is {job.extra}: {job.scenario} can have 0 to {most} frames more")
+        if job.most_states < 1:
+            raise ConfigError(f"most_states is {job.most_states}: 1 is the least")
     with ExitStack() as made:
         ours, theirs = limits.socket_pair(socket.SOCK_STREAM)
         made.enter_context(ours)
         with theirs:
             code = f"from {__name__}.run import main; main({theirs.fileno()})"
             process = child.start(code, theirs, (), _PLAIN)
-        made.callback(process.wait)
-        made.callback(process.kill)
         searcher = child.Child(process, ours)
+        made.callback(searcher.end)
         stream = made.enter_context(ours.makefile("rw"))
         for job in jobs:
             yield _report(job, stream, searcher, progress)

@@ -23,9 +23,9 @@ from ...errors import STATUS_TEXT
 from .actors import Actor, Node
 from .layout import BUFFER_LEN, CALLS, KICKS, QUEUES, Layout
 from .operations import EVENT_FD, SOURCE_FD, Operation, RuleError, Running, copy, fence
+from .scenarios import SLOTS
 
 _FRAME_LEN = 16
-_SLOTS = 4
 _CONTROL_FD = 0
 _FOR_EVER = Limits(-1, 0, -1)
 _SPARE = 8  # entries of each scratch array
@@ -56,10 +56,10 @@ class Port:
             self.eps,
             self.fds,
             actor.carve(np.uint8, 1, slot),
-            actor.carve(np.uint8, 1, _SLOTS * slot),
-            actor.carve(np.int64, 1, _SLOTS),
-            actor.carve(np.uint8, 1, _SLOTS * slot),
-            actor.carve(np.int64, 1, _SLOTS),
+            actor.carve(np.uint8, 1, SLOTS * slot),
+            actor.carve(np.int64, 1, SLOTS),
+            actor.carve(np.uint8, 1, SLOTS * slot),
+            actor.carve(np.int64, 1, SLOTS),
             np.zeros((0, r.LEDGER_SLOTS), np.int64),
             np.zeros((0, 1), np.uint8),
         )
@@ -166,7 +166,7 @@ class Driver(Actor):
         self._port.feed(0)
         dvqs, states = self._rings.dvqs, self._rings.states
         source = source_of(self._port.wire, 0)
-        send(self._rings.mem, dvqs[TX], states[TX], source, self._scratch.frames.words, _SLOTS)
+        send(self._rings.mem, dvqs[TX], states[TX], source, self._scratch.frames.words, SLOTS)
 
     def turn(self) -> bool:
         fed = self._port.feed(self.kept.fed)

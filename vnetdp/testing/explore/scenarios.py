@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+SLOTS: Final = 4  # frames of a batch, at most
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -37,6 +39,12 @@ class Scenario:
     hand_overs: int = 0
     """Changes of owner, each whenever the loop looks at its doorbell."""
 
+    @property
+    def most_extra(self) -> int:
+        """The most frames that `Job.extra` may be: without a driver each buffer is used once."""
+        of_a_batch = SLOTS - max((*self.sent[-1:], *self.received[-1:]))
+        return of_a_batch if self.driver else min(of_a_batch, self.num - max(sum(self.sent), sum(self.received)))
+
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     "transmit": Scenario("driver sends, device drains", sent=(1, 1)),
@@ -51,6 +59,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "dirty-log-killed": Scenario(
         "device fills two batches, and is killed; a reader takes the log",
+        num=4,
         driver=False,
         received=(1, 1),
         reader=1,
