@@ -7,9 +7,11 @@ import re
 import struct
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pytest
 
+from tests.programs.test_drive_serve import served
 from tests.support.by_hand import COMPILED, no_descriptor_leaks, scaled, wait_for
 from vnetdp import ConfigError, EchoEndpoint, Endpoint, Fault, FrameEndpoint, NullEndpoint, Owner, features
 from vnetdp.testing import OWNERS, VERBS, Fate, FrameLedger, Vnet
@@ -113,6 +115,20 @@ def test_the_next_back_end_gets_the_rings(vnet: Vnet, ledger: FrameLedger) -> No
     vnet.wait_until(lambda: vnet.device.owner is Owner.VHOST, "vhost has the rings again")
     vnet.wait_for(MANY)
     assert ledger.fates == []
+
+
+def test_a_back_end_of_ones_own_is_tested_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with (
+        EchoEndpoint() as wire,
+        served(wire, path),
+        Vnet(EchoEndpoint, owner="vhost-user", back_end=str(path)) as vnet,
+    ):
+        vnet.wait_for(MANY)
+        assert vnet.device.owner is Owner.VHOST
+        vnet.change_owner()
+        assert vnet.device.owner is Owner.VHOST
+        vnet.wait_for(MANY)
 
 
 # --- which frames ---
@@ -285,6 +301,8 @@ def test_a_back_end_in_a_process_wants_a_class_that_can_be_imported() -> None:
 def test_an_owner_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="userspace, thread, process, vhost-user"):
         Vnet(owner="kernel")
+    with pytest.raises(ConfigError, match="owner 'thread' has none"):
+        Vnet(back_end="/run/s")
 
 
 # --- the history ---

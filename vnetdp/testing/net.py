@@ -54,6 +54,8 @@ class Vnet:
     - `owner`: the owner of the rings: `userspace` alone, a worker in a `thread` or a `process`, or a `vhost-user` back end
       in a process of its own, with an endpoint of its own of the same class. A worker process refuses an endpoint in
       Python, so userspace has its rings.
+    - `back_end`: the path of the socket of a vhost-user back end of your own, in place of one in a process, with owner
+      `vhost-user`. It sends each frame back; `endpoint` serves the rings while it is away.
     - `pairs`, `num`: queue pairs, and descriptors of each queue.
     - `features`: feature bits, or their names as `features.parse` takes them (`"-event_idx"`); None takes all.
     - `size`, `rate`: bytes of a frame, and frames a second and queue pair; 0 sends as fast as the rings take them.
@@ -74,7 +76,7 @@ class Vnet:
     endpoint: Endpoint
     """The device's endpoint: the one under test."""
     worker: Worker | WorkerProcess | BackEndProcess
-    """The worker or back end, with `kill`, `fail` and `hang`. AttributeError with `owner="userspace"`."""
+    """The worker or back end, with `kill`, `fail` and `hang`. AttributeError if there is none, or it is your own."""
     ledger: FrameLedger
     """The frames so far: counts, and which were lost, doubled, late or corrupted."""
 
@@ -83,6 +85,7 @@ class Vnet:
         endpoint: _Made | None = None,
         *,
         owner: str = "thread",
+        back_end: str | None = None,
         pairs: int = 1,
         num: int = 256,
         features: int | str | None = None,
@@ -97,6 +100,8 @@ class Vnet:
     ) -> None:
         if owner not in OWNERS:
             raise ConfigError(f"owner {owner!r} is not one of {', '.join(OWNERS)}")
+        if back_end is not None and owner != "vhost-user":
+            raise ConfigError(f"back_end {back_end}: owner {owner!r} has none; take 'vhost-user'")
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
         self.faults = Faults(Fault.parse(fault) if isinstance(fault, str) else fault for fault in faults)
@@ -105,6 +110,7 @@ class Vnet:
         """The events so far, for a report of a test that failed."""
         self.pairs = pairs
         self._made = endpoint
+        self._back_end = back_end
         self._num, self._size, self._rate, self._mtu = num, size, rate, mtu
         self._wanted = f.parse(features) if isinstance(features, str) else features
         self._returns, self._raises = returns, raises
@@ -187,6 +193,15 @@ class Vnet:
         return device
 
     def _connect(self, made: ExitStack) -> VhostUserFrontEnd:
+        path = self._back_end or self._serve(made)
+        front_end = VhostUserFrontEnd(path, self.pairs, queue_size=self._num, watched=True)
+        made.callback(front_end.close)
+        if not front_end.connect(self._patience_s):
+            raise ConfigError(f"{path}: the back end can't be connected to: {front_end.trouble}")
+        return front_end
+
+    def _serve(self, made: ExitStack) -> str:
+        """Start a back end in a process of its own, and return its socket's path."""
         folder = tempfile.mkdtemp(prefix="vnetdp-")
         made.callback(shutil.rmtree, folder, ignore_errors=True)
         path = str(Path(folder) / "s")
@@ -195,11 +210,7 @@ class Vnet:
             raise ConfigError("owner 'vhost-user': its process makes an endpoint of its own: give the endpoint's class")
         self.worker = worker = BackEndProcess(served, path, self.pairs, self._mtu)
         made.callback(worker.close)
-        front_end = VhostUserFrontEnd(path, self.pairs, queue_size=self._num, watched=True)
-        made.callback(front_end.close)
-        if not front_end.connect(self._patience_s):
-            raise ConfigError(f"the back end's process can't be connected to: {front_end.trouble}")
-        return front_end
+        return path
 
     # --- using it ---
 
@@ -346,7 +357,8 @@ class Vnet:
     def _named(self, owner: Owner) -> str:
         if owner is not Owner.VHOST:
             return str(owner.value)
-        pid = "" if isinstance(self.worker, Worker) else f" {self.worker.pid}"
+        worker = getattr(self, "worker", None)
+        pid = f" {worker.pid}" if isinstance(worker, WorkerProcess | BackEndProcess) else ""
         return f"vhost ({self.owner}{pid})"
 
     def _generators(self) -> list[GenerateEndpoint]:
@@ -369,8 +381,9 @@ class Vnet:
         if self.endpoint.errors and not self._raises:
             error = self.endpoint.last_error
             wrong.append(_raised(self.endpoint.errors, reason(error) + place(error) if error is not None else ""))
-        if look_far and self.owner == "vhost-user" and not self._raises:
-            errors, text = self.worker.errors if isinstance(self.worker, BackEndProcess) else (0, "")
+        worker = getattr(self, "worker", None)
+        if look_far and isinstance(worker, BackEndProcess) and not self._raises:
+            errors, text = worker.errors
             if errors:
                 wrong.append(f"in the back end's process: {_raised(errors, text)}")
         if self.driver.error is not None:
