@@ -56,17 +56,21 @@ def emit(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
         sent = sent_to_tap(ep, _write_to_tap(frame, hdr, sink, words))
         if sent <= 0:
             return sent
-    elif kind >= r.KIND_FAULT:
-        if kind != r.KIND_PYTHON:
-            if faulty.hold(frame, hdr, sink) < 0:
-                return r.E_BLOCKED
-        else:
+    elif kind >= r.KIND_STREAM:  # one comparison for all of them: the kinds below are the fastest
+        if kind == r.KIND_PYTHON:
             at = slot_for(ep, sink.out_frames, sink.out_lengths, spec.NET_HDR_LEN + frame.length)
             if at < 0:
                 return r.E_BLOCKED if at == r.E_BLOCKED else 0
             store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
             copy(sink.out_frames, at, hdr, 0, spec.NET_HDR_LEN)
             linearize(frame, sink.out_frames, at + spec.NET_HDR_LEN)
+        elif kind >= r.KIND_FAULT:
+            if faulty.hold(frame, hdr, sink) < 0:
+                return r.E_BLOCKED
+        else:
+            taken = transmit(frame, sink, words)
+            if taken <= 0:
+                return taken
     elif ep[r.EP_CHECK]:
         if frame.n_rows - frame.row == 1:
             enter(frame.mem, frame.iov[frame.row, r.IOV_OFFSET], frame.length, sink.ledger, sink.windows)
@@ -76,10 +80,6 @@ def emit(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
         else:
             ep[r.EP_DROP_LONG] += 1
             return 0
-    elif kind >= r.KIND_STREAM:
-        taken = transmit(frame, sink, words)
-        if taken <= 0:
-            return taken
     ep[r.EP_TO_WIRE] += 1
     ep[r.EP_BYTES_TO_WIRE] += frame.length
     return 0
@@ -117,13 +117,13 @@ def produce(source: Source, dst: Bytes, at: int, room: int, now: int) -> int:
         length = from_tap(ep, source.fd, dst, at, room)
     elif kind == r.KIND_GENERATE:
         length = generate(ep, dst, at, room, now)
-    elif kind >= r.KIND_FAULT:
-        if kind != r.KIND_PYTHON:
+    elif kind >= r.KIND_STREAM:
+        if kind == r.KIND_PYTHON:
+            length = from_slots(ep, source.in_frames, source.in_lengths, dst, at, room)
+        elif kind >= r.KIND_FAULT:
             length = faulty.bring(source, dst, at, room)
         else:
-            length = from_slots(ep, source.in_frames, source.in_lengths, dst, at, room)
-    elif kind >= r.KIND_STREAM:
-        length = receive(source, dst, at, room)
+            length = receive(source, dst, at, room)
     if length == 0:
         return 0
     ep[r.EP_FROM_WIRE] += 1
