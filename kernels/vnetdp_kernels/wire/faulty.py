@@ -181,6 +181,7 @@ def _give(sink: Sink, line: Line, words: Words) -> int:
         if to < 0:
             return r.E_BLOCKED if to == r.E_BLOCKED else 0
         copy(frames, to, line.data, at, length)
+        row[r.EP_OUT_COUNT] += 1
     elif answers(row):
         return int(_answer(sink, line))
     elif row[r.EP_CHECK]:

@@ -44,7 +44,7 @@ def from_tap(ep: Words, fd: int, dst: Bytes, at: int, room: int) -> int:
 
 @inlined
 def slot_for(ep: Words, frames: Bytes, lengths: Words, length: int) -> int:
-    """Give an endpoint in Python one more frame of *length* bytes; return where they go in *frames*.
+    """Return where a frame of *length* bytes for an endpoint in Python goes in *frames*; the caller counts it (EP_OUT_COUNT).
 
     E_BLOCKED if no slot is free; E_TOO_BIG if the frame fits in none, which is counted.
     """
@@ -56,7 +56,6 @@ def slot_for(ep: Words, frames: Bytes, lengths: Words, length: int) -> int:
         ep[r.EP_DROP_LONG] += 1
         return r.E_TOO_BIG
     lengths[slot] = length
-    ep[r.EP_OUT_COUNT] = slot + 1
     return int(slot * slot_len)
 
 

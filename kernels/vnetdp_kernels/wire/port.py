@@ -64,6 +64,7 @@ def emit(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
             store_u16_unaligned(hdr, spec.NET_HDR_NUM_BUFFERS, 0)
             copy(sink.out_frames, at, hdr, 0, spec.NET_HDR_LEN)
             linearize(frame, sink.out_frames, at + spec.NET_HDR_LEN)
+            ep[r.EP_OUT_COUNT] += 1
         elif kind >= r.KIND_FAULT:
             if faulty.hold(frame, hdr, sink) < 0:
                 return r.E_BLOCKED
