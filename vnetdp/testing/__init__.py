@@ -2,7 +2,7 @@
 
 Every name here is public; docs/testing.md shows their use, and docs/api.md lists them. Names are loaded when they are first
 used, so that pytest, which loads `vnetdp.testing.plugin` in every project, starts as fast as before.
-`vnetdp.testing.strategies` needs hypothesis: `pip install 'vnetdp[testing]'`. `vnetdp.testing.explore` is a package of its own.
+`vnetdp.testing.strategies` needs hypothesis: `pip install 'vnetdp[testing]'`. `vnetdp.testing.explore` is a package.
 """
 
 from __future__ import annotations

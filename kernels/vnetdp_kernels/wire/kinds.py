@@ -44,7 +44,7 @@ def from_tap(ep: Words, fd: int, dst: Bytes, at: int, room: int) -> int:
 
 @inlined
 def slot_for(ep: Words, frames: Bytes, lengths: Words, length: int) -> int:
-    """Return where a frame of *length* bytes for an endpoint in Python goes in *frames*; the caller counts it (EP_OUT_COUNT).
+    """Return where a frame of *length* bytes for an endpoint in Python goes in *frames*. The caller counts it then.
 
     E_BLOCKED if no slot is free; E_TOO_BIG if the frame fits in none, which is counted.
     """
