@@ -259,6 +259,23 @@ def test_frames_of_our_own_may_come_from_any_thread() -> None:
         assert fault.errors == 0
 
 
+class Mistaken(Endpoint):
+    """An endpoint whose code has a mistake."""
+
+    def receive_frames(self, queue: int, limit: int) -> list[bytes]:
+        raise ZeroDivisionError("a mistake")
+
+
+def test_an_error_and_a_wake_up_pass_the_wire() -> None:
+    with Stepped(FaultEndpoint(Mistaken(), drop=0.5)) as both:
+        both.run()
+        assert isinstance(both.endpoint.last_error, ZeroDivisionError)
+        both.endpoint.wake()
+        before = both.endpoint.counters()["errors"]
+        both.run()
+        assert both.endpoint.counters()["errors"] > before
+
+
 def test_a_delayed_frame_is_under_way() -> None:
     with FaultEndpoint(EchoEndpoint(), delay_ms=60_000) as fault, guest_of(fault) as driver:
         send_all(driver, [frame(1)])

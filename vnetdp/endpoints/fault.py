@@ -232,7 +232,12 @@ class FaultEndpoint(Endpoint):
         if struck and not self.errors:
             error = OSError(errno.EIO, os.strerror(errno.EIO))
             _log.warning("%s: OSError: %s (logged once; counted from now on)", self.name, error)
+            self.last_error = error
         self.errors = struck
+        self.last_error = self.inner.last_error or self.last_error
+
+    def wake(self, queue: int = 0) -> None:
+        self.inner.wake(queue)
 
     def send_to_wire(self, frame: bytes) -> None:
         self.inner.send_to_wire(frame)
