@@ -11,15 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vnetdp
 import vnetdp.testing
 from tests.project import reference
-from tests.support.by_hand import wait_for
+from tests.support.by_hand import CAMPAIGN, wait_for
+from tests.support.zygote import popen
 from vnetdp.bench.netns import why_no_netns
 from vnetdp.cli import parser
 
@@ -33,6 +35,8 @@ PAGES = [README, HACKING, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("
 _FENCE = re.compile(
     r"(?:<!-- test: (?P<test>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 pytestmark = pytest.mark.skipif(not README.exists(), reason="the documentation is in the checkout only")
 
@@ -86,9 +90,15 @@ def shell_env(tmp_path: Path) -> dict[str, str]:
 def test_python_example(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(block.text)
-    done = run([sys.executable, "-W", "error", script.name], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == block.output
+    code = (
+        f"import runpy, warnings; warnings.simplefilter('error'); runpy.run_path('{script.name}', run_name='__main__')"
+    )
+    process = popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out == block.output
 
 
 @pytest.mark.parametrize("block", marked("pytest"), ids=name_of)
@@ -131,9 +141,18 @@ def test_every_marked_block_is_one_that_a_test_runs() -> None:
 
 @pytest.mark.parametrize("block", marked("run"), ids=name_of)
 def test_shell_example(block: Block, tmp_path: Path, shell_env: dict[str, str]) -> None:
-    done = run(["sh", "-eu", "-c", block.text], tmp_path, shell_env)
-    assert done.returncode == 0, done.stderr
-    assert " 0 lost, 0 duplicated, 0 reordered, 0 corrupted" in done.stdout
+    """By a shell with VNETDP_CAMPAIGN=1; else each line by itself, forked."""
+    commands: Iterable[subprocess.Popen[str]]
+    if CAMPAIGN:
+        commands = [subprocess.Popen(["sh", "-eu", "-c", block.text], cwd=tmp_path, env=shell_env, **PIPES)]
+    else:
+        lines = [shlex.split(line) for line in block.text.splitlines()]
+        assert {name for name, *_ in lines} == {"vnetdp"}
+        commands = (popen([sys.executable, "-m", *words], cwd=tmp_path, **PIPES) for words in lines)
+    for command in commands:
+        out, err = command.communicate(timeout=240)
+        assert command.returncode == 0, err
+        assert " 0 lost, 0 duplicated, 0 reordered, 0 corrupted" in out
 
 
 @pytest.fixture

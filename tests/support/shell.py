@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.support.by_hand import CAMPAIGN, wait_for
-from tests.support.zygote import MARK, name_of, popen
+from tests.support.zygote import MARK, branch, name_of, popen
 from vnetdp.cli import main
 
 TIMEOUT = 240  # seconds: the first command of a cold cache compiles
@@ -89,6 +89,7 @@ class Shell:
             os.dup2(err, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
             logging.root.handlers.clear()
+            branch()
             status = main([os.fsdecode(arg) for arg in args])
         except SystemExit as e:
             status = e.code if isinstance(e.code, int) else 1

@@ -1,7 +1,8 @@
 """Zygote: a process that has vnetdp imported and its kernels loaded, and forks processes at a tenth of the cost of a start.
 
-A process that it forks runs `python -m vnetdp ...` or `python -c ...` as a new one would, and is a child of the test's. With
-VNETDP_CAMPAIGN=1, and where its surroundings are not those of the tests (a namespace, another Python), a new one is started.
+A process that it forks runs `python -m vnetdp ...` or `python -c ...` as a new one would, and is a child of the test's; the
+processes that it starts in turn are forks of itself, while no other thread of it does anything. With VNETDP_CAMPAIGN=1, and
+where its surroundings are not those of the tests (a namespace, another Python), a new one is started.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import resource
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +47,7 @@ _LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_FSIZE, re
 _start = child.start
 _lock = threading.Lock()
 _zygote: _Zygote | None = None
+_branching = False  # this process was forked to be another: a process that it starts is a fork of it
 
 
 def popen(args: Sequence[str | bytes], **options: Any) -> subprocess.Popen[Any]:
@@ -56,17 +61,33 @@ def start(
     code: str, parent: socket.socket, passed: Sequence[int], env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Be `vnetdp.system.child.start`."""
-    if not _serves({**os.environ, **(env or {})}):
+    plain = not env
+    kind = _Forked if plain and _serves(os.environ) else _Branch if plain and _branches() else None
+    if kind is None:
         return _start(code, parent, passed, env)
     fd = parent.fileno()
     text = f"from {child.__name__} import follow; follow({fd}); {code}"
-    return _Forked([sys.executable, "-c", text], pass_fds=(fd, *passed), process_group=0)
+    return kind([sys.executable, "-c", text], pass_fds=(fd, *passed), process_group=0)
 
 
 def begin() -> None:
     """Start this test process's zygote."""
     global _zygote
     _zygote = _Zygote()
+
+
+def branch() -> None:
+    """Have the processes that vnetdp starts in this one, which was forked to be another, be forks of it."""
+    global _branching
+    _branching = True
+    child.start = start
+    gc.freeze()  # what was there before is not looked through again, nor copied for that
+
+
+def _branches() -> bool:
+    """Return whether a process may be a fork of this one, in which no other thread may hold a lock."""
+    idle = (threading.current_thread().name, "signals")  # which waits for a byte, all of its life
+    return _branching and all(thread.name in idle for thread in threading.enumerate())
 
 
 def _serves(env: Mapping[str, str]) -> bool:
@@ -118,10 +139,48 @@ class _Forked(subprocess.Popen[Any]):
             "umask": mask,
             "limits": [resource.getrlimit(limit) for limit in _LIMITS],
         }
-        assert _zygote is not None
-        self.pid = _zygote.fork(job, [*streams, *pass_fds])
+        self.pid = self._fork(job, [*streams, *pass_fds])
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _fork(job: dict[str, Any], fds: list[int]) -> int:
+        assert _zygote is not None
+        return _zygote.fork(job, fds)
+
+
+class _Branch(_Forked):
+    """A process that is a fork of this one."""
+
+    @staticmethod
+    def _fork(job: dict[str, Any], fds: list[int]) -> int:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        pid = os.fork()
+        if pid == 0:
+            status: object = 1
+            try:
+                _forget()
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                status = _run(job, fds)
+            except BaseException:  # noqa: BLE001 - nothing may pass: behind it is what the parent does
+                traceback.print_exc()
+            _end(status)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return pid
+
+
+def _forget() -> None:
+    """Give up what the parent was set to do, and a new process would not. All signals are blocked meanwhile."""
+    atexit._clear()
+    signal.set_wakeup_fd(-1)
+    os.setpgid(0, 0)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)  # one that came before was for the parent
+            signal.signal(number, signal.SIG_DFL)
+    for logger in (logging.root, logging.getLogger("vnetdp")):
+        logger.handlers.clear()
+        logger.setLevel(logging.WARNING if logger is logging.root else logging.NOTSET)
 
 
 # --- in the zygote ---
@@ -161,6 +220,7 @@ def main(fd: int) -> None:
 def _run(job: dict[str, Any], fds: list[int]) -> object:
     """Become a process of its own, and do the job; return the exit status."""
     _be_apart(job, fds)
+    branch()
     os.environ.clear()
     os.environ.update(job["env"])
     if MARK in job["env"]:
@@ -201,7 +261,7 @@ def _be_apart(job: dict[str, Any], fds: list[int]) -> None:
     for fd, place in zip(moved, job["fds"], strict=True):
         os.dup2(fd, place)
     kept = sorted(set(job["fds"]))
-    for low, high in zip(kept, [*kept[1:], _MOVED + 2 * _MAX_FDS], strict=True):
+    for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
         os.closerange(low + 1, high)
     for limit, (soft, hard) in zip(_LIMITS, job["limits"], strict=True):
         resource.setrlimit(limit, (soft, hard))

@@ -1,15 +1,44 @@
-"""The fixtures that put one hostile peer after another before the same back end, in a thread and in a process."""
+"""The fixtures that put one hostile peer after another before the same back end, in a thread and in a process.
+
+Of a long table each case meets the thread, and by default every fourth the process too; all with VNETDP_CAMPAIGN=1.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.by_hand import no_descriptor_leaks
+from tests.support.by_hand import CAMPAIGN, no_descriptor_leaks
 from tests.support.vhost_user import BackEnd, InProcess, InThread, ping
+
+_EVERY = 4
+_LONG = 12  # cases
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the docstring says."""
+    if CAMPAIGN:
+        return
+    in_process = {item: item.nodeid.partition("[")[0] for item in items if _meets(item) == "process"}
+    cases, met = Counter(in_process.values()), Counter[str]()
+    left_out = []
+    for item, test in in_process.items():
+        if cases[test] >= _LONG and met[test] % _EVERY:
+            left_out.append(item)
+        met[test] += 1
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _meets(item: pytest.Item) -> object:
+    """Return the back end that a test of this folder has."""
+    if Path(__file__).parent not in item.path.parents:
+        return None
+    return vars(item).get("callspec") and vars(item)["callspec"].params.get("back_end")
 
 
 class _Revived:

@@ -46,7 +46,7 @@ from vnetdp.testing import HandRing
 from vnetdp.vhost_user.message import RULES, ProtocolFeature, Request
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
-SEQUENCES = (100_000 if CAMPAIGN else 600) if COMPILED else 100
+SEQUENCES = (100_000 if CAMPAIGN else 200) if COMPILED else 100
 LOOK_EVERY = 50  # sequences between two looks at what the back end holds, and whether it still serves others
 
 R = Request

@@ -1,20 +1,29 @@
-"""The cache of compiled kernels: it can't hold yesterday's code, and no state of it keeps a kernel from running."""
+"""The cache of compiled kernels: it can't hold yesterday's code, and no state of it keeps a kernel from running.
+
+By default a process that has the copied package alone is a fork of this one, with Numba imported; with VNETDP_CAMPAIGN=1 a
+new one.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from numba.core import config
 
 import vnetdp_kernels
 from tests.project.test_package import here, python
+from tests.support.by_hand import CAMPAIGN
 from tests.support.machine_bed import OTHER_USER, as_user, needs_root, needs_seccomp, on_a_disk
 
 _HELPER = """
@@ -74,6 +83,45 @@ print(json.dumps([found, [path.name for path in folder.glob("*.tmp")]]))
 """
 
 
+def forked(code: str, folder: Path, **env: str) -> Any:
+    """As `python`, in a fork of this process that forgets what it has imported of vnetdp."""
+    out, to_out = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, if threads run
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(to_out, 1)
+            sys.stdout = os.fdopen(1, "w")
+            _begin_anew(folder, env)
+            exec(code, {"__name__": "__main__"})
+            status = 0
+        except BaseException:  # noqa: BLE001 - nothing may pass: behind it are the tests
+            traceback.print_exc(file=sys.stdout)
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    os.close(to_out)
+    with open(out) as said:
+        text = said.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, text
+    return json.loads(text)
+
+
+def _begin_anew(folder: Path, env: dict[str, str]) -> None:
+    gc.freeze()
+    warnings.resetwarnings()
+    sys.dont_write_bytecode = True
+    os.chdir(folder)
+    os.environ.update(env)
+    config.reload_config()
+    sys.path.insert(0, env["PYTHONPATH"])
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("vnetdp", "vnetdp_kernels"):
+            del sys.modules[name]
+
+
 class CopiedKernels:
     """A copy of the package, where a kernel in one file calls a helper in another, with a cache of its own."""
 
@@ -95,7 +143,8 @@ class CopiedKernels:
 
     def call(self, code: str = _CALL, **env: str) -> list[Any]:
         """Call the kernel in a new process; return its result, whether the cache said it was warm, hits and misses."""
-        found: list[Any] = python(code, self.folder, **self.env(**env))
+        run = python if CAMPAIGN else forked
+        found: list[Any] = run(code, self.folder, **self.env(**env))
         return found
 
     def call_by(self, command: list[str], code: str = _CALL, **env: str) -> list[Any]:
