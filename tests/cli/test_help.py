@@ -9,7 +9,7 @@ import pytest
 
 from vnetdp.cli import parser
 
-UNITS = "seconds|ms|µs|bytes|frames|queue pairs|descriptors|hand-overs|rounds|migrations"
+UNITS = "seconds|ms|µs|bytes|frames|queue pairs|descriptors|hand-overs|rounds|migrations|processes"
 
 
 def _options() -> dict[str, argparse.Action]:

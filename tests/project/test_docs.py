@@ -118,12 +118,13 @@ def test_python_example_imports_from_the_public_face_alone(block: Block) -> None
     assert not re.search(r"^\s*(from|import) vnetdp(_kernels|\.(?!testing\b))", block.text, re.MULTILINE)
 
 
-def test_every_example_file_is_shown_and_so_runs() -> None:
+def test_every_example_file_is_shown_or_run_by_a_test() -> None:
     shown = {block.text for block in marked("python")}
+    run_elsewhere = (ROOT / "tests/endpoints/test_examples.py").read_text()
     examples = sorted((ROOT / "examples").glob("*.py"))
     assert examples
     for path in examples:
-        assert path.read_text() in shown, path.name
+        assert path.read_text() in shown or f'"{path.name}"' in run_elsewhere, path.name
 
 
 def test_every_python_block_is_an_example() -> None:

@@ -365,8 +365,9 @@ def _faults(command: _Command) -> None:
     faults.add_argument("--all", dest="verbose_rows", action="store_true", help="show each row, not only failed ones")
     where = faults.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=_number(1, 256, "the number of jobs"), default=1, metavar="N",
-                       help="run cases in N processes, 1 to 256 (default: 1, this one)")  # fmt: skip
-    where.add_argument("--dask", metavar="ADDRESS", help="run cases on the Dask cluster whose scheduler is at ADDRESS")
+                       help="run cases in N processes, 1 to 256 (default: 1)")  # fmt: skip
+    where.add_argument("--dask", metavar="ADDRESS",
+                       help="run cases on the Dask cluster whose scheduler is at ADDRESS (default: none)")  # fmt: skip
 
 
 def _rate(text: str) -> float:
