@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 def warm_up(say: Say | None = None) -> float:
     """Compile the kernels of device and driver, or load them from the cache; return the seconds that this took.
 
-    Without it the first frame waits for that: some 30 s if they were never compiled, else less than a second. `say` is
+    Without it the first frame waits for that: about a minute if they were never compiled, else less than a second. `say` is
     called with a line if they have to be compiled, if another process does that, or if NUMBA_CACHE_DIR names a folder
     that can't be used. ConfigError if a limit of memory is too low for the compiler.
     """
@@ -111,7 +111,7 @@ def _load(what: str, loops: Sequence[Callable[..., Any]], run: Callable[[], None
         _log.warning("%s", before)
     if say:
         often = "at each start" if cache.writable() is None else "once for an installation"
-        say(f"compiling {what}, {often}: it takes some 30 s of one core ...")
+        say(f"compiling {what}, {often}: it takes about a minute of one core ...")
     run()
     if say:
         say(f"compiled in {time.perf_counter() - began:.1f} s")

@@ -198,7 +198,7 @@ def _cache() -> Check:
             "cold, and no folder for it can be written: each run compiles the kernels",
             trouble,
         )
-    cold = f"cold, in {folder.path}: the next command compiles the kernels, in some 30 s of one core"
+    cold = f"cold, in {folder.path}: the next command compiles the kernels, in about a minute of one core"
     return Check("numba cache", True, True, cold, trouble or _cache_advice(folder.path))
 
 
