@@ -392,7 +392,7 @@ def warm_and_quiet() -> Iterator[None]:
 
 TestMovingGuest = MovingGuest.TestCase
 TestMovingGuest.settings = settings(
-    max_examples=600 if CAMPAIGN else scaled(20, 2),
+    max_examples=600 if CAMPAIGN else scaled(12, 2),
     stateful_step_count=60 if CAMPAIGN else 25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

@@ -1,7 +1,7 @@
 """Streams with things done to them, and a machine that takes them: what `test_fuzz` runs, and its process for commits.
 
-`python -m tests.migration.fuzz POLICY FIRST COUNT` feeds inputs that end with a commit: a machine whose source says so
-runs, whatever it was sent. It tells the number of each input before it takes it, so that its end says which it was.
+`main` feeds inputs that end with a commit: a machine whose source says so runs, whatever it was sent. It tells the number of
+each input before it takes it, so that its end says which it was.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import logging
 import random
 import struct
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -271,7 +270,3 @@ def main(policy: str, first: int, count: int) -> None:
         reasons[bed.feed_and_commit(fuzzed(rnd, parts, bed.pool) if n % 4 in (0, 3) else joined(parts))[:24]] += 1
     bed.close()
     print(json.dumps(reasons))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -280,36 +280,61 @@ def another_process(mem_fd: int, code: str) -> Iterator[subprocess.Popen[bytes]]
             process.kill()
 
 
-@pytest.fixture
-def shared() -> Iterator[tuple[int, Bytes]]:
-    """A page of memory that other processes can have too: its descriptor, and it."""
+@contextmanager
+def one_page() -> Iterator[tuple[int, Bytes]]:
+    """Have a page of memory that other processes can have too: its descriptor, and it."""
     fd = os.memfd_create("vnetdp-test")
     os.ftruncate(fd, mmap.PAGESIZE)
     yield fd, np.frombuffer(mmap.mmap(fd, mmap.PAGESIZE), np.uint8)
     os.close(fd)
 
 
-@pytest.mark.parametrize(
-    ("load", "store"),
-    [
-        (load_u16, "store_u16"),
-        (load_u16_acquire, "store_u16_release"),
-        (load_u32, "store_u32"),
-        (load_u64, "store_u64"),
-    ],
-)
+@pytest.fixture
+def shared() -> Iterator[tuple[int, Bytes]]:
+    with one_page() as page:
+        yield page
+
+
+WRITES = {"store_u16": load_u16, "store_u16_release": load_u16_acquire, "store_u32": load_u32, "store_u64": load_u64}
+_REST = 255  # in place of a store's number: none
+
+
+@pytest.fixture(scope="module")
+def writer() -> Iterator[tuple[subprocess.Popen[bytes], Bytes]]:
+    """A process that writes with the store whose number is at 0, which it repeats at 1; and the page."""
+    code = f"""
+import time
+while True:
+    n = int(mem[0])
+    mem[1] = n
+    while n == {_REST} and mem[0] == n:
+        time.sleep(0.001)
+    store = [{", ".join(WRITES)}, None][min(n, {len(WRITES)})]
+    while store is not None and mem[0] == n:
+        store(mem, 64, 0x1234)
+        store(mem, 64, 0x5678)
+"""
+    with one_page() as (fd, mem):
+        mem[0] = _REST
+        with another_process(fd, code) as process:
+            yield process, mem
+
+
+@pytest.mark.parametrize("store", WRITES)
 def test_a_store_of_another_process_is_seen_as_a_whole(
-    shared: tuple[int, Bytes], load: Callable[[Bytes, int], int], store: str
+    writer: tuple[subprocess.Popen[bytes], Bytes], store: str
 ) -> None:
     """It has no moment in which something else is there, such as an index of 0."""
-    fd, mem = shared
-    writer = f"while True:\n    {store}(mem, 64, 0x1234)\n    {store}(mem, 64, 0x5678)\n"
-    with another_process(fd, writer) as process:
-        seen: set[int] = set()
-        while len(seen - {0}) < 2:
-            assert process.poll() is None
-            seen.add(load(mem, 64))
-        seen = {load(mem, 64) for _ in range(200_000)}
+    process, mem = writer
+    load, number = WRITES[store], list(WRITES).index(store)
+    mem[0] = number
+    wait_for(lambda: process.poll() is not None or mem[1] == number, "the process has turned to this store")
+    seen: set[int] = set()
+    while len(seen - {0}) < 2:
+        assert process.poll() is None
+        seen.add(load(mem, 64))
+    seen = {load(mem, 64) for _ in range(200_000)}
+    mem[0] = _REST
     assert seen <= {0x1234, 0x5678}
 
 

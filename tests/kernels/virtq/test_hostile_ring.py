@@ -25,6 +25,7 @@ from tests.kernels.rig import (
     pattern,
     scaled,
 )
+from tests.support.by_hand import CAMPAIGN
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.platform.atomic import Bytes, Words, load_i64_acquire, store_u64_unaligned
@@ -337,7 +338,7 @@ def test_length_grows_while_the_device_copies(kind: str, large: int) -> None:
     thread.start()
     outcomes = set()
     try:
-        for _ in range(scaled(20_000, 500)):
+        for _ in range(20_000 if CAMPAIGN else scaled(5_000, 500)):
             queue.offer(0)
             rig.device.eps[0, r.EP_PENDING] = 0
             rig.device.feed(FRAME)
