@@ -13,7 +13,7 @@ import pytest
 
 from tests.programs.test_drive_serve import served
 from tests.support.by_hand import COMPILED, no_descriptor_leaks, scaled, wait_for
-from vnetdp import ConfigError, EchoEndpoint, Endpoint, Fault, FrameEndpoint, NullEndpoint, Owner, features
+from vnetdp import ConfigError, EchoEndpoint, Endpoint, Fault, Faults, FrameEndpoint, NullEndpoint, Owner, features
 from vnetdp.testing import OWNERS, VERBS, Fate, FrameLedger, Vnet
 from vnetdp_kernels import rows as r
 
@@ -285,6 +285,24 @@ def test_a_fault_strikes_from_the_start_on() -> None:
     with Vnet(Back, faults=["set_backend"]) as vnet:
         assert vnet.device.owner is Owner.USERSPACE
         vnet.wait_for(10)
+
+
+SHARED = Fault("set_backend")
+
+
+@pytest.mark.vnet(endpoint=Back, owner=["thread", "vhost-user"], faults=[SHARED])
+def test_a_fault_of_several_tests_strikes_in_each(vnet: Vnet) -> None:
+    assert (vnet.faults[0].hits, SHARED.hits) == (1, 0)
+    assert [fault.hits for fault in vnet.faults] == [1]
+    assert any(event.get("error") == "EIO" for event in vnet.history.events)
+    with pytest.raises(AttributeError, match="faults"):
+        vnet.faults = Faults()  # type: ignore[misc]
+
+
+def test_a_fault_of_a_ring_that_is_not_there_is_refused() -> None:
+    for fault in (Fault("set_backend", 2), "set_backend:2", "set_backend:0,2"):
+        with pytest.raises(ConfigError, match=r"its ring is none of 0,0 to 1,1 \(PAIR,VRING\) with pairs=2"):
+            Vnet(Back, pairs=2, faults=[fault])
 
 
 def test_a_back_end_in_a_process_wants_a_class_that_can_be_imported() -> None:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +61,7 @@ class Vnet:
     - `features`: feature bits, or their names as `features.parse` takes them (`"-event_idx"`); None takes all.
     - `size`, `rate`: bytes of a frame, and frames a second and queue pair; 0 sends as fast as the rings take them.
     - `mtu`: the MTU that the device offers; None offers none.
-    - `faults`: each a `Fault`, or a text of one, from the start on. A fault that never struck is an error.
+    - `faults`: each a `Fault`, which is copied, or a text of one, from the start on. A fault that never struck is an error.
     - `returns`: False for an endpoint that does not send each frame back: the frames are not counted then.
     - `raises`: True for an endpoint whose code may raise; otherwise an exception in it fails the test.
     - `patience_s`: seconds after which a wait is given up, and an endpoint that has not come back counts as hung.
@@ -104,8 +105,14 @@ class Vnet:
             raise ConfigError(f"back_end {back_end}: owner {owner!r} has none; take 'vhost-user'")
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
-        self.faults = Faults(Fault.parse(fault) if isinstance(fault, str) else fault for fault in faults)
-        """The faults of vhost's verbs, a list that may change at any time."""
+        self._faults = Faults(
+            replace(fault, hits=0) for fault in Faults(faults)
+        )  # of its own, which others don't spend
+        for fault in self._faults:
+            if (fault.pair or 0) >= pairs or (fault.index or 0) > 1:
+                raise ConfigError(
+                    f"fault {fault.text or fault}: its ring is none of 0,0 to {pairs - 1},1 (PAIR,VRING) with pairs={pairs}"
+                )
         self.history = History()
         """The events so far, for a report of a test that failed."""
         self.pairs = pairs
@@ -120,6 +127,11 @@ class Vnet:
         self._seen_hung = False
         self._front_end: VhostUserFrontEnd | None = None
         self._found: AssertionError | None = None  # it has the state of the device already
+
+    @property
+    def faults(self) -> Faults:
+        """The faults of vhost's verbs, a list that may change at any time. Those of the argument are copies."""
+        return self._faults
 
     # --- making it ---
 
