@@ -41,6 +41,12 @@ from .history import History, Recorder
 _LOOK_S = 0.0005
 _SHOWN = 10  # frames in an error
 
+_NEVER = {
+    "thread": "the last error has the reason",
+    "process": "a worker process refuses an endpoint in Python; take owner='thread' or 'vhost-user' for one",
+    "vhost-user": "the back end was lost, or refused the rings",
+}  # why an owner never had the rings
+
 _warm_up_once = cache(warm_up)  # a second call costs ms
 
 _Made = Endpoint | type[Endpoint] | Callable[[], Endpoint]
@@ -54,7 +60,7 @@ class Vnet:
       back. None: a `GenerateEndpoint`, which sends frames of its own and checks those of the guest.
     - `owner`: the owner of the rings: `userspace` alone, a worker in a `thread` or a `process`, or a `vhost-user` back end
       in a process of its own, with an endpoint of its own of the same class. A worker process refuses an endpoint in
-      Python, so userspace has its rings.
+      Python. An owner that never had the rings is an error, unless a fault struck.
     - `back_end`: the path of the socket of a vhost-user back end of your own, in place of one in a process, with owner
       `vhost-user`. It sends each frame back; `endpoint` serves the rings while it is away.
     - `pairs`, `num`: queue pairs, and descriptors of each queue.
@@ -125,6 +131,7 @@ class Vnet:
         self._stack = ExitStack()
         self._open = False
         self._seen_hung = False
+        self._offloaded = False  # whether vhost ever had the rings
         self._front_end: VhostUserFrontEnd | None = None
         self._found: AssertionError | None = None  # it has the state of the device already
 
@@ -306,6 +313,10 @@ class Vnet:
         if last:
             idle = [fault.text or fault.verb for fault in self.faults if not fault.hits]
             wrong += [f"the fault {name} never struck: no such verb was run" for name in idle]
+            if not self._offloaded and self.owner != "userspace" and not any(fault.hits for fault in self.faults):
+                wrong.append(
+                    f"owner={self.owner!r} never had the rings, and nothing is proven of it: {_NEVER[self.owner]}"
+                )
         if wrong:
             raise self._error(wrong)
 
@@ -345,6 +356,7 @@ class Vnet:
     def _owner_changed(self, gone: bool) -> None:
         device = self.device
         was, self._was = self._was, device.owner
+        self._offloaded |= device.owner is Owner.VHOST
         died = was is Owner.VHOST and self._lost(gone)
         elsewhere = (
             was is not Owner.NOBODY and self.owner == "vhost-user" and not isinstance(self.endpoint, GenerateEndpoint)
