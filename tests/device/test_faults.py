@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -301,8 +302,52 @@ def test_a_part_that_is_given_twice_and_a_delay_without_end_are_refused() -> Non
     for parts in ("once:always", "#1:#2", "EIO:EBUSY", "delay=1:delay=2"):
         with pytest.raises(ConfigError, match="says again what a part before it says"):
             Fault.parse(f"set_mtu:{parts}")
-    with pytest.raises(ConfigError, match="a delay has at most 60 seconds"):
+    with pytest.raises(ConfigError, match=r"fault set_mtu:delay=61: delay_s 61\.0 is not 0 to 60 seconds"):
         Fault.parse("set_mtu:delay=61")
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"verb": "set_bakend"}, "verbs are set_mtu, set_features"),
+        ({"verb": "set_backend:0"}, "verbs are set_mtu, set_features"),
+        ({"pair": -1}, "pair -1 is not None or a number from 0"),
+        ({"index": 2}, "index 2 is not None, 0 (receiveq) or 1 (transmitq)"),
+        ({"times": 0}, "times 0 is not a number from 1"),
+        ({"times": -2}, "times -2 is not"),
+        ({"code": -5}, "code -5 is not an errno, or 0"),
+        ({"phase": "a.b"}, "phase 'a.b' is not a word"),
+        ({"nth": 0}, "nth 0 is not a number from 1"),
+        ({"delay_s": -1.0}, "delay_s -1.0 is not 0 to 60 seconds"),
+        ({"delay_s": float("nan")}, "delay_s nan is not 0 to 60 seconds"),
+    ],
+)
+def test_a_fault_of_a_call_that_cannot_be_is_refused(fields: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(wrong)):
+        Fault(**({"verb": "set_backend"} | fields))
+
+
+def test_a_text_in_a_list_of_faults_is_the_fault_that_it_describes() -> None:
+    faults = Faults(["set_mtu"])
+    faults.append("set_log:1")
+    faults.insert(0, "set_memory")
+    faults.extend(["set_backend"])
+    faults += ["set_features"]
+    faults[0] = "set_vring_num"
+    faults[1:2] = ["unbind", Fault("set_log")]
+    assert [fault.verb for fault in faults] == [
+        "set_vring_num", "unbind", "set_log", "set_log", "set_backend", "set_features",
+    ]  # fmt: skip
+    for wrong in ("set_bakend", None):
+        with pytest.raises(ConfigError, match=r"set_bakend|None is not a Fault"):
+            faults.append(wrong)  # type: ignore[arg-type]
+
+
+def test_a_fault_that_has_struck_as_often_as_it_may_is_not_taken_again() -> None:
+    fault = Fault("set_mtu")
+    assert fault.strikes("set_mtu", 0, None)
+    with pytest.raises(ConfigError, match="fault set_mtu has struck as often as it may: append a new one"):
+        Faults().append(fault)
 
 
 def test_a_fault_strikes_where_and_as_often_as_it_says() -> None:

@@ -111,6 +111,35 @@ def test_a_project_of_its_own_gets_fixtures_marker_and_reports(tmp_path: Path, a
     assert [event["number"] for event in events if event["event"] == "frame"] == [99]
 
 
+FORGOTTEN = """
+import pytest
+
+
+@pytest.mark.vnet(num=16)
+class TestOfAClass:
+    def test_needs_none(self):
+        pass
+
+    @pytest.mark.vnet(owner="userspace")
+    def test_forgot_the_fixture(self, tmp_path):
+        pass
+"""
+
+
+def test_a_marker_on_a_test_without_the_fixture_is_an_error_of_the_collection(tmp_path: Path) -> None:
+    (tmp_path / "test_forgotten.py").write_text(FORGOTTEN)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stdout
+    assert "TestOfAClass::test_forgot_the_fixture: it has the marker vnet, and runs without one" in done.stdout
+    assert "Traceback" not in done.stdout
+    (tmp_path / "test_forgotten.py").write_text(FORGOTTEN.replace("tmp_path", "faults"))
+    done = subprocess.run(
+        [*command, "--collect-only"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_project_without_such_tests_loads_neither_numba_nor_numpy(tmp_path: Path) -> None:
     (tmp_path / "test_plain.py").write_text(
         "import sys\n\n\ndef test_nothing_is_loaded():\n    assert not {'numba', 'numpy'} & {*sys.modules}\n"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.programs.test_drive_serve import served
 from tests.support.by_hand import COMPILED, no_descriptor_leaks, scaled, wait_for
-from vnetdp import ConfigError, EchoEndpoint, Endpoint, Fault, FrameEndpoint, NullEndpoint, Owner, features
+from vnetdp import ConfigError, EchoEndpoint, Endpoint, Fault, Faults, FrameEndpoint, NullEndpoint, Owner, features
 from vnetdp.testing import OWNERS, VERBS, Fate, FrameLedger, Vnet
 from vnetdp_kernels import rows as r
 
@@ -58,15 +58,18 @@ class Odd(Back):
 
 # --- nothing is wrong ---
 
+# A worker process refuses an endpoint in Python.
+PROVEN = [
+    (owner, made) for owner in OWNERS for made in (None, EchoEndpoint, Back) if (owner, made) != ("process", Back)
+]
 
-@pytest.mark.parametrize("made", [None, EchoEndpoint, Back], ids=["generate", "echo", "python"])
-@pytest.mark.parametrize("owner", OWNERS)
+
+@pytest.mark.parametrize(("owner", "made"), PROVEN)
 def test_every_frame_is_accounted_for_under_each_owner_and_its_changes(owner: str, made: type[Endpoint] | None) -> None:
     with no_descriptor_leaks():
         with Vnet(made, owner=owner) as vnet:
             vnet.wait_for(MANY)
-            refused = owner == "userspace" or (made is Back and owner == "process")
-            assert vnet.device.owner is (Owner.USERSPACE if refused else Owner.VHOST)
+            assert vnet.device.owner is (Owner.USERSPACE if owner == "userspace" else Owner.VHOST)
             if owner != "userspace":
                 vnet.change_owner(5)
                 vnet.wait_for(MANY)
@@ -98,8 +101,15 @@ def test_an_endpoint_in_python_survives_each_verb_that_fails(vnet: Vnet, faults:
     vnet.wait_for(MANY)
 
 
-@pytest.mark.vnet(endpoint=[None, Back], owner=["thread", "process", "vhost-user"])
-def test_frames_go_on_when_the_worker_is_killed(vnet: Vnet) -> None:
+@pytest.mark.parametrize(
+    ("owner", "made"), [case for case in PROVEN if case[1] is not EchoEndpoint and case[0] != "userspace"]
+)
+def test_frames_go_on_when_the_worker_is_killed(owner: str, made: type[Endpoint] | None) -> None:
+    with Vnet(made, owner=owner) as vnet:
+        kill_its_worker(vnet)
+
+
+def kill_its_worker(vnet: Vnet) -> None:
     vnet.wait_for(MANY)
     vnet.worker.kill()
     vnet.wait_until(lambda: vnet.device.owner is Owner.USERSPACE, "userspace has the rings")
@@ -281,10 +291,39 @@ def test_a_fault_that_never_struck_is_an_error() -> None:
         pass
 
 
+def test_an_owner_that_never_had_the_rings_is_an_error() -> None:
+    """The worker that is killed has nothing to lose, so that the test proves nothing."""
+    with pytest.raises(AssertionError) as caught, Vnet(Back, owner="process") as vnet:
+        kill_its_worker(vnet)
+    assert str(caught.value).startswith(
+        "owner='process' never had the rings, and nothing is proven of it: a worker process"
+    )
+    with Vnet(Back, owner="process", faults=["set_backend"]):
+        pass
+
+
 def test_a_fault_strikes_from_the_start_on() -> None:
     with Vnet(Back, faults=["set_backend"]) as vnet:
         assert vnet.device.owner is Owner.USERSPACE
         vnet.wait_for(10)
+
+
+SHARED = Fault("set_backend")
+
+
+@pytest.mark.vnet(endpoint=Back, owner=["thread", "vhost-user"], faults=[SHARED])
+def test_a_fault_of_several_tests_strikes_in_each(vnet: Vnet) -> None:
+    assert (vnet.faults[0].hits, SHARED.hits) == (1, 0)
+    assert [fault.hits for fault in vnet.faults] == [1]
+    assert any(event.get("error") == "EIO" for event in vnet.history.events)
+    with pytest.raises(AttributeError, match="faults"):
+        vnet.faults = Faults()  # type: ignore[misc]
+
+
+def test_a_fault_of_a_ring_that_is_not_there_is_refused() -> None:
+    for fault in (Fault("set_backend", 2), "set_backend:2", "set_backend:0,2"):
+        with pytest.raises(ConfigError, match=r"its ring is none of 0,0 to 1,1 \(PAIR,VRING\) with pairs=2"):
+            Vnet(Back, pairs=2, faults=[fault])
 
 
 def test_a_back_end_in_a_process_wants_a_class_that_can_be_imported() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self, SupportsIndex
 
 from ..datapath.notifiers import Notifiers
 from ..errors import BackendError, ConfigError
@@ -26,7 +26,8 @@ class Fault:
     """A vhost verb that is to fail, or to take longer.
 
     Written as text: `[PHASE.]VERB[:PAIR[,VRING]][:#N][:ERRNO][:delay=S][:once|always]`, such as
-    `set_vring_base:0,1:#2:EBUSY`. The parts behind the place may come in any order.
+    `set_vring_base:0,1:#2:EBUSY`. The parts behind the place may come in any order. ConfigError if a field has a value
+    that no call can have.
     """
 
     verb: str
@@ -51,6 +52,26 @@ class Fault:
     """The text that it was parsed from, if any."""
     _calls: int = field(default=0, init=False, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.verb not in FAULT_POINTS:
+            raise ConfigError(f"fault of {self.verb!r}: verbs are {', '.join(FAULT_POINTS)}")
+        limits = {
+            "pair": (self.pair is None or self.pair >= 0, "None or a number from 0"),
+            # The user of a text knows its pairs and vrings, and says so.
+            "index": (self.index in (None, 0, 1) or bool(self.text), "None, 0 (receiveq) or 1 (transmitq)"),
+            "times": (
+                self.times == -1 or self.times >= 1,
+                "a number from 1 (a fault that has struck has 0), or -1 for always",
+            ),
+            "code": (self.code >= 0, "an errno, or 0"),
+            "phase": (not self.phase or self.phase.isidentifier(), "a word, or empty"),
+            "nth": (self.nth >= 1, "a number from 1"),
+            "delay_s": (0 <= self.delay_s <= _MAX_DELAY_S, f"0 to {_MAX_DELAY_S:g} seconds"),
+        }
+        for name, (right, limit) in limits.items():
+            if not right:
+                raise ConfigError(f"fault {self.text or self.verb}: {name} {getattr(self, name)!r} is not {limit}")
+
     @classmethod
     def parse(cls, text: str) -> Fault:
         """Return the fault that *text* describes; ConfigError if none.
@@ -69,8 +90,6 @@ class Fault:
             if not found.keys().isdisjoint(values):
                 raise ConfigError(f"fault {text!r}: {part!r} says again what a part before it says: leave one out")
             found |= values
-        if found.get("delay_s", 0.0) > _MAX_DELAY_S:
-            raise ConfigError(f"fault {text!r}: a delay has at most {_MAX_DELAY_S:g} seconds")
         if "delay_s" in found:
             found.setdefault("code", 0)
         return cls(verb, phase=phase, text=text, **found)
@@ -88,12 +107,33 @@ class Fault:
 
 
 class Faults(list[Fault]):
-    """A list of `Fault`, which may change at any time."""
+    """A list of `Fault`, which may change at any time. A text that is put into it becomes the fault that it describes."""
 
     phase = ""
     """The present phase, which its user sets; a fault with another phase does not strike."""
     armed = True
     """False: none strikes."""
+
+    def __init__(self, faults: Iterable[Fault | str] = ()) -> None:
+        super().__init__(map(_fault, faults))
+
+    def append(self, fault: Fault | str) -> None:
+        if isinstance(fault, Fault) and fault.times == 0:
+            raise ConfigError(f"fault {fault.text or fault.verb} has struck as often as it may: append a new one")
+        super().append(_fault(fault))
+
+    def insert(self, index: SupportsIndex, fault: Fault | str) -> None:
+        super().insert(index, _fault(fault))
+
+    def extend(self, faults: Iterable[Fault | str]) -> None:
+        super().extend(map(_fault, faults))
+
+    def __iadd__(self, faults: Iterable[Fault | str]) -> Self:  # type: ignore[misc, override] # it takes texts too
+        self.extend(faults)
+        return self
+
+    def __setitem__(self, where: Any, faults: Any) -> None:
+        super().__setitem__(where, [*map(_fault, faults)] if isinstance(where, slice) else _fault(faults))
 
     def wrap(self, vhost: HasBackends | Sequence[Backend]) -> list[Backend]:
         """Return the backends of a worker, or a sequence of backends, each as a `FaultyBackend` with these faults."""
@@ -111,6 +151,15 @@ class Faults(list[Fault]):
                     time.sleep(fault.delay_s)
                 if fault.code:
                     raise BackendError(verb, fault.code, index, "injected fault")
+
+
+def _fault(fault: Fault | str) -> Fault:
+    """Return *fault*, parsed if it is a text; ConfigError if it is neither."""
+    if isinstance(fault, str):
+        return Fault.parse(fault)
+    if not isinstance(fault, Fault):
+        raise ConfigError(f"{fault!r} is not a Fault, nor the text of one")
+    return fault
 
 
 def _values(part: str, first: bool) -> dict[str, Any]:

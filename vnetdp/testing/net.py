@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,12 @@ from .history import History, Recorder
 _LOOK_S = 0.0005
 _SHOWN = 10  # frames in an error
 
+_NEVER = {
+    "thread": "the last error has the reason",
+    "process": "a worker process refuses an endpoint in Python; take owner='thread' or 'vhost-user' for one",
+    "vhost-user": "the back end was lost, or refused the rings",
+}  # why an owner never had the rings
+
 _warm_up_once = cache(warm_up)  # a second call costs ms
 
 _Made = Endpoint | type[Endpoint] | Callable[[], Endpoint]
@@ -53,14 +60,14 @@ class Vnet:
       back. None: a `GenerateEndpoint`, which sends frames of its own and checks those of the guest.
     - `owner`: the owner of the rings: `userspace` alone, a worker in a `thread` or a `process`, or a `vhost-user` back end
       in a process of its own, with an endpoint of its own of the same class. A worker process refuses an endpoint in
-      Python, so userspace has its rings.
+      Python. An owner that never had the rings is an error, unless a fault struck.
     - `back_end`: the path of the socket of a vhost-user back end of your own, in place of one in a process, with owner
       `vhost-user`. It sends each frame back; `endpoint` serves the rings while it is away.
     - `pairs`, `num`: queue pairs, and descriptors of each queue.
     - `features`: feature bits, or their names as `features.parse` takes them (`"-event_idx"`); None takes all.
     - `size`, `rate`: bytes of a frame, and frames a second and queue pair; 0 sends as fast as the rings take them.
     - `mtu`: the MTU that the device offers; None offers none.
-    - `faults`: each a `Fault`, or a text of one, from the start on. A fault that never struck is an error.
+    - `faults`: each a `Fault`, which is copied, or a text of one, from the start on. A fault that never struck is an error.
     - `returns`: False for an endpoint that does not send each frame back: the frames are not counted then.
     - `raises`: True for an endpoint whose code may raise; otherwise an exception in it fails the test.
     - `patience_s`: seconds after which a wait is given up, and an endpoint that has not come back counts as hung.
@@ -104,8 +111,14 @@ class Vnet:
             raise ConfigError(f"back_end {back_end}: owner {owner!r} has none; take 'vhost-user'")
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
-        self.faults = Faults(Fault.parse(fault) if isinstance(fault, str) else fault for fault in faults)
-        """The faults of vhost's verbs, a list that may change at any time."""
+        self._faults = Faults(
+            replace(fault, hits=0) for fault in Faults(faults)
+        )  # of its own, which others don't spend
+        for fault in self._faults:
+            if (fault.pair or 0) >= pairs or (fault.index or 0) > 1:
+                raise ConfigError(
+                    f"fault {fault.text or fault}: its ring is none of 0,0 to {pairs - 1},1 (PAIR,VRING) with pairs={pairs}"
+                )
         self.history = History()
         """The events so far, for a report of a test that failed."""
         self.pairs = pairs
@@ -118,8 +131,14 @@ class Vnet:
         self._stack = ExitStack()
         self._open = False
         self._seen_hung = False
+        self._offloaded = False  # whether vhost ever had the rings
         self._front_end: VhostUserFrontEnd | None = None
         self._found: AssertionError | None = None  # it has the state of the device already
+
+    @property
+    def faults(self) -> Faults:
+        """The faults of vhost's verbs, a list that may change at any time. Those of the argument are copies."""
+        return self._faults
 
     # --- making it ---
 
@@ -294,6 +313,10 @@ class Vnet:
         if last:
             idle = [fault.text or fault.verb for fault in self.faults if not fault.hits]
             wrong += [f"the fault {name} never struck: no such verb was run" for name in idle]
+            if not self._offloaded and self.owner != "userspace" and not any(fault.hits for fault in self.faults):
+                wrong.append(
+                    f"owner={self.owner!r} never had the rings, and nothing is proven of it: {_NEVER[self.owner]}"
+                )
         if wrong:
             raise self._error(wrong)
 
@@ -333,6 +356,7 @@ class Vnet:
     def _owner_changed(self, gone: bool) -> None:
         device = self.device
         was, self._was = self._was, device.owner
+        self._offloaded |= device.owner is Owner.VHOST
         died = was is Owner.VHOST and self._lost(gone)
         elsewhere = (
             was is not Owner.NOBODY and self.owner == "vhost-user" and not isinstance(self.endpoint, GenerateEndpoint)

@@ -52,6 +52,12 @@ def _asked(item: pytest.Item | pytest.Function) -> dict[str, Any]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "vnet" not in metafunc.fixturenames:
+        # A marker of a class or module may be for its other tests.
+        if any(mark.name == "vnet" for mark in metafunc.definition.own_markers):
+            raise pytest.Collector.CollectError(
+                f"{metafunc.definition.nodeid}: it has the marker vnet, and runs without one: its arguments name none of "
+                "the fixtures vnet, faults and ledger"
+            )
         return
     options = _asked(metafunc.definition)
     several = {name: value for name, value in options.items() if isinstance(value, list) and name not in _LISTS}
