@@ -25,7 +25,13 @@ def build(folder: Path) -> None:
         show_source=False,
         footer_text=f"vnetdp {vnetdp.__version__}",
     )
-    modules = ("vnetdp", vnetdp.features.__name__, "vnetdp.testing", "vnetdp.testing.strategies", "vnetdp.testing.explore")
+    modules = (
+        "vnetdp",
+        vnetdp.features.__name__,
+        "vnetdp.testing",
+        "vnetdp.testing.strategies",
+        "vnetdp.testing.explore",
+    )
     pdoc.pdoc(*modules, output_directory=folder)
 
 

@@ -287,7 +287,7 @@ def test_an_error_of_the_test_itself_is_kept_and_has_the_state_of_the_device() -
 
 
 def test_a_fault_that_never_struck_is_an_error() -> None:
-    with pytest.raises(AssertionError, match="the fault set_log:3 never struck"), Vnet(Back, faults=["set_log:3"]):
+    with pytest.raises(AssertionError, match="the fault set_log:#99 never struck"), Vnet(Back, faults=["set_log:#99"]):
         pass
 
 
