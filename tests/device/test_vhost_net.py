@@ -34,7 +34,7 @@ class Tracing(Fault):
     """A fault that never strikes, and remembers every verb that it was asked about."""
 
     def __init__(self) -> None:
-        super().__init__("none")
+        super().__init__("set_mtu")
         self.calls: list[tuple[str, int, int | None]] = []
 
     def strikes(self, verb: str, pair: int, index: int | None) -> bool:
