@@ -106,7 +106,7 @@ class WorkerProcess(Owned):
     @property
     def alive(self) -> bool:
         """True until the process has ended. @private"""
-        return self._child.process.poll() is None
+        return self._child.alive
 
     def call(self, pair: int, request: Verb | VnetdpError | Endpoint | str) -> int:
         """Have the child run a verb, or take the descriptors of an endpoint anew; BackendError as it raised it.

@@ -293,7 +293,7 @@ class HostProcess(Owned):
 
     @property
     def alive(self) -> bool:
-        return self._child.process.poll() is None
+        return self._child.alive
 
     def begin(self, what: str, *args: Any, fds: tuple[int, ...] = ()) -> Callable[..., Any]:
         """Ask for *what*; its last arguments are *fds*, as the host will have them.

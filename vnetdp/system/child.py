@@ -63,6 +63,11 @@ class Child:
         return self.process.pid
 
     @property
+    def alive(self) -> bool:
+        """True until the process has ended."""
+        return self.process.poll() is None
+
+    @property
     def stopped(self) -> bool:
         """True if a signal or a debugger has stopped the process."""
         return stopped(self.pid)

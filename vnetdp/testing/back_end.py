@@ -88,7 +88,7 @@ class BackEndProcess(Owned):
     @property
     def alive(self) -> bool:
         """True until the process has ended."""
-        return self._child.process.poll() is None
+        return self._child.alive
 
     def _ask(self, request: object) -> Any:
         """Return the process's answer; WorkError if it is an error, or if there is no process any more."""
