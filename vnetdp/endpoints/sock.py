@@ -16,8 +16,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, Protocol, runtime_checkable
 
 from vnetdp_kernels import rows as r
@@ -136,6 +136,17 @@ class _Reconnecting(SocketBase):
             super().__init__(name, queues)
             made.pop_all()
 
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Close the endpoint if what opens it within the block fails; a ConfigError becomes an EndpointError."""
+        try:
+            yield
+        except BaseException as e:
+            self.close()
+            if isinstance(e, ConfigError):
+                raise EndpointError(f"{self.name}: {e}") from e
+            raise
+
     def _start(self, first: NobodyYetError | None) -> None:
         """Start the thread; *first*: why there is no peer yet. EndpointError if there has to be one."""
         if first is not None:
@@ -243,7 +254,7 @@ class StreamEndpoint(_Reconnecting):
     def __init__(self, path: str, listen: bool = False, reconnect: float = RECONNECT_S, queues: int = 1) -> None:
         super().__init__(f"stream:{path}", queues, reconnect)
         self._path = path
-        try:
+        with self._opened():
             ended, other = limits.socket_pair(socket.SOCK_STREAM)
             other.close()
             self.fds[0] = ended.detach()  # until there is a peer: its peer is gone
@@ -259,11 +270,6 @@ class StreamEndpoint(_Reconnecting):
                 except NobodyYetError as e:
                     first = e
             self._start(first)
-        except BaseException as e:
-            self.close()
-            if isinstance(e, ConfigError):
-                raise EndpointError(f"{self.name}: {e}") from e
-            raise
 
     def _try(self) -> bool:
         if self._listener is None:
@@ -310,7 +316,7 @@ class DgramEndpoint(_Reconnecting):
         self._sock: socket.socket | None = None
         self._watched = False
         super().__init__(f"dgram:{path}", queues, reconnect)
-        try:
+        with self._opened():
             if remote is not None:
                 check_path(remote, "cannot send to")
             self._listener = Listener(path, None, socket.SOCK_DGRAM)
@@ -324,11 +330,6 @@ class DgramEndpoint(_Reconnecting):
                 except NobodyYetError as e:
                     first = e
             self._start(first)
-        except BaseException as e:
-            self.close()
-            if isinstance(e, ConfigError):
-                raise EndpointError(f"{self.name}: {e}") from e
-            raise
 
     @property
     def _dials(self) -> bool:
