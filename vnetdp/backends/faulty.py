@@ -57,8 +57,7 @@ class Fault:
             raise ConfigError(f"fault of {self.verb!r}: verbs are {', '.join(FAULT_POINTS)}")
         limits = {
             "pair": (self.pair is None or self.pair >= 0, "None or a number from 0"),
-            # The user of a text knows its pairs and vrings, and says so.
-            "index": (self.index in (None, 0, 1) or bool(self.text), "None, 0 (receiveq) or 1 (transmitq)"),
+            "index": (self.index in (None, 0, 1), "None, 0 (receiveq) or 1 (transmitq)"),
             "times": (
                 self.times == -1 or self.times >= 1,
                 "a number from 1 (a fault that has struck has 0), or -1 for always",

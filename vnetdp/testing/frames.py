@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from vnetdp_kernels import rows as r
 
+from ..endpoints.base import Endpoint
 from ..endpoints.loopback import GenerateEndpoint, Ledger
 from ..shared.memory import Words
-from ..virtio.queue import TRANSMITQ, queue_of
+from ..virtio.queue import RECEIVEQ, TRANSMITQ, queue_of
 
 _REMEMBERED: Final = r.LEDGER_WINDOW - 4096  # numbers of the window, whose oldest may be overwritten during a look
 _BATCH: Final = 64  # frames that an owner has taken at most, and not used yet
@@ -80,6 +81,15 @@ class Way:
         return int(self.receiver.ledger[pair, r.LEDGER_DELIVERED])
 
 
+def ways_of(guest: GenerateEndpoint, endpoint: Endpoint, returns: bool) -> Sequence[Way]:
+    """Return the ways of numbered frames between *guest* and *endpoint*. returns: it sends each frame back."""
+    if isinstance(endpoint, GenerateEndpoint):
+        return (Way("guest to wire", guest, endpoint, TRANSMITQ), Way("wire to guest", endpoint, guest, RECEIVEQ))
+    if returns and endpoint.kind != r.KIND_NULL:
+        return (Way("guest to wire and back", guest, guest, TRANSMITQ),)
+    return ()
+
+
 @dataclass(frozen=True)
 class _Bound:
     """An owner that got a ring: with frame *number*, at avail index *index*."""
@@ -132,6 +142,8 @@ class FrameLedger:
         self._passed: dict[tuple[int, int], Words] = {}  # numbers seen to be missing, before the window lost them
         self._under_way: dict[tuple[int, int], list[tuple[int, int]]] = {}  # when a process died
         self._seen: list[int] = []
+        self.running = True
+        """False once frames that have not arrived count as lost. @private"""
 
     @property
     def counts(self) -> Ledger:
@@ -142,13 +154,23 @@ class FrameLedger:
         return total
 
     @property
+    def summary(self) -> str:
+        """The counts in a line, in which a frame under way is not lost. @private"""
+        counts = self.counts
+        missing = sum(int(way.receiver.ledger[:, r.LEDGER_MISSING].sum()) for way in self._ways)
+        lost = missing if self.running else counts.lost
+        return str(replace(counts, lost=lost)) + (f", {counts.lost - lost:,} under way" if self.running else "")
+
+    @property
     def fates(self) -> list[Fate]:
         """Each frame that was lost, doubled, late or corrupted: the first hundred of each kind, pair and way.
 
         While traffic runs, a frame counts as lost once a later one has arrived; after `Vnet.settle`, if it has not arrived.
         """
         self.look()
-        return [self._fate(*key) for key in sorted(self._noticed, key=lambda key: (self._noticed[key], key))]
+        keys = sorted(self._noticed, key=lambda key: (self._noticed[key], key))
+        damaged = {key[1:] for key in keys if key[0] == "corrupted"}  # not lost besides
+        return [self._fate(*key) for key in keys if key[0] != "lost" or key[1:] not in damaged]
 
     def delivered(self, pair: int) -> list[int]:
         """Return the frames of *pair* that have arrived, one number a way."""
@@ -181,6 +203,7 @@ class FrameLedger:
 
     def close(self) -> list[str]:
         """Notice the frames that have not arrived as lost; return a line for frames whose numbers are not known. @private"""
+        self.running = False
         lines = []
         for w, pair in self._flows():
             for kind, more in self._notice_all(w, pair, tail=True).items():

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vnetdp_kernels import rows as r
+from vnetdp_kernels import spec
 
-from ..backends.base import Backend
 from ..backends.faulty import Fault, Faults
 from ..backends.process import WorkerProcess
 from ..backends.worker import Worker
@@ -26,17 +23,17 @@ from ..endpoints.base import Endpoint
 from ..endpoints.loopback import GenerateEndpoint
 from ..errors import ConfigError, GuestError, place, reason
 from ..guest.driver import Driver, memory_for
-from ..vhost_user.front_end.front_end import VhostUserFrontEnd
 from ..vhost_user.front_end.watch import Watch
 from ..virtio import features as f
-from ..virtio.queue import RECEIVEQ, TRANSMITQ, queue_of
+from ..virtio.queue import TRANSMITQ, queue_of
 from ..warmup import warm_up
 from . import OWNERS
 from .back_end import BackEndProcess
 from .checks import Check
-from .frames import FrameLedger, Way
+from .frames import FrameLedger, ways_of
 from .hang import where_hung
 from .history import History, Recorder
+from .parts import Offload, as_endpoint, connect, make_offload, start_back_end
 
 _LOOK_S = 0.0005
 _SHOWN = 10  # frames in an error
@@ -65,13 +62,15 @@ class Vnet:
       `vhost-user`. It sends each frame back; `endpoint` serves the rings while it is away.
     - `pairs`, `num`: queue pairs, and descriptors of each queue.
     - `features`: feature bits, or their names as `features.parse` takes them (`"-event_idx"`); None takes all.
-    - `size`, `rate`: bytes of a frame, and frames a second and queue pair; 0 sends as fast as the rings take them.
+    - `size`, `rate`: bytes of a frame, at most `mtu` + 14, and frames a second and queue pair; 0 sends as fast as the
+      rings take them.
     - `mtu`: the MTU that the device offers; None offers none.
     - `faults`: each a `Fault`, which is copied, or a text of one, from the start on. A fault that never struck is an error.
     - `returns`: False for an endpoint that does not send each frame back: the frames are not counted then.
     - `raises`: True for an endpoint whose code may raise; otherwise an exception in it fails the test.
     - `patience_s`: seconds after which a wait is given up, and an endpoint that has not come back counts as hung.
-    - `quiet_s`: seconds without a frame, at the end, after which the frames that have not arrived count as lost.
+    - `quiet_s`: seconds without a frame, at the end, after which the frames that have not arrived count as lost; at most
+      `patience_s`.
     """
 
     device: NetDevice
@@ -105,10 +104,21 @@ class Vnet:
         patience_s: float = 60.0,
         quiet_s: float = 5.0,
     ) -> None:
+        if not (endpoint is None or isinstance(endpoint, Endpoint) or callable(endpoint)):
+            raise ConfigError(
+                f"endpoint={endpoint!r} is none: give an Endpoint, its class or a function that returns it; "
+                "vnetdp.parse_endpoint makes one from text"
+            )
         if owner not in OWNERS:
             raise ConfigError(f"owner {owner!r} is not one of {', '.join(OWNERS)}")
         if back_end is not None and owner != "vhost-user":
             raise ConfigError(f"back_end {back_end}: owner {owner!r} has none; take 'vhost-user'")
+        if not 0 <= quiet_s <= patience_s:
+            raise ConfigError(f"quiet_s={quiet_s:g} is not between 0 and patience_s={patience_s:g}")
+        if mtu is not None and size > mtu + spec.ETH_HLEN:
+            raise ConfigError(
+                f"size={size}: with mtu={mtu} a frame has up to {mtu + spec.ETH_HLEN} bytes; give more mtu="
+            )
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
         self._faults = Faults(
@@ -132,7 +142,7 @@ class Vnet:
         self._open = False
         self._seen_hung = False
         self._offloaded = False  # whether vhost ever had the rings
-        self._front_end: VhostUserFrontEnd | None = None
+        self._offload = Offload()
         self._found: AssertionError | None = None  # it has the state of the device already
 
     @property
@@ -148,8 +158,7 @@ class Vnet:
             self.memory = made.enter_context(memory_for(self.pairs, self._num))
             self.endpoint = self._make_endpoint(made)
             self.guest = made.enter_context(GenerateEndpoint(self.pairs, self._size, self._rate))
-            self._ways = self._ways_of_frames()
-            self.ledger = FrameLedger(self._ways, self.pairs, self.history.now_s)
+            self.ledger = FrameLedger(ways_of(self.guest, self.endpoint, self._returns), self.pairs, self.history.now_s)
             self.device = self._make_device(made)
             self._check = Check(self.device)
             self._was = Owner.NOBODY
@@ -166,78 +175,69 @@ class Vnet:
         return self
 
     def _make_endpoint(self, made: ExitStack) -> Endpoint:
-        if isinstance(self._made, Endpoint):
-            return self._made
         if self._made is None:
             return made.enter_context(GenerateEndpoint(self.pairs, self._size, self._rate))
+        if isinstance(self._made, Endpoint):
+            endpoint = as_endpoint(self._made, self._made)
+            if endpoint.polled_by:
+                raise ConfigError(f"{endpoint.name} serves another device: give each Vnet an endpoint of its own")
+            return endpoint
         make: Any = self._made
         by_class = isinstance(self._made, type) and self.pairs > 1
-        endpoint: Endpoint = make(self.pairs) if by_class else make()
-        return made.enter_context(endpoint)
-
-    def _ways_of_frames(self) -> Sequence[Way]:
-        if isinstance(self.endpoint, GenerateEndpoint):
-            return (
-                Way("guest to wire", self.guest, self.endpoint, TRANSMITQ),
-                Way("wire to guest", self.endpoint, self.guest, RECEIVEQ),
-            )
-        if self._returns and self.endpoint.kind != r.KIND_NULL:
-            return (Way("guest to wire and back", self.guest, self.guest, TRANSMITQ),)
-        return ()
+        return made.enter_context(as_endpoint(make(self.pairs) if by_class else make(), self._made))
 
     def _make_device(self, made: ExitStack) -> NetDevice:
-        backends: Sequence[Backend] = ()
-        offered = None
-        if self.owner == "thread":
-            self.worker = worker = Worker(self.pairs)
-            made.callback(worker.close)
-            backends = worker.backends
-        elif self.owner == "process":
-            self.worker = process = WorkerProcess(self.pairs)
-            made.callback(process.close)
-            backends = process.backends
-        elif self.owner == "vhost-user":
-            self._front_end = self._connect(made)
-            backends, offered = self._front_end.backends, self._front_end.features
-        vhost = [Recorder(backend, pair, self.faults, self.history) for pair, backend in enumerate(backends)]
+        self._offload = offload = self._make_offload(made)
+        if offload.worker is not None:
+            self.worker = offload.worker
+        front_end = offload.front_end
+        vhost = [Recorder(backend, pair, self.faults, self.history) for pair, backend in enumerate(offload.backends)]
         device = made.enter_context(
             NetDevice(
-                self.memory, self.endpoint, queue_pairs=self.pairs, offered=offered, vhost=vhost or None, mtu=self._mtu,
-                max_num=max(1024, self._num),
+                self.memory, self.endpoint, queue_pairs=self.pairs, vhost=vhost or None, mtu=self._mtu,
+                offered=None if front_end is None else front_end.features, max_num=max(1024, self._num),
             )
         )  # fmt: skip
-        if self._front_end is not None:
-            watch = Watch(self._front_end, device)
+        if front_end is not None:
+            watch = Watch(front_end, device)
             made.callback(watch.close)
         return device
 
-    def _connect(self, made: ExitStack) -> VhostUserFrontEnd:
-        path = self._back_end or self._serve(made)
-        front_end = VhostUserFrontEnd(path, self.pairs, queue_size=self._num, watched=True)
-        made.callback(front_end.close)
-        if not front_end.connect(self._patience_s):
-            raise ConfigError(f"{path}: the back end can't be connected to: {front_end.trouble}")
-        return front_end
+    def _make_offload(self, made: ExitStack) -> Offload:
+        if self.owner != "vhost-user":
+            return make_offload(made, self.owner, self.pairs)
+        path, worker = self._back_end, None
+        if path is None:
+            served = self.endpoint if isinstance(self.endpoint, GenerateEndpoint) else self._made
+            worker, path = start_back_end(made, served, self.pairs, self._mtu)
+        front_end = connect(made, path, self.pairs, self._num, self._patience_s)
+        return Offload(front_end.backends, worker, front_end)
 
-    def _serve(self, made: ExitStack) -> str:
-        """Start a back end in a process of its own, and return its socket's path."""
-        folder = tempfile.mkdtemp(prefix="vnetdp-")
-        made.callback(shutil.rmtree, folder, ignore_errors=True)
-        path = str(Path(folder) / "s")
-        served = self.endpoint if isinstance(self.endpoint, GenerateEndpoint) else self._made
-        if not isinstance(served, GenerateEndpoint | type):
-            raise ConfigError("owner 'vhost-user': its process makes an endpoint of its own: give the endpoint's class")
-        self.worker = worker = BackEndProcess(served, path, self.pairs, self._mtu)
-        made.callback(worker.close)
-        return path
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Say why an attribute is not there."""
+            why = f"{type(self).__name__} has no attribute {name!r}"
+            if name == "worker" and self.__dict__.get("_open"):
+                why = (
+                    f"Vnet.worker: {'the back end is your own' if self._back_end else f'owner {self.owner!r} has none'}"
+                )
+            elif name in Vnet.__annotations__ or name == "memory":
+                why = f"Vnet.{name} is there in the with block only: with Vnet(...) as vnet"
+            raise AttributeError(why)
 
     # --- using it ---
+
+    def _need_open(self) -> None:
+        if not self._open:
+            raise ConfigError("the Vnet is not open: use it in its with block: with Vnet(...) as vnet")
 
     def wait_for(self, frames: int) -> None:
         """Wait until so many more frames of each queue pair have arrived, each way; AssertionError if they don't.
 
         An endpoint that raised, a ring that broke and a frame that was lost, doubled, late or corrupted end the wait, too.
         """
+        self._need_open()
         before = [self._arrived(pair) for pair in range(self.pairs)]
 
         def more() -> bool:
@@ -254,11 +254,14 @@ class Vnet:
 
     def wait_until(self, done: Callable[[], bool], what: str) -> None:
         """Wait until *done* returns True; AssertionError, with *what* and the state of the device, if it does not."""
+        self._need_open()
         until = time.monotonic() + self._patience_s
         while not done():
             self._raise_trouble()
             if time.monotonic() > until:
-                raise self._error([f"never happened within {self._patience_s:g} s: {what}"])
+                self._seen_hung = bool(self.endpoint._in_hand)
+                why = [self._hung()] if self._seen_hung else []
+                raise self._error([f"never happened within {self._patience_s:g} s: {what}", *why])
             time.sleep(_LOOK_S)
 
     def change_owner(self, times: int = 2) -> None:
@@ -266,12 +269,17 @@ class Vnet:
 
         ConfigError with `owner="userspace"`.
         """
+        self._need_open()
+        if self.owner == "userspace":
+            raise ConfigError("owner 'userspace' has no other owner to change to: take owner='thread' or another")
         for _ in range(times):
             self.device.set_use_vhost(not self.device.use_vhost)
             self._raise_trouble()
 
     def start(self) -> None:
         """Have frames made again, after `stop` or `settle`."""
+        self._need_open()
+        self.ledger.running = True
         for end in self._generators():
             end.rows[:, r.EP_LIMIT] = -1
         self.driver.bell.signal()
@@ -280,6 +288,7 @@ class Vnet:
 
     def stop(self) -> None:
         """Make no more frames. Those under way still arrive."""
+        self._need_open()
         with self.driver.paused():
             self.guest.stop()
         if isinstance(self.endpoint, GenerateEndpoint):
@@ -298,6 +307,7 @@ class Vnet:
 
         last: True also takes frames that have not arrived for lost, and faults that never struck for a mistake.
         """
+        self._need_open()
         wrong: list[str] = []
         if self._comes_back():
             self._check.look("at the end" if last else "at a check")
@@ -374,14 +384,14 @@ class Vnet:
 
     def _lost(self, gone: bool) -> bool:
         """Return whether a process that had the rings died, rather than gave them back. gone: it did not answer."""
-        if self._front_end is not None:
-            return self._front_end.gone or not self._front_end.connected
-        return gone and isinstance(self.worker, WorkerProcess)
+        if (front_end := self._offload.front_end) is not None:
+            return front_end.gone or not front_end.connected
+        return gone and isinstance(self._offload.worker, WorkerProcess)
 
     def _named(self, owner: Owner) -> str:
         if owner is not Owner.VHOST:
             return str(owner.value)
-        worker = getattr(self, "worker", None)
+        worker = self._offload.worker
         pid = f" {worker.pid}" if isinstance(worker, WorkerProcess | BackEndProcess) else ""
         return f"vhost ({self.owner}{pid})"
 
@@ -405,7 +415,7 @@ class Vnet:
         if self.endpoint.errors and not self._raises:
             error = self.endpoint.last_error
             wrong.append(_raised(self.endpoint.errors, reason(error) + place(error) if error is not None else ""))
-        worker = getattr(self, "worker", None)
+        worker = self._offload.worker
         if look_far and isinstance(worker, BackEndProcess) and not self._raises:
             errors, text = worker.errors
             if errors:
@@ -438,7 +448,7 @@ class Vnet:
         error = self.device.last_error
         return (
             f"[{self.endpoint.name} after {self.history.now_s():.3f} s: owner {self._named(self.device.owner)}, "
-            f"last error {reason(error) if error is not None else None}; {self.ledger.counts}]"
+            f"last error {reason(error) if error is not None else None}; {self.ledger.summary}]"
         )
 
     def _taken(self) -> bool:
