@@ -1,6 +1,6 @@
 """The connection between two processes is cut after each byte that follows the source's stop: one side runs, never both.
 
-By default some 15 places, around each section's ends: every other is cut both ways, and the others one way. With
+By default some 10 places, around each section's ends: every other is cut both ways, and the others one way. With
 VNETDP_CAMPAIGN=1 (`make campaign`) each byte of policy delta's final sections and commit, and of policy none's, which are
 32 KB long, those around each section's ends and every 101st.
 """
@@ -26,7 +26,7 @@ from vnetdp_kernels import rows as r
 
 CAMPAIGN = os.environ.get("VNETDP_CAMPAIGN") == "1"
 CONFIG = MachineConfig(queue_pairs=2, num=16, rate=2000.0, first_idx=0xFFF0)
-PLACES = 15
+PLACES = 10
 BOTH_WAYS = (r.EP_TO_WIRE, r.EP_FROM_WIRE)
 _HEAD = struct.Struct("<HBBHHI")
 _CRC_LEN = 4
