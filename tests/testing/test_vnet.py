@@ -375,6 +375,24 @@ def test_an_endpoint_serves_one_vnet_at_a_time() -> None:
         vnet.wait_for(1)
         with pytest.raises(ConfigError, match="back serves another device: give each Vnet an endpoint of its own"):
             Vnet(back).__enter__()
+        with pytest.raises(ConfigError, match="the Vnet is open already"):
+            vnet.__enter__()
+    with pytest.raises(ConfigError, match="back is closed: give each test an endpoint of its own"), Vnet(back):
+        pass
+
+
+class TooLong(Back):
+    def frame_received(self, frame: bytes, queue: int) -> bytes:
+        return frame + bytes(70_000)
+
+
+def test_a_wait_in_vain_has_the_endpoint_s_counters() -> None:
+    with (
+        pytest.raises(AssertionError) as caught,
+        Vnet(TooLong, patience_s=0.5, quiet_s=QUIET_S, faults="unbind") as vnet,
+    ):
+        vnet.wait_for(1)
+    assert re.search("1 more frames arrive\nthe endpoint's own counters: dropped_[a-z]+ [1-9]", str(caught.value))
 
 
 def test_outside_its_block_a_vnet_says_so() -> None:

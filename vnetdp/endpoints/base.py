@@ -117,7 +117,8 @@ class Endpoint(Owned):
             self.rows[:, r.EP_LIMIT] = -1
         # The owner that polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
         self._python_side = OwnedLock(self)
-        self._in_hand = 0  # calls of a user's code that have not returned
+        self._begun = 0  # calls of a user's code
+        self._in_hand = 0  # those that have not returned
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
@@ -127,6 +128,11 @@ class Endpoint(Owned):
         """The number of errors so far."""
         self.last_error: BaseException | None = None
         """The last error, such as an exception in `receive_frames`; None if there was none."""
+
+    @property
+    def closed(self) -> bool:
+        """True once the endpoint is closed."""
+        return self._claims_fd < 0
 
     def sink(self, queue: int) -> Sink:
         """Return the rows of one queue to which kernels give frames.
@@ -166,7 +172,7 @@ class Endpoint(Owned):
         holder = self.polled_by.get(queue)
         if holder is owner:
             return
-        if self._claims_fd < 0:
+        if self.closed:
             raise EndpointError(f"{self.name}: the endpoint is closed")
         if holder is not None or not self._claim(queue, 1, fcntl.F_WRLCK):
             self.polls_refused += 1
@@ -229,6 +235,7 @@ class Endpoint(Owned):
         """
         try:
             with self._python_side:
+                self._begun += 1
                 self._in_hand += 1
                 try:
                     yield

@@ -1,9 +1,10 @@
-"""The line at which an endpoint's code hangs."""
+"""Whether an endpoint's code hangs, and at which line."""
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -11,6 +12,21 @@ from typing import Final
 from ..endpoints.base import Endpoint
 
 _NOT_THE_USERS: Final = (str(Path(__file__).parents[1]), threading.__file__)
+
+
+class InHand:
+    """The time that an endpoint's code has not returned from one call, as seen by looks at it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._call, self._since = endpoint._begun, time.monotonic()
+
+    def seconds(self) -> float:
+        """Look, and return for how many seconds it has been in the call that it is in; 0 if it is in none."""
+        if not self._endpoint._in_hand or self._endpoint._begun != self._call:
+            self._call, self._since = self._endpoint._begun, time.monotonic()
+            return 0.0
+        return time.monotonic() - self._since
 
 
 def where_hung(endpoint: Endpoint, seconds: float) -> str:

@@ -31,7 +31,7 @@ from . import OWNERS
 from .back_end import BackEndProcess
 from .checks import Check
 from .frames import FrameLedger, ways_of
-from .hang import where_hung
+from .hang import InHand, where_hung
 from .history import History, Recorder
 from .parts import Offload, as_endpoint, connect, make_offload, start_back_end
 
@@ -98,7 +98,7 @@ class Vnet:
         size: int = 64,
         rate: float = 0.0,
         mtu: int | None = 1500,
-        faults: Iterable[Fault | str] = (),
+        faults: str | Iterable[Fault | str] = (),
         returns: bool = True,
         raises: bool = False,
         patience_s: float = 60.0,
@@ -122,7 +122,7 @@ class Vnet:
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
         self._faults = Faults(
-            replace(fault, hits=0) for fault in Faults(faults)
+            replace(fault, hits=0) for fault in Faults([faults] if isinstance(faults, str) else faults)
         )  # of its own, which others don't spend
         for fault in self._faults:
             if (fault.pair or 0) >= pairs or (fault.index or 0) > 1:
@@ -153,6 +153,8 @@ class Vnet:
     # --- making it ---
 
     def __enter__(self) -> Self:
+        if self._open:
+            raise ConfigError("the Vnet is open already: leave its with block first, or make another")
         _warm_up_once()
         with ExitStack() as made:
             self.memory = made.enter_context(memory_for(self.pairs, self._num))
@@ -178,10 +180,7 @@ class Vnet:
         if self._made is None:
             return made.enter_context(GenerateEndpoint(self.pairs, self._size, self._rate))
         if isinstance(self._made, Endpoint):
-            endpoint = as_endpoint(self._made, self._made)
-            if endpoint.polled_by:
-                raise ConfigError(f"{endpoint.name} serves another device: give each Vnet an endpoint of its own")
-            return endpoint
+            return as_endpoint(self._made, self._made)
         make: Any = self._made
         by_class = isinstance(self._made, type) and self.pairs > 1
         return made.enter_context(as_endpoint(make(self.pairs) if by_class else make(), self._made))
@@ -256,12 +255,14 @@ class Vnet:
         """Wait until *done* returns True; AssertionError, with *what* and the state of the device, if it does not."""
         self._need_open()
         until = time.monotonic() + self._patience_s
+        in_hand = InHand(self.endpoint)
         while not done():
             self._raise_trouble()
+            stuck_s = in_hand.seconds()
             if time.monotonic() > until:
-                self._seen_hung = bool(self.endpoint._in_hand)
+                self._seen_hung = stuck_s > self._patience_s / 2
                 why = [self._hung()] if self._seen_hung else []
-                raise self._error([f"never happened within {self._patience_s:g} s: {what}", *why])
+                raise self._error([f"never happened within {self._patience_s:g} s: {what}", *why, *self._drops()])
             time.sleep(_LOOK_S)
 
     def change_owner(self, times: int = 2) -> None:
@@ -318,8 +319,8 @@ class Vnet:
         more = self.ledger.close() if last else []
         frames = self._frames()
         wrong += frames + more
-        if (frames or more) and (drops := self._drops()):
-            wrong.append(f"the endpoint's own counters: {drops}")
+        if frames or more:
+            wrong += self._drops()
         if last:
             idle = [fault.text or fault.verb for fault in self.faults if not fault.hits]
             wrong += [f"the fault {name} never struck: no such verb was run" for name in idle]
@@ -433,11 +434,11 @@ class Vnet:
         more = len(fates) - _SHOWN
         return [str(fate) for fate in fates[:_SHOWN]] + ([f"and {more} more frames"] if more > 0 else [])
 
-    def _drops(self) -> str:
-        counts = self.endpoint.counters()
-        return ", ".join(
-            f"{name} {n}" for name, n in counts.items() if n and (name.startswith("dropped") or name == "errors")
-        )
+    def _drops(self) -> list[str]:
+        """Return a line with the endpoint's counters of frames that it dropped; nothing if there are none."""
+        counts = self.endpoint.counters().items()
+        drops = [f"{name} {n}" for name, n in counts if n and (name.startswith("dropped") or name == "errors")]
+        return [f"the endpoint's own counters: {', '.join(drops)}"] if drops else []
 
     def _error(self, lines: Sequence[str]) -> AssertionError:
         self._found = AssertionError("\n".join([*lines, self._state()]))
@@ -464,26 +465,27 @@ class Vnet:
         """Wait until all frames have arrived, or none has for a while, though nobody has one in hand."""
         began = since = time.monotonic()
         seen: object = None
+        in_hand = InHand(self.endpoint)
         while not (self.ledger.settled() and self._taken()):
             self._raise_trouble()
             now = time.monotonic()
             progress = [self._arrived(pair) for pair in range(self.pairs)]
             if progress != seen:
                 seen, since = progress, now
-            quiet = now - since
+            quiet, stuck_s = now - since, in_hand.seconds()
             if quiet > self._quiet_s and self._taken() and self.endpoint.idle:
                 return
-            if quiet > max(self._patience_s, self._quiet_s):
+            if quiet > self._patience_s:
                 waiting = "I9: frames wait in a transmitq or in the endpoint, and nobody takes them"
-                self._seen_hung = bool(self.endpoint._in_hand)
+                self._seen_hung = stuck_s > self._patience_s / 2
                 raise self._error([self._hung() if self._seen_hung else waiting])
             time.sleep(_LOOK_S if now - began < 1 else 0.01)
 
     def _comes_back(self) -> bool:
         """Return whether the endpoint's code comes back, if it is in there: a later look shows."""
-        until = time.monotonic() + (0.0 if self._seen_hung else self._patience_s)
-        while self.endpoint._in_hand:
-            if time.monotonic() > until:
+        in_hand, call = InHand(self.endpoint), self.endpoint._begun
+        while self.endpoint._in_hand and self.endpoint._begun == call:
+            if self._seen_hung or in_hand.seconds() > self._patience_s:
                 self._seen_hung = True
                 return False
             time.sleep(_LOOK_S)

@@ -21,11 +21,15 @@ from .back_end import BackEndProcess
 
 
 def as_endpoint(made: Any, by: Any) -> Endpoint:
-    """Return *made*, an endpoint that *by* is or made; ConfigError if it is none."""
+    """Return *made*, an endpoint that *by* is or made; ConfigError if it is none, or can't be used."""
     if not isinstance(made, Endpoint):
         raise ConfigError(f"{by!r} returned {made!r}: an endpoint is an object of a subclass of vnetdp.Endpoint")
     if "rows" not in vars(made):
         raise ConfigError(f"{type(made).__name__}.__init__ does not call super().__init__(): an endpoint has to")
+    if made.closed:
+        raise ConfigError(f"{made.name} is closed: give each test an endpoint of its own")
+    if made.polled_by:
+        raise ConfigError(f"{made.name} serves another device: give each Vnet an endpoint of its own")
     return made
 
 
