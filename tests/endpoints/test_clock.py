@@ -182,6 +182,19 @@ def test_a_clock_never_goes_back() -> None:
     assert clock.now_ns == 5
 
 
+def test_a_forked_child_leaves_the_clock_to_its_parent() -> None:
+    clock = Clock()
+    child = os.fork()
+    if child == 0:
+        try:
+            clock.advance_to(1)
+        except ConfigError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
 def test_threads_are_refused_beside_a_clock() -> None:
     clock = Clock()
     with memory_for(num=16) as memory, MailboxEndpoint() as wire, Worker(1) as worker:
@@ -203,6 +216,19 @@ def test_an_endpoint_keeps_the_clock_that_it_has_read() -> None:
             pass
         with pytest.raises(ConfigError, match="it has read another clock before"):
             NetDevice(memory, wire, clock=Clock(), threaded=False)
+    with memory_for(num=16) as memory, GenerateEndpoint(rate=1) as guest:
+        with (
+            MailboxEndpoint() as wire,
+            NetDevice(memory, wire, threaded=False) as device,
+            Driver(device, memory, guest, num=16) as driver,
+        ):
+            driver.step()
+        with (
+            MailboxEndpoint() as wire,
+            NetDevice(memory, wire, clock=Clock(), threaded=False) as device,
+            pytest.raises(ConfigError, match="generate: it has read another clock before"),
+        ):
+            Driver(device, memory, guest, num=16)
     with memory_for(num=16) as memory, MailboxEndpoint() as wire:
         clock = Clock()
         for _ in range(2):

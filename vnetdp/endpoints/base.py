@@ -168,7 +168,7 @@ class Endpoint(Owned):
 
     def take_clock(self, clock: Clock) -> None:
         """Keep *clock*, which tells the time to this endpoint or to the wire before it. @private"""
-        if self.clock is not None or self.polls_started:
+        if self.clock is not None or self.polls_started or self.rows[:, r.EP_NEXT_NS].any():
             raise ConfigError(f"{self.name}: it has read another clock before: give the device a new endpoint")
         self.clock = clock
 

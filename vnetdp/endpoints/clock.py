@@ -8,6 +8,7 @@ from itertools import count
 from typing import Protocol
 
 from ..errors import ConfigError
+from ..system.owned import Owned
 
 _LAST_NS = 1 << 62
 
@@ -19,7 +20,7 @@ class _Reader(Protocol):
     def next_due_ns(self) -> int | None: ...
 
 
-class Clock:
+class Clock(Owned):
     """The time of a simulator in ns, from *now_ns* on: `NetDevice(…, clock=clock)` and its driver never read the machine's.
 
     It stands still until `advance_to` is called, in the thread that steps the devices. Many devices may have one clock.
@@ -43,6 +44,7 @@ class Clock:
 
         ConfigError, and no change, if that is before the present time, or behind 2^62 ns.
         """
+        self.check_maker()
         if not self._now_ns <= now_ns <= _LAST_NS:
             raise ConfigError(
                 f"clock: {now_ns} ns is not between the present time, {self._now_ns} ns, and 2^62: it only goes forward"
@@ -78,6 +80,7 @@ class Clock:
         self._readers = [other for other in self._readers if other is not reader]
 
     def _tell(self, now_ns: int) -> None:
+        # Each endpoint has the time in its own rows: kernels have them at hand, in whichever process they run.
         self._now_ns = now_ns
         for reader in self._readers:
             reader.tell_time(now_ns)
