@@ -16,6 +16,8 @@ _HOME = {
     "NetDevice": "device.device",
     "Owner": "device.owners",
     "Driver": "guest.driver",
+    "Clock": "endpoints.clock",
+    "Announcer": "endpoints.announce",
     "warm_up": "warmup",
     "memory_for": "guest.driver",
     "GuestMemory": "shared.memory",
@@ -87,7 +89,9 @@ if TYPE_CHECKING:
     from .datapath.datapath import Datapath as Datapath
     from .device.device import NetDevice as NetDevice
     from .device.owners import Owner as Owner
+    from .endpoints.announce import Announcer as Announcer
     from .endpoints.base import Endpoint as Endpoint
+    from .endpoints.clock import Clock as Clock
     from .endpoints.fault import FaultEndpoint as FaultEndpoint
     from .endpoints.fd import FdEndpoint as FdEndpoint
     from .endpoints.frames import FrameEndpoint as FrameEndpoint

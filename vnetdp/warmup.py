@@ -133,3 +133,4 @@ def _run_all() -> None:
         check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
         mark_dirty(NO_LOG, 0, 1)
         flush(left.sink(0))
+        left.next_due_ns()

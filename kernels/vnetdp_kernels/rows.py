@@ -142,7 +142,7 @@ EP_FLOW: Final = 2  # generate: number of the flow stamped into each frame
 EP_SEQ: Final = 3  # generate: number of the next frame
 EP_LIMIT: Final = 4  # generate: frames to send; -1 = no end
 EP_INTERVAL_NS: Final = 5  # generate: between two frames; 0 = as fast as the ring takes them
-EP_NEXT_NS: Final = 6  # generate: when the next frame is due (CLOCK_MONOTONIC)
+EP_NEXT_NS: Final = 6  # generate: when the next frame is due
 EP_FIRST: Final = 7  # first frame slot, wire to guest, not yet delivered
 EP_COUNT: Final = 8  # frame slots, wire to guest, not yet delivered
 EP_OUT_FIRST: Final = 9  # the same, guest to wire, for endpoints in Python
@@ -164,6 +164,7 @@ EP_GONE: Final = 23  # 1: its descriptor reports an error whenever it is polled;
 EP_BLOCKED: Final = 24
 EP_LINES: Final = 25  # faulty wires from here to the endpoint behind them; 0 = it is that endpoint
 EP_LOST: Final = 26  # socket: 0 = connected; else LOST_*, or -errno: no frame passes
+EP_TOLD_NS: Final = 27  # the time of a clock that was handed in, plus 1; 0 = the machine's clock is read
 EP_SLOTS: Final = 32
 
 # Of a stream, in slots that otherwise only a generator has.
@@ -195,7 +196,7 @@ LINE_HEAD: Final = 0  # entry of the oldest frame held
 LINE_HELD: Final = 1  # frames held, but for the one that is overtaken
 LINE_TAIL: Final = 2  # byte where the next frame goes
 LINE_FIRST: Final = 3  # byte where the oldest frame lies
-LINE_DUE_NS: Final = 4  # when the oldest frame is due (CLOCK_MONOTONIC); 0 = at once
+LINE_DUE_NS: Final = 4  # when the oldest frame is due; 0 = at once
 LINE_RETRY_NS: Final = 5  # not before then, since it was put off; 0 = at once
 LINE_TRIES: Final = 6  # how often the oldest frame was put off by a fault
 LINE_SEEN: Final = 7  # frames that came to the line: the number of the last one
@@ -213,6 +214,7 @@ LINE_ASIDE_NS: Final = 18  # when it waits no longer
 LINE_CLOCK: Final = 19  # two words: scratch of a clock
 LINE_CHANCE: Final = 21  # CHANCE_…: a probability, in parts of 2^32
 LINE_STRUCK: Final = 32  # STRUCK_…: how often each fault struck
+LINE_TOLD_NS: Final = 47  # as EP_TOLD_NS
 LINE_SLOTS: Final = 48
 STAGE_SLOTS: Final = EP_SLOTS + 2 * LINE_SLOTS
 

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from ..endpoints.base import Endpoint
+from ..errors import ConfigError
 from ..shared.memory import DirtyLog, GuestMemory, Words
 from ..shared.notify import EventFd
 from . import verbs
@@ -32,10 +33,12 @@ class HasBackends(Protocol):
     def backends(self) -> Sequence[Backend]: ...
 
 
-def backends_of(vhost: HasBackends | Sequence[Backend]) -> Sequence[Backend]:
-    """Return the backends of a worker; a sequence of backends as it is."""
+def backends_of(vhost: HasBackends | Sequence[Backend], needed: int | None = None) -> Sequence[Backend]:
+    """Return the backends of a worker; a sequence of backends as it is. ConfigError if they are not as many as *needed*."""
     anything: Any = vhost
     found: Sequence[Backend] = getattr(anything, "backends", anything)
+    if needed is not None and len(found) != needed:
+        raise ConfigError(f"{len(found)} vhost backends for {needed} queue pairs: one for each is needed")
     return found
 
 

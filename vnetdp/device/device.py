@@ -18,6 +18,7 @@ from vnetdp_kernels import rows as r
 from ..backends.base import Backend, HasBackends, backends_of
 from ..datapath.notifiers import Notifiers
 from ..endpoints.base import Endpoint
+from ..endpoints.clock import Clock
 from ..errors import BackendError, ConfigError, GuestError, UnbindError
 from ..shared.memory import DirtyLog, GuestMemory
 from ..shared.notify import EventFd
@@ -26,7 +27,7 @@ from ..virtio import features as f
 from ..virtio.queue import Virtqueue
 from ..virtio.state import CONFIG_SPACE, DEFAULT_MAC, VIRTIO_NET_S_LINK_UP, Control, DeviceState, StateDelta
 from . import vhost_net
-from .own_datapath import OwnDatapath
+from .own_datapath import OwnDatapath, hand_in
 from .owners import Owner, Owners
 from .registers import Registers
 from .status import DeviceStatus
@@ -49,6 +50,7 @@ class NetDevice(Owned):
     - `max_num`: descriptors of the largest queue that a driver may set up, a power of two up to 32768.
     - `fallback`: True gives the rings to userspace while vhost cannot have them; False leaves them without an owner.
     - `running`: False makes a device whose machine does not run yet, such as a migration's destination (`set_running`).
+    - `clock`: a simulator's `Clock`, which endpoint and driver then read; None: the machine's. It needs `threaded=False`.
     - `notifiers`: internal.
 
     ConfigError or EndpointError if an argument cannot be. The caller closes memory, endpoint and worker, after the
@@ -73,12 +75,13 @@ class NetDevice(Owned):
         max_num: int = 1024,
         fallback: bool = True,
         running: bool = True,
+        clock: Clock | None = None,
         notifiers: Notifiers | None = None,
     ) -> None:
-        backends = None if vhost is None else backends_of(vhost)
-        if backends is not None and len(backends) != queue_pairs:
-            raise ConfigError(f"{len(backends)} vhost backends for {queue_pairs} queue pairs: one for each is needed")
+        backends = None if vhost is None else backends_of(vhost, queue_pairs)
         self._registers = Registers(endpoint, queue_pairs, mac, mtu, offered, max_num)
+        hand_in(clock, endpoint, threaded, backends or ())
+        self.clock = clock
         self.queues = self._registers.queues
         """Size, addresses and state of each queue, for reading: a list of `Virtqueue`."""
         self.memory = memory
@@ -324,10 +327,7 @@ class NetDevice(Owned):
 
     @property
     def ready(self) -> bool:
-        """True if DRIVER_OK is set and the link up: the rings have an owner while the device runs.
-
-        True with NEEDS_RESET, too, if one queue broke and the others go on.
-        """
+        """True if DRIVER_OK is set, even with NEEDS_RESET for one queue, and the link up: the rings then have an owner."""
         return self._status.driver_ok and not self._status.halted and self.control.link_up
 
     def _update_owner(self) -> None:

@@ -8,9 +8,29 @@ from ..backends.base import Backend
 from ..backends.userspace import UserspaceBackend
 from ..backends.worker import Worker
 from ..datapath.datapath import Datapath
+from ..endpoints.base import Endpoint
+from ..endpoints.clock import Clock
 from ..errors import ConfigError
 from ..shared.memory import Words
 from ..system.owned import Owned
+
+
+def hand_in(clock: Clock | None, endpoint: Endpoint, threaded: bool, backends: Sequence[Backend]) -> None:
+    """Have *endpoint* read *clock*, if there is one. ConfigError unless the caller itself runs all that moves its frames."""
+    if clock is None and endpoint.clock is None:
+        return
+    if threaded:
+        raise ConfigError("a thread sleeps by the machine's clock: with a clock= the device needs threaded=False")
+    if not all(isinstance(backend.worker, Datapath) for backend in backends):
+        raise ConfigError(
+            "a vhost worker sleeps by the machine's clock: with a clock= take a UserspaceBackend of a Datapath that you run"
+        )
+    if clock is None:
+        raise ConfigError(
+            f"{endpoint.name}: it reads a clock that was handed in: give the device the same one (clock=)"
+        )
+    if endpoint.clock is not clock:
+        endpoint.read_clock(clock)
 
 
 class OwnDatapath(Owned):

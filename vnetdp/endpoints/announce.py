@@ -12,6 +12,7 @@ from vnetdp_kernels import spec
 
 from ..system import limits
 from ..system.owned import Owned
+from .clock import Clock
 
 # When to announce, in s after the machine runs: QEMU's 50 ms first, 100 ms more each time, five rounds.
 ROUNDS_S: Final = (0.0, 0.05, 0.2, 0.45, 0.8)
@@ -27,30 +28,40 @@ def rarp(mac: bytes) -> bytes:
 
 
 class Announcer(Owned):
-    """Announces *mac* through *send*, from a thread, at each of ROUNDS_S; `close` ends it early. sent: how often so far.
+    """Announces the address that *mac* returns through *send*, five times in 0.8 s, as QEMU does after a migration.
 
-    While it is held (`hold`) nothing is sent, and rounds that fall into that time are left out.
+    With `clock`, that of the device, `Clock.advance_to` sends each announcement at its time; None: a thread does. `close`
+    ends it early. While it is held (`hold`) nothing is sent, and rounds that fall into that time are left out.
     """
 
-    def __init__(self, send: Callable[[bytes], None], mac: Callable[[], bytes]) -> None:
+    def __init__(self, send: Callable[[bytes], None], mac: Callable[[], bytes], clock: Clock | None = None) -> None:
         self.sent = 0
+        """The number of announcements sent so far."""
         self._send = send
         self._mac = mac
         self._held = False
         self._turn = threading.Lock()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._announce, name="announce", daemon=True)
-        limits.start(self._thread)
+        self._thread: threading.Thread | None = None
+        if clock is None:
+            self._thread = threading.Thread(target=self._announce, name="announce", daemon=True)
+            limits.start(self._thread)
+        else:
+            for at in ROUNDS_S:
+                clock.call_at(clock.now_ns + round(at * 1e9), self._round)
 
     def _announce(self) -> None:
         began = time.monotonic()
         for at in ROUNDS_S:
             if self._end.wait(max(0.0, began + at - time.monotonic())):
                 return
-            with self._turn:
-                if not self._held:
-                    self._send(rarp(self._mac()))
-                    self.sent += 1
+            self._round()
+
+    def _round(self) -> None:
+        with self._turn:
+            if not (self._held or self._end.is_set()):
+                self._send(rarp(self._mac()))
+                self.sent += 1
 
     def hold(self, held: bool) -> None:
         """Send nothing from now on, or go on; an announcement under way has been sent when this returns."""
@@ -60,4 +71,5 @@ class Announcer(Owned):
     def close(self) -> None:
         if not self.inherited:
             self._end.set()
-            self._thread.join()
+            if self._thread is not None:
+                self._thread.join()

@@ -19,12 +19,14 @@ import numpy as np
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.rows import Sink, Wire
+from vnetdp_kernels.wire import port
 
 from ..errors import ConfigError, EndpointError, place
 from ..shared.memory import Bytes, SharedBlock, Words
 from ..shared.notify import EventFd
 from ..system import limits
 from ..system.owned import Owned, OwnedLock
+from .clock import Clock
 
 _log = logging.getLogger("vnetdp.endpoints")
 
@@ -120,6 +122,8 @@ class Endpoint(Owned):
         self._begun = 0  # calls of a user's code
         self._in_hand = 0  # those that have not returned
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
+        self.clock: Clock | None = None
+        """The clock of its device, if one was handed in; None: the machine's."""
         self.polled_by: dict[int, object] = {}
         self.polls_started = 0
         self.polls_stopped = 0
@@ -160,6 +164,31 @@ class Endpoint(Owned):
         self.rows, self.ledger, self.windows = rows, ledger, windows
         self.out_lengths, self.in_lengths = lengths[:, :slots], lengths[:, slots:]
         self.out_frames, self.in_frames = frames[:, : slots * r.FRAME_SLOT], frames[:, slots * r.FRAME_SLOT :]
+
+    # --- the clock that it reads ---
+
+    def read_clock(self, clock: Clock) -> None:
+        """Read *clock* from now on; ConfigError if it has read another one, or the machine's. @private"""
+        self.take_clock(clock)
+        clock.add(self)
+
+    def take_clock(self, clock: Clock) -> None:
+        """Keep *clock*, which tells the time to this endpoint or to the wire before it. @private"""
+        if self.clock is not None or self.polls_started or self.rows[:, r.EP_NEXT_NS].any():
+            raise ConfigError(f"{self.name}: it has read another clock before: give the device a new endpoint")
+        self.clock = clock
+
+    def tell_time(self, now_ns: int) -> None:
+        """Set the time that kernels read. @private"""
+        self.rows[:, r.EP_TOLD_NS] = now_ns + 1
+
+    def next_due_ns(self) -> int | None:
+        """Return the next time, in ns, at which time alone lets a frame move, as `Clock.next_due_ns`; None if there is none.
+
+        The time is that of its `clock`, or CLOCK_MONOTONIC.
+        """
+        words = np.zeros(port.SCRATCH_WORDS, np.int64)
+        return min((at for row in self.rows if (at := port.next_due_ns(row, words)) >= 0), default=None)
 
     # --- the owner that polls it ---
 
@@ -434,6 +463,8 @@ class Endpoint(Owned):
     def close(self) -> None:
         """Give up its descriptors. Close the device or driver that uses it first."""
         self.fds[:] = -1
+        if self.clock is not None:
+            self.clock.remove(self)
         for wake in self._wakes:
             wake.close()
         self.block.close()

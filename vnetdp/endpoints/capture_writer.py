@@ -78,9 +78,13 @@ class CaptureWriter:
     def fileno(self) -> int:
         return self._fd
 
-    def write(self, frames: Sequence[bytes]) -> None:
-        """Append Ethernet frames, stamped with the time it is; EndpointError, and none is appended, if that fails."""
-        self._put(b"".join(self._record(frame, time.time_ns()) for frame in frames), len(frames))
+    def write(self, frames: Sequence[bytes], now_ns: int | None = None) -> None:
+        """Append Ethernet frames, stamped with *now_ns*; None: the time it is.
+
+        EndpointError, and none is appended, if that fails.
+        """
+        stamps = (time.time_ns() if now_ns is None else now_ns for _ in frames)
+        self._put(b"".join(map(self._record, frames, stamps)), len(frames))
 
     def _put(self, data: bytes, frames: int) -> None:
         self._kept = memoryview(b"".join((self._kept, data)))

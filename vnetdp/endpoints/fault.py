@@ -24,6 +24,7 @@ from vnetdp_kernels.wire.faulty import FROM_WIRE, TO_WIRE
 from ..errors import EndpointError
 from ..shared.memory import Bytes, Words
 from .base import Endpoint
+from .clock import Clock
 
 _log = logging.getLogger("vnetdp.endpoints")
 
@@ -207,7 +208,7 @@ class FaultEndpoint(Endpoint):
     def struck(self) -> Counter[str]:
         """How often each fault struck, by name."""
         lines = np.concatenate([self._lines(way) for way in _WAYS])
-        total = lines[:, r.LINE_STRUCK :].sum(axis=0)
+        total = lines[:, r.LINE_STRUCK : r.LINE_TOLD_NS].sum(axis=0)
         return Counter({name: int(total[at]) for name, at in _STRUCK.items()})
 
     @property
@@ -219,6 +220,18 @@ class FaultEndpoint(Endpoint):
             aside = lines[:, r.LINE_ASIDE_COPIES] * (lines[:, r.LINE_ASIDE_LEN] > 0)
             held += int((lines[:, r.LINE_HELD] + aside).sum())
         return held
+
+    # --- the clock ---
+
+    def take_clock(self, clock: Clock) -> None:
+        self.inner.take_clock(clock)
+        super().take_clock(clock)
+
+    def tell_time(self, now_ns: int) -> None:
+        super().tell_time(now_ns)
+        self.inner.tell_time(now_ns)
+        for way in _WAYS:
+            self._lines(way)[:, r.LINE_TOLD_NS] = now_ns + 1
 
     # --- frames ---
 

@@ -158,7 +158,8 @@ class PcapEndpoint(Endpoint):
 
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         if self._writer is not None:
-            self._writer.write([frame[spec.NET_HDR_LEN :] for frame in frames])
+            now_ns = None if self.clock is None else self.clock.now_ns
+            self._writer.write([frame[spec.NET_HDR_LEN :] for frame in frames], now_ns)
 
     @property
     def longest_frame(self) -> int:

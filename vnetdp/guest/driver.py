@@ -23,6 +23,7 @@ from ..datapath.datapath import scratch_for
 from ..datapath.loop_thread import LoopThread
 from ..datapath.notifiers import Notifiers
 from ..endpoints.base import Endpoint
+from ..endpoints.clock import Clock
 from ..endpoints.mailbox import MailboxEndpoint
 from ..errors import ConfigError, GuestError, MachineError
 from ..shared.memory import GuestMemory, SharedBlock, Words
@@ -55,6 +56,7 @@ _INDICES = (
 class Device(Protocol):
     """A device as a driver uses it: its registers and its notifiers."""
 
+    clock: Clock | None
     notifiers: Notifiers
 
     @property
@@ -101,7 +103,7 @@ def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlo
 class Driver(Owned):
     """The guest's side of *device*, as Linux's virtio_net has it: rings and buffers in *memory*, set up when it is made.
 
-    Nothing runs until `start` (a thread) or `step`.
+    Nothing runs until `start` (a thread) or `step`. *endpoint* reads the clock of *device*.
 
     - `endpoint`: where the guest's frames come from and go to. None makes a mailbox: use `send` and `receive`.
     - `queue_pairs`: the pairs to use, at most the device's.
@@ -150,6 +152,8 @@ class Driver(Owned):
                 endpoint = self.mailbox = made.enter_context(MailboxEndpoint(queue_pairs))
             if endpoint.queues < queue_pairs:
                 raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the driver needs {queue_pairs}")
+            if device.clock is not None and endpoint.clock is not device.clock:
+                endpoint.read_clock(device.clock)
             if block is None:
                 block = driver_block(queue_pairs, num)
                 made.callback(block.close)
@@ -327,8 +331,13 @@ class Driver(Owned):
                 raise GuestError(index, int(row[r.DVQ_STATUS]))
 
     def start(self, poll_us: int = 0) -> None:
-        """Run in a thread, which busy-polls *poll_us* µs before it sleeps: 0 sleeps at once, -1 never sleeps."""
+        """Run in a thread, which busy-polls *poll_us* µs before it sleeps: 0 sleeps at once, -1 never sleeps.
+
+        ConfigError if the device has a `clock`.
+        """
         self.check_maker()
+        if self.endpoint.clock is not None:
+            raise ConfigError("a thread sleeps by the machine's clock: step the driver of a device with a clock=")
         if self._thread is None:
             self._thread = LoopThread(self, "guest-driver", poll_us)
             try:

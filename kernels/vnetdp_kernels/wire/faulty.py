@@ -17,7 +17,7 @@ from ..platform.atomic import (
     store_u32_unaligned,
     store_u64_unaligned,
 )
-from ..platform.io import EIO, clock_ns, writev
+from ..platform.io import EIO, time_ns, writev
 from ..platform.jit import inlined, kernel
 from ..rows import Frame, Line, Sink, Source
 from .answer import answer, answers
@@ -98,7 +98,7 @@ def _due_of(ep: Words, way: int, now: int) -> int:
 
 @kernel
 def out_due_ns(ep: Words, now: int) -> int:
-    """Return the ns until a frame that is held back may go to the wire; -1 if there is none. now: CLOCK_MONOTONIC in ns."""
+    """Return the ns until a frame that is held back may go to the wire; -1 if there is none. now: in ns."""
     return int(_due_of(ep, TO_WIRE, now))
 
 
@@ -282,7 +282,7 @@ def _pull(source: Source, stage: int) -> bool:
     if kind == r.KIND_TAP:
         length = from_tap(row, source.fd, line.data, where, r.FRAME_SLOT)
     elif kind == r.KIND_GENERATE:
-        now = clock_ns(line.words[r.LINE_CLOCK :]) if row[r.EP_INTERVAL_NS] else 0
+        now = time_ns(row[r.EP_TOLD_NS], line.words[r.LINE_CLOCK :]) if row[r.EP_INTERVAL_NS] else 0
         length = generate(row, line.data, where, r.FRAME_SLOT, now)
     elif kind == r.KIND_PYTHON:
         frames, lengths = _slots(source.ep, source.in_frames, source.in_lengths, FROM_WIRE)

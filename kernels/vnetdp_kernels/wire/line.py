@@ -13,7 +13,7 @@ from __future__ import annotations
 from .. import rows as r
 from .. import spec
 from ..platform.atomic import Words, copy, load_u8, store_u8
-from ..platform.io import clock_ns
+from ..platform.io import time_ns
 from ..platform.jit import inlined, kernel
 from ..rows import Line
 
@@ -30,6 +30,12 @@ _JITTER, _BIT, _TRIES = 10, 11, 16  # numbers of decisions, beside CHANCE_…; t
 
 # Whether the oldest frame may leave a line.
 GO, WAIT, LOST = 0, 1, 2
+
+
+@inlined
+def _now_ns(words: Words) -> int:
+    """Return the time in ns by the clock that the line reads."""
+    return int(time_ns(words[r.LINE_TOLD_NS], words[r.LINE_CLOCK :]))
 
 
 # --- the fate of a frame ---
@@ -82,10 +88,10 @@ def _lost_in_burst(words: Words, number: int) -> bool:
 
 @kernel
 def _due_ns(words: Words, length: int, number: int) -> int:
-    """Return when a frame that is put on a line now is due (CLOCK_MONOTONIC); 0 = at once."""
+    """Return when, in ns, a frame that is put on a line now is due; 0 = at once."""
     if not (words[r.LINE_DELAY_NS] or words[r.LINE_JITTER_NS] or words[r.LINE_RATE]):
         return 0
-    due = clock_ns(words[r.LINE_CLOCK :])
+    due = _now_ns(words)
     if words[r.LINE_RATE]:
         words[r.LINE_STRUCK + r.STRUCK_RATE] += due < words[r.LINE_FREE_NS]
         bits = 8 * (length - spec.NET_HDR_LEN)
@@ -159,7 +165,7 @@ def admit(line: Line, at: int, length: int) -> None:
         words[r.LINE_ASIDE_LEN] = length
         words[r.LINE_ASIDE_NUMBER] = number
         words[r.LINE_ASIDE_COPIES] = copies
-        words[r.LINE_ASIDE_NS] = clock_ns(words[r.LINE_CLOCK :]) + _ASIDE_NS
+        words[r.LINE_ASIDE_NS] = _now_ns(words) + _ASIDE_NS
         return
     _put(line, length, number)
     if copies > 1:
@@ -179,7 +185,7 @@ def room(words: Words) -> int:
     held = words[r.LINE_HELD]
     if held > r.LINE_FRAMES - _AT_ONCE:
         return -1
-    if words[r.LINE_RATE] and words[r.LINE_FREE_NS] > clock_ns(words[r.LINE_CLOCK :]) + _AHEAD_NS:
+    if words[r.LINE_RATE] and words[r.LINE_FREE_NS] > _now_ns(words) + _AHEAD_NS:
         return -1
     if held == 0:
         words[r.LINE_HEAD] = 0
@@ -200,11 +206,11 @@ def room(words: Words) -> int:
 def is_due(line: Line) -> bool:
     """Return whether the oldest frame's time has come. One that waits in vain to be overtaken joins the line first."""
     words = line.words
-    if words[r.LINE_ASIDE_LEN] and words[r.LINE_ASIDE_NS] <= clock_ns(words[r.LINE_CLOCK :]) and room(words) >= 0:
+    if words[r.LINE_ASIDE_LEN] and words[r.LINE_ASIDE_NS] <= _now_ns(words) and room(words) >= 0:
         _rejoin(line)
     if words[r.LINE_HELD] == 0:
         return False
-    return bool(words[r.LINE_DUE_NS] == 0 or words[r.LINE_DUE_NS] <= clock_ns(words[r.LINE_CLOCK :]))
+    return bool(words[r.LINE_DUE_NS] == 0 or words[r.LINE_DUE_NS] <= _now_ns(words))
 
 
 @inlined
@@ -241,14 +247,14 @@ def move(line: Line, to: Line) -> int:
 
 @inlined
 def put_off(line: Line) -> None:
-    line.words[r.LINE_RETRY_NS] = clock_ns(line.words[r.LINE_CLOCK :]) + _RETRY_NS
+    line.words[r.LINE_RETRY_NS] = _now_ns(line.words) + _RETRY_NS
 
 
 @kernel
 def may_go(line: Line) -> int:
     """Return whether the oldest frame may leave the line now, as far as its faults are concerned."""
     words = line.words
-    if words[r.LINE_RETRY_NS] and words[r.LINE_RETRY_NS] > clock_ns(words[r.LINE_CLOCK :]):
+    if words[r.LINE_RETRY_NS] and words[r.LINE_RETRY_NS] > _now_ns(words):
         return WAIT
     number = line.table[words[r.LINE_HEAD] * r.ENTRY_SLOTS + r.ENTRY_NUMBER]
     tries, chance = words[r.LINE_TRIES], words[r.LINE_CHANCE + r.CHANCE_EAGAIN]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from .. import rows as r
 from .. import spec
 from ..platform.atomic import Bytes, Words, address, copy, store_u16_unaligned
-from ..platform.io import clock_ns, writev
+from ..platform.io import time_ns, writev
 from ..platform.jit import inlined, kernel
 from ..rows import Frame, Sink, Source, Wire
 from . import faulty
@@ -109,7 +109,7 @@ def _write_to_tap(frame: Frame, hdr: Bytes, sink: Sink, words: Words) -> int:
 def produce(source: Source, dst: Bytes, at: int, room: int, now: int) -> int:
     """Bring one frame in from the endpoint, header first, to *dst* at *at*; return its bytes, 0 if there is none.
 
-    room: bytes there. now: CLOCK_MONOTONIC in ns, looked at only by a generator with a rate.
+    room: bytes there. now: in ns, looked at only by a generator with a rate.
     """
     ep = source.ep
     kind = ep[r.EP_KIND]
@@ -137,12 +137,12 @@ def due_in_ns(ep: Words, scratch: Words) -> int:
     """Return the ns until the next frame from the wire is due, 0 if it is; -1 if no clock will bring one."""
     kind = ep[r.EP_KIND]
     if kind == r.KIND_FAULT or kind == r.KIND_FAULT_PYTHON:
-        return int(faulty.in_due_ns(ep, clock_ns(scratch[CLOCK_AT:])))
+        return int(faulty.in_due_ns(ep, time_ns(ep[r.EP_TOLD_NS], scratch[CLOCK_AT:])))
     if kind != r.KIND_GENERATE or ended(ep):
         return -1
     if not ep[r.EP_INTERVAL_NS]:
         return 0
-    return max(0, ep[r.EP_NEXT_NS] - clock_ns(scratch[CLOCK_AT:]))
+    return max(0, ep[r.EP_NEXT_NS] - time_ns(ep[r.EP_TOLD_NS], scratch[CLOCK_AT:]))
 
 
 @inlined
@@ -150,7 +150,7 @@ def out_due_ns(ep: Words, scratch: Words) -> int:
     """Return the ns until a frame that a faulty wire holds back may go to the wire, 0 if it may; -1 if there is none."""
     kind = ep[r.EP_KIND]
     if kind == r.KIND_FAULT or kind == r.KIND_FAULT_PYTHON:
-        return int(faulty.out_due_ns(ep, clock_ns(scratch[CLOCK_AT:])))
+        return int(faulty.out_due_ns(ep, time_ns(ep[r.EP_TOLD_NS], scratch[CLOCK_AT:])))
     return -1
 
 
@@ -179,7 +179,20 @@ def send_on(sink: Sink, words: Words) -> bool:
 
 @inlined
 def now_ns(ep: Words, scratch: Words) -> int:
-    """Return CLOCK_MONOTONIC in ns for an endpoint that needs it, else 0."""
+    """Return the time in ns, by the endpoint's clock, for an endpoint that needs it, else 0."""
     if ep[r.EP_KIND] == r.KIND_GENERATE and ep[r.EP_INTERVAL_NS]:
-        return int(clock_ns(scratch[CLOCK_AT:]))
+        return int(time_ns(ep[r.EP_TOLD_NS], scratch[CLOCK_AT:]))
     return 0
+
+
+@kernel
+def next_due_ns(ep: Words, scratch: Words) -> int:
+    """Return the time in ns, after now, at which time alone lets a frame of the endpoint move; -1 if there is none.
+
+    Frames that are due already wait for something else, such as a step or a receive buffer. scratch: words of `Scratch`.
+    """
+    out = out_due_ns(ep, scratch)
+    left = due_in_ns(ep, scratch)
+    if out > 0 and (left <= 0 or out < left):
+        left = out
+    return time_ns(ep[r.EP_TOLD_NS], scratch[CLOCK_AT:]) + left if left > 0 else -1
