@@ -20,7 +20,7 @@ import pytest
 import vnetdp
 import vnetdp_kernels
 from tests.cli import test_cli
-from tests.support.by_hand import COMPILED, wait_for
+from tests.support.by_hand import COMPILED, stand_still, wait_for
 from tests.support.shell import Shell
 from tests.support.zygote import popen
 from vnetdp.system import signals
@@ -203,7 +203,7 @@ def test_a_second_signal_ends_a_worker_that_was_stopped_too(shell: Shell) -> Non
     command = Command(shell, "link", "generate", "generate", "--datapath", "vhost-process")
     command.says("linked")
     for pid in set(shell.processes()) - {command.process.pid}:
-        os.kill(pid, signal.SIGSTOP)
+        stand_still(pid)
     os.kill(command.process.pid, INT)
     command.insist(TERM)
     command.ends(0, 1, 128 + TERM)  # 0, 1: on a machine that takes 2 s for it, as the worker is given up then
@@ -212,7 +212,7 @@ def test_a_second_signal_ends_a_worker_that_was_stopped_too(shell: Shell) -> Non
 def _stop(shell: Shell, command: Command) -> int:
     """Stop the one process that *command* has started, and return its id."""
     (pid,) = set(shell.processes()) - {command.process.pid}
-    os.kill(pid, signal.SIGSTOP)
+    stand_still(pid)  # the kernel wakes it, if its parent dies, only if all of its threads have stopped by then
     return pid
 
 

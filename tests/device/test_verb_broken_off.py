@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.device.test_worker_dies import IN_HAND, Bed
-from tests.support.by_hand import PATIENCE, no_descriptor_leaks, wait_equal, wait_for
+from tests.support.by_hand import PATIENCE, no_descriptor_leaks, stand_still, wait_equal, wait_for
 from vnetdp.backends.process import WorkerProcess
 from vnetdp.device.owners import Owner
 from vnetdp.errors import BackendError
@@ -64,7 +63,7 @@ def test_a_handler_of_a_signal_that_raises_in_a_verb_costs_the_worker_and_no_fra
         bed.serve()
         assert isinstance(bed.worker, WorkerProcess)
         bed.device.set_use_vhost(serving == "vhost")
-        os.kill(bed.worker.pid, signal.SIGSTOP)
+        stand_still(bed.worker.pid)
         _breaks_off(bed.worker, lambda: bed.device.set_use_vhost(serving != "vhost"), error)
         bed.moves()
         for use in (True, False, True):
@@ -84,7 +83,7 @@ def test_the_rings_of_a_worker_process_that_is_closed_are_taken_once_it_is_gone(
         stack.callback(bed.close)
         bed.serve()
         assert isinstance(bed.worker, WorkerProcess)
-        os.kill(bed.worker.pid, signal.SIGSTOP)
+        stand_still(bed.worker.pid)
         closing = threading.Thread(target=bed.worker.close)
         closing.start()
         wait_for(lambda: bed.worker._sock.fileno() < 0, "close has begun")  # type: ignore[union-attr]

@@ -248,7 +248,7 @@ def test_help_names_every_verb_that_can_fail(shell: Shell) -> None:
         (("migrate", "--endpoint", "colour"), "unknown endpoint 'colour'"),
         (("migrate", "--json", "nowhere/report"), "there is no folder nowhere: mkdir -p nowhere"),
         (("migrate", "--fault", "set_backend:9"), "none of 0,0 to 0,1 (PAIR,VRING) with --queue-pairs 1"),
-        (("migrate", "--fault", "set_backend:0,2"), "none of 0,0 to 0,1 (PAIR,VRING) with --queue-pairs 1"),
+        (("migrate", "--fault", "set_backend:0,2"), "index 2 is not None, 0 (receiveq) or 1 (transmitq)"),
         (
             ("migrate", "--endpoint", "generate:size=100"),
             "generate takes no options in migrate: use --size, --rate and",

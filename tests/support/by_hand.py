@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +174,15 @@ class Traffic:
     def close(self) -> None:
         self.device.close()
         self.guest.close()
+
+
+def stand_still(pid: int) -> None:
+    """Stop a process, and wait until none of its threads runs any more: the signal alone leaves them a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: set(_states(pid)) == {"T"}, "every thread stands still")
+
+
+def _states(pid: int) -> Iterator[str]:
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            yield path.read_text().rpartition(") ")[2][0]

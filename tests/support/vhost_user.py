@@ -438,18 +438,6 @@ def serve(path: str, log: Path, *options: str) -> subprocess.Popen[bytes]:
         return popen(command, stdout=subprocess.DEVNULL, stderr=out)
 
 
-def stand_still(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process, and wait until none of its threads runs any more: the signal alone leaves them a moment."""
-    process.send_signal(signal.SIGSTOP)
-    wait_for(lambda: set(_states(process.pid)) == {"T"}, "every thread stands still")
-
-
-def _states(pid: int) -> Iterator[str]:
-    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            yield path.read_text().rpartition(") ")[2][0]
-
-
 @contextmanager
 def open_files(limit: int) -> Iterator[None]:
     """Have this process, and those that it starts, open no more than so many descriptors each: 1024 is usual."""

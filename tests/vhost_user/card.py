@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.support.by_hand import PATIENCE, no_descriptor_leaks, scaled, wait_for
-from tests.support.vhost_user import InThread, stand_still
+from tests.support.by_hand import PATIENCE, no_descriptor_leaks, scaled, stand_still, wait_for
+from tests.support.vhost_user import InThread
 from vnetdp.device.device import NetDevice
 from vnetdp.device.owners import Owner
 from vnetdp.endpoints.loopback import EchoEndpoint, GenerateEndpoint
@@ -84,7 +84,7 @@ def attached(path: str, pairs: int = 1, **options: Any) -> Iterator[VhostUserFro
 
 def hang(process: subprocess.Popen[bytes], front_end: VhostUserFrontEnd) -> None:
     """Have the back end hang, and its front end wait for no answer any longer than a moment: none can come."""
-    stand_still(process)
+    stand_still(process.pid)
     assert front_end._conversation is not None
     front_end._conversation._timeout_s = 0.1
 
