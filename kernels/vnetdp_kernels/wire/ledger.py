@@ -120,17 +120,18 @@ def check(mem: Bytes, at: int, length: int, row: Words, window: Bytes) -> None:
             for k in range(min(gap, r.LEDGER_WINDOW)):
                 window[(seq - 1 - k) % r.LEDGER_WINDOW] = 0
             _note_gap(row, following, seq)
+        # In this order: if the process is killed in between, its successor may enter the frame once more, and not as late.
+        window[seq % r.LEDGER_WINDOW] = 1
         row[r.LEDGER_NEXT] = seq + 1
         row[r.LEDGER_DELIVERED] += 1
-        window[seq % r.LEDGER_WINDOW] = 1
     elif following - seq > r.LEDGER_WINDOW or window[seq % r.LEDGER_WINDOW]:
         row[r.LEDGER_DUPLICATED] += 1
         _note(row, r.LEDGER_NOTE_DUPLICATED, seq)
     else:
+        window[seq % r.LEDGER_WINDOW] = 1
         row[r.LEDGER_MISSING] -= 1
         row[r.LEDGER_REORDERED] += 1
         row[r.LEDGER_DELIVERED] += 1
-        window[seq % r.LEDGER_WINDOW] = 1
         _note_late(row, seq)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,3 +246,35 @@ def test_a_count_of_notes_that_cannot_be_writes_nowhere_else(count: int) -> None
     assert known.row() == (3, 0, 1, 1, 0, 0)
     assert not known.rows[0, r.LEDGER_NOTE_CORRUPTED + 1 :].any()
     assert not known.rows[1].any()
+
+
+class KilledError(Exception):
+    """The process that enters a frame is killed."""
+
+
+class Stores:
+    """An array whose writer is killed once *left*, a count that several arrays share, is used up."""
+
+    def __init__(self, array: np.ndarray[Any, Any], left: list[int]) -> None:
+        self._array, self._left = array, left
+
+    def __getitem__(self, k: int) -> Any:
+        return self._array[k]
+
+    def __setitem__(self, k: int, value: int) -> None:
+        if not self._left[0]:
+            raise KilledError
+        self._left[0] -= 1
+        self._array[k] = value
+
+
+@pytest.mark.parametrize("stores", [0, 1, 2])
+def test_a_frame_is_late_for_nobody_though_a_process_was_killed_as_it_entered_it(stores: int) -> None:
+    found, left = Ledger(), [stores]
+    ledger.stamp(found.frame, 0, 30, 0, 0)
+    enter: Any = getattr(ledger.check, "py_func", ledger.check)
+    with pytest.raises(KilledError):
+        enter(found.frame, 0, 30, Stores(found.rows[0], left), Stores(found.windows[0], left))
+    found.enter(0)
+    delivered, missing, duplicated, *others = found.row()
+    assert (delivered + duplicated, missing, others) == (1, 0, [0, 0, 0])
