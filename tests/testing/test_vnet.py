@@ -251,10 +251,12 @@ class Hangs(Back):
     def __init__(self) -> None:
         super().__init__()
         self.from_now = threading.Event()
+        self.hanging = threading.Event()
         self.may_return = threading.Event()
 
     def frame_received(self, frame: bytes, queue: int) -> bytes:
         if self.from_now.is_set():
+            self.hanging.set()
             self.may_return.wait()
         return frame
 
@@ -262,11 +264,12 @@ class Hangs(Back):
 @pytest.mark.parametrize("within", [True, False])
 def test_an_endpoint_that_hangs_is_named_with_its_line_and_does_not_hang_the_test(within: bool) -> None:
     with no_descriptor_leaks(), Hangs() as hangs:
-        vnet = Vnet(hangs, owner="userspace", patience_s=0.5, quiet_s=QUIET_S)
+        vnet = Vnet(hangs, owner="userspace", quiet_s=QUIET_S)
         with pytest.raises(AssertionError) as caught, vnet:
             vnet.wait_for(10)
             hangs.from_now.set()
-            vnet.wait_until(lambda: hangs._in_hand > 0, "it hangs")
+            vnet.wait_until(hangs.hanging.is_set, "it hangs")
+            vnet._patience_s = 0.5
             if within:
                 vnet.wait_for(1 << 40)
         said = r"hangs hangs in frame_received at .*test_vnet.py:\d+: it has not come back for 0.5 s"
@@ -387,10 +390,11 @@ class TooLong(Back):
 
 
 def test_a_wait_in_vain_has_the_endpoint_s_counters() -> None:
-    with (
-        pytest.raises(AssertionError) as caught,
-        Vnet(TooLong, patience_s=0.5, quiet_s=QUIET_S, faults="unbind") as vnet,
-    ):
+    with pytest.raises(AssertionError) as caught, Vnet(TooLong, faults="unbind") as vnet:
+        vnet.wait_until(lambda: any(vnet._drops()), "frames are dropped")
+        vnet.stop()
+        vnet.wait_until(lambda: vnet._taken() and vnet.endpoint.idle, "no frame is in hand")
+        vnet._patience_s = 0.1
         vnet.wait_for(1)
     assert re.search("1 more frames arrive\nthe endpoint's own counters: dropped_[a-z]+ [1-9]", str(caught.value))
 
