@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.by_hand import CAMPAIGN
 from vnetdp import (
     Announcer,
     Clock,
@@ -35,9 +36,9 @@ from vnetdp.endpoints.announce import ROUNDS_S, rarp
 
 MS = 1_000_000
 S = 1000 * MS
-HOUR_S = 3600 if os.environ.get("VNETDP_CAMPAIGN") else 600
+HOUR_S = 3600 if CAMPAIGN else 600
 FRAME = bytes.fromhex("02000000000102000000000288b5") + bytes(46)
-TESTS = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -304,7 +305,7 @@ print(*digest_of_rates_and_delays(64))
 def test_nothing_looks_at_the_clock_of_the_machine() -> None:
     plain = subprocess.run(
         [sys.executable, "-c", WITHOUT_A_CLOCK],
-        env=os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": f"{TESTS}:{TESTS / 'kernels'}"},
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
         timeout=280,

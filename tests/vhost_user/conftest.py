@@ -17,10 +17,8 @@ from tests.support.by_hand import CAMPAIGN, no_descriptor_leaks
 from tests.support.vhost_user import BackEnd, InProcess, InThread, ping
 
 _LONG = 12  # cases
-_EVERY = {
-    "thread": (0, 2),
-    "process": (1, 4),
-}  # the first case of a long table that it meets, and every so many from there
+# The first case of a long table that each back end meets, and the step from there to the next.
+_EVERY = {"thread": (0, 2), "process": (1, 4)}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -113,8 +113,8 @@ class Faults(list[Fault]):
     armed = True
     """False: none strikes."""
 
-    def __init__(self, faults: Iterable[Fault | str] = ()) -> None:
-        super().__init__(map(_fault, faults))
+    def __init__(self, faults: str | Iterable[Fault | str] = ()) -> None:
+        super().__init__(map(_fault, [faults] if isinstance(faults, str) else faults))
 
     def append(self, fault: Fault | str) -> None:
         if isinstance(fault, Fault) and fault.times == 0:

@@ -60,7 +60,7 @@ def _faults(args: argparse.Namespace) -> Faults | None:
                 f"fault {fault.text!r}: phases, and verbs that are not vhost's, are for vnetdp migrate; verbs here are "
                 f"{', '.join((*VERBS, UNBIND))}"
             )
-        if (fault.pair or 0) >= args.queue_pairs or (fault.index or 0) > 1:
+        if (fault.pair or 0) >= args.queue_pairs:
             raise ConfigError(
                 f"fault {fault.text!r}: its ring is none of 0,0 to {args.queue_pairs - 1},1 (PAIR,VRING) with "
                 f"--queue-pairs {args.queue_pairs}"

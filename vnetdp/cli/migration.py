@@ -100,7 +100,7 @@ def _check_fault(text: str, pairs: int) -> None:
     fault = Fault.parse(text)
     if fault.phase not in ("", "early", "final", "retry"):
         raise ConfigError(f"fault {text!r}: the phase {fault.phase} is not early, final or retry")
-    if (fault.pair or 0) >= pairs or (fault.index or 0) > 1:
+    if (fault.pair or 0) >= pairs:
         raise ConfigError(
             f"fault {text!r}: its ring is none of 0,0 to {pairs - 1},1 (PAIR,VRING) with --queue-pairs {pairs}"
         )

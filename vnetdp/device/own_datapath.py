@@ -29,8 +29,7 @@ def hand_in(clock: Clock | None, endpoint: Endpoint, threaded: bool, backends: S
         raise ConfigError(
             f"{endpoint.name}: it reads a clock that was handed in: give the device the same one (clock=)"
         )
-    if endpoint.clock is not clock:
-        endpoint.read_clock(clock)
+    endpoint.read_clock(clock)
 
 
 class OwnDatapath(Owned):

@@ -120,7 +120,7 @@ class Endpoint(Owned):
         # The owner that polls it serves its Python side; frames of our own (`send_to_wire`) come from any thread.
         self._python_side = OwnedLock(self)
         self._begun = 0  # calls of a user's code
-        self._in_hand = 0  # those that have not returned
+        self._in_hand = 0  # calls of a user's code that have not returned
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
         self.clock: Clock | None = None
         """The clock of its device, if one was handed in; None: the machine's."""
@@ -168,9 +168,10 @@ class Endpoint(Owned):
     # --- the clock that it reads ---
 
     def read_clock(self, clock: Clock) -> None:
-        """Read *clock* from now on; ConfigError if it has read another one, or the machine's. @private"""
-        self.take_clock(clock)
-        clock.add(self)
+        """Read *clock* from now on, if not already; ConfigError if it has read another one, or the machine's. @private"""
+        if self.clock is not clock:
+            self.take_clock(clock)
+            clock.add(self)
 
     def take_clock(self, clock: Clock) -> None:
         """Keep *clock*, which tells the time to this endpoint or to the wire before it. @private"""

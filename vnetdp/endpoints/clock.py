@@ -64,7 +64,7 @@ class Clock(Owned):
         due = [at for at in (reader.next_due_ns() for reader in self._readers) if at is not None]
         return min([*due, *(call[0] for call in self._calls[:1])], default=None)
 
-    # --- those that read it ---
+    # --- the endpoints and announcements that read it ---
 
     def call_at(self, due_ns: int, call: Callable[[], None]) -> None:
         """Have `advance_to` call *call* at that time, or at its next call if that time has passed. @private"""

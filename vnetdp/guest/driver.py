@@ -152,7 +152,7 @@ class Driver(Owned):
                 endpoint = self.mailbox = made.enter_context(MailboxEndpoint(queue_pairs))
             if endpoint.queues < queue_pairs:
                 raise ConfigError(f"{endpoint.name} has {endpoint.queues} queues, the driver needs {queue_pairs}")
-            if device.clock is not None and endpoint.clock is not device.clock:
+            if device.clock is not None:
                 endpoint.read_clock(device.clock)
             if block is None:
                 block = driver_block(queue_pairs, num)

@@ -122,10 +122,10 @@ class Vnet:
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
         self._faults = Faults(
-            replace(fault, hits=0) for fault in Faults([faults] if isinstance(faults, str) else faults)
+            replace(fault, hits=0) for fault in Faults(faults)
         )  # of its own, which others don't spend
         for fault in self._faults:
-            if (fault.pair or 0) >= pairs or (fault.index or 0) > 1:
+            if (fault.pair or 0) >= pairs:
                 raise ConfigError(
                     f"fault {fault.text or fault}: its ring is none of 0,0 to {pairs - 1},1 (PAIR,VRING) with pairs={pairs}"
                 )

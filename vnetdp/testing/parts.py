@@ -35,7 +35,7 @@ def as_endpoint(made: Any, by: Any) -> Endpoint:
 
 @dataclass(frozen=True)
 class Offload:
-    """The backends of a device, and what is behind them; none for owner `userspace`."""
+    """The backends of a device, and the worker or connection that they belong to; all empty for owner `userspace`."""
 
     backends: Sequence[Backend] = ()
     worker: Worker | WorkerProcess | BackEndProcess | None = None
