@@ -69,7 +69,8 @@ class Fault:
         }
         for name, (right, limit) in limits.items():
             if not right:
-                raise ConfigError(f"fault {self.text or self.verb}: {name} {getattr(self, name)!r} is not {limit}")
+                found = f"fault {self.text or self.verb}: {name} {getattr(self, name)!r} is not {limit}"
+                raise ConfigError(found + (f"; a fault is {FAULT}" if self.text else ""))
 
     @classmethod
     def parse(cls, text: str) -> Fault:
