@@ -266,6 +266,18 @@ class Hangs(Back):
         return frame
 
 
+def test_an_endpoint_that_hangs_does_not_hang_a_change_of_owner() -> None:
+    with Hangs() as hangs:
+        vnet = Vnet(hangs, patience_s=0.5, quiet_s=QUIET_S)
+        with pytest.raises(AssertionError, match="hangs hangs in frame_received"), vnet:
+            hangs.from_now.set()
+            vnet.wait_until(lambda: hangs._in_hand > 0, "it hangs")
+            vnet.change_owner()
+        hangs.may_return.set()
+        wait_for(lambda: not hangs._in_hand, "it comes back")
+        vnet.close()
+
+
 @pytest.mark.parametrize("within", [True, False])
 def test_an_endpoint_that_hangs_is_named_with_its_line_and_does_not_hang_the_test(within: bool) -> None:
     with no_descriptor_leaks(), Hangs() as hangs:

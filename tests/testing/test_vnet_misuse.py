@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.testing.test_vnet import QUIET_S, Back, Odd, kill_its_worker
@@ -99,6 +100,7 @@ class ForgetsSuper(Back):
         ({"rate": "fast"}, "rate='fast' is not a number"),
         ({"faults": 7}, "faults=7 are none: give a Fault, its text, or several"),
         ({"owner": "vhost-user", "back_end": 7}, "back_end=7 is no path"),
+        ({"owner": "vhost-user", "back_end": Path("/nowhere/s")}, "its folder /nowhere does not exist"),
         ({"patience_s": 1.0}, "quiet_s=5 is not between 0 and patience_s=1"),
         ({"size": 1515}, "size=1515: with mtu=1500 a frame has up to 1514 bytes"),
     ],
@@ -143,6 +145,11 @@ def test_outside_its_block_a_vnet_says_so() -> None:
     with vnet:
         pass
     with pytest.raises(ConfigError, match="not open"):
+        vnet.wait_for(1)
+
+
+def test_numbers_of_numpy_are_numbers_too() -> None:
+    with Vnet(Back, pairs=np.int64(1), num=np.int64(64), size=np.int64(64), mtu=np.int64(1500)) as vnet:  # type: ignore[arg-type]
         vnet.wait_for(1)
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
 from numbers import Integral
-from os import PathLike
+from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -93,7 +93,7 @@ class Vnet:
         endpoint: _Made | None = None,
         *,
         owner: str = "thread",
-        back_end: str | None = None,
+        back_end: str | PathLike[str] | None = None,
         pairs: int = 1,
         num: int = 256,
         features: int | str | None = None,
@@ -142,10 +142,11 @@ class Vnet:
                 )
         self.history = History()
         """The events so far, for a report of a test that failed."""
-        self.pairs = pairs
+        self.pairs = int(pairs)
         self._made = endpoint
-        self._back_end = back_end
-        self._num, self._size, self._rate, self._mtu = num, size, rate, mtu
+        self._back_end = None if back_end is None else fspath(back_end)
+        self._num, self._size, self._rate = int(num), int(size), float(rate)
+        self._mtu = None if mtu is None else int(mtu)
         self._wanted = f.parse(features) if isinstance(features, str) else features
         self._returns, self._raises = returns, raises
         self._patience_s, self._quiet_s = patience_s, quiet_s
@@ -292,6 +293,8 @@ class Vnet:
         if not isinstance(times, Integral) or times < 1:
             raise ConfigError(f"change_owner({times!r}): give a number of changes from 1")
         for _ in range(times):
+            if not self._findings.hang.comes_back():  # the owner could not be stopped
+                raise self._findings.error([self._findings.hang.text()])
             self.device.set_use_vhost(not self.device.use_vhost)
             self._findings.raise_trouble()
 
