@@ -135,6 +135,16 @@ def test_a_wait_in_vain_has_the_endpoint_s_counters() -> None:
     assert re.search("1 more frames arrive\nthe endpoint's own counters: dropped_[a-z]+ [1-9]", str(caught.value))
 
 
+def test_a_wait_after_the_device_was_closed_does_not_blame_the_endpoint() -> None:
+    with (
+        pytest.raises(AssertionError, match="nobody runs the rings") as caught,
+        Vnet(Back, patience_s=0.5, quiet_s=QUIET_S) as vnet,
+    ):
+        vnet.device.close()
+        vnet.wait_for(1 << 40)
+    assert "sent no frame back" not in str(caught.value)
+
+
 def test_outside_its_block_a_vnet_says_so() -> None:
     vnet = Vnet(Back)
     for use in (vnet.settle, vnet.check, vnet.start, vnet.stop, lambda: vnet.wait_for(1), vnet.change_owner):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..device.device import NetDevice
+from ..device.owners import Owner
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import GenerateEndpoint
 from ..errors import GuestError, place, reason
@@ -83,8 +84,10 @@ class Findings:
         return [f"the endpoint's own counters: {', '.join(drops)}"] if drops else []
 
     def silence(self) -> list[str]:
-        """Return a line if the endpoint has sent back none of the frames that it got; else none."""
+        """Return a line if nobody has the rings, or the endpoint has sent back none of the frames that it got; else none."""
         counts = self._ledger.counts
+        if self._device.owner is Owner.NOBODY:
+            return ["nobody runs the rings, so no frame moves"]
         if isinstance(self._endpoint, GenerateEndpoint) or not counts.sent or counts.delivered:
             return []
         return [f"{self._endpoint.name} has sent no frame back: let it send back each, or give returns=False"]
