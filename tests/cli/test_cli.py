@@ -299,6 +299,7 @@ def test_link_with_an_end_that_answers_counts_both_ways(shell: Shell) -> None:
     for side, way in (("left", "from_wire"), ("left", "to_wire"), ("right", "to_wire"), ("right", "from_wire")):
         assert (report[side][way], report[side][f"bytes_{way}"]) == (100, 6400)
     assert "right to left: 100 frames" in done.stderr
+    assert "no ledger: the frames of macswap have no numbers; with generate at both ends there is one\n" in done.stderr
 
 
 def test_frames_that_a_fault_drops_are_lost(shell: Shell) -> None:

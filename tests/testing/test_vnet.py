@@ -8,13 +8,20 @@ import struct
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.programs.test_drive_serve import served
 from tests.support.by_hand import COMPILED, no_descriptor_leaks, scaled, wait_for
-from vnetdp import ConfigError, EchoEndpoint, Endpoint, Fault, Faults, FrameEndpoint, NullEndpoint, Owner, features
+from vnetdp import (
+    EchoEndpoint,
+    Endpoint,
+    Fault,
+    FrameEndpoint,
+    NullEndpoint,
+    Owner,
+    features,
+)
 from vnetdp.testing import OWNERS, VERBS, Fate, FrameLedger, Vnet
 from vnetdp_kernels import rows as r
 
@@ -261,6 +268,18 @@ class Hangs(Back):
         return frame
 
 
+def test_an_endpoint_that_hangs_does_not_hang_a_change_of_owner() -> None:
+    with Hangs() as hangs:
+        vnet = Vnet(hangs, patience_s=0.5, quiet_s=QUIET_S)
+        with pytest.raises(AssertionError, match="hangs hangs in frame_received"), vnet:
+            hangs.from_now.set()
+            vnet.wait_until(lambda: hangs._in_hand > 0, "it hangs")
+            vnet.change_owner()
+        hangs.may_return.set()
+        wait_for(lambda: not hangs._in_hand, "it comes back")
+        vnet.close()
+
+
 @pytest.mark.parametrize("within", [True, False])
 def test_an_endpoint_that_hangs_is_named_with_its_line_and_does_not_hang_the_test(within: bool) -> None:
     with no_descriptor_leaks(), Hangs() as hangs:
@@ -269,15 +288,50 @@ def test_an_endpoint_that_hangs_is_named_with_its_line_and_does_not_hang_the_tes
             vnet.wait_for(10)
             hangs.from_now.set()
             vnet.wait_until(hangs.hanging.is_set, "it hangs")
-            vnet._patience_s = 0.5
+            vnet._patience_s = vnet._findings.hang._patience_s = 0.5
             if within:
                 vnet.wait_for(1 << 40)
-        said = r"hangs hangs in frame_received at .*test_vnet.py:\d+: it has not come back for 0.5 s"
+        said = r"hangs hangs in frame_received at .*test_vnet.py:\d+: it has not come back for 0.5 s; let it return"
         assert re.search(said, str(caught.value))
         assert ("never happened" in str(caught.value)) is within
         hangs.may_return.set()
         wait_for(lambda: not hangs._in_hand, "it comes back")
         vnet.close()
+
+
+class HangsAfterTwenty(Back):
+    """It hangs in its twenty-first frame."""
+
+    name = "hangs"
+    seen = 0
+
+    def frame_received(self, frame: bytes, queue: int) -> bytes:
+        self.seen += 1
+        if self.seen > 20:
+            threading.Event().wait()
+        return frame
+
+
+def test_an_endpoint_that_hangs_in_its_back_end_is_named_with_its_line() -> None:
+    vnet = Vnet(HangsAfterTwenty, owner="vhost-user", patience_s=0.5, quiet_s=QUIET_S)
+    with pytest.raises(AssertionError) as caught, vnet:
+        try:
+            vnet.wait_for(1 << 40)
+        finally:
+            vnet.worker.kill()  # or the rings are waited for
+    assert re.search(
+        r"in the back end's process: hangs hangs in frame_received at .*test_vnet.py:\d+: let it", str(caught.value)
+    )
+
+
+class SendsNothing(FrameEndpoint):
+    name = "nothing"
+
+
+def test_an_endpoint_that_sends_no_frame_back_is_told_from_one_that_loses_some() -> None:
+    with pytest.raises(AssertionError) as caught, Vnet(SendsNothing, patience_s=0.5, quiet_s=QUIET_S) as vnet:
+        vnet.wait_for(1)
+    assert "nothing has sent no frame back: let it send back each, or give returns=False" in str(caught.value)
 
 
 def test_an_error_of_the_test_itself_is_kept_and_has_the_state_of_the_device() -> None:
@@ -287,139 +341,6 @@ def test_an_error_of_the_test_itself_is_kept_and_has_the_state_of_the_device() -
     (note,) = caught.value.__notes__
     assert note.startswith("[back after ")
     assert "owner vhost (thread)" in note
-
-
-# --- what is no test ---
-
-
-def test_a_fault_that_never_struck_is_an_error() -> None:
-    with pytest.raises(AssertionError, match="the fault set_log:#99 never struck"), Vnet(Back, faults=["set_log:#99"]):
-        pass
-
-
-def test_an_owner_that_never_had_the_rings_is_an_error() -> None:
-    """The worker that is killed has nothing to lose, so that the test proves nothing."""
-    with pytest.raises(AssertionError) as caught, Vnet(Back, owner="process") as vnet:
-        kill_its_worker(vnet)
-    assert str(caught.value).startswith(
-        "owner='process' never had the rings, and nothing is proven of it: a worker process"
-    )
-    with Vnet(Back, owner="process", faults=["set_backend"]):
-        pass
-
-
-def test_a_fault_strikes_from_the_start_on() -> None:
-    with Vnet(Back, faults=["set_backend"]) as vnet:
-        assert vnet.device.owner is Owner.USERSPACE
-        vnet.wait_for(10)
-
-
-SHARED = Fault("set_backend")
-
-
-@pytest.mark.vnet(endpoint=Back, owner=["thread", "vhost-user"], faults=[SHARED])
-def test_a_fault_of_several_tests_strikes_in_each(vnet: Vnet) -> None:
-    assert (vnet.faults[0].hits, SHARED.hits) == (1, 0)
-    assert [fault.hits for fault in vnet.faults] == [1]
-    assert any(event.get("error") == "EIO" for event in vnet.history.events)
-    with pytest.raises(AttributeError, match="faults"):
-        vnet.faults = Faults()  # type: ignore[misc]
-
-
-def test_a_fault_of_a_ring_that_is_not_there_is_refused() -> None:
-    for fault in (Fault("set_backend", 2), "set_backend:2"):
-        with pytest.raises(ConfigError, match=r"its ring is none of 0,0 to 1,1 \(PAIR,VRING\) with pairs=2"):
-            Vnet(Back, pairs=2, faults=[fault])
-    with pytest.raises(ConfigError, match=r"index 2 is not None, 0 \(receiveq\) or 1 \(transmitq\)"):
-        Fault.parse("set_backend:0,2")
-
-
-def test_a_back_end_in_a_process_wants_a_class_that_can_be_imported() -> None:
-    class Local(Back):
-        pass
-
-    for made in (Local, Local()):
-        with pytest.raises(ConfigError, match="class"), Vnet(made, owner="vhost-user"):
-            pass
-        if isinstance(made, Endpoint):
-            made.close()
-
-
-def test_an_owner_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="userspace, thread, process, vhost-user"):
-        Vnet(owner="kernel")
-    with pytest.raises(ConfigError, match="owner 'thread' has none"):
-        Vnet(back_end="/run/s")
-
-
-class ForgetsSuper(Back):
-    def __init__(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"endpoint": "echo"}, "endpoint='echo' is none: give an Endpoint, its class or a function that returns it"),
-        ({"endpoint": 7}, "endpoint=7 is none"),
-        ({"endpoint": lambda: 7}, "returned 7: an endpoint is an object of a subclass of vnetdp.Endpoint"),
-        ({"endpoint": ForgetsSuper}, r"ForgetsSuper.__init__ does not call super\(\).__init__\(\)"),
-        ({"patience_s": 1.0}, "quiet_s=5 is not between 0 and patience_s=1"),
-        ({"size": 1515}, "size=1515: with mtu=1500 a frame has up to 1514 bytes"),
-    ],
-)
-def test_an_argument_that_cannot_be_is_refused_at_once(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said), Vnet(**arguments):
-        pass
-
-
-def test_an_endpoint_serves_one_vnet_at_a_time() -> None:
-    with Back() as back, Vnet(back) as vnet:
-        vnet.wait_for(1)
-        with pytest.raises(ConfigError, match="back serves another device: give each Vnet an endpoint of its own"):
-            Vnet(back).__enter__()
-        with pytest.raises(ConfigError, match="the Vnet is open already"):
-            vnet.__enter__()
-    with pytest.raises(ConfigError, match="back is closed: give each test an endpoint of its own"), Vnet(back):
-        pass
-
-
-class TooLong(Back):
-    def frame_received(self, frame: bytes, queue: int) -> bytes:
-        return frame + bytes(70_000)
-
-
-def test_a_wait_in_vain_has_the_endpoint_s_counters() -> None:
-    with pytest.raises(AssertionError) as caught, Vnet(TooLong, faults="unbind") as vnet:
-        vnet.wait_until(lambda: any(vnet._drops()), "frames are dropped")
-        vnet.stop()
-        vnet.wait_until(lambda: vnet._taken() and vnet.endpoint.idle, "no frame is in hand")
-        vnet._patience_s = 0.1
-        vnet.wait_for(1)
-    assert re.search("1 more frames arrive\nthe endpoint's own counters: dropped_[a-z]+ [1-9]", str(caught.value))
-
-
-def test_outside_its_block_a_vnet_says_so() -> None:
-    vnet = Vnet(Back)
-    for use in (vnet.settle, vnet.check, vnet.start, vnet.stop, lambda: vnet.wait_for(1), vnet.change_owner):
-        with pytest.raises(ConfigError, match="the Vnet is not open: use it in its with block"):
-            use()
-    with pytest.raises(AttributeError, match=r"Vnet\.device is there in the with block only"):
-        _ = vnet.device
-    with vnet:
-        pass
-    with pytest.raises(ConfigError, match="not open"):
-        vnet.wait_for(1)
-
-
-def test_without_a_worker_a_vnet_says_so() -> None:
-    with Vnet(owner="userspace") as vnet:
-        with pytest.raises(AttributeError, match=r"Vnet\.worker: owner 'userspace' has none"):
-            _ = vnet.worker
-        with pytest.raises(ConfigError, match="owner 'userspace' has no other owner to change to"):
-            vnet.change_owner()
-        with pytest.raises(AttributeError, match="Vnet has no attribute 'wrker'"):
-            _ = vnet.wrker  # type: ignore[attr-defined]
 
 
 # --- the history ---

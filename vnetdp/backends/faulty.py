@@ -69,7 +69,8 @@ class Fault:
         }
         for name, (right, limit) in limits.items():
             if not right:
-                raise ConfigError(f"fault {self.text or self.verb}: {name} {getattr(self, name)!r} is not {limit}")
+                found = f"fault {self.text or self.verb}: {name} {getattr(self, name)!r} is not {limit}"
+                raise ConfigError(found + (f"; a fault is {FAULT}" if self.text else ""))
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -113,8 +114,11 @@ class Faults(list[Fault]):
     armed = True
     """False: none strikes."""
 
-    def __init__(self, faults: str | Iterable[Fault | str] = ()) -> None:
-        super().__init__(map(_fault, [faults] if isinstance(faults, str) else faults))
+    def __init__(self, faults: str | Fault | Iterable[Fault | str] = ()) -> None:
+        given = [faults] if isinstance(faults, str | Fault) else faults
+        if not isinstance(given, Iterable):
+            raise ConfigError(f"faults={faults!r} are none: give a Fault, its text, or several")
+        super().__init__(map(_fault, given))
 
     def append(self, fault: Fault | str) -> None:
         if isinstance(fault, Fault) and fault.times == 0:

@@ -173,7 +173,10 @@ def link(args: argparse.Namespace, ending: Ending) -> int:
                 faults=faults,
             )
         )
-        with ending.at_work(link.report, lambda report: _print_link(report, human(args), _failures(left, right))):
+        with ending.at_work(
+            link.report,
+            lambda report: _print_link(report, human(args), _failures(left, right), link.why_no_ledger),
+        ):
             say(f"linked {args.left} and {args.right} through {link.device.owner.value}; ^C or SIGTERM ends it")
             until = time.monotonic() + args.seconds if args.seconds else math.inf
             _run_link(link, ending.asked, args, until)
@@ -315,7 +318,8 @@ def _print_driven(report: dict[str, Any], tell: Callable[[str], None]) -> None:
     tell(f"{sides}, bad {report['bad_packets']:,}" + (f", lost {lost:,}" if lost else ""))
 
 
-def _print_link(report: dict[str, Any], tell: Callable[[str], None], said: Sequence[str]) -> None:
+def _print_link(report: dict[str, Any], tell: Callable[[str], None], said: Sequence[str], why_no_ledger: str) -> None:
+    """Tell the report of a link. said: its errors that have been told. why_no_ledger: empty if that is no news."""
     for side, other in (("left", "right"), ("right", "left")):
         counters = report[side]
         gbps = counters["bytes_from_wire"] * 8 / counters["seconds"] / 1e9 if counters["seconds"] else 0.0
@@ -344,6 +348,8 @@ def _print_link(report: dict[str, Any], tell: Callable[[str], None], said: Seque
     _print_faults(report, tell)
     if "ledger" in report:
         tell("ledger: " + ", ".join(f"{value:,} {key}" for key, value in report["ledger"].items()))
+    elif why_no_ledger:
+        tell(why_no_ledger)
     for error in report["errors"]:
         if error not in said:
             tell(f"error: {error}")

@@ -193,6 +193,14 @@ class Link(Owned):
             return left.ledger_against(right) + right.ledger_against(left)
         return None
 
+    @property
+    def why_no_ledger(self) -> str:
+        """Why a link with one generator has no ledger, in a line; empty for any other."""
+        others = [end for end in (self.left, self.right) if not isinstance(end.innermost, GenerateEndpoint)]
+        if len(others) != 1:
+            return ""
+        return f"no ledger: the frames of {others[0].name} have no numbers; with generate at both ends there is one"
+
     def close(self) -> None:
         """Stop both threads, the device and the worker."""
         self._stack.close()

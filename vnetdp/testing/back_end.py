@@ -26,10 +26,14 @@ from ..system import child, limits
 from ..system.owned import Owned
 from ..vhost_user.back_end.server import Server
 from ..warmup import warm_up
+from .hang import hangs_now
 
 _MAX_MESSAGE = 1 << 16
 _PATIENCE_S = 600.0  # until the first answer: the process may be compiling
 _ERRORS = "errors"
+_HANGS = "hangs"
+
+_importing = False  # True in a process that makes its endpoint: its modules may start no other
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class BackEndProcess(Owned):
         self, endpoint: type[Endpoint] | GenerateEndpoint, path: str, pairs: int = 1, mtu: int | None = None
     ) -> None:
         made_by = None if isinstance(endpoint, GenerateEndpoint) else _home_of(endpoint)
+        if _importing:
+            raise ConfigError(
+                "a back end's process imports the module of the endpoint's class, which starts a back end: put all that "
+                "it runs below `if __name__ == '__main__':`"
+            )
         self.path = path
         """The path of the socket."""
         self._order = _Order(path, pairs, mtu, made_by, tuple(sys.path))
@@ -117,6 +126,14 @@ class BackEndProcess(Owned):
             count, text = self._ask(_ERRORS)
             return count, text
         return 0, ""
+
+    def hangs(self) -> list[str]:
+        """Return a line if the process's endpoint does not return from the call that it is in; else none. @private"""
+        if self.alive and not self._child.stopped:
+            with suppress(WorkError):
+                text = self._ask(_HANGS)
+                return [f"in the back end's process: {text}: let it return"] if text else []
+        return []
 
     def kill(self) -> None:
         """End the process at once, by SIGKILL. Nothing happens if it has ended."""
@@ -231,6 +248,8 @@ class _Served:
             if isinstance(worker, Worker):
                 worker.fail(request)
             self._answer(True, None)
+        elif request == _HANGS:
+            self._answer(True, hangs_now(self._server.endpoint))
         else:
             endpoint = self._server.endpoint
             error = endpoint.last_error
@@ -243,11 +262,14 @@ class _Served:
 
 def main(fds: tuple[int, ...]) -> None:
     """Serve in this process, as the parent at the other end of the first descriptor orders, until it closes that."""
+    global _importing
     with socket.socket(fileno=fds[0]) as sock:
         order: _Order = pickle.loads(sock.recv(_MAX_MESSAGE))
         try:
             sys.path[:] = order.import_path
+            _importing = True
             endpoint = _endpoint_of(order, fds[-1])
+            _importing = False
             warm_up()
             server = Server(endpoint, order.path, queue_pairs=order.pairs, mtu=order.mtu)
         except BaseException as e:  # noqa: BLE001 - whatever it is, the parent has to know

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
+from numbers import Integral
+from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,7 +23,7 @@ from ..device.device import NetDevice
 from ..device.owners import Owner
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import GenerateEndpoint
-from ..errors import ConfigError, GuestError, place, reason
+from ..errors import ConfigError
 from ..guest.driver import Driver, memory_for
 from ..vhost_user.front_end.watch import Watch
 from ..virtio import features as f
@@ -30,10 +32,10 @@ from ..warmup import warm_up
 from . import OWNERS
 from .back_end import BackEndProcess
 from .checks import Check
+from .findings import Findings
 from .frames import FrameLedger, ways_of
-from .hang import InHand, where_hung
 from .history import History, Recorder
-from .parts import Offload, as_endpoint, connect, make_offload, start_back_end
+from .parts import Offload, check_numbers, connect, make_endpoint, make_offload, start_back_end
 
 _LOOK_S = 0.0005
 _SHOWN = 10  # frames in an error
@@ -91,14 +93,14 @@ class Vnet:
         endpoint: _Made | None = None,
         *,
         owner: str = "thread",
-        back_end: str | None = None,
+        back_end: str | PathLike[str] | None = None,
         pairs: int = 1,
         num: int = 256,
         features: int | str | None = None,
         size: int = 64,
         rate: float = 0.0,
         mtu: int | None = 1500,
-        faults: str | Iterable[Fault | str] = (),
+        faults: str | Fault | Iterable[Fault | str] = (),
         returns: bool = True,
         raises: bool = False,
         patience_s: float = 60.0,
@@ -109,8 +111,16 @@ class Vnet:
                 f"endpoint={endpoint!r} is none: give an Endpoint, its class or a function that returns it; "
                 "vnetdp.parse_endpoint makes one from text"
             )
+        check_numbers(
+            {"pairs": pairs, "num": num, "size": size} | ({} if mtu is None else {"mtu": mtu}),
+            {"rate": rate, "patience_s": patience_s, "quiet_s": quiet_s},
+        )
+        if not (features is None or isinstance(features, int | str)):
+            raise ConfigError(f"features={features!r} are none: give bits, or names such as '-event_idx'")
         if owner not in OWNERS:
             raise ConfigError(f"owner {owner!r} is not one of {', '.join(OWNERS)}")
+        if not (back_end is None or isinstance(back_end, str | PathLike)):
+            raise ConfigError(f"back_end={back_end!r} is no path of a socket")
         if back_end is not None and owner != "vhost-user":
             raise ConfigError(f"back_end {back_end}: owner {owner!r} has none; take 'vhost-user'")
         if not 0 <= quiet_s <= patience_s:
@@ -121,9 +131,7 @@ class Vnet:
             )
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
-        self._faults = Faults(
-            replace(fault, hits=0) for fault in Faults(faults)
-        )  # of its own, which others don't spend
+        self._faults = Faults(replace(fault, hits=0) for fault in Faults(faults))  # of its own, which others don't spend
         for fault in self._faults:
             if (fault.pair or 0) >= pairs:
                 raise ConfigError(
@@ -131,19 +139,18 @@ class Vnet:
                 )
         self.history = History()
         """The events so far, for a report of a test that failed."""
-        self.pairs = pairs
+        self.pairs = int(pairs)
         self._made = endpoint
-        self._back_end = back_end
-        self._num, self._size, self._rate, self._mtu = num, size, rate, mtu
+        self._back_end = None if back_end is None else fspath(back_end)
+        self._num, self._size, self._rate = int(num), int(size), float(rate)
+        self._mtu = None if mtu is None else int(mtu)
         self._wanted = f.parse(features) if isinstance(features, str) else features
         self._returns, self._raises = returns, raises
         self._patience_s, self._quiet_s = patience_s, quiet_s
         self._stack = ExitStack()
         self._open = False
-        self._seen_hung = False
         self._offloaded = False  # whether vhost ever had the rings
         self._offload = Offload()
-        self._found: AssertionError | None = None  # it has the state of the device already
 
     @property
     def faults(self) -> Faults:
@@ -158,7 +165,7 @@ class Vnet:
         _warm_up_once()
         with ExitStack() as made:
             self.memory = made.enter_context(memory_for(self.pairs, self._num))
-            self.endpoint = self._make_endpoint(made)
+            self.endpoint = make_endpoint(made, self._made, self.pairs, self._size, self._rate)
             self.guest = made.enter_context(GenerateEndpoint(self.pairs, self._size, self._rate))
             self.ledger = FrameLedger(ways_of(self.guest, self.endpoint, self._returns), self.pairs, self.history.now_s)
             self.device = self._make_device(made)
@@ -171,19 +178,20 @@ class Vnet:
                     frame_len=self._size,
                 )
             )  # fmt: skip
+            self._findings = Findings(
+                self.endpoint,
+                self.device,
+                self.driver,
+                self.ledger,
+                self._offload,
+                now_s=self.history.now_s,
+                may_raise=self._raises,
+                patience_s=self._patience_s,
+            )
             self.driver.start()
             self._stack = made.pop_all()
         self._open = True
         return self
-
-    def _make_endpoint(self, made: ExitStack) -> Endpoint:
-        if self._made is None:
-            return made.enter_context(GenerateEndpoint(self.pairs, self._size, self._rate))
-        if isinstance(self._made, Endpoint):
-            return as_endpoint(self._made, self._made)
-        make: Any = self._made
-        by_class = isinstance(self._made, type) and self.pairs > 1
-        return made.enter_context(as_endpoint(make(self.pairs) if by_class else make(), self._made))
 
     def _make_device(self, made: ExitStack) -> NetDevice:
         self._offload = offload = self._make_offload(made)
@@ -210,7 +218,7 @@ class Vnet:
             served = self.endpoint if isinstance(self.endpoint, GenerateEndpoint) else self._made
             worker, path = start_back_end(made, served, self.pairs, self._mtu)
         front_end = connect(made, path, self.pairs, self._num, self._patience_s)
-        return Offload(front_end.backends, worker, front_end)
+        return Offload(self.owner, front_end.backends, worker, front_end)
 
     if not TYPE_CHECKING:
 
@@ -237,12 +245,16 @@ class Vnet:
         An endpoint that raised, a ring that broke and a frame that was lost, doubled, late or corrupted end the wait, too.
         """
         self._need_open()
+        if not isinstance(frames, Integral) or frames < 0:
+            raise ConfigError(f"wait_for({frames!r}): give a number of frames from 0")
+        if not self.ledger.running:
+            raise ConfigError("wait_for: the traffic has been settled, and no frame comes: call start() first")
         before = [self._arrived(pair) for pair in range(self.pairs)]
 
         def more() -> bool:
             if self.ledger.fates:
-                self._raise_trouble()  # which may be the cause
-                raise self._error(["frames were not as they should be:", *self._frames()])
+                self._findings.raise_trouble()  # which may be the cause
+                raise self._findings.error(["frames were not as they should be:", *self._findings.frames()])
             return all(
                 now >= then + frames
                 for pair, each in enumerate(before)
@@ -254,15 +266,17 @@ class Vnet:
     def wait_until(self, done: Callable[[], bool], what: str) -> None:
         """Wait until *done* returns True; AssertionError, with *what* and the state of the device, if it does not."""
         self._need_open()
+        if not callable(done):
+            raise ConfigError(f"wait_until({done!r}): give a function that returns True once it has happened")
         until = time.monotonic() + self._patience_s
-        in_hand = InHand(self.endpoint)
+        in_hand = self._findings.hang.watch()
         while not done():
-            self._raise_trouble()
+            self._findings.raise_trouble()
             stuck_s = in_hand.seconds()
             if time.monotonic() > until:
-                self._seen_hung = stuck_s > self._patience_s / 2
-                why = [self._hung()] if self._seen_hung else []
-                raise self._error([f"never happened within {self._patience_s:g} s: {what}", *why, *self._drops()])
+                why = self._findings.hang.at_the_end_of(stuck_s) + self._findings.drops()
+                never = f"never happened within {self._patience_s:g} s: {what}"
+                raise self._findings.error([never, *(why or self._findings.silence())])
             time.sleep(_LOOK_S)
 
     def change_owner(self, times: int = 2) -> None:
@@ -273,9 +287,13 @@ class Vnet:
         self._need_open()
         if self.owner == "userspace":
             raise ConfigError("owner 'userspace' has no other owner to change to: take owner='thread' or another")
+        if not isinstance(times, Integral) or times < 1:
+            raise ConfigError(f"change_owner({times!r}): give a number of changes from 1")
         for _ in range(times):
+            if not self._findings.hang.comes_back():  # the owner could not be stopped
+                raise self._findings.error([self._findings.hang.text()])
             self.device.set_use_vhost(not self.device.use_vhost)
-            self._raise_trouble()
+            self._findings.raise_trouble()
 
     def start(self) -> None:
         """Have frames made again, after `stop` or `settle`."""
@@ -310,17 +328,17 @@ class Vnet:
         """
         self._need_open()
         wrong: list[str] = []
-        if self._comes_back():
+        if self._findings.hang.comes_back():
             self._check.look("at the end" if last else "at a check")
         else:
-            wrong.append(self._hung())
+            wrong.append(self._findings.hang.text())
         wrong += self._check.violations
-        wrong += self._trouble()
+        wrong += self._findings.trouble()
         more = self.ledger.close() if last else []
-        frames = self._frames()
+        frames = self._findings.frames()
         wrong += frames + more
         if frames or more:
-            wrong += self._drops()
+            wrong += self._findings.drops()
         if last:
             idle = [fault.text or fault.verb for fault in self.faults if not fault.hits]
             wrong += [f"the fault {name} never struck: no such verb was run" for name in idle]
@@ -329,7 +347,7 @@ class Vnet:
                     f"owner={self.owner!r} never had the rings, and nothing is proven of it: {_NEVER[self.owner]}"
                 )
         if wrong:
-            raise self._error(wrong)
+            raise self._findings.error(wrong)
 
     # --- the end ---
 
@@ -342,12 +360,12 @@ class Vnet:
         try:
             if error is None:
                 self.settle()
-            elif error is not self._found:
-                error.add_note(self._state())
+            elif error is not self._findings.raised:
+                error.add_note(self._findings.state())
         finally:
             for fate in self.ledger.fates:
                 self.history.add("frame", **fate.as_dict())
-            hung = not self._comes_back()
+            hung = not self._findings.hang.comes_back()
             if hung:
                 self.driver.close()  # the rest can't be closed before the endpoint comes back
             else:
@@ -355,8 +373,8 @@ class Vnet:
                 seen = len(self._check.violations)
                 self._stack.close()
                 late = self._check.violations[seen:]
-        if error is None and (wrong := [self._hung()] if hung else late):
-            raise self._error(wrong)
+        if error is None and (wrong := [self._findings.hang.text()] if hung else late):
+            raise self._findings.error(wrong)
 
     def close(self) -> None:
         """Close all without a check; nothing if it is closed, or if the endpoint still hangs."""
@@ -368,33 +386,20 @@ class Vnet:
         device = self.device
         was, self._was = self._was, device.owner
         self._offloaded |= device.owner is Owner.VHOST
-        died = was is Owner.VHOST and self._lost(gone)
+        died = was is Owner.VHOST and self._offload.died(gone)
         elsewhere = (
             was is not Owner.NOBODY and self.owner == "vhost-user" and not isinstance(self.endpoint, GenerateEndpoint)
         )
         self.ledger.owner_changed(
-            self._named(device.owner), lambda n: device.queues[n].last_avail_idx, died, left_behind=elsewhere
+            self._offload.named(device.owner), lambda n: device.queues[n].last_avail_idx, died, left_behind=elsewhere
         )
         self.history.add(
-            "owner", owner=self._named(device.owner), indices=[queue.last_avail_idx for queue in device.queues]
+            "owner", owner=self._offload.named(device.owner), indices=[queue.last_avail_idx for queue in device.queues]
         )
         seen = len(self._check.violations)
         self._check.owner_changed()
         for text in self._check.violations[seen:]:
-            self.history.add("violation", owner=self._named(device.owner), text=text)
-
-    def _lost(self, gone: bool) -> bool:
-        """Return whether a process that had the rings died, rather than gave them back. gone: it did not answer."""
-        if (front_end := self._offload.front_end) is not None:
-            return front_end.gone or not front_end.connected
-        return gone and isinstance(self._offload.worker, WorkerProcess)
-
-    def _named(self, owner: Owner) -> str:
-        if owner is not Owner.VHOST:
-            return str(owner.value)
-        worker = self._offload.worker
-        pid = f" {worker.pid}" if isinstance(worker, WorkerProcess | BackEndProcess) else ""
-        return f"vhost ({self.owner}{pid})"
+            self.history.add("violation", owner=self._offload.named(device.owner), text=text)
 
     def _generators(self) -> list[GenerateEndpoint]:
         return [end for end in (self.guest, self.endpoint) if isinstance(end, GenerateEndpoint)]
@@ -402,55 +407,6 @@ class Vnet:
     def _arrived(self, pair: int) -> list[int]:
         """Return the frames of a pair that have arrived, a number a way; of frames that don't return, those that left."""
         return self.ledger.delivered(pair) or [self.driver.counters()[queue_of(pair, TRANSMITQ)]["packets"]]
-
-    def _raise_trouble(self) -> None:
-        if wrong := self._trouble(look_far=False):
-            raise self._error(wrong)
-
-    def _trouble(self, look_far: bool = True) -> list[str]:
-        """Return what stops a test at once: the endpoint raised, or a side of the rings broke the specification.
-
-        look_far: ask the back end's process, too.
-        """
-        wrong = []
-        if self.endpoint.errors and not self._raises:
-            error = self.endpoint.last_error
-            wrong.append(_raised(self.endpoint.errors, reason(error) + place(error) if error is not None else ""))
-        worker = self._offload.worker
-        if look_far and isinstance(worker, BackEndProcess) and not self._raises:
-            errors, text = worker.errors
-            if errors:
-                wrong.append(f"in the back end's process: {_raised(errors, text)}")
-        if self.driver.error is not None:
-            wrong.append(f"the driver's thread has ended: {reason(self.driver.error)}")
-        try:
-            self.driver.check()
-        except GuestError as e:
-            wrong.append(f"the device broke the specification: {e}")
-        return wrong + [f"the driver broke the specification: {error}" for error in self.device.ring_errors()]
-
-    def _frames(self) -> list[str]:
-        fates = self.ledger.fates
-        more = len(fates) - _SHOWN
-        return [str(fate) for fate in fates[:_SHOWN]] + ([f"and {more} more frames"] if more > 0 else [])
-
-    def _drops(self) -> list[str]:
-        """Return a line with the endpoint's counters of frames that it dropped; nothing if there are none."""
-        counts = self.endpoint.counters().items()
-        drops = [f"{name} {n}" for name, n in counts if n and (name.startswith("dropped") or name == "errors")]
-        return [f"the endpoint's own counters: {', '.join(drops)}"] if drops else []
-
-    def _error(self, lines: Sequence[str]) -> AssertionError:
-        self._found = AssertionError("\n".join([*lines, self._state()]))
-        return self._found
-
-    def _state(self) -> str:
-        """Return a line about the device, its owner and its traffic."""
-        error = self.device.last_error
-        return (
-            f"[{self.endpoint.name} after {self.history.now_s():.3f} s: owner {self._named(self.device.owner)}, "
-            f"last error {reason(error) if error is not None else None}; {self.ledger.summary}]"
-        )
 
     def _taken(self) -> bool:
         """Return whether the device has used every chain that the driver made available for sending."""
@@ -465,9 +421,9 @@ class Vnet:
         """Wait until all frames have arrived, or none has for a while, though nobody has one in hand."""
         began = since = time.monotonic()
         seen: object = None
-        in_hand = InHand(self.endpoint)
+        in_hand = self._findings.hang.watch()
         while not (self.ledger.settled() and self._taken()):
-            self._raise_trouble()
+            self._findings.raise_trouble()
             now = time.monotonic()
             progress = [self._arrived(pair) for pair in range(self.pairs)]
             if progress != seen:
@@ -477,23 +433,5 @@ class Vnet:
                 return
             if quiet > self._patience_s:
                 waiting = "I9: frames wait in a transmitq or in the endpoint, and nobody takes them"
-                self._seen_hung = stuck_s > self._patience_s / 2
-                raise self._error([self._hung() if self._seen_hung else waiting])
+                raise self._findings.error(self._findings.hang.at_the_end_of(stuck_s) or [waiting])
             time.sleep(_LOOK_S if now - began < 1 else 0.01)
-
-    def _comes_back(self) -> bool:
-        """Return whether the endpoint's code comes back, if it is in there: a later look shows."""
-        in_hand, call = InHand(self.endpoint), self.endpoint._begun
-        while self.endpoint._in_hand and self.endpoint._begun == call:
-            if self._seen_hung or in_hand.seconds() > self._patience_s:
-                self._seen_hung = True
-                return False
-            time.sleep(_LOOK_S)
-        return True
-
-    def _hung(self) -> str:
-        return where_hung(self.endpoint, self._patience_s)
-
-
-def _raised(errors: int, text: str) -> str:
-    return f"the endpoint raised {errors} time{'s' * (errors != 1)}, the last time: {text}"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from inspect import signature
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from ..backends.base import Backend
 from ..backends.process import WorkerProcess
 from ..backends.worker import Worker
+from ..device.owners import Owner
 from ..endpoints.base import Endpoint
 from ..endpoints.loopback import GenerateEndpoint
 from ..errors import ConfigError
@@ -33,13 +36,57 @@ def as_endpoint(made: Any, by: Any) -> Endpoint:
     return made
 
 
+def check_numbers(whole: Mapping[str, object], real: Mapping[str, object]) -> None:
+    """Raise ConfigError unless the arguments, by name, are whole and real numbers."""
+    for arguments, kind, named in ((whole, Integral, "a whole number"), (real, Real, "a number")):
+        for name, value in arguments.items():
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name}={value!r} is not {named}")
+
+
+def make_endpoint(made: ExitStack, by: Any, pairs: int, size: int, rate: float) -> Endpoint:
+    """Return the endpoint that *by* is, or makes, which *made* closes then; a generator, with *size* and *rate*, for None.
+
+    ConfigError if there is none, or it can't be used.
+    """
+    if by is None:
+        return made.enter_context(GenerateEndpoint(pairs, size, rate))
+    if isinstance(by, Endpoint):
+        return as_endpoint(by, by)
+    arguments = (pairs,) if isinstance(by, type) and pairs > 1 else ()
+    with suppress(ValueError):  # a callable without a signature
+        try:
+            signature(by).bind(*arguments)
+        except TypeError as e:
+            called = f"{getattr(by, '__name__', by)}({', '.join(map(str, arguments))})"
+            why = ", with the number of queue pairs" if arguments else ""
+            raise ConfigError(
+                f"endpoint: {called} is called{why}: {e}; give a function without arguments that makes it, such as a lambda"
+            ) from None
+    return made.enter_context(as_endpoint(by(*arguments), by))
+
+
 @dataclass(frozen=True)
 class Offload:
-    """The backends of a device, and the worker or connection that they belong to; all empty for owner `userspace`."""
+    """The backends of a device, and the worker or connection that they belong to; all empty for *kind* `userspace`."""
 
+    kind: str = "userspace"
     backends: Sequence[Backend] = ()
     worker: Worker | WorkerProcess | BackEndProcess | None = None
     front_end: VhostUserFrontEnd | None = None
+
+    def died(self, gone: bool) -> bool:
+        """Return whether a process that had the rings died, rather than gave them back. gone: it did not answer."""
+        if self.front_end is not None:
+            return self.front_end.gone or not self.front_end.connected
+        return gone and isinstance(self.worker, WorkerProcess)
+
+    def named(self, owner: Owner) -> str:
+        """Return the name of *owner*, with the kind and the process of vhost."""
+        if owner is not Owner.VHOST:
+            return str(owner.value)
+        pid = f" {self.worker.pid}" if isinstance(self.worker, WorkerProcess | BackEndProcess) else ""
+        return f"vhost ({self.kind}{pid})"
 
 
 def make_offload(made: ExitStack, owner: str, pairs: int) -> Offload:
@@ -52,7 +99,7 @@ def make_offload(made: ExitStack, owner: str, pairs: int) -> Offload:
     else:
         return Offload()
     made.callback(worker.close)
-    return Offload(worker.backends, worker)
+    return Offload(owner, worker.backends, worker)
 
 
 def start_back_end(made: ExitStack, served: object, pairs: int, mtu: int | None) -> tuple[BackEndProcess, str]:
