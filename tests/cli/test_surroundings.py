@@ -108,7 +108,7 @@ def test_descriptors_that_run_out_in_a_program_are_told_with_the_limit() -> None
         made: list[NetDevice] = []
         with descriptors(60), pytest.raises(MachineError) as caught:
             while True:
-                made.append(NetDevice(memory, endpoint, threaded=False))
+                made.append(NetDevice(memory, endpoint))
         assert made
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         assert caught.value.errno == errno.EMFILE

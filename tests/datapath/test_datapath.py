@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -127,12 +128,11 @@ def test_with_nothing_bound_it_leaves_the_endpoint_alone(bench: Bench) -> None:
 def test_two_datapaths_share_one_block() -> None:
     with no_descriptor_leaks():
         first = Datapath(2)
-        second = Datapath(2, first.block.fd)
+        second = Datapath(2, os.dup(first.block.fd))
         first.vqs[3, r.VQ_PACKETS] = 77
         assert second.vqs[3, r.VQ_PACKETS] == 77
         second.ctl[r.CTL_DOORBELL] = 1
         assert first.run() == (r.LOOP_CONTROL, 0)
-        second.block.fd = -1
         second.close()
         first.close()
 

@@ -226,6 +226,7 @@ def test_an_endpoint_that_is_gone_fails_no_register_write(memory: GuestMemory) -
         bring_up(device, wanted)
         device.set_status(READY)
         endpoint.gone = True
+        device.kicks[1].clear()
         device.kicks[1].signal()
         device.set_status(0)
         assert (device.status, device.driver_features, device.control.guest_offloads) == (0, 0, 0)

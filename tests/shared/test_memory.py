@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from tests.support.by_hand import no_descriptor_leaks
 from vnetdp.errors import ConfigError
-from vnetdp.shared.memory import DirtyLog, GuestMemory, Region, SharedBlock, create_memfd, page_of
+from vnetdp.shared.mapping import create_memfd
+from vnetdp.shared.memory import DirtyLog, GuestMemory, Region, SharedBlock, page_of
 from vnetdp_kernels import spec
 from vnetdp_kernels.virtq.memory import mark_dirty, translate
 
@@ -317,7 +318,8 @@ _TAKEN = """
 import ctypes, mmap, os
 from pathlib import Path
 from vnetdp.errors import ConfigError
-from vnetdp.shared.memory import DirtyLog, GuestMemory, Region, create_memfd
+from vnetdp.shared.mapping import create_memfd
+from vnetdp.shared.memory import DirtyLog, GuestMemory, Region
 
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p

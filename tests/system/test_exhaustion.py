@@ -54,19 +54,23 @@ KINDS: dict[str, Callable[[Given], Any]] = {
     "worker": lambda _: Worker(2),
     "process": lambda _: WorkerProcess(1),
     "device": lambda given: NetDevice(given.memory, given.endpoint, queue_pairs=2),
-    "stepped device": lambda given: NetDevice(given.memory, given.endpoint, queue_pairs=2, threaded=False),
-    "mailbox": lambda _: MailboxEndpoint(3),
-    "fault": lambda given: FaultEndpoint(given.endpoint),
     "pcap": lambda _: PcapEndpoint(None, "/dev/null"),
     "socket": lambda given: VnetdpSocket(given.endpoint),
-    "driver": lambda given: Driver(given.device, given.memory),
-    "driver of a block": lambda given: Driver(given.device, given.memory, given.endpoint, block=driver_block(1, 256)),
     "link": lambda given: Link(given.endpoint, given.endpoint, "vhost"),
     "server": lambda given: Server(given.endpoint, given.path("served")),
     "front end": lambda given: VhostUserFrontEnd(given.path("listens"), listen=True),
     "bridge": lambda given: Bridge(given.path("left"), given.path("right")),
     "machine": lambda given: Machine(MachineConfig(), given.device.endpoint.block.fd),
     "host process": lambda _: HostProcess(quiet=True),
+}
+
+# They need no descriptor until somebody asks for it.
+LATER: dict[str, Callable[[Given], Any]] = {
+    "stepped device": lambda given: NetDevice(given.memory, given.endpoint, queue_pairs=2, threaded=False),
+    "mailbox": lambda _: MailboxEndpoint(3),
+    "fault": lambda given: FaultEndpoint(given.endpoint),
+    "driver": lambda given: Driver(given.device, given.memory),
+    "driver of a block": lambda given: Driver(given.device, given.memory, given.endpoint, block=driver_block(1, 256)),
 }
 
 

@@ -32,7 +32,7 @@ class RemoteEndpoint(Endpoint):
         super().__init__(queues, block_fd)
         self.fds[:] = np.array(fds)
 
-    def _claim(self, queue: int, n: int, kind: int) -> bool:
+    def _claim(self, queue: int, n: int) -> bool:
         """True: the parent, whose child this is, has the lock."""
         return True
 

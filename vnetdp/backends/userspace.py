@@ -18,7 +18,7 @@ from vnetdp_kernels.virtq.bind import bind
 
 from ..datapath.datapath import Datapath
 from ..endpoints.base import Endpoint
-from ..errors import ConfigError, EndpointError
+from ..errors import ConfigError, EndpointError, MachineError
 from ..shared.memory import GuestMemory, Words
 from ..system.owned import Owned
 from ..virtio import features as f
@@ -148,10 +148,12 @@ class UserspaceBackend(Backend, Owned):
         self.datapath.translated[queue_of(self.pair, verb.index)] = memory
 
     def _set_vring_kick(self, verb: SetVringKick) -> None:
-        self.datapath.notify[queue_of(self.pair, verb.index), 0] = verb.kick.fd if verb.kick else -1
+        fd = -1 if verb.kick is None else verb.kick.made if self.datapath.stepped else verb.kick.fd
+        self.datapath.notify[queue_of(self.pair, verb.index), 0] = fd
 
     def _set_vring_call(self, verb: SetVringCall) -> None:
-        self.datapath.notify[queue_of(self.pair, verb.index), 1] = verb.call.notify if verb.call else -1
+        fd = -1 if verb.call is None else verb.call.made if self.datapath.stepped else verb.call.notify
+        self.datapath.notify[queue_of(self.pair, verb.index), 1] = fd
 
     def _set_vring_enable(self, verb: SetVringEnable) -> None:
         self._rows[verb.index, r.VQ_ENABLED] = int(verb.enabled)
@@ -190,7 +192,11 @@ class UserspaceBackend(Backend, Owned):
             if dp.translated[n] is not memory:
                 _translate(memory, row)
                 dp.translated[n] = memory
+            if not dp.stepped:
+                endpoint.open_wakes()
             endpoint.start_polling(self.pair, dp)
+        except MachineError as e:
+            raise refusal(verb, e.errno or errno.EMFILE, str(e)) from e
         except ConfigError as e:
             raise refusal(verb, errno.EFAULT, str(e)) from e
         except EndpointError as e:
@@ -226,6 +232,7 @@ class UserspaceBackend(Backend, Owned):
             or len(queues) != len(pairs)
             or queues.stop > endpoint.queues
             or not all(known[n] is memory for n, _ in bases)
+            or not (dp.stepped or endpoint.wakes_open)
             or not endpoint.start_polling_all(queues, dp)
         ):
             return False

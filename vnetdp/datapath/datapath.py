@@ -5,7 +5,10 @@ A datapath owns the device's queue rows and the scratch that kernels need; the w
 
 from __future__ import annotations
 
+import os
+import threading
 from contextlib import ExitStack
+from functools import cache
 
 import numpy as np
 
@@ -37,6 +40,39 @@ NO_MEMORY: Bytes = np.zeros(1, np.uint8)
 NO_TABLE: Words = np.zeros((0, r.REGION_SLOTS), np.int64)
 
 
+class _Own(threading.local):
+    scratch: LoopScratch | None = None
+
+
+_own = _Own()
+
+
+def _forget() -> None:
+    _own.scratch = None  # it names the parent's context of asynchronous I/O
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def scratch_of_thread(pairs: int) -> LoopScratch:
+    """Return the scratch arrays that all loops over up to *pairs* queue pairs share which the calling thread runs."""
+    scratch = _own.scratch
+    if scratch is None or scratch.pollfds.shape[1] <= 3 * pairs:
+        scratch = _own.scratch = scratch_for(pairs)
+    return scratch
+
+
+@cache
+def _nothing(pairs: int) -> Endpoint:
+    """Return the endpoint of every datapath of *pairs* queue pairs while no ring is bound: no frame reaches it."""
+    return _Nothing(pairs)
+
+
+class _Nothing(Endpoint):
+    kind = r.KIND_NULL
+    name = "nothing"
+
+
 def scratch_for(pairs: int, max_num: int = spec.VIRTQ_MAX_NUM) -> LoopScratch:
     """Return the scratch arrays of a loop over *pairs* queue pairs of up to *max_num* descriptors."""
     cap = max(max_num, r.MIN_CHAIN_CAP)
@@ -53,17 +89,18 @@ def scratch_for(pairs: int, max_num: int = spec.VIRTQ_MAX_NUM) -> LoopScratch:
 class Datapath(Owned):
     """The device's side of the rings of *pairs* queue pairs, for `UserspaceBackend` to steer. Nothing runs but by `run`.
 
-    It is not thread-safe: no verb of its backends may be called while it runs. `block_fd` is internal. Its rows, in
-    shared memory, are vqs int64[2 × pairs, VQ_SLOTS]: receiveq 2i, transmitq 2i + 1.
+    It is not thread-safe: no verb of its backends may be called while it runs. `block_fd` and `stepped` are internal.
+    Its rows, in shared memory, are vqs int64[2 × pairs, VQ_SLOTS]: receiveq 2i, transmitq 2i + 1.
     """
 
-    def __init__(self, pairs: int, block_fd: int | None = None) -> None:
+    def __init__(self, pairs: int, block_fd: int | None = None, stepped: bool = False) -> None:
         self.pairs = pairs
+        self.stepped = stepped  # nothing sleeps: a descriptor that nobody else has asked for is not made
         with ExitStack() as made:
-            self.block = SharedBlock(queues_of(pairs) * r.VQ_SLOTS * 8 + spec.PAGE_SIZE, block_fd)
+            self.block = SharedBlock(queues_of(pairs) * r.VQ_SLOTS * 8 + spec.PAGE_SIZE, block_fd, later=True)
             made.callback(self.block.close)
-            self._own_endpoint = self.endpoint = made.enter_context(Endpoint(pairs))
-            self.bell = EventFd()
+            self._own_endpoint = self.endpoint = _nothing(pairs)
+            self.bell = EventFd(later=stepped)
             made.pop_all()
         self.vqs: Words = self.block.carve(np.int64, queues_of(pairs), r.VQ_SLOTS)
         self.ctl: Words = self.block.carve(np.int64, r.CTL_SLOTS)
@@ -72,7 +109,6 @@ class Datapath(Owned):
         self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
         self.translated: list[GuestMemory | None] = [None] * queues_of(pairs)  # by which table a ring's offsets are
         self.notify: Words = np.full((queues_of(pairs), 2), -1, np.int64)
-        self._scratch = scratch_for(pairs)
         self._in_kernel = False
         self._abandoned = False
         if block_fd is None:
@@ -107,7 +143,8 @@ class Datapath(Owned):
         - `timeout_ms`: 0 returns once there is nothing to do; -1 waits for more, without end.
         """
         self.check_maker()
-        endpoint, control = self.endpoint, Control(self.ctl, self.bell.fd)
+        endpoint, control = self.endpoint, Control(self.ctl, self.bell.made)
+        scratch = scratch_of_thread(self.pairs)
         moved = 0
         while True:
             endpoint.service()
@@ -116,7 +153,7 @@ class Datapath(Owned):
                 self._in_kernel = False
                 return r.LOOP_CONTROL, moved
             limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
-            reason, n = serve(self.rings, endpoint.wire, control, self._scratch, limits)
+            reason, n = serve(self.rings, endpoint.wire, control, scratch, limits)
             self._in_kernel = False
             moved += n
             if reason != r.LOOP_PYTHON:
@@ -142,8 +179,7 @@ class Datapath(Owned):
         self.endpoint = self._own_endpoint
 
     def close(self) -> None:
-        if self.bell.fd >= 0 and not self.inherited:
+        if self.bell.made >= 0 and not self.inherited:
             call_away(self)
         self.bell.close()
-        self._own_endpoint.close()
         self.block.close()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from ..errors import BackendError
-from ..shared.notify import EventFd
+from ..shared.notify import Notifier
 from ..system.owned import Owned
 from ..virtio.queue import queues_of
 
@@ -23,19 +23,38 @@ class Notifiers(Owned):
 
     grabs: pairs whose ioeventfd is grabbed; host: queues with a host notifier; guest: times guest notifiers are assigned.
     All three are 0 while vhost has none. `grab_ioeventfd`, `set_host_notifier` and `set_guest_notifiers` may raise
-    BackendError.
+    BackendError. later: each eventfd is made only once its descriptor is asked for (`on_made`).
     """
 
-    def __init__(self, queue_pairs: int) -> None:
+    def __init__(self, queue_pairs: int, later: bool = False) -> None:
         self.queue_pairs = queue_pairs
         with ExitStack() as made:
-            self.kicks = [made.enter_context(EventFd()) for _ in range(queues_of(queue_pairs))]
-            self.calls = [made.enter_context(EventFd()) for _ in range(queues_of(queue_pairs))]
+            self.kicks = [made.enter_context(Notifier(later, self._tell)) for _ in range(queues_of(queue_pairs))]
+            self.calls = [made.enter_context(Notifier(later, self._tell)) for _ in range(queues_of(queue_pairs))]
             made.pop_all()
         self.grabs = 0
         self.host = 0
         self.guest = 0
         self._on_close: list[Callable[[], None]] = []
+        self._on_made: list[Callable[[], None]] = []
+
+    def on_made(self, call: Callable[[], None]) -> None:
+        """Have *call* called each time a descriptor was made: kernels have to know it (`made`)."""
+        self._on_made.append(call)
+
+    def _tell(self) -> None:
+        for call in self._on_made:
+            call()
+
+    @property
+    def made(self) -> list[tuple[int, int]]:
+        """The descriptors of kick and call of each queue; -1 for one that nobody has asked for."""
+        return [(kick.made, call.made) for kick, call in zip(self.kicks, self.calls, strict=True)]
+
+    def make(self) -> None:
+        """Make every eventfd that is not; MachineError if there are no more descriptors."""
+        for event in (*self.kicks, *self.calls):
+            event.fileno()
 
     def on_close(self, call: Callable[[], None]) -> None:
         """Have *call* called before the descriptors are closed; not in a forked child."""
@@ -68,7 +87,7 @@ class Notifiers(Owned):
     def clear(self) -> None:
         """Clear the kicks and calls that are pending."""
         for event in (*self.kicks, *self.calls):
-            event.clear()
+            event.forget()
 
     def grab_ioeventfd(self, pair: int) -> None:
         """Have the device's own loop let go of the kicks of *pair*."""

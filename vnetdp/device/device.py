@@ -98,11 +98,12 @@ class NetDevice(Owned):
         self.last_error: Exception | None = None
         """The last failure of an owner, a queue or the endpoint; None if there was none."""
         with ExitStack() as made:
-            self.notifiers = notifiers or Notifiers(queue_pairs)
+            self.notifiers = notifiers or Notifiers(queue_pairs, later=not threaded and vhost is None)
             made.callback(self.notifiers.close)
-            self.config_call = made.enter_context(EventFd())
+            self.config_call = made.enter_context(EventFd(later=not threaded))
             self.userspace = OwnDatapath(queue_pairs, threaded, poll_us)
             made.pop_all()
+        self.notifiers.on_made(lambda: self.userspace.plug(self.notifiers.made))
         self.kicks = self.notifiers.kicks
         """An `EventFd` for each queue, by which the driver notifies the device."""
         self.calls = self.notifiers.calls

@@ -37,7 +37,7 @@ class OwnDatapath(Owned):
 
     def __init__(self, queue_pairs: int, threaded: bool, poll_us: int) -> None:
         self.worker = Worker(queue_pairs, poll_us, "userspace-datapath", timeout_s=None) if threaded else None
-        self._datapath = Datapath(queue_pairs) if self.worker is None else self.worker.datapath
+        self._datapath = Datapath(queue_pairs, stepped=True) if self.worker is None else self.worker.datapath
         self.backends: Sequence[Backend] = (
             [UserspaceBackend(self._datapath, pair) for pair in range(queue_pairs)]
             if self.worker is None
@@ -55,6 +55,11 @@ class OwnDatapath(Owned):
         if self.worker is not None:
             raise ConfigError("the device has a thread: make it with threaded=False to step it")
         return self._datapath
+
+    def plug(self, made: Sequence[tuple[int, int]]) -> None:
+        """Learn the descriptors of kick and call of each queue that were *made* since, if there is no thread."""
+        if self.worker is None:
+            self._datapath.notify[:] = made
 
     @property
     def native_id(self) -> int:

@@ -6,10 +6,7 @@ and `transmit_frames`, which work in batches; an endpoint that kernels serve by 
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,14 +21,13 @@ from vnetdp_kernels.wire import port
 from ..errors import ConfigError, EndpointError, place
 from ..shared.memory import Bytes, SharedBlock, Words
 from ..shared.notify import EventFd
-from ..system import limits
 from ..system.owned import Owned, OwnedLock
+from .claims import Claims
 from .clock import Clock
 
 _log = logging.getLogger("vnetdp.endpoints")
 
 _VLAN_TAG_LEN = 4
-_FLOCK = struct.Struct("@hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 PYTHON_SLOTS = 64  # frames that go to, or come from, an endpoint in Python in one batch
 
 
@@ -74,16 +70,15 @@ class Endpoint(Owned):
         self.queues = queues
         """The number of queues."""
         with ExitStack() as made:
-            self.block = SharedBlock(8 * words + frames + 8 * spec.PAGE_SIZE, block_fd)
+            self.block = SharedBlock(8 * words + frames + 8 * spec.PAGE_SIZE, block_fd, later=True)
             made.callback(self.block.close)
-            # The kernel keeps claims for each open file, and gives them up with it: so the block, whose descriptor may be
-            # a copy, is opened anew.
-            with limits.giving("a second descriptor of a shared block"):
-                self._claims_fd = os.open(f"/proc/self/fd/{self.block.fd}", os.O_RDWR | os.O_CLOEXEC)
-            made.callback(os.close, self._claims_fd)
+            self.polled_by: dict[int, object] = {}
+            self._claims = Claims(self.block, self.polled_by)
+            made.callback(self._claims.close)
             asked = self.kind == r.KIND_PYTHON and type(self).receive_frames is not Endpoint.receive_frames
-            self._wakes = [made.enter_context(EventFd()) for _ in range(queues if asked else 0)]
+            self._wakes = [made.enter_context(EventFd(later=True)) for _ in range(queues if asked else 0)]
             made.pop_all()
+        self._closed = False
         self.close_on_fork()
         self.rows: Words = self.block.carve(np.int64, queues, row_slots)
         self.ledger: Words = self.block.carve(np.int64, queues, r.LEDGER_SLOTS)
@@ -99,7 +94,7 @@ class Endpoint(Owned):
             self.out_lengths = self.block.carve(np.int64, queues, slots)
             self.in_frames = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
             self.out_frames = self.block.carve(np.uint8, queues, slots * r.FRAME_SLOT)
-        self.fds: Words = np.array([wake.fd for wake in self._wakes] or [-1] * queues, np.int64)
+        self.fds: Words = np.full(queues, -1, np.int64)
         self._woken: set[int] = set()  # queues whose descriptor of `wake` may be readable
         self.wire = Wire(
             self.rows,
@@ -124,7 +119,6 @@ class Endpoint(Owned):
         self._late: dict[int, Sequence[bytes]] = {}  # by queue: frames that came after the rings had another owner
         self.clock: Clock | None = None
         """The clock of its device, if one was handed in; None: the machine's."""
-        self.polled_by: dict[int, object] = {}
         self.polls_started = 0
         self.polls_stopped = 0
         self.polls_refused = 0
@@ -136,7 +130,7 @@ class Endpoint(Owned):
     @property
     def closed(self) -> bool:
         """True once the endpoint is closed."""
-        return self._claims_fd < 0
+        return self._closed or self.inherited
 
     def sink(self, queue: int) -> Sink:
         """Return the rows of one queue to which kernels give frames.
@@ -204,7 +198,7 @@ class Endpoint(Owned):
             return
         if self.closed:
             raise EndpointError(f"{self.name}: the endpoint is closed")
-        if holder is not None or not self._claim(queue, 1, fcntl.F_WRLCK):
+        if holder is not None or not self._claim(queue, 1):
             self.polls_refused += 1
             raise EndpointError(f"{self.name}: queue {queue} is polled by another owner")
         self.polled_by[queue] = owner
@@ -212,7 +206,7 @@ class Endpoint(Owned):
 
     def start_polling_all(self, queues: range, owner: object) -> bool:
         """`start_polling` of neighbours, all with one claim; False, and none is taken, if one is polled. @private"""
-        if not self.polled_by.keys().isdisjoint(queues) or not self._claim(queues[0], len(queues), fcntl.F_WRLCK):
+        if not self.polled_by.keys().isdisjoint(queues) or not self._claim(queues[0], len(queues)):
             return False
         self.polled_by.update(dict.fromkeys(queues, owner))
         self.polls_started += len(queues)
@@ -223,17 +217,11 @@ class Endpoint(Owned):
         if self.polled_by.get(queue) is owner:
             del self.polled_by[queue]
             self.polls_stopped += 1
-            self._claim(queue, 1, fcntl.F_UNLCK)
+            self._claims.give_up(queue)
 
-    def _claim(self, queue: int, n: int, kind: int) -> bool:
-        """Lock the block's bytes of *n* queues against all others that share it, or unlock them; False if one is taken."""
-        if self._claims_fd < 0:
-            return False  # it is closed, or a forked child's, whose lock would be its parent's
-        try:
-            fcntl.fcntl(self._claims_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, queue, n, 0))
-        except BlockingIOError:
-            return False
-        return True
+    def _claim(self, queue: int, n: int) -> bool:
+        """Claim *n* queues against all others that share the block; False if one is taken."""
+        return not self.closed and self._claims.take(queue, n)
 
     # --- the meeting of kernels and Python, in batches ---
 
@@ -293,10 +281,23 @@ class Endpoint(Owned):
             raise ConfigError(f"queue pair {queue}: the last one is {self.queues - 1}")
         if not self._wakes:
             raise ConfigError(f"{self.name}: it has no receive_frames of its own to ask")
-        fd = self._wakes[queue].fd  # before the look at fds: `close` does it the other way round
+        fd = self._wakes[queue].made  # before the look at fds: `close` does it the other way round
         if self.fds[queue] not in (fd, -1):
             raise ConfigError(f"{self.name}: queue {queue} has another descriptor in fds: make that one readable")
         self._wake(queue)
+
+    @property
+    def wakes_open(self) -> bool:
+        """True if `open_wakes` has nothing to do. @private"""
+        return all(wake.made >= 0 for wake in self._wakes)
+
+    def open_wakes(self) -> None:
+        """Make the descriptors on which a loop waits for `wake`; MachineError if there are no more. @private"""
+        for queue, wake in enumerate(self._wakes):
+            if wake.made < 0:
+                fd = wake.fileno()
+                if self.fds[queue] == -1:
+                    self.fds[queue] = fd
 
     def _wake(self, queue: int) -> None:
         self._wakes[queue].signal()
@@ -463,6 +464,7 @@ class Endpoint(Owned):
 
     def close(self) -> None:
         """Give up its descriptors. Close the device or driver that uses it first."""
+        self._closed = True
         self.fds[:] = -1
         if self.clock is not None:
             self.clock.remove(self)
@@ -472,6 +474,4 @@ class Endpoint(Owned):
         self.leave_to_parent()
 
     def leave_to_parent(self) -> None:
-        fd, self._claims_fd = self._claims_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._claims.close()

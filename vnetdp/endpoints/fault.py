@@ -249,6 +249,14 @@ class FaultEndpoint(Endpoint):
         self.errors = struck
         self.last_error = self.inner.last_error or self.last_error
 
+    @property
+    def wakes_open(self) -> bool:
+        return self.inner.wakes_open
+
+    def open_wakes(self) -> None:
+        self.inner.open_wakes()
+        self.fds[:] = self.inner.fds
+
     def wake(self, queue: int = 0) -> None:
         self.inner.wake(queue)
 

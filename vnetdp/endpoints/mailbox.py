@@ -27,7 +27,7 @@ class MailboxEndpoint(QueuedEndpoint):
         with ExitStack() as made:
             super().__init__(queues, limit)
             made.callback(super().close)
-            self.ready = made.enter_context(EventFd())
+            self.ready = made.enter_context(EventFd(later=True))
             made.pop_all()
         self.dropped = 0
         """The number of frames that came off the ring, and were dropped since too many waited."""

@@ -110,7 +110,7 @@ class SocketEndpoint(MailboxEndpoint):
 
     def fileno(self) -> int:
         """Return a descriptor that is readable while frames wait for `receive`, for select() and poll()."""
-        return self.ready.fd
+        return self.ready.fileno()
 
 
 class VnetdpSocket(Owned, SuperSocket):

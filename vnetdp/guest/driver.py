@@ -19,7 +19,7 @@ from vnetdp_kernels.net import driver as kernels
 from vnetdp_kernels.rows import Control, DriverRings, Limits
 from vnetdp_kernels.virtq import split_driver
 
-from ..datapath.datapath import scratch_for
+from ..datapath.datapath import scratch_of_thread
 from ..datapath.loop_thread import LoopThread
 from ..datapath.notifiers import Notifiers
 from ..endpoints.base import Endpoint
@@ -28,6 +28,7 @@ from ..endpoints.mailbox import MailboxEndpoint
 from ..errors import ConfigError, GuestError, MachineError
 from ..shared.memory import GuestMemory, SharedBlock, Words
 from ..shared.notify import EventFd
+from ..system.limits import leave_room
 from ..system.owned import Owned
 from ..virtio import features as f
 from ..virtio.queue import check_num, is_receiveq, queues_of, ring_len, vring_of
@@ -83,12 +84,16 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
     """Return guest memory that is large enough for a `Driver` with *queue_pairs* pairs of queues of *num* descriptors.
 
     `buffer_len`: bytes of each buffer; the default has room for any features. A page takes memory once it is written.
-    ConfigError if *num* is not a power of two up to 32768. The caller closes it.
+    The process's limit of descriptors (`ulimit -n`) is raised when half of it is used, as far as the hard limit allows.
+    ConfigError if *num* is not a power of two up to 32768; MachineError if there are no more descriptors or no memory.
+    The caller closes it.
     """
     check_num(num)
     rings = sum(ring_len(num)) + 4 * spec.PAGE_SIZE  # each part, and the buffers, begin on a page
     length = _MARGIN + queues_of(queue_pairs) * (rings + num * buffer_len)
-    return GuestMemory.create([(0, spec.align_up(length, spec.PAGE_SIZE))])
+    memory = GuestMemory.create([(0, spec.align_up(length, spec.PAGE_SIZE))])
+    leave_room(memory.regions[0].fd)
+    return memory
 
 
 def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlock:
@@ -97,7 +102,7 @@ def driver_block(queue_pairs: int, num: int, fd: int | None = None) -> SharedBlo
     `fd`: the descriptor of such a block, to map that one; None makes a new one.
     """
     words = queues_of(queue_pairs) * (r.DVQ_SLOTS + num * r.DESC_STATE_SLOTS)
-    return SharedBlock(8 * words + spec.PAGE_SIZE, fd)
+    return SharedBlock(8 * words + spec.PAGE_SIZE, fd, later=True)
 
 
 class Driver(Owned):
@@ -157,7 +162,7 @@ class Driver(Owned):
             if block is None:
                 block = driver_block(queue_pairs, num)
                 made.callback(block.close)
-            self.bell = made.enter_context(EventFd())
+            self.bell = made.enter_context(EventFd(later=True))
             made.pop_all()
         self.endpoint = endpoint
         self._block = block
@@ -170,10 +175,9 @@ class Driver(Owned):
         self._frame_len = max(frame_len, endpoint.longest_frame)
         self._buffer_len = buffer_len
         self.start_at = start_at
-        self._scratch = scratch_for(queue_pairs, num)
-        pairs = zip(device.notifiers.kicks, device.notifiers.calls, strict=True)
-        self.notify: Words = np.array([(k.fd, c.fd) for k, c in pairs], np.int64)[: queues_of(queue_pairs)]
+        self.notify: Words = np.array(device.notifiers.made, np.int64)[: queues_of(queue_pairs)]
         self._thread: LoopThread | None = None
+        device.notifiers.on_made(self._plug)
         device.notifiers.on_close(self._unplug)
         if adopt:
             return
@@ -299,12 +303,13 @@ class Driver(Owned):
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Run all queues; return (rows.LOOP_*, frames moved). As `Datapath.run`. @private"""
         self.check_maker()
-        endpoint, control = self.endpoint, Control(self.ctl, self.bell.fd)
+        endpoint, control = self.endpoint, Control(self.ctl, self.bell.made)
+        scratch = scratch_of_thread(self.queue_pairs)
         moved = 0
         while True:
             endpoint.service()
             limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
-            reason, n = drive(self.rings, endpoint.wire, control, self._scratch, limits)
+            reason, n = drive(self.rings, endpoint.wire, control, scratch, limits)
             moved += n
             if reason != r.LOOP_PYTHON:
                 endpoint.service()
@@ -333,12 +338,14 @@ class Driver(Owned):
     def start(self, poll_us: int = 0) -> None:
         """Run in a thread, which busy-polls *poll_us* µs before it sleeps: 0 sleeps at once, -1 never sleeps.
 
-        ConfigError if the device has a `clock`.
+        ConfigError if the device has a `clock`; MachineError if the machine has no more threads or descriptors.
         """
         self.check_maker()
         if self.endpoint.clock is not None:
             raise ConfigError("a thread sleeps by the machine's clock: step the driver of a device with a clock=")
         if self._thread is None:
+            for make in (self.bell.fileno, self.device.notifiers.make, self.endpoint.open_wakes):
+                make()  # the thread sleeps on them
             self._thread = LoopThread(self, "guest-driver", poll_us)
             try:
                 self._thread.start()
@@ -368,6 +375,10 @@ class Driver(Owned):
             self._thread.close()
             self._thread = None
             self.ctl[r.CTL_DOORBELL] = 0
+
+    def _plug(self) -> None:
+        """Learn the descriptors of the device's notifiers that somebody has asked for."""
+        self.notify[:] = self.device.notifiers.made[: len(self.notify)]
 
     def _unplug(self) -> None:
         """Stop, and use no descriptor of a device that closes its own: another file may have the number next."""
@@ -429,7 +440,7 @@ class Driver(Owned):
 
     def fileno(self) -> int:
         """Return a descriptor that is readable while frames wait for `receive`, for select() and poll()."""
-        return self._box().ready.fd
+        return self._box().ready.fileno()
 
     def _box(self) -> MailboxEndpoint:
         if self.mailbox is None:

@@ -160,7 +160,7 @@ def _version(package: str) -> str:
 
 
 def _memfd() -> Check:
-    from ..shared.memory import create_memfd
+    from ..shared.mapping import create_memfd
 
     try:
         fd = create_memfd("vnetdp-doctor", 4096)

@@ -11,13 +11,10 @@ usable.
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import itertools
-import mmap
+import math
 import os
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,86 +25,15 @@ from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 
 from ..errors import ConfigError
-from ..system.limits import dup, fault, giving
+from ..system.limits import dup
 from ..system.owned import Owned
+from .mapping import create_memfd, map_file, map_private, own, page_size, reserve
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int64]
 
 _HUGE_ALIGN = 1 << 21  # runs keep their guest address modulo this, so that 2 MiB pages can back them
-_HUGETLBFS_MAGIC = 0x958458F6
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_MAP_FAILED = ctypes.c_void_p(-1).value
 ADDRESS_LIMIT = 1 << 52  # of a guest physical address
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-
-
-def _page_size(fd: int) -> int:
-    """Return the size of the pages that a mapping of *fd* is made of: 4096, or the page size of its hugetlbfs."""
-    stat = (ctypes.c_long * 16)()  # struct statfs: f_type, f_bsize, ...
-    if _libc.fstatfs(fd, stat):
-        code = ctypes.get_errno()
-        raise OSError(code, f"fstatfs: {os.strerror(code)}")
-    return int(stat[1]) if stat[0] == _HUGETLBFS_MAGIC else spec.PAGE_SIZE
-
-
-def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
-    with giving(f"a mapping of {length} bytes"):
-        got = _libc.mmap(address, length, prot, flags, fd, offset)
-        if got == _MAP_FAILED:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-    return int(got)
-
-
-def _reserve(length: int, align: int) -> int:
-    """Return the address, a multiple of *align*, of *length* bytes without access."""
-    size = length + align - spec.PAGE_SIZE
-    got = _map(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-    start = spec.align_up(got, align)
-    for at, end in ((got, start), (start + length, got + size)):
-        if at < end:
-            _libc.munmap(at, end - at)
-    return start
-
-
-def _own(at: int, length: int, foreign: bool) -> ctypes.Array[ctypes.c_uint8]:
-    """Return the bytes of a mapping, which is unmapped when the last array over them is gone.
-
-    foreign: its file may be shrunk by another process, and lost pages read as zeros. ConfigError, and it is unmapped,
-    if that can't be had.
-    """
-    if foreign:
-        from vnetdp_kernels.platform import sigbus
-
-        try:
-            sigbus.protect(at, length)
-        except OSError as e:
-            _libc.munmap(at, length)
-            raise ConfigError(f"memory of another process can't be mapped safely: {e.strerror or e}") from e
-    owned = (ctypes.c_uint8 * length).from_address(at)
-    weakref.finalize(owned, _unmap, at, length, foreign).atexit = False
-    return owned
-
-
-def _unmap(at: int, length: int, foreign: bool) -> None:
-    if foreign:
-        from vnetdp_kernels.platform import sigbus
-
-        sigbus.unprotect(at)
-    _libc.munmap(at, length)
 
 
 @dataclass(frozen=True)
@@ -151,7 +77,7 @@ class _Run:
 
     @classmethod
     def of(cls, region: Region) -> _Run:
-        page = _page_size(region.fd)
+        page = page_size(region.fd)
         head = region.fd_offset % page
         return cls([region], page, head, page, head)
 
@@ -252,8 +178,8 @@ class GuestMemory(Owned):
             runs.append(extra)
         align = max(run.modulus for run in runs)
         length = spec.align_up(at, align)
-        base = _reserve(length, align)
-        window = _own(base, length, foreign)
+        base = reserve(length, align)
+        window = own(base, length, foreign)
         try:
             for offset, region in places:
                 _map_over(base + offset, region)
@@ -332,26 +258,10 @@ class GuestMemory(Owned):
 
 def _map_over(address: int, region: Region) -> None:
     """Map *region* into the window, whole pages of its file, so that it begins at *address*."""
-    page = _page_size(region.fd)
+    page = page_size(region.fd)
     head = region.fd_offset % page
     length = spec.align_up(head + region.length, page)  # the kernel maps whole pages in any case
-    prot = mmap.PROT_READ | mmap.PROT_WRITE
-    _map(address - head, length, prot, mmap.MAP_SHARED | _MAP_FIXED, region.fd, region.fd_offset - head)
-
-
-def create_memfd(name: str, length: int) -> int:
-    """Return a memfd of *length* bytes, sealed against shrinking: a mapping of it never faults."""
-    with giving("shared memory"):
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, length)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    except (OSError, OverflowError) as e:
-        os.close(fd)
-        if isinstance(e, OverflowError) or e.errno in (errno.EINVAL, errno.EFBIG, errno.ENOSPC, errno.ENOMEM):
-            raise ConfigError(f"cannot make {length} bytes of shared memory: {fault(e) or e}") from e
-        raise
-    return fd
+    map_file(address - head, length, region.fd, region.fd_offset - head)
 
 
 class SharedBlock(Owned):
@@ -360,38 +270,76 @@ class SharedBlock(Owned):
     Arrays stay usable after `close`, and keep the mapping as long as they live.
     """
 
-    def __init__(self, length: int, fd: int | None = None, offset: int = 0, foreign: bool = False) -> None:
+    on_shared: Callable[[], None] | None = None
+    """It is called when a block that was made *later* got its file."""
+
+    def __init__(
+        self, length: int, fd: int | None = None, offset: int = 0, foreign: bool = False, later: bool = False
+    ) -> None:
         """Map *length* bytes, rounded up to 4096. ConfigError if the file is too short; OSError if the kernel refuses.
 
         - `fd`: the descriptor of an existing block, which becomes this one's; None makes a new memfd.
         - `offset`: where in that file the block begins, in bytes, a multiple of 4096.
         - `foreign`: True if the file is another process's, which may shrink it: pages lost to that read as zeros.
+        - `later`: True makes a new block without a file, this process's alone, until `fd` is asked for.
         """
         self.length = spec.align_up(length, spec.PAGE_SIZE)
         """Bytes, a multiple of 4096."""
-        self.fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
-        """The descriptor, to hand to another process; -1 once the block is closed."""
+        self._at = 0
+        self._fd = -1
+        self.shared = not later or fd is not None
+        """False while the block has no file, and is this process's alone; a forked child has a copy."""
+        if self.shared:
+            self._map_file(length, fd, offset, foreign)
+        else:
+            self._map = own(map_private(None, self.length), self.length, False)
+        self._end = self._at + self.length
+
+    def _map_file(self, length: int, fd: int | None, offset: int, foreign: bool) -> None:
+        self._fd = create_memfd("vnetdp-block", self.length) if fd is None else fd
         try:
-            if (size := os.fstat(self.fd).st_size) < offset + length:
+            if (size := os.fstat(self._fd).st_size) < offset + length:
                 raise ConfigError(
                     f"a shared block of {length} bytes at {offset} extends past the end of its {size}-byte file"
                 )
-            page = _page_size(self.fd)
+            page = page_size(self._fd)
             self._at = offset % page
             mapped = spec.align_up(self._at + self.length, page)
             # Not the mmap module: it would keep a second descriptor until the last array is gone.
-            prot = mmap.PROT_READ | mmap.PROT_WRITE
-            at = _map(None, mapped, prot, mmap.MAP_SHARED, self.fd, offset - self._at)
-            self._map = _own(at, mapped, foreign)
+            self._map = own(map_file(None, mapped, self._fd, offset - self._at), mapped, foreign)
         except (OSError, ConfigError):
             if fd is None:
-                os.close(self.fd)  # a descriptor that was passed in stays the caller's
+                os.close(self._fd)  # a descriptor that was passed in stays the caller's
             raise
-        self._end = self._at + self.length
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, to hand to another process; -1 once the block is closed.
+
+        A block that was made *later* gets its file now, at the same addresses: no kernel may run on it meanwhile.
+        MachineError if there are no more descriptors.
+        """
+        if not self.shared:
+            self._share()
+        return self._fd
+
+    def _share(self) -> None:
+        fd = create_memfd("vnetdp-block", self.length)
+        try:
+            pages = np.frombuffer(memoryview(self._map), np.uint8).reshape(-1, spec.PAGE_SIZE)
+            for page in np.flatnonzero(pages.any(axis=1)).tolist():
+                os.pwrite(fd, pages[page].data, page * spec.PAGE_SIZE)
+            map_file(ctypes.addressof(self._map), self.length, fd, 0)
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd, self.shared = fd, True
+        if self.on_shared is not None:
+            self.on_shared()
 
     def carve(self, dtype: Any, *shape: int) -> npt.NDArray[Any]:
         """Return the next array, of *dtype* and *shape*, 64-byte aligned. Processes that share the block carve alike."""
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         flat: npt.NDArray[Any] = np.frombuffer(memoryview(self._map)[: self._end], dtype, count, self._at)
         array = flat.reshape(shape)
         self._at += spec.align_up(array.nbytes, 64)
@@ -399,7 +347,8 @@ class SharedBlock(Owned):
 
     def close(self) -> None:
         """Give up the descriptor; arrays stay usable."""
-        fd, self.fd = self.fd, -1  # first: another thread that closes it, too, finds none
+        self.shared = True
+        fd, self._fd = self._fd, -1  # first: another thread that closes it, too, finds none
         if fd >= 0:
             os.close(fd)
 

@@ -253,6 +253,12 @@ def epoll() -> select.epoll:
         return select.epoll()
 
 
+def leave_room(fd: int) -> None:
+    """Raise the limit of descriptors as far as this process may once *fd*, a new one, is in its upper half."""
+    if 2 * fd > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        raise_descriptor_limit()
+
+
 def raise_descriptor_limit(enough: int = 1 << 16) -> None:
     """Allow this process *enough* descriptors, or as many as it may allow itself: a queue pair takes eight or so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

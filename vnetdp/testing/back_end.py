@@ -216,7 +216,7 @@ def _named(module: ModuleType, name: str) -> type[Endpoint]:
 class _SharedGenerator(GenerateEndpoint):
     """The generator of the parent: the same rows."""
 
-    def _claim(self, queue: int, n: int, kind: int) -> bool:
+    def _claim(self, queue: int, n: int) -> bool:
         """True: the device hands each ring over, and the claim of a process that dies may outlive its connection."""
         return True
 

@@ -20,7 +20,8 @@ from vnetdp_kernels import spec
 from vnetdp_kernels.platform.atomic import load_u16_acquire, store_u16, store_u16_release
 
 from ..errors import ConfigError, RequestRefused
-from ..shared.memory import Bytes, GuestMemory, Region, create_memfd
+from ..shared.mapping import create_memfd
+from ..shared.memory import Bytes, GuestMemory, Region
 from ..virtio.queue import is_receiveq
 from .message import Inflight
 

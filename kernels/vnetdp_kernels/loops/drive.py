@@ -18,7 +18,8 @@ from . import wait
 def _kick(mem: Bytes, dvq: Words, fd: int, one: Words) -> None:
     if split_driver.needs_kick(mem, dvq):
         dvq[r.DVQ_KICKS] += 1
-        signal(fd, one)
+        if fd >= 0:
+            signal(fd, one)
 
 
 @inlined
