@@ -16,6 +16,9 @@ TESTS ?= tests
 WORKERS ?= 4
 ARGS ?=
 
+# The tests start some hundred processes, and each would compile every module, and each worker rewrite every test.
+unexport PYTHONDONTWRITEBYTECODE
+
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)

@@ -192,8 +192,7 @@ class UserspaceBackend(Backend, Owned):
             if dp.translated[n] is not memory:
                 _translate(memory, row)
                 dp.translated[n] = memory
-            if not dp.stepped:
-                endpoint.open_wakes()
+            self._open_descriptors(endpoint)
             endpoint.start_polling(self.pair, dp)
         except MachineError as e:
             raise refusal(verb, e.errno or errno.EMFILE, str(e)) from e
@@ -203,6 +202,10 @@ class UserspaceBackend(Backend, Owned):
             raise refusal(verb, errno.EBUSY, str(e)) from e
         dp.endpoint = endpoint
         bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array([(n, row[r.VQ_LAST_AVAIL_IDX])]))
+
+    def _open_descriptors(self, endpoint: Endpoint) -> None:
+        if not self.datapath.stepped:
+            endpoint.open_descriptors()
 
     _RUN: ClassVar[dict[type, Callable[..., int | None]]] = {
         SetMtu: _set_mtu,
@@ -232,9 +235,13 @@ class UserspaceBackend(Backend, Owned):
             or len(queues) != len(pairs)
             or queues.stop > endpoint.queues
             or not all(known[n] is memory for n, _ in bases)
-            or not (dp.stepped or endpoint.wakes_open)
-            or not endpoint.start_polling_all(queues, dp)
         ):
+            return False
+        try:
+            self._open_descriptors(endpoint)
+        except MachineError:
+            return False  # each ring that is bound alone tells the reason
+        if not endpoint.start_polling_all(queues, dp):
             return False
         dp.endpoint = endpoint
         rows = np.fromiter(chain.from_iterable(bases), np.int64, 2 * len(bases)).reshape(-1, 2)

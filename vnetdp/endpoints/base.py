@@ -281,18 +281,20 @@ class Endpoint(Owned):
             raise ConfigError(f"queue pair {queue}: the last one is {self.queues - 1}")
         if not self._wakes:
             raise ConfigError(f"{self.name}: it has no receive_frames of its own to ask")
-        fd = self._wakes[queue].made  # before the look at fds: `close` does it the other way round
-        if self.fds[queue] not in (fd, -1):
+        own = self._wakes[queue]
+        fd = (
+            own.made
+        )  # before the look at fds: `close` does it the other way round; and after it, as it may just be made
+        if self.fds[queue] not in (fd, -1) and self.fds[queue] != own.made:
             raise ConfigError(f"{self.name}: queue {queue} has another descriptor in fds: make that one readable")
         self._wake(queue)
 
-    @property
-    def wakes_open(self) -> bool:
-        """True if `open_wakes` has nothing to do. @private"""
-        return all(wake.made >= 0 for wake in self._wakes)
+    def open_descriptors(self) -> None:
+        """Make those that a loop in a thread needs; MachineError if there are no more. @private
 
-    def open_wakes(self) -> None:
-        """Make the descriptors on which a loop waits for `wake`; MachineError if there are no more. @private"""
+        It waits on those of `wake`. The block gets its file, as it can't while kernels run on it.
+        """
+        _ = self.block.fd
         for queue, wake in enumerate(self._wakes):
             if wake.made < 0:
                 fd = wake.fileno()

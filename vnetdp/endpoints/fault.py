@@ -249,12 +249,9 @@ class FaultEndpoint(Endpoint):
         self.errors = struck
         self.last_error = self.inner.last_error or self.last_error
 
-    @property
-    def wakes_open(self) -> bool:
-        return self.inner.wakes_open
-
-    def open_wakes(self) -> None:
-        self.inner.open_wakes()
+    def open_descriptors(self) -> None:
+        super().open_descriptors()
+        self.inner.open_descriptors()
         self.fds[:] = self.inner.fds
 
     def wake(self, queue: int = 0) -> None:

@@ -15,6 +15,14 @@ _LATER = -2
 _making = threading.Lock()
 
 
+def _renew() -> None:
+    global _making
+    _making = threading.Lock()  # a thread of the parent may have had it
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
 def _eventfd(count: int) -> int:
     with giving("an eventfd"):
         return os.eventfd(count, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

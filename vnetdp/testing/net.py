@@ -131,7 +131,9 @@ class Vnet:
             )
         self.owner = owner
         """The owner that was asked for, one of `OWNERS`; `device.owner` is the present one."""
-        self._faults = Faults(replace(fault, hits=0) for fault in Faults(faults))  # of its own, which others don't spend
+        self._faults = Faults(
+            replace(fault, hits=0) for fault in Faults(faults)
+        )  # of its own, which others don't spend
         for fault in self._faults:
             if (fault.pair or 0) >= pairs:
                 raise ConfigError(
