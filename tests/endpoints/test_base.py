@@ -115,3 +115,17 @@ def test_neighbours_are_claimed_all_or_none(shared: bool) -> None:
         other.start_polling(1, two)
         other.stop_polling(3, two)
         here.start_polling(3, one)
+
+
+def test_an_endpoint_that_a_loop_polls_gets_no_file_for_another_process() -> None:
+    """The file takes the place of its rows, in which the loop writes."""
+    owner = object()
+    with NullEndpoint(2) as endpoint:
+        endpoint.start_polling(0, owner)
+        with pytest.raises(EndpointError, match="null: an owner in this process polls it"):
+            endpoint.share()
+        assert not endpoint.block.shared
+        endpoint.stop_polling(0, owner)
+        endpoint.share()
+        endpoint.start_polling(0, owner)
+        endpoint.share()  # it has its file

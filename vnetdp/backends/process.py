@@ -274,7 +274,10 @@ class ProcessBackend(Backend, Owned):
                 verb, errno.EOPNOTSUPP, f"{endpoint.name} runs in Python, in the process of the device: take a Worker"
             )
         try:
+            endpoint.share()
             endpoint.start_polling(self._pair, self)
+        except MachineError as e:
+            raise refusal(verb, e.errno or errno.EMFILE, str(e)) from e
         except EndpointError as e:
             raise refusal(verb, errno.EBUSY, str(e)) from e
         try:

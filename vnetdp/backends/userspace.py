@@ -192,7 +192,7 @@ class UserspaceBackend(Backend, Owned):
             if dp.translated[n] is not memory:
                 _translate(memory, row)
                 dp.translated[n] = memory
-            self._open_descriptors(endpoint)
+            self._open_wakes(endpoint)
             endpoint.start_polling(self.pair, dp)
         except MachineError as e:
             raise refusal(verb, e.errno or errno.EMFILE, str(e)) from e
@@ -203,9 +203,9 @@ class UserspaceBackend(Backend, Owned):
         dp.endpoint = endpoint
         bind(mem, dp.vqs, endpoint.rows, dp.dirty_bits, np.array([(n, row[r.VQ_LAST_AVAIL_IDX])]))
 
-    def _open_descriptors(self, endpoint: Endpoint) -> None:
+    def _open_wakes(self, endpoint: Endpoint) -> None:
         if not self.datapath.stepped:
-            endpoint.open_descriptors()
+            endpoint.open_wakes()
 
     _RUN: ClassVar[dict[type, Callable[..., int | None]]] = {
         SetMtu: _set_mtu,
@@ -238,7 +238,7 @@ class UserspaceBackend(Backend, Owned):
         ):
             return False
         try:
-            self._open_descriptors(endpoint)
+            self._open_wakes(endpoint)
         except MachineError:
             return False  # each ring that is bound alone tells the reason
         if not endpoint.start_polling_all(queues, dp):

@@ -289,12 +289,14 @@ class Endpoint(Owned):
             raise ConfigError(f"{self.name}: queue {queue} has another descriptor in fds: make that one readable")
         self._wake(queue)
 
-    def open_descriptors(self) -> None:
-        """Make those that a loop in a thread needs; MachineError if there are no more. @private
-
-        It waits on those of `wake`. The block gets its file, as it can't while kernels run on it.
-        """
+    def share(self) -> None:
+        """Give the block a file, for another process; EndpointError while a loop of this one may run on it. @private"""
+        if not self.block.shared and self.polled_by:
+            raise EndpointError(f"{self.name}: an owner in this process polls it: no other process can have it before")
         _ = self.block.fd
+
+    def open_wakes(self) -> None:
+        """Make the descriptors on which a loop waits for `wake`; MachineError if there are no more. @private"""
         for queue, wake in enumerate(self._wakes):
             if wake.made < 0:
                 fd = wake.fileno()

@@ -249,9 +249,8 @@ class FaultEndpoint(Endpoint):
         self.errors = struck
         self.last_error = self.inner.last_error or self.last_error
 
-    def open_descriptors(self) -> None:
-        super().open_descriptors()
-        self.inner.open_descriptors()
+    def open_wakes(self) -> None:
+        self.inner.open_wakes()
         self.fds[:] = self.inner.fds
 
     def wake(self, queue: int = 0) -> None:

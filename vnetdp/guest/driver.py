@@ -344,7 +344,7 @@ class Driver(Owned):
         if self.endpoint.clock is not None:
             raise ConfigError("a thread sleeps by the machine's clock: step the driver of a device with a clock=")
         if self._thread is None:
-            for make in (self.bell.fileno, self.device.notifiers.make, self.endpoint.open_descriptors):
+            for make in (self.bell.fileno, self.device.notifiers.make, self.endpoint.open_wakes):
                 make()  # the thread sleeps on them
             self._thread = LoopThread(self, "guest-driver", poll_us)
             try:

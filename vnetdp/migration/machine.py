@@ -168,7 +168,6 @@ class Machine(Owned):
         if self.worker is not None:
             self._stack.callback(self.worker.close)
             vhost = self.faults.wrap(self.worker) if config.faulty else self.worker.backends
-        self.wire.open_descriptors()  # now: when the rings are bound, a guest waits
         self.notifiers = FaultyNotifiers(pairs, self.faults)
         self.device: NetDevice = enter(
             NetDevice(
