@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.by_hand import Traffic, frame, no_descriptor_leaks, rebase, scaled, wait_equal, wait_for
+from tests.support.by_hand import CAMPAIGN, Traffic, frame, no_descriptor_leaks, rebase, scaled, wait_equal, wait_for
 from vnetdp.backends.base import Backend
 from vnetdp.backends.faulty import Faults, FaultyBackend
 from vnetdp.backends.verbs import GetVringBase, SetBackend, SetVringAddr, SetVringBase, Verb
@@ -224,7 +224,7 @@ def test_frames_in_several_buffers() -> None:
 
 
 def test_as_fast_as_it_goes() -> None:
-    frames = scaled(1_000_000, 400)
+    frames = scaled(1_000_000 if CAMPAIGN else 250_000, 400)
     with running(num=256, rate=0, count=frames, wanted=SETS["everything"]) as setup:
         setup.change()
         while not (setup.traffic.device.finished and setup.traffic.guest.finished):

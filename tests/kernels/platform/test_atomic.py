@@ -341,7 +341,7 @@ def test_a_store_of_another_process_is_seen_as_a_whole(
 def test_no_bit_is_lost_that_another_process_sets_in_plain_python(shared: tuple[int, Bytes]) -> None:
     """Two set bits of one word, each once it is found clear; a third takes them all, again and again, and counts."""
     fd, mem = shared
-    bits = 500
+    bits = 200
     setter = f"""
 at = int(sys.stdin.readline())
 for n in range({bits}):
