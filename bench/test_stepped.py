@@ -9,11 +9,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from vnetdp.device.device import NetDevice
 from vnetdp.endpoints.loopback import NullEndpoint
 from vnetdp.guest.driver import Driver, memory_for
+from vnetdp.stepping import settle
 
 NUM = 16
 AT_ONCE = 50
@@ -56,6 +58,13 @@ def test_idle_step(benchmark: BenchmarkFixture) -> None:
         assert benchmark(lambda: guest.step() + device.step()) == 0
 
 
+@pytest.mark.parametrize("at_once", [1, AT_ONCE])
+def test_idle_settle(benchmark: BenchmarkFixture, at_once: int) -> None:
+    with ExitStack() as stack:
+        guests = [make(stack)[1] for _ in range(at_once)]
+        assert benchmark(lambda: settle(*guests)) == 0
+
+
 def test_one_frame(benchmark: BenchmarkFixture, rate: Callable[[int], None]) -> None:
     with ExitStack() as stack:
         device, guest = make(stack)
@@ -63,6 +72,18 @@ def test_one_frame(benchmark: BenchmarkFixture, rate: Callable[[int], None]) -> 
         def one() -> int:
             guest.send(FRAME)
             return guest.step() + device.step()
+
+        assert benchmark(one) == 2
+    rate(1)
+
+
+def test_one_frame_settled(benchmark: BenchmarkFixture, rate: Callable[[int], None]) -> None:
+    with ExitStack() as stack:
+        _, guest = make(stack)
+
+        def one() -> int:
+            guest.send(FRAME)
+            return settle(guest)
 
         assert benchmark(one) == 2
     rate(1)

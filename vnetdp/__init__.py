@@ -20,6 +20,7 @@ _HOME = {
     "Announcer": "endpoints.announce",
     "warm_up": "warmup",
     "memory_for": "guest.driver",
+    "settle": "stepping",
     "GuestMemory": "shared.memory",
     "Region": "shared.memory",
     "DirtyLog": "shared.memory",
@@ -129,6 +130,7 @@ if TYPE_CHECKING:
     from .shared.memory import Region as Region
     from .shared.memory import SharedBlock as SharedBlock
     from .shared.notify import EventFd as EventFd
+    from .stepping import settle as settle
     from .vhost_user.back_end.server import Server as Server
     from .vhost_user.front_end.front_end import NetConfig as NetConfig
     from .vhost_user.front_end.front_end import VhostUserFrontEnd as VhostUserFrontEnd

@@ -24,6 +24,7 @@ from .datapath.datapath import NO_LOG
 from .device.device import NetDevice
 from .endpoints.loopback import NullEndpoint
 from .guest.driver import Driver, memory_for
+from .stepping import settle
 from .system import limits
 
 Say = Callable[[str], None]
@@ -129,6 +130,7 @@ def _run_all() -> None:
     ):
         driver.step()
         device.step()
+        settle(driver)
         driver.check_adopted(memory.end)
         check_rings(memory.mem, memory.table, np.zeros((1, 6), np.int64))
         mark_dirty(NO_LOG, 0, 1)

@@ -291,6 +291,40 @@ LOOP_IDLE: Final = 2  # nothing to do, and it was told not to wait
 LOOP_PYTHON: Final = 3  # an endpoint in Python has work
 LOOP_BROKEN: Final = 4  # a queue broke; its row says how
 
+# One side of the rings of a device, by the addresses of all arrays that its loop works on: int64[SIDE_SLOTS].
+SIDE_IS_DRIVER: Final = 0  # 1: the driver's side, which `drive` runs; 0: the device's, and `serve`
+SIDE_LOOP: Final = 1  # the address of that kernel; 0 in plain Python
+SIDE_CONTROL_FD: Final = 2  # of `Control`
+# Its arrays, VIEW_SLOTS each: the address, and the dimensions; an array of one dimension is one row.
+VIEW_SLOTS: Final = 4
+SIDE_MEM: Final = 3  # of `Guest`, `Rings` and `DriverRings`
+SIDE_REGIONS: Final = 7
+SIDE_LOG: Final = 11
+SIDE_STATES: Final = 15
+SIDE_QUEUES: Final = 19
+SIDE_NOTIFY: Final = 23
+SIDE_EPS: Final = 27  # of `Wire`, in its order
+SIDE_FDS: Final = 31
+SIDE_PENDING: Final = 35
+SIDE_IN_FRAMES: Final = 39
+SIDE_IN_LENGTHS: Final = 43
+SIDE_OUT_FRAMES: Final = 47
+SIDE_OUT_LENGTHS: Final = 51
+SIDE_LEDGER: Final = 55
+SIDE_WINDOWS: Final = 59
+SIDE_CTL: Final = 63  # of `Control`
+SIDE_IOV: Final = 67  # of `LoopScratch`, in its order
+SIDE_FRAME_IOV: Final = 71
+SIDE_CHAINS: Final = 75
+SIDE_HDR: Final = 79
+SIDE_WORDS: Final = 83
+SIDE_POLLFDS: Final = 87
+SIDE_ONE: Final = 91
+SIDE_SLOTS: Final = 95
+
+SETTLE_MORE: Final = 1  # frames may still move
+SETTLE_BROKEN: Final = 2  # a queue broke
+
 
 # --- bundles ---
 

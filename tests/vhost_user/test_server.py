@@ -254,11 +254,11 @@ class Mortal(Endpoint):
     deadly = False
     taken = 0
 
-    def service(self) -> None:
+    def service(self) -> int:
         if self.deadly:
             self.deadly = False
             raise RuntimeError("a defect")
-        super().service()
+        return super().service()
 
     def transmit_frames(self, queue: int, frames: Sequence[bytes]) -> None:
         self.taken += len(frames)

@@ -15,8 +15,9 @@ import numpy as np
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.loops.serve import serve
+from vnetdp_kernels.loops.side import run_side
 from vnetdp_kernels.platform import peer
-from vnetdp_kernels.rows import Control, Guest, Limits, LoopScratch, Rings, Scratch
+from vnetdp_kernels.rows import Control, Guest, LoopScratch, Rings, Scratch
 from vnetdp_kernels.wire import frame, port
 
 from ..endpoints.base import Endpoint
@@ -25,6 +26,7 @@ from ..shared.notify import EventFd
 from ..system.owned import Owned
 from ..virtio.queue import queues_of
 from .loop_thread import call_away
+from .side import Side
 
 _UNSET = (
     r.VQ_DESC,
@@ -109,6 +111,7 @@ class Datapath(Owned):
         self.logging: set[int] = set()  # pairs with VHOST_F_LOG_ALL
         self.translated: list[GuestMemory | None] = [None] * queues_of(pairs)  # by which table a ring's offsets are
         self.notify: Words = np.full((queues_of(pairs), 2), -1, np.int64)
+        self._side: Side | None = None
         self._in_kernel = False
         self._abandoned = False
         if block_fd is None:
@@ -135,6 +138,16 @@ class Datapath(Owned):
         )
         return Rings(guest, self.vqs, self.notify)
 
+    @property
+    def side(self) -> Side:
+        """The device's side of the rings, for the thread that asks. @private"""
+        memory = self.memory if self.bound else None
+        mem, scratch = memory.mem if memory else NO_MEMORY, scratch_of_thread(self.pairs)
+        wire, fd, side = self.endpoint.wire, self.bell.made, self._side
+        if side is None or not side.has(mem, self.dirty_bits, wire, fd, scratch):
+            side = self._side = Side(serve, self.rings, wire, Control(self.ctl, fd), scratch)
+        return side
+
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Serve the bound queues, in this thread. Return two numbers: an internal one, and the frames moved.
 
@@ -143,8 +156,7 @@ class Datapath(Owned):
         - `timeout_ms`: 0 returns once there is nothing to do; -1 waits for more, without end.
         """
         self.check_maker()
-        endpoint, control = self.endpoint, Control(self.ctl, self.bell.made)
-        scratch = scratch_of_thread(self.pairs)
+        endpoint = self.endpoint
         moved = 0
         while True:
             endpoint.service()
@@ -152,8 +164,8 @@ class Datapath(Owned):
             if self._abandoned:
                 self._in_kernel = False
                 return r.LOOP_CONTROL, moved
-            limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
-            reason, n = serve(self.rings, endpoint.wire, control, scratch, limits)
+            left = budget if budget < 0 else budget - moved
+            reason, n = run_side(self.side.row, left, poll_us, timeout_ms)
             self._in_kernel = False
             moved += n
             if reason != r.LOOP_PYTHON:
@@ -177,6 +189,7 @@ class Datapath(Owned):
     def let_go(self) -> None:
         """Forget the endpoint, once no ring is bound: the next one to poll it serves its Python side alone. @private"""
         self.endpoint = self._own_endpoint
+        self._side = None  # it would keep guest memory mapped
 
     def close(self) -> None:
         if self.bell.made >= 0 and not self.inherited:

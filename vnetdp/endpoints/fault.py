@@ -235,10 +235,11 @@ class FaultEndpoint(Endpoint):
 
     # --- frames ---
 
-    def service(self) -> None:
-        self.inner.service()
+    def service(self) -> int:
+        done = self.inner.service()
         self.rows[:, r.EP_BLOCKED] = self.inner.rows[:, r.EP_BLOCKED]
         self._tell_errors()
+        return done
 
     def _tell_errors(self) -> None:
         struck = self.struck["eio"]

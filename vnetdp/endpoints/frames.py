@@ -39,6 +39,9 @@ class QueuedEndpoint(Endpoint):
         self._wake(queue)
         return True
 
+    def may_give(self, queue: int) -> bool:
+        return bool(self._to_ring[queue] or self._late)
+
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         with self._lock:
             waiting = self._to_ring[queue]

@@ -12,7 +12,6 @@ from vnetdp_kernels import spec
 from vnetdp_kernels.wire import capture as cap
 
 from ..errors import EndpointError, reason
-from ..shared.memory import Words
 from ..shared.notify import EventFd
 from ..system.output import is_same_file
 from .base import PYTHON_SLOTS, Endpoint
@@ -127,7 +126,7 @@ class PcapEndpoint(Endpoint):
     def failures(self) -> Sequence[str]:
         return self._failures
 
-    def fill_slots(self, queue: int, row: Words) -> bool:
+    def fill_slots(self, queue: int) -> bool:
         stopped = self.polls_stopped
         rows = self._take(queue, PYTHON_SLOTS)
         if self.polls_stopped != stopped:
@@ -135,17 +134,18 @@ class PcapEndpoint(Endpoint):
         elif rows and (reader := self._reader) is not None:
             frames, lengths = self.in_frames[queue], self.in_lengths[queue]
             cap.take(reader.data, reader.index, rows.start, len(rows), frames, lengths)
-            row[r.EP_COUNT] = len(rows)
+            self.rows[queue, r.EP_COUNT] = len(rows)
         return False  # its descriptor is readable until the end
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         rows = self._take(queue, limit)
         return [] if self._reader is None else [frame_at(self._reader, row) for row in rows]
 
-    def service(self) -> None:
-        super().service()
+    def service(self) -> int:
+        done = super().service()
         if self._writer is not None and self._writer.waiting and not self.takes_frames(0):
             self.rows[:, r.EP_BLOCKED] = 1  # have it called again soon, frames or none: a record's end is kept
+        return done
 
     def takes_frames(self, queue: int) -> bool:
         """False while the reader of a FIFO has not taken the frames written before."""

@@ -84,10 +84,11 @@ class SocketBase(Endpoint):
             return f"the connection broke: {os.strerror(-reason)}"
         return "the peer is gone"
 
-    def service(self) -> None:
+    def service(self) -> int:
         """Send the frames that kernels left, for a caller of theirs other than a loop. @private"""
         if self.rows[0, r.EP_OUT_COUNT] and self.fds[0] >= 0:
             kernels.flush(self.sink(0))
+        return 0
 
     @property
     def idle(self) -> bool:

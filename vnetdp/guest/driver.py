@@ -15,13 +15,15 @@ import numpy as np
 from vnetdp_kernels import rows as r
 from vnetdp_kernels import spec
 from vnetdp_kernels.loops.drive import drive
+from vnetdp_kernels.loops.side import run_side
 from vnetdp_kernels.net import driver as kernels
-from vnetdp_kernels.rows import Control, DriverRings, Limits
+from vnetdp_kernels.rows import Control, DriverRings
 from vnetdp_kernels.virtq import split_driver
 
 from ..datapath.datapath import scratch_of_thread
 from ..datapath.loop_thread import LoopThread
 from ..datapath.notifiers import Notifiers
+from ..datapath.side import Side
 from ..endpoints.base import Endpoint
 from ..endpoints.clock import Clock
 from ..endpoints.mailbox import MailboxEndpoint
@@ -176,6 +178,7 @@ class Driver(Owned):
         self._buffer_len = buffer_len
         self.start_at = start_at
         self.notify: Words = np.array(device.notifiers.made, np.int64)[: queues_of(queue_pairs)]
+        self._side: Side | None = None
         self._thread: LoopThread | None = None
         device.notifiers.on_made(self._plug)
         device.notifiers.on_close(self._unplug)
@@ -300,16 +303,24 @@ class Driver(Owned):
         """The queues as kernels take them; ConfigError once guest memory is closed. @private"""
         return DriverRings(self.memory.mem, self.dvqs, self.states, self.notify)
 
+    @property
+    def side(self) -> Side:
+        """The driver's side of the rings, for the thread that asks. @private"""
+        mem, scratch = self.memory.mem, scratch_of_thread(self.queue_pairs)
+        wire, fd, side = self.endpoint.wire, self.bell.made, self._side
+        if side is None or not side.has(mem, None, wire, fd, scratch):
+            side = self._side = Side(drive, self.rings, wire, Control(self.ctl, fd), scratch)
+        return side
+
     def run(self, budget: int = -1, poll_us: int = 0, timeout_ms: int = 0) -> tuple[int, int]:
         """Run all queues; return (rows.LOOP_*, frames moved). As `Datapath.run`. @private"""
         self.check_maker()
-        endpoint, control = self.endpoint, Control(self.ctl, self.bell.made)
-        scratch = scratch_of_thread(self.queue_pairs)
+        endpoint = self.endpoint
         moved = 0
         while True:
             endpoint.service()
-            limits = Limits(budget if budget < 0 else budget - moved, poll_us, timeout_ms)
-            reason, n = drive(self.rings, endpoint.wire, control, scratch, limits)
+            left = budget if budget < 0 else budget - moved
+            reason, n = run_side(self.side.row, left, poll_us, timeout_ms)
             moved += n
             if reason != r.LOOP_PYTHON:
                 endpoint.service()
@@ -323,11 +334,16 @@ class Driver(Owned):
 
         GuestError if the device broke the specification; ConfigError if the driver has a thread (`start`).
         """
-        if self._thread is not None:
-            raise ConfigError("the driver runs in a thread of its own: call stop before step")
+        self.check_stepped()
         moved = self.run(budget, 0, 0)[1]
         self.check()
         return moved
+
+    def check_stepped(self) -> None:
+        """Raise ConfigError if the driver has a thread, or in a forked child. @private"""
+        self.check_maker()
+        if self._thread is not None:
+            raise ConfigError("the driver runs in a thread of its own: call stop before step")
 
     def check(self) -> None:
         """Raise GuestError if the device broke the specification on a queue."""
@@ -383,6 +399,7 @@ class Driver(Owned):
     def _unplug(self) -> None:
         """Stop, and use no descriptor of a device that closes its own: another file may have the number next."""
         self.stop()
+        self._side = None
         self.notify[:] = -1
 
     def reset(self, wanted: int | None = None) -> None:
@@ -461,6 +478,7 @@ class Driver(Owned):
     def close(self) -> None:
         """Stop, and give up all that the driver made. Device, memory and endpoint stay the caller's."""
         self.stop()
+        self._side = None  # it would keep guest memory mapped
         self._block.close()
         self.bell.close()
         if self.mailbox is not None:
