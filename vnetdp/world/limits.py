@@ -36,6 +36,11 @@ _VQ: Final = {
     r.VQ_MAX_FRAME: (0, 0xFFFF + spec.ETH_HLEN),
     r.VQ_NOTED: (0, ADDRESS_LIMIT),
 }
+# The slots of a driver's queue that `Driver.check_adopted` leaves alone.
+_DVQ: Final = {
+    **dict.fromkeys((r.DVQ_PACKETS, r.DVQ_BYTES, r.DVQ_DROPPED, r.DVQ_KICKS, r.DVQ_CALLS), _COUNT),
+    r.DVQ_CALLS_ON: _FLAG,
+}
 _EP: Final = {
     r.EP_KIND: (0, r.KIND_FAULT_PYTHON),
     r.EP_SIZE: (0, spec.MAX_FRAME_LEN),
@@ -115,6 +120,12 @@ def check_rings(rows: Words, memory: GuestMemory, in_use: list[bool]) -> None:
             raise ConfigError(f"ring {n}: its offsets in the window are not those of its addresses")
         if row[r.VQ_BOUND] and row[r.VQ_HDR_LEN] not in (spec.NET_HDR_LEN_LEGACY, spec.NET_HDR_LEN):
             raise ConfigError(f"ring {n}: a virtio_net_hdr has {spec.NET_HDR_LEN_LEGACY} or {spec.NET_HDR_LEN} bytes")
+
+
+def check_counters(rows: Words) -> None:
+    """Raise ConfigError unless the counters in the rows of a driver's queues, int64[n, DVQ_SLOTS], can be its own."""
+    slots = [*_DVQ]
+    _keep(rows[:, slots], np.array([*_DVQ.values()], np.int64).T, "counters of queue")
 
 
 def check_endpoint(rows: Words, ledger: Words, lines: int, lengths: tuple[Words, Words]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, Final
 
 import numpy as np
@@ -21,12 +20,11 @@ from ..virtio.queue import Virtqueue, pair_of, queues_of
 from ..virtio.state import Control, DeviceState
 from . import limits
 from .part import Part
-from .plain import copied, flag, number, of_error, to_error
+from .plain import flag, number, of_error, to_error
 from .sparse import pack, pages_of_block, unpack
 
 _FEATURES: Final = (1 << 64) - 1
-_CONTROL: Final = tuple(field.name for field in fields(Control))
-_QUEUE: Final = tuple(field.name for field in fields(Virtqueue))
+_ENTRIES: Final = {"mac_table": bytes, "rss_table": int}
 
 
 class DatapathPart(Part):
@@ -97,6 +95,17 @@ class DatapathPart(Part):
             raise ConfigError("a queue of the endpoint has two owners")
 
 
+def _typed(saved: Any, like: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass from outside; ConfigError unless each has the type that it has in *like*."""
+    for name, value in like.items():
+        if type(saved[name]) is not type(value):
+            raise ConfigError(f"{name} {saved[name]!r} is no {type(value).__name__}")
+    for name, kind in _ENTRIES.items():
+        if any(type(entry) is not kind for entry in saved.get(name, ())):
+            raise ConfigError(f"{name} has entries that are no {kind.__name__}")
+    return {name: saved[name] for name in like}
+
+
 class DevicePart(Part):
     """A device: its registers, status and owner. parts: the names of the parts that it works with."""
 
@@ -131,8 +140,8 @@ class DevicePart(Part):
         return {
             "status": state.status,
             "features": state.features,
-            "control": {name: getattr(state.control, name) for name in _CONTROL},
-            "queues": [[getattr(queue, name) for name in _QUEUE] for queue in state.queues],
+            "control": vars(state.control).copy(),
+            "queues": [vars(queue).copy() for queue in state.queues],
             "broken": [list(each) for each in sorted(status.broken.items())],
             "halted": status.halted,
             "running": device.running,
@@ -150,12 +159,11 @@ class DevicePart(Part):
             *(self._device, self._device._owners, self._device._status),
             self._device._registers,
         )
-        told = copied(state["control"], "control")
         wanted = DeviceState(
             number(state["status"], "status", 0, 0xFF),
             number(state["features"], "features", 0, _FEATURES),
-            Control(**{name: told[name] for name in _CONTROL}),
-            [Virtqueue(**dict(zip(_QUEUE, copied(queue, "queue"), strict=True))) for queue in state["queues"]],
+            Control(**_typed(state["control"], vars(device.control))),
+            [Virtqueue(**_typed(queue, vars(Virtqueue()))) for queue in state["queues"]],
         )
         features, control, queues = registers.after(registers.all_of(wanted))
         registers.take_control(control)
@@ -224,4 +232,5 @@ class DriverPart(Part):
         driver.endpoint.set_offloads(f.host_offload_mask(driver.features))
 
     def check(self) -> None:
+        limits.check_counters(self._driver.dvqs)
         self._driver.check_adopted(self._driver.memory.end)

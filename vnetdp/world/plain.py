@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 import zlib
 from typing import Any, Final
 
@@ -24,16 +25,9 @@ def copied(value: Any, name: str) -> Any:
     )
 
 
-def checksum(value: Any, before: int = 0) -> int:
-    """Return the CRC-32 of plain data, continued from *before*."""
-    if type(value) is bytes:
-        return zlib.crc32(value, zlib.crc32(b"%d:" % len(value), before))
-    if isinstance(value, list | tuple | dict):
-        before = zlib.crc32(b"%s %d:" % (type(value).__name__.encode(), len(value)), before)
-        for each in value.items() if isinstance(value, dict) else value:
-            before = checksum(each, before)
-        return before
-    return zlib.crc32(f"{value!r},".encode("utf-8", "surrogatepass"), before)
+def checksum(value: Any) -> int:
+    """Return the CRC-32 of plain data; ValueError if it is none."""
+    return zlib.crc32(marshal.dumps(value, 0))  # version 0 alone writes equal data always alike
 
 
 def number(value: Any, name: str, low: int = 0, high: int = MOST) -> int:
