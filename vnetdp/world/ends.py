@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import numpy as np
+
 from vnetdp_kernels import rows as r
 from vnetdp_kernels.wire.faulty import FROM_WIRE, TO_WIRE
 
@@ -123,6 +125,9 @@ class EndpointPart(Part):
         super().__init__(name)
         self.endpoint = endpoint
         self._in_wire = in_wire
+        stages = range(endpoint.lines + 1)
+        self._slots = [k * r.STAGE_SLOTS + slot for k in stages for slot in (r.EP_KIND, r.EP_LINES, r.EP_FLOW)]
+        self._constant = endpoint.rows[:, self._slots]  # no step changes these slots of the wires and the endpoint
 
     def check_at_rest(self) -> None:
         endpoint = self.endpoint
@@ -172,9 +177,8 @@ class EndpointPart(Part):
     def load(self, state: Any) -> None:
         endpoint = self.endpoint
         if not self._in_wire:
-            constant = endpoint.rows[:, self._constant()].copy()
             unpack(state["block"], *pages_of_block(endpoint.block))
-            if (endpoint.rows[:, self._constant()] != constant).any():
+            if (endpoint.rows[:, self._slots] != self._constant).any():
                 raise ConfigError("its kind, faulty wires or flows are not those of the endpoint")
         if isinstance(endpoint, FaultEndpoint):
             faults = copied(state["faults"], "faults")
@@ -203,19 +207,14 @@ class EndpointPart(Part):
         waiting.clear()
         waiting.extend(saved)
 
-    def _constant(self) -> list[int]:
-        """Return the slots of a row that no step changes: kind, faulty wires and flow, of each wire and the endpoint."""
-        stages = range(self.endpoint.lines + 1)
-        return [k * r.STAGE_SLOTS + slot for k in stages for slot in (r.EP_KIND, r.EP_LINES, r.EP_FLOW)]
-
     def check(self) -> None:
         if self._in_wire:
             return
         endpoint, lines = self.endpoint, self.endpoint.lines
-        tables = 2 * lines * r.LINE_TABLE
-        limits.check_endpoint(
-            endpoint.rows, endpoint.ledger, lines, (endpoint.in_lengths[:, tables:], endpoint.out_lengths[:, tables:])
-        )
+        into, out = endpoint.in_lengths, endpoint.out_lengths
+        if lines:  # both are one array, with the slots of both ways behind the lines
+            out, into = np.split(into[:, 2 * lines * r.LINE_TABLE :], 2, axis=1)
+        limits.check_endpoint(endpoint.rows, endpoint.ledger, lines, (into, out))
         for queue, row in enumerate(endpoint.rows):
             for k in range(2 * lines):
                 stage, way = divmod(k, 2)
