@@ -80,9 +80,9 @@ KINDS: Final = ("lossy", "slow", "echo", "generate", "mailbox", "numbering", "pl
 class Host:
     """A guest, its device, its vhost and its wire."""
 
-    def __init__(self, kind: str, seed: int, clock: Clock, faults: Faults) -> None:
+    def __init__(self, kind: str, seed: int, clock: Clock, faults: Faults, private: bool = False) -> None:
         self.stack = ExitStack()
-        self.memory = self.stack.enter_context(memory_for(PAIRS, NUM, 2112))
+        self.memory = self.stack.enter_context(memory_for(PAIRS, NUM, 2112, private=private))
         self.wire = self.stack.enter_context(wire_of(kind, seed))
         self.vhost = Datapath(PAIRS)
         self.stack.callback(self.vhost.close)
@@ -120,9 +120,9 @@ class Host:
 class Bed:
     """Hosts with wires of *kinds*, and their `World`."""
 
-    def __init__(self, *kinds: str) -> None:
+    def __init__(self, *kinds: str, private: bool = False) -> None:
         self.clock, self.faults = Clock(5), Faults()
-        self.hosts = [Host(kind, seed, self.clock, self.faults) for seed, kind in enumerate(kinds)]
+        self.hosts = [Host(kind, seed, self.clock, self.faults, private) for seed, kind in enumerate(kinds)]
         self.world = World(*(host.guest for host in self.hosts))
 
     def __enter__(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..endpoints.frames import QueuedEndpoint
 from ..endpoints.mailbox import MailboxEndpoint
 from ..errors import ConfigError, reason
 from ..shared.memory import GuestMemory
+from ..system.owned import Owned, OwnedLock
 from . import limits
 from .part import Part
 from .plain import copied, flag, frames, number, of_error, to_error
@@ -38,8 +40,14 @@ class MemoryPart(Part):
         super().__init__(name)
         self._memory = memory
 
+    def owned(self) -> Sequence[Owned | OwnedLock]:
+        return [self._memory]
+
+    def check_private(self) -> None:
+        if not self._memory.private:
+            raise ConfigError(f"{self.name}: parent and child share it: make it with memory_for(private=True)")
+
     def check_at_rest(self) -> None:
-        self._memory.check_maker()
         if self._memory.closed:
             raise ConfigError(f"{self.name}: it is closed")
 
@@ -61,8 +69,10 @@ class ClockPart(Part):
         super().__init__(name)
         self._clock, self._endpoints = clock, endpoints
 
+    def owned(self) -> Sequence[Owned | OwnedLock]:
+        return [self._clock]
+
     def check_at_rest(self) -> None:
-        self._clock.check_maker()
         for reader in self._clock._readers:
             if not any(reader is endpoint for endpoint in self._endpoints):
                 raise ConfigError(
@@ -129,11 +139,30 @@ class EndpointPart(Part):
         self._slots = [k * r.STAGE_SLOTS + slot for k in stages for slot in (r.EP_KIND, r.EP_LINES, r.EP_FLOW)]
         self._constant = endpoint.rows[:, self._slots]  # no step changes these slots of the wires and the endpoint
 
+    def owned(self) -> Sequence[Owned | OwnedLock]:
+        endpoint = self.endpoint
+        found: list[Owned | OwnedLock] = [endpoint, endpoint.block, endpoint._python_side, *endpoint._wakes]
+        found += [endpoint._lock] if isinstance(endpoint, QueuedEndpoint) else []
+        return [*found, endpoint.ready] if isinstance(endpoint, MailboxEndpoint) else found
+
+    def adopt(self) -> None:
+        super().adopt()
+        self._tell_waiters()
+
+    def _tell_waiters(self) -> None:
+        """Have eventfds readable if frames wait, or may: a loop asks once more than it has to."""
+        endpoint = self.endpoint
+        for queue in range(len(endpoint._wakes)):
+            endpoint._wake(queue)
+        if isinstance(endpoint, MailboxEndpoint):
+            endpoint.ready.clear()
+            if endpoint._from_ring:
+                endpoint.ready.signal()
+
     def check_at_rest(self) -> None:
         endpoint = self.endpoint
-        endpoint.check_maker()
         named = f"{self.name} ({endpoint.name})"
-        if endpoint.closed:
+        if endpoint._closed:
             raise ConfigError(f"{named}: it is closed")
         if endpoint.kind not in _IN_PROCESS or endpoint.files:
             raise ConfigError(
@@ -186,17 +215,13 @@ class EndpointPart(Part):
         if isinstance(endpoint, MailboxEndpoint):
             endpoint.dropped = number(state["dropped"], "dropped")
             self._refill(endpoint._from_ring, frames(state["from_ring"], endpoint.limit))
-            endpoint.ready.clear()
-            if endpoint._from_ring:
-                endpoint.ready.signal()
         if isinstance(endpoint, QueuedEndpoint):
             for waiting, saved in zip(endpoint._to_ring, state["to_ring"], strict=True):
                 self._refill(waiting, frames(saved, endpoint.limit))
         endpoint.errors, endpoint.last_error = number(state["errors"], "errors"), to_error(state["last_error"])
         endpoint._late.clear()
         endpoint._late.update({int(queue): frames(late, _MANY) for queue, late in state["late"]})
-        for queue in range(len(endpoint._wakes)):
-            endpoint._wake(queue)  # a loop asks once more than it has to
+        self._tell_waiters()
         try:
             endpoint.load_own(copied(state["own"], "own"))
         except Exception as e:

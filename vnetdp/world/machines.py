@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..device.owners import Owner
 from ..errors import ConfigError
 from ..guest.driver import Driver
 from ..shared.memory import GuestMemory
+from ..system.owned import Owned, OwnedLock
 from ..virtio import features as f
 from ..virtio.queue import Virtqueue, pair_of, queues_of
 from ..virtio.state import Control, DeviceState
@@ -34,12 +36,14 @@ class DatapathPart(Part):
         super().__init__(name)
         self._datapath, self._device, self._backends = datapath, device, backends
 
+    def owned(self) -> Sequence[Owned | OwnedLock]:
+        return [self._datapath, self._datapath.block, self._datapath.bell, *self._backends]
+
     @property
     def _memory(self) -> GuestMemory:
         return self._device.memory
 
     def check_at_rest(self) -> None:
-        self._datapath.check_maker()
         if self._datapath._in_kernel:
             raise ConfigError(f"{self.name}: a step is under way: save or load the world between two steps")
         if self._datapath._abandoned:
@@ -113,9 +117,13 @@ class DevicePart(Part):
         super().__init__(name)
         self._device, self._parts = device, parts
 
+    def owned(self) -> Sequence[Owned | OwnedLock]:
+        device = self._device
+        own = (device, device._lock, device._status, device._status.lock, device._owners, device.userspace)
+        return [*own, device.config_call, device.notifiers, *device.kicks, *device.calls]
+
     def check_at_rest(self) -> None:
         device = self._device
-        device.check_maker()
         if device.log is not None:
             raise ConfigError(f"{self.name}: it has a dirty log, which can't be saved: set_log(None) first")
         if device.vhost_prepared or device.fenced:
@@ -186,9 +194,17 @@ class DevicePart(Part):
         )
         for name in ("grabs", "host", "guest"):
             setattr(device.notifiers, name, number(state["notifiers"][name], name, -1, 1 << 16))
-        for event in (*device.kicks, *device.calls):
-            event.signal()  # whoever waits for one looks again
-        status.notify_config()
+        self._tell_waiters()
+
+    def adopt(self) -> None:
+        super().adopt()
+        self._tell_waiters()
+
+    def _tell_waiters(self) -> None:
+        """Have every listener of the device's eventfds look again."""
+        for event in (*self._device.kicks, *self._device.calls):
+            event.signal()
+        self._device._status.notify_config()
 
 
 class DriverPart(Part):
@@ -198,9 +214,11 @@ class DriverPart(Part):
         super().__init__(name)
         self._driver, self._parts = driver, parts
 
+    def owned(self) -> Sequence[Owned | OwnedLock]:
+        return [self._driver, self._driver._block, self._driver.bell]
+
     def check_at_rest(self) -> None:
         driver = self._driver
-        driver.check_maker()
         if driver._thread is not None:
             raise ConfigError(f"{self.name}: it runs in a thread: stop it, and step it from now on")
         if driver._block.shared:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from ..system.owned import Owned, OwnedLock
 
 
 class Part:
@@ -10,6 +13,18 @@ class Part:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def owned(self) -> Sequence[Owned | OwnedLock]:
+        """Return all objects that belong to one process."""
+        return ()
+
+    def adopt(self) -> None:
+        """Have it belong to this process, a forked child."""
+        for thing in self.owned():
+            thing.adopt()
+
+    def check_private(self) -> None:
+        """Raise ConfigError, with the next step, if a forked child shares it with its parent."""
 
     def check_at_rest(self) -> None:
         """Raise ConfigError, with the next step, if it can be neither saved nor loaded."""

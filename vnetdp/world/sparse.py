@@ -10,7 +10,7 @@ import numpy as np
 from vnetdp_kernels import spec
 
 from ..errors import ConfigError
-from ..shared.memory import Bytes, GuestMemory, SharedBlock, Words
+from ..shared.memory import NO_FILE, Bytes, GuestMemory, SharedBlock, Words
 
 _LINE: Final = 64
 _IN_USE: Final = 3 << 62  # of an entry of /proc/self/pagemap: the page is in memory, or in swap
@@ -61,15 +61,17 @@ def _touched(flat: Bytes) -> Words:
 
 
 def pages_of_memory(memory: GuestMemory) -> list[tuple[Bytes, Words]]:
-    """Return the bytes of each region of guest memory, and the pages of them that its file has.
+    """Return the bytes of each region of guest memory, and the pages of them that were ever touched.
 
-    A look at any other page would give the file that page.
+    A look at any other page of a file would give the file that page.
     """
     found = []
     for region in memory.regions:
         at = memory.translate(region.gpa, region.length)
-        pages = _pages_of_file(region.fd, region.fd_offset, region.length)
-        found.append((memory.mem[at : at + region.length], pages))
+        flat = memory.mem[at : at + region.length]
+        private = region.fd == NO_FILE
+        pages = _touched(flat) if private else _pages_of_file(region.fd, region.fd_offset, region.length)
+        found.append((flat, pages))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -41,6 +42,7 @@ class World:
         for driver in drivers:
             found.add_driver(driver)
         self._parts = found.parts()
+        self._maker = os.getpid()
 
     def save(self) -> dict[str, Any]:
         """Return the state of all of it as plain data, which can be pickled and compared. Call it between two steps.
@@ -76,7 +78,26 @@ class World:
                 raise
             raise ConfigError(f"{at}: not a state that World.save returned, nothing was loaded: {reason(e)}") from e
 
+    def adopt(self) -> None:
+        """Have a forked child go on with its copy of the world, apart from the parent, which goes on with its own.
+
+        ConfigError if a part can't be copied, such as guest memory that was not made with `private=True`. In the process
+        that made the world it does nothing.
+        """
+        if os.getpid() == self._maker:
+            return
+        for part in self._parts:
+            part.check_private()
+            part.check_at_rest()
+        for part in self._parts:
+            part.adopt()
+        self._maker = os.getpid()
+
     def _check_at_rest(self) -> None:
+        if os.getpid() != self._maker:
+            raise ConfigError(
+                f"World: process {self._maker} made it: call adopt first in its forked child {os.getpid()}"
+            )
         for part in self._parts:
             part.check_at_rest()
 
