@@ -210,6 +210,7 @@ def test_data_that_is_cut_or_of_another_version_is_refused(change: Callable[[Any
         ({"max_num": 512}, "max_num is 1024 in the saved world and 512 in this one"),
         ({"fallback": False}, "fallback is True in the saved world"),
         ({"mtu": 1500}, "offered is"),
+        ({"mac": bytes(6)}, "mac is b'RT"),
     ],
 )
 def test_the_world_of_another_device_is_refused(options: dict[str, Any], says: str, stack: ExitStack) -> None:

@@ -139,6 +139,8 @@ class DevicePart(Part):
             "max_num": device.max_num,
             "fallback": device.fallback,
             "offered": device.device_features,
+            "mac": device._registers._initial.mac,
+            "mtu": device._registers._initial.mtu,
         }
 
     def save(self) -> Any:

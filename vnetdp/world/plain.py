@@ -95,5 +95,5 @@ def no_difference(name: str, saved: Any, here: dict[str, Any]) -> None:
     for key, value in here.items():
         if (found := saved.get(key)) != value:
             raise ConfigError(
-                f"{name}: {key} is {found!r} in the saved world and {value!r} in this one: make both worlds alike"
+                f"{name}: {key} is {found!r:.80} in the saved world and {value!r} in this one: make both worlds alike"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -120,12 +121,17 @@ class World:
         names, here = [name for name, _, _ in saved], [part.name for part in self._parts]
         if names != here:
             raise ConfigError(
-                f"the saved world has {len(names)} parts ({', '.join(names)[:200]}) and this one {len(here)} "
-                f"({', '.join(here)[:200]}): make both by the same calls"
+                f"the saved world has {_counted(names)} and this one {_counted(here)}: make both by the same calls"
             )
         for part, (_, shape, _) in zip(self._parts, saved, strict=True):
             no_difference(part.name, shape, part.shape())
         return [state for _, _, state in saved]
+
+
+def _counted(names: list[str]) -> str:
+    """Return how many parts of each kind there are, such as `'memory: 2, device: 2'`."""
+    kinds = Counter(name.partition(" ")[0] for name in names)
+    return repr(", ".join(f"{kind}: {n}" for kind, n in kinds.items())[:200])
 
 
 class _Found:
