@@ -13,7 +13,17 @@ import pytest
 from tests.support.by_hand import PATIENCE, no_descriptor_leaks
 from tests.world.bed import KINDS, Bed
 from tests.world.test_world import TRAFFIC
-from vnetdp import ConfigError, Driver, MailboxEndpoint, NetDevice, Worker, WorkerProcess, World, memory_for
+from vnetdp import (
+    ConfigError,
+    Driver,
+    GuestMemory,
+    MailboxEndpoint,
+    NetDevice,
+    Worker,
+    WorkerProcess,
+    World,
+    memory_for,
+)
 from vnetdp.system.poll import readable
 
 
@@ -123,6 +133,8 @@ def test_private_memory_is_for_this_process_alone() -> None:
     ):
         assert device.owner.value == "userspace"
         assert "set_memory: EBADF: the guest memory is private" in str(device.last_error)
+        with pytest.raises(ConfigError, match="regions of private memory have no descriptor"):
+            GuestMemory(memory.regions)
 
 
 def test_a_worker_in_a_thread_takes_private_memory() -> None:

@@ -46,7 +46,7 @@ class Region:
     length: int
     """Bytes, a multiple of 4096."""
     fd: int
-    """The descriptor of a file that can be mapped shared, such as a memfd; -1 for memory of this process alone."""
+    """The descriptor of a file that can be mapped shared, such as a memfd; -1 in `regions` of private memory."""
     fd_offset: int = 0
     """Where in the file the region begins, in bytes, a multiple of 4096."""
 
@@ -147,16 +147,20 @@ class GuestMemory(Owned):
     sorted by guest address.
     """
 
-    def __init__(self, regions: Sequence[Region], foreign: bool = False, beside: Region | None = None) -> None:
+    def __init__(
+        self, regions: Sequence[Region], foreign: bool = False, beside: Region | None = None, private: bool = False
+    ) -> None:
         """Map *regions*, in any order. ConfigError if one cannot be mapped, or two overlap; OSError if the kernel refuses.
 
         - `foreign`: False duplicates the descriptors, and the caller keeps its own. True is for files of another
           process, which may shrink them: pages lost to that read as zeros. There may be hundreds, so they are not
           duplicated; the caller closes them after this.
-        - `beside`: internal.
+        - `beside`, `private`: internal.
         """
         if not regions:
             raise ConfigError("guest memory needs at least one region")
+        if not private and any(region.fd == NO_FILE for region in regions):
+            raise ConfigError("regions of private memory have no descriptor: make the memory without private=True")
         runs = _runs(sorted(regions, key=lambda r: r.gpa))
         self.table: Words = np.zeros((len(runs), r.REGION_SLOTS), np.int64)
         self.regions: list[Region] = []
@@ -203,7 +207,7 @@ class GuestMemory(Owned):
         (`World.adopt`), and no worker or back end in another process can have it.
         """
         if private:
-            return cls([Region(gpa, length, NO_FILE) for gpa, length in parts])
+            return cls([Region(gpa, length, NO_FILE) for gpa, length in parts], private=True)
         fds: list[int] = []
         regions = []
         try:
