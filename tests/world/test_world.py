@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import select
 import subprocess
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from tests.support.by_hand import CAMPAIGN, PATIENCE, no_descriptor_leaks, scaled
 from tests.support.zygote import popen
 from tests.world.bed import KINDS, STEPS, Bed, Step
-from vnetdp import Driver, EchoEndpoint, NetDevice, Owner, World, memory_for
+from vnetdp import ConfigError, Driver, EchoEndpoint, NetDevice, Owner, World, memory_for
+from vnetdp.world.plain import checksum
 
 ROOT = Path(__file__).parents[2]
 MANY = settings(max_examples=2000 if CAMPAIGN else scaled(40, 4))
@@ -97,6 +99,15 @@ def test_a_fault_that_somebody_holds_tells_its_hits_as_they_were() -> None:
         assert fault.hits == 1
         bed.world.load(saved)
         assert fault.hits == 0
+        assert bed.faults[0] is fault
+        hostile = copy.deepcopy(saved)
+        for part in hostile["parts"]:
+            if part[0] == "faults 0":
+                part[2] |= {"faults": [part[2]["faults"][0] | {"code": 1}]}
+            if part[0] == "driver 0":
+                part[2]["features"] = -1
+        with pytest.raises(ConfigError, match=r"driver 0: .*nothing was loaded: features -1 is not"):
+            bed.world.load({**hostile, "checksum": checksum(hostile["parts"])})
         assert bed.faults[0] is fault
 
 

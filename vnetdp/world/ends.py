@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from vnetdp_kernels import rows as r
-from vnetdp_kernels.wire.faulty import FROM_WIRE, TO_WIRE
 
 from ..backends.faulty import Fault, Faults
 from ..endpoints.base import Endpoint
@@ -98,8 +97,10 @@ class FaultsPart(Part):
     def __init__(self, name: str, faults: Faults) -> None:
         super().__init__(name)
         self._faults = faults
+        self._before: list[Fault] = []  # those that somebody may hold, and ask for their hits
 
     def save(self) -> Any:
+        self._before = list(self._faults)
         return {
             "phase": self._faults.phase,
             "armed": self._faults.armed,
@@ -115,9 +116,9 @@ class FaultsPart(Part):
         self._faults[:] = wanted
 
     def _fault(self, n: int, saved: Any) -> Fault:
-        """Return a fault as it was saved: the one at its place in the list, if that is the same."""
+        """Return a fault as it was saved: the one that was at its place before, if that is the same."""
         made = {name: copied(saved[name], name) for name in _FAULT}
-        fault = self._faults[n] if n < len(self._faults) else None
+        fault = self._before[n] if n < len(self._before) else None
         if fault is None or any(getattr(fault, name) != value for name, value in made.items()):
             fault = Fault(**made)
         fault.times, fault.hits = number(saved["times"], "times", -1), number(saved["hits"], "hits")
@@ -241,9 +242,8 @@ class EndpointPart(Part):
             out, into = np.split(into[:, 2 * lines * r.LINE_TABLE :], 2, axis=1)
         limits.check_endpoint(endpoint.rows, endpoint.ledger, lines, (into, out))
         for queue, row in enumerate(endpoint.rows):
-            for k in range(2 * lines):
+            for k in range(2 * lines):  # of each wire the line to the wire, then that from it
                 stage, way = divmod(k, 2)
-                assert (TO_WIRE, FROM_WIRE) == (0, 1)
                 at = stage * r.STAGE_SLOTS + r.EP_SLOTS + way * r.LINE_SLOTS
                 table = endpoint.in_lengths[queue, k * r.LINE_TABLE : (k + 1) * r.LINE_TABLE]
                 limits.check_line(row[at : at + r.LINE_SLOTS], table)
