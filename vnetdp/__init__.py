@@ -18,6 +18,7 @@ _HOME = {
     "Driver": "guest.driver",
     "Clock": "endpoints.clock",
     "Announcer": "endpoints.announce",
+    "World": "world.world",
     "warm_up": "warmup",
     "memory_for": "guest.driver",
     "settle": "stepping",
@@ -142,6 +143,7 @@ if TYPE_CHECKING:
     from .virtio.state import DeviceState as DeviceState
     from .virtio.state import StateDelta as StateDelta
     from .warmup import warm_up as warm_up
+    from .world.world import World as World
 else:  # not for type checkers: to them `__getattr__` would make every name a good one, and `__all__` is no list of strings
     __all__ = [*_HOME, "__version__"]
 

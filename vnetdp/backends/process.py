@@ -250,6 +250,7 @@ class ProcessBackend(Backend, Owned):
         match verb:
             case SetMemory(memory):
                 verb.check()
+                verb.check_shared()
                 # A table that the child has already stays mapped there: mapping it anew would fault in every page again.
                 answer = self._worker.call(self._pair, _SAME_MEMORY if memory is self._worker.memory else verb)
                 self._worker.memory = memory

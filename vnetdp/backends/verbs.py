@@ -111,6 +111,13 @@ class SetMemory(DeviceVerb):
         if self.memory.closed:
             raise refusal(self, errno.EFAULT, "the guest memory is closed")
 
+    def check_shared(self) -> None:
+        """Refuse memory that another process can't have."""
+        if self.memory.private:
+            raise refusal(
+                self, errno.EBADF, "the guest memory is private: for another process make it with private=False"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class SetLog(DeviceVerb):

@@ -469,6 +469,15 @@ class Endpoint(Owned):
             "errors": self.errors,
         }
 
+    # --- calls by `World` ---
+
+    def save_own(self) -> object:
+        """Return, as plain data, the state that a subclass keeps besides frames and counters; None if it has none."""
+        return None
+
+    def load_own(self, data: object) -> None:
+        """Take over the state that `save_own` returned, here or in another process; raise an exception if it is none."""
+
     def close(self) -> None:
         """Give up its descriptors. Close the device or driver that uses it first."""
         self._closed = True

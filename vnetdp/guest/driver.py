@@ -82,10 +82,13 @@ def _buffer_lens(features: int, frame_len: int) -> tuple[int, int]:
     return BUFFER_LEN if features & f.VIRTIO_NET_F_MRG_RXBUF else receive, _LONG_BUFFER_LEN if gso_out else whole
 
 
-def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUFFER_LEN) -> GuestMemory:
+def memory_for(
+    queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUFFER_LEN, *, private: bool = False
+) -> GuestMemory:
     """Return guest memory that is large enough for a `Driver` with *queue_pairs* pairs of queues of *num* descriptors.
 
     `buffer_len`: bytes of each buffer; the default has room for any features. A page takes memory once it is written.
+    `private`: as in `GuestMemory.create`.
     The process's limit of descriptors (`ulimit -n`) is raised when half of it is used, as far as the hard limit allows.
     ConfigError if *num* is not a power of two up to 32768; MachineError if there are no more descriptors or no memory.
     The caller closes it.
@@ -93,7 +96,7 @@ def memory_for(queue_pairs: int = 1, num: int = 256, buffer_len: int = _LONG_BUF
     check_num(num)
     rings = sum(ring_len(num)) + 4 * spec.PAGE_SIZE  # each part, and the buffers, begin on a page
     length = _MARGIN + queues_of(queue_pairs) * (rings + num * buffer_len)
-    memory = GuestMemory.create([(0, spec.align_up(length, spec.PAGE_SIZE))])
+    memory = GuestMemory.create([(0, spec.align_up(length, spec.PAGE_SIZE))], private)
     leave_room(memory.regions[0].fd)
     return memory
 

@@ -33,6 +33,7 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int64]
 
 _HUGE_ALIGN = 1 << 21  # runs keep their guest address modulo this, so that 2 MiB pages can back them
+NO_FILE = -1  # in place of a region's descriptor: memory of this process alone
 ADDRESS_LIMIT = 1 << 52  # of a guest physical address
 
 
@@ -45,7 +46,7 @@ class Region:
     length: int
     """Bytes, a multiple of 4096."""
     fd: int
-    """The descriptor of a file that can be mapped shared, such as a memfd."""
+    """The descriptor of a file that can be mapped shared, such as a memfd; -1 in `regions` of private memory."""
     fd_offset: int = 0
     """Where in the file the region begins, in bytes, a multiple of 4096."""
 
@@ -55,7 +56,7 @@ class Region:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is empty or out of the address space")
         if (self.gpa | self.length | self.fd_offset) & (spec.PAGE_SIZE - 1) or self.fd_offset < 0:
             raise ConfigError(f"memory region {self.gpa:#x}+{self.length:#x} is not aligned to {spec.PAGE_SIZE} bytes")
-        size = os.fstat(self.fd).st_size
+        size = self.fd_offset + self.length if self.fd == NO_FILE else os.fstat(self.fd).st_size
         if self.fd_offset + self.length > spec.align_up(size, spec.PAGE_SIZE):  # its last page can be mapped whole
             raise ConfigError(
                 f"memory region {self.gpa:#x}+{self.length:#x} extends past the end of its {size}-byte file"
@@ -77,7 +78,7 @@ class _Run:
 
     @classmethod
     def of(cls, region: Region) -> _Run:
-        page = page_size(region.fd)
+        page = spec.PAGE_SIZE if region.fd == NO_FILE else page_size(region.fd)
         head = region.fd_offset % page
         return cls([region], page, head, page, head)
 
@@ -146,16 +147,20 @@ class GuestMemory(Owned):
     sorted by guest address.
     """
 
-    def __init__(self, regions: Sequence[Region], foreign: bool = False, beside: Region | None = None) -> None:
+    def __init__(
+        self, regions: Sequence[Region], foreign: bool = False, beside: Region | None = None, private: bool = False
+    ) -> None:
         """Map *regions*, in any order. ConfigError if one cannot be mapped, or two overlap; OSError if the kernel refuses.
 
         - `foreign`: False duplicates the descriptors, and the caller keeps its own. True is for files of another
           process, which may shrink them: pages lost to that read as zeros. There may be hundreds, so they are not
           duplicated; the caller closes them after this.
-        - `beside`: internal.
+        - `beside`, `private`: internal.
         """
         if not regions:
             raise ConfigError("guest memory needs at least one region")
+        if not private and any(region.fd == NO_FILE for region in regions):
+            raise ConfigError("regions of private memory have no descriptor: make the memory without private=True")
         runs = _runs(sorted(regions, key=lambda r: r.gpa))
         self.table: Words = np.zeros((len(runs), r.REGION_SLOTS), np.int64)
         self.regions: list[Region] = []
@@ -185,7 +190,7 @@ class GuestMemory(Owned):
                 _map_over(base + offset, region)
                 if region is beside:
                     continue
-                if not foreign:
+                if not foreign and region.fd != NO_FILE:
                     region = replace(region, fd=dup(region.fd))
                 self.regions.append(region)
         except OSError:
@@ -195,8 +200,14 @@ class GuestMemory(Owned):
         self._mem = np.frombuffer(memoryview(window), np.uint8, at)
 
     @classmethod
-    def create(cls, parts: Iterable[tuple[int, int]]) -> GuestMemory:
-        """Make guest memory: a new memfd, which cannot shrink, for each (guest address, bytes) of *parts*."""
+    def create(cls, parts: Iterable[tuple[int, int]], private: bool = False) -> GuestMemory:
+        """Make guest memory: a new memfd, which cannot shrink, for each (guest address, bytes) of *parts*.
+
+        `private`: True makes memory of this process alone, without descriptors: a forked child has a copy
+        (`World.adopt`), and no worker or back end in another process can have it.
+        """
+        if private:
+            return cls([Region(gpa, length, NO_FILE) for gpa, length in parts], private=True)
         fds: list[int] = []
         regions = []
         try:
@@ -220,6 +231,11 @@ class GuestMemory(Owned):
     def closed(self) -> bool:
         """True once `close` was called."""
         return self._mem is None
+
+    @property
+    def private(self) -> bool:
+        """True if it has no descriptors: no other process can have it, and a forked child has a copy."""
+        return any(region.fd == NO_FILE for region in self.regions)
 
     @property
     def end(self) -> int:
@@ -253,11 +269,15 @@ class GuestMemory(Owned):
         self._mem = None
         if not self._foreign:
             for region in regions:
-                os.close(region.fd)
+                if region.fd != NO_FILE:
+                    os.close(region.fd)
 
 
 def _map_over(address: int, region: Region) -> None:
     """Map *region* into the window, whole pages of its file, so that it begins at *address*."""
+    if region.fd == NO_FILE:
+        map_private(address, region.length)
+        return
     page = page_size(region.fd)
     head = region.fd_offset % page
     length = spec.align_up(head + region.length, page)  # the kernel maps whole pages in any case

@@ -86,6 +86,13 @@ class EventFd(Owned):
         except BlockingIOError:
             return 0
 
+    def adopt(self) -> None:
+        super().adopt()
+        if self._fd >= 0:
+            fd = _eventfd(0)
+            os.dup2(fd, self._fd, inheritable=False)  # under the same number, which kernels know
+            os.close(fd)
+
     def close(self) -> None:
         fd, self._fd = self._fd, _CLOSED  # first: another thread that closes it, too, finds none
         if fd >= 0:

@@ -45,6 +45,10 @@ class Owned:
         if os.getpid() != self._maker:
             raise _left_to_its_maker(type(self).__name__, self._maker)
 
+    def adopt(self) -> None:
+        """Have it belong to this process, a forked child that shares nothing of it with its parent any more. @private"""
+        self._maker = os.getpid()
+
     def close_on_fork(self) -> None:
         """Have a forked child call `leave_to_parent` at once. @private"""
         _to_leave.add(self)
@@ -72,6 +76,11 @@ class OwnedLock:
         self._lock = threading.RLock()
         self._may_wait = may_wait
         self._name = type(owner).__name__
+        self._maker = os.getpid()
+
+    def adopt(self) -> None:
+        """Have it belong to this process, a forked child in which nobody holds it."""
+        self._lock = threading.RLock()
         self._maker = os.getpid()
 
     def acquire(self) -> None:

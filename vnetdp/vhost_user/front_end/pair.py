@@ -133,6 +133,7 @@ class VhostUserBackend(Backend, Owned):
         memory = verb.memory
         if memory is self._fe.memory:
             return
+        verb.check_shared()
         n = len(memory.regions)
         if n > MAX_FDS:  # the most that one SET_MEM_TABLE holds
             slots = MAX_FDS
