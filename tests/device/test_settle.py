@@ -23,6 +23,7 @@ from vnetdp.errors import ConfigError, GuestError
 from vnetdp.guest.driver import Driver, memory_for
 from vnetdp.shared.memory import GuestMemory
 from vnetdp.stepping import settle
+from vnetdp.world.world import World
 from vnetdp_kernels import rows as r
 
 NUM = 16
@@ -206,6 +207,47 @@ def test_what_has_a_thread_is_refused() -> None:
         device = stack.enter_context(NetDevice(memory, wire, vhost=worker, threaded=False))
         with pytest.raises(ConfigError, match="the device's worker runs by itself"):
             settle(stack.enter_context(Driver(device, memory, num=NUM)))
+
+
+def test_a_world_that_was_loaded_settles_as_before() -> None:
+    with ExitStack() as stack:
+        box = stack.enter_context(MailboxEndpoint())
+        host = Host(stack, box, vhost=stack.enter_context(Datapath(1)))
+        world = World(host.guest)
+        saved = world.save()
+        runs = []
+        for _ in range(2):
+            host.guest.send(frame(1))
+            settle(host.guest)
+            host.device.set_use_vhost(False)
+            box.put(frame(2))
+            settle(host.guest)
+            runs.append((box.take(), host.guest.receive(), world.save()))
+            world.load(saved)
+        assert runs[0] == runs[1]
+        assert runs[0][:2] == ([frame(1)], [frame(2)])
+
+
+def test_a_forked_child_settles_its_copy_of_a_world() -> None:
+    with ExitStack() as stack:
+        box = stack.enter_context(MailboxEndpoint())
+        memory = stack.enter_context(memory_for(num=NUM, private=True))
+        device = stack.enter_context(NetDevice(memory, box, threaded=False))
+        guest = stack.enter_context(Driver(device, memory, num=NUM))
+        world = World(guest)
+        guest.send(frame(1))
+        child = os.fork()
+        if child == 0:
+            try:
+                world.adopt()
+                settle(guest)
+                os._exit(0 if box.take() == [frame(1)] else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert box.take() == []
+        settle(guest)
+        assert box.take() == [frame(1)]
 
 
 def test_a_forked_child_is_refused() -> None:
