@@ -25,6 +25,7 @@ class QueuedEndpoint(Endpoint):
         """Frames kept, on each queue."""
         self._lock = OwnedLock(self)
         self._to_ring: list[deque[bytes]] = [deque() for _ in range(queues)]
+        self._gives_others = type(self).receive_frames is not QueuedEndpoint.receive_frames
 
     def _keep(self, frame: bytes, header: bytes, queue: int) -> bool:
         """Keep a frame for the ring of queue pair *queue*, and wake its loop; False if `limit` frames wait already."""
@@ -40,7 +41,7 @@ class QueuedEndpoint(Endpoint):
         return True
 
     def may_give(self, queue: int) -> bool:
-        return bool(self._to_ring[queue] or self._late)
+        return bool(self._to_ring[queue] or self._late or self._gives_others)
 
     def receive_frames(self, queue: int, limit: int) -> Sequence[bytes]:
         with self._lock:
