@@ -270,10 +270,11 @@ class Hangs(Back):
 
 def test_an_endpoint_that_hangs_does_not_hang_a_change_of_owner() -> None:
     with Hangs() as hangs:
-        vnet = Vnet(hangs, patience_s=0.5, quiet_s=QUIET_S)
+        vnet = Vnet(hangs, quiet_s=QUIET_S)
         with pytest.raises(AssertionError, match="hangs hangs in frame_received"), vnet:
             hangs.from_now.set()
-            vnet.wait_until(lambda: hangs._in_hand > 0, "it hangs")
+            vnet.wait_until(hangs.hanging.is_set, "it hangs")
+            vnet._patience_s = vnet._findings.hang._patience_s = 0.5
             vnet.change_owner()
         hangs.may_return.set()
         wait_for(lambda: not hangs._in_hand, "it comes back")
