@@ -1,4 +1,4 @@
-"""`settle` moves the frames that steps move, of many devices in one call, whoever has the rings."""
+"""`settle` moves the frames that steps move: of many devices in one call, under each owner of the rings."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class FaultsPart(Part):
     def __init__(self, name: str, faults: Faults) -> None:
         super().__init__(name)
         self._faults = faults
-        self._before: list[Fault] = []  # those that somebody may hold, and ask for their hits
+        self._before: list[Fault] = []  # the faults at the last save: a caller may hold one, and ask for its hits
 
     def save(self) -> Any:
         self._before = list(self._faults)

@@ -30,7 +30,7 @@ _ENTRIES: Final = {"mac_table": bytes, "rss_table": int}
 
 
 class DatapathPart(Part):
-    """A datapath of a device, which the caller runs: the rows of its rings. backends: those that steer it."""
+    """A datapath of a device, which the caller runs: the rows of its rings. backends: its `UserspaceBackend`s."""
 
     def __init__(self, name: str, datapath: Datapath, device: NetDevice, backends: list[UserspaceBackend]) -> None:
         super().__init__(name)

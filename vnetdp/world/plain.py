@@ -1,4 +1,4 @@
-"""Plain data: what a saved world is made of, its checksum, and the checks of values that come from outside."""
+"""Plain data: the content of a saved world, its checksum, and the checks of values from outside."""
 
 from __future__ import annotations
 

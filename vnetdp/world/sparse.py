@@ -1,4 +1,4 @@
-"""Memory as the lines of 64 bytes that are in use: numbers and bytes of those that are not all zero."""
+"""Memory as its lines of 64 bytes in use: the number and the bytes of each line that is not all zero."""
 
 from __future__ import annotations
 

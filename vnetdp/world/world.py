@@ -29,8 +29,8 @@ _VERSION: Final = 1
 class World:
     """The stepped devices of *drivers*, with all that they work with: a world that `save` keeps and `load` brings back.
 
-    To it belong guest memory, endpoints and what is behind them, clocks, vhost's datapaths, and faults (`Faults`). After
-    `load` the same steps give the same bytes as after `save`.
+    The world includes guest memory, endpoints with the endpoints behind them, clocks, vhost's datapaths, and faults
+    (`Faults`). After `load` the same steps give the same bytes as after `save`.
 
     ConfigError if a driver is not that of a `NetDevice` without a thread, or vhost runs elsewhere than in a
     `UserspaceBackend`. It owns nothing, and needs no `close`.
